@@ -1,0 +1,72 @@
+"""Ranks decide together: stop, save by the clock, give up. One small collective about every second."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from dist_train.stop_request import StopRequest, StopState
+
+if TYPE_CHECKING:
+    from dist_train.distributed import World
+
+_STATES: tuple[StopState | None, ...] = (None, "INTERRUPT", "PREEMPTED")
+
+
+class Agreement:
+    """What all ranks have agreed on. `tick` counts units of work that all ranks do in the same order.
+
+    A rank alone must never act on what only it knows (a signal, the clock): the others would wait for it in their
+    next collective for ever.
+    """
+
+    def __init__(self, world: World, request: StopRequest, save_every_s: float = 0.0, interval_s: float = 1.0) -> None:
+        self.stop: StopState | None = None
+        self.save_due = False
+        self._world = world
+        self._request = request
+        self._save_every_s = save_every_s
+        self._interval_s = interval_s
+        self._last_save = self._last_agreed = time.monotonic()
+        self._ticks = 0
+        self._distance = {"train": 1, "evaluate": 1}
+
+    def start_phase(self) -> None:
+        """Time before this (set-up, a save) says nothing about the pace of the work after it."""
+        self._last_agreed = time.monotonic()
+        self._ticks = 0
+
+    def tick(self, phase: Literal["train", "evaluate"] = "train") -> None:
+        """One more step or batch is done; every so many of them, agree.
+
+        The distance between agreements is set from the pace of the slowest rank, so that a signal is noticed within
+        about a second and the step does not pay for it.
+
+        Collective: every rank must call this.
+        """
+        self._ticks += 1
+        if self._ticks < self._distance[phase]:
+            return
+        now = time.monotonic()
+        pace = (now - self._last_agreed) / self._ticks
+        save = self._world.is_rank_zero and 0 < self._save_every_s <= now - self._last_save
+        told, save_due, slowest = self._reduce(float(_STATES.index(self._request.told)), float(save), pace)
+        self.stop = _STATES[round(told)]
+        self.save_due = bool(save_due)
+        # At most four times further than last time: a first pace may be a lucky one.
+        self._distance[phase] = max(1, min(4 * self._distance[phase], int(self._interval_s / max(slowest, 1e-9))))
+        self.start_phase()
+
+    def saved(self) -> None:
+        self.save_due = False
+        self._last_save = time.monotonic()
+        self.start_phase()
+
+    def _reduce(self, *values: float) -> list[float]:
+        if self._world.size == 1:
+            return list(values)
+        told = torch.tensor(values, dtype=torch.float32, device=self._world.device)
+        result: list[float] = self._world.all_reduce(told, "max").tolist()
+        return result

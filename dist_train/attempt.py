@@ -1,0 +1,235 @@
+"""One start of a run: find its directory, build its parts, restore, train, and say how it ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import nn
+
+from dist_train.agreement import Agreement
+from dist_train.batching import ShardSampler
+from dist_train.checkpoint import Checkpoints, TrainState, find_checkpoint, load_weights
+from dist_train.config import Config
+from dist_train.data import Splits, load_splits
+from dist_train.data.batches import training_batches
+from dist_train.data.image_set import num_examples
+from dist_train.distributed import World, is_peer_failure
+from dist_train.environment import find_place
+from dist_train.errors import DistTrainError, LaunchError
+from dist_train.facts import bit_changes, collect_facts
+from dist_train.models import build_model, not_invariant
+from dist_train.plan import BatchPlan
+from dist_train.progress import Screen, set_up_logging
+from dist_train.run_dir import RunDir, State, note_error, read_json, write_json
+from dist_train.schedule import LearningRate
+from dist_train.start import Start, check_start, find_run_dir
+from dist_train.step import Step
+from dist_train.stop_request import StopRequest
+from dist_train.tracking import Tracker
+from dist_train.train import Run
+
+_log = logging.getLogger(__name__)
+
+
+def run_attempt(config: Config, start: Start, request: StopRequest, started: float) -> State:
+    """Train until the end or an agreed stop. `started`: time.perf_counter() when the process began.
+
+    Collective: every rank calls this with the same arguments.
+    """
+    # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
+    splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
+    world = World.join(config)
+    run_dir = RunDir(Path(world.from_rank_zero(str(find_run_dir(config, start).path))))
+
+    def open_attempt() -> int | None:
+        """The number of this attempt, None if the run is finished."""
+        if check_start(run_dir, config, start):
+            return None
+        run_dir.lock()
+        run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8])
+        return run_dir.attempt
+
+    attempt = world.on_rank_zero(open_attempt)
+    if attempt is None:
+        if world.is_rank_zero:
+            print(f"{run_dir.path} is finished already: nothing to do.")
+        world.leave()
+        return "FINISHED"
+    run_dir.attempt = attempt
+    with _reporting(run_dir, world):
+        world.check_shared(run_dir.path)
+        world.check_same("config", config.to_yaml())
+        set_up_logging(run_dir, world.rank, start.verbosity)
+        world = _same_threads(world, run_dir)
+        with _build(config, world, run_dir, splits, start, request, started) as run:
+            state = run.train()
+    if world.is_rank_zero:
+        run_dir.unlock()
+        if state == "FINISHED" and start.verbosity >= 0:
+            _print_results(run_dir)
+    world.leave()
+    return state
+
+
+@contextmanager
+def _reporting(run_dir: RunDir, world: World) -> Iterator[None]:
+    """An error ends up in error.json (the first of all ranks), in the rank's log, and as state ERROR.
+
+    With other ranks about, the process ends at once: its peers are waiting in a collective, and the clean way out
+    would wait for them.
+    """
+    try:
+        yield
+    except Exception as error:
+        trace = traceback.format_exc()
+        _log.debug("%s", trace)
+        code = error.exit_code if isinstance(error, DistTrainError) else 1
+        if is_peer_failure(error):
+            error = LaunchError("Another rank is gone and left no error of its own: killed, or its node is lost?")
+        first = note_error(run_dir.error, error, world.rank, code, trace)
+        if world.is_rank_zero:
+            with suppress(DistTrainError, OSError):
+                run_dir.set_status(state="ERROR")
+        if world.size == 1:
+            raise
+        if first:
+            own = isinstance(error, DistTrainError)
+            print(f"error [rank {world.rank}]: {error}" if own else trace, file=sys.stderr)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _same_threads(world: World, run_dir: RunDir) -> World:
+    """A resumed run computes with the threads it began with."""
+    before = read_json(run_dir.run_json)
+    threads = before.get("num_threads")
+    if threads and before.get("world_size") == world.size and threads != world.num_threads:
+        _log.info("threads per process: %d, as the run began (not %d)", threads, world.num_threads)
+        return world.with_threads(threads)
+    return world
+
+
+def _build(
+    config: Config,
+    world: World,
+    run_dir: RunDir,
+    splits: Splits,
+    start: Start,
+    request: StopRequest,
+    started: float,
+) -> Run:
+    """Collective: every rank must call this."""
+    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world.size)
+    sampler = ShardSampler(num_examples(splits.train), plan, world.rank, config.seed)
+    total_steps = config.train_for.to_steps(sampler.steps_per_epoch)
+    learning_rate = LearningRate(
+        peak=config.optimizer.scaled_lr(config.global_batch_size),
+        total_steps=total_steps,
+        name=config.schedule.name,
+        warmup_steps=config.schedule.warmup.to_steps(sampler.steps_per_epoch),
+        final_ratio=config.schedule.final_ratio,
+    )
+    net = build_model(
+        config.model,
+        in_channels=splits.in_channels,
+        num_classes=splits.num_classes,
+        image_size=splits.image_size,
+        seed=config.seed,
+    )
+    if config.ddp.sync_batchnorm and world.device.type == "cuda" and world.size > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+    batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
+    step = Step(config, world, net, batches, plan, learning_rate)
+
+    checkpoints = Checkpoints(run_dir, world, config, config.keep_every.to_steps(sampler.steps_per_epoch))
+    # Two checkpoints side by side, each with weights and twice as much of optimizer state.
+    size = sum(p.nbytes for p in net.parameters())
+    world.on_rank_zero(lambda: run_dir.check_room(6 * size))
+    state = checkpoints.restore_latest(step)
+    if state is None:
+        state = TrainState()
+        if start.init_from is not None:
+            load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
+
+    facts = collect_facts(world, plan, world.hosts())
+    if world.is_rank_zero:
+        _report(config, run_dir, splits, sampler, net, state, total_steps, facts)
+        cut = run_dir.cut_metrics(state.step)
+        if cut:
+            _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
+        write_json(run_dir.run_json, facts)
+        run_dir.set_status(state="SETUP", world_size=world.size)
+    world.barrier()
+    save_every = config.save_every
+    return Run(
+        config=config,
+        world=world,
+        run_dir=run_dir,
+        splits=splits,
+        step=step,
+        state=state,
+        checkpoints=checkpoints,
+        tracker=Tracker(run_dir, config, facts, enabled=world.is_rank_zero),
+        screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
+        agreement=Agreement(world, request, save_every_s=save_every.value if save_every.unit == "s" else 0.0),
+        total_steps=total_steps,
+        steps_per_epoch=sampler.steps_per_epoch,
+        started=started,
+    )
+
+
+def _report(
+    config: Config,
+    run_dir: RunDir,
+    splits: Splits,
+    sampler: ShardSampler,
+    net: nn.Module,
+    state: TrainState,
+    total_steps: int,
+    facts: dict[str, Any],
+) -> None:
+    """What is about to happen, in a few lines."""
+    plan = sampler.plan
+    data = config.data.bundle or config.data.name
+    _log.info("run directory %s, attempt %d", run_dir.path, run_dir.attempt)
+    _log.info(
+        "data %s: %d training examples, validation on %s; %d steps per epoch, %d examples dropped in each",
+        data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, sampler.num_dropped,
+    )  # fmt: skip
+    _log.info(
+        "net %s: %s parameters; %s, %d threads per process, mixed precision %s",
+        config.model.bundle or config.model.name, f"{sum(p.numel() for p in net.parameters()):,}",
+        facts["device"], facts["num_threads"], facts["mixed_precision"],
+    )  # fmt: skip
+    _log.info(
+        "global batch %d = %d per device x %d micro-steps x %d processes",
+        plan.global_batch_size, plan.per_device_batch_size, plan.grad_accum_steps, plan.world_size,
+    )  # fmt: skip
+    for reason in not_invariant(net):
+        _log.info("depends on the number of processes: %s", reason)
+    if facts["mixed_precision"] != "no":
+        _log.info("depends on the number of processes: %s rounding", facts["mixed_precision"])
+    if state.step:
+        _log.info("resumed at step %d of %d", state.step, total_steps)
+        for change in bit_changes(read_json(run_dir.run_json), facts):
+            _log.warning("resumed with another %s: equal within rounding, not to the bit", change)
+
+
+def _print_results(run_dir: RunDir) -> None:
+    result = read_json(run_dir.result)
+    seconds = f"{result['train_s']:.1f} s in training steps, {result['total_s']:.1f} s in all"
+    print(f"finished: {result['step']} steps, {seconds}")
+    for split in ("train", "val", "test"):
+        if f"{split}/accuracy" in result:
+            seen, accuracy = result[f"{split}/seen"], result[f"{split}/accuracy"]
+            print(f"{split} accuracy {100 * accuracy:.2f} % ({round(accuracy * seen)} / {seen})")
+    print(f"everything is in {run_dir.path}", flush=True)

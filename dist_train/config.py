@@ -1,0 +1,353 @@
+"""The settings: every one with its type, default and meaning; read from YAML and `-o key=value`.
+
+A run is one config file. Defaults stand here and nowhere else. A setting is marked `Free` where changing it between
+two starts of a run cannot change the result; all others must agree when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from dist_train.errors import ConfigError
+from dist_train.schedule import Duration, ScheduleName
+
+Free = "free"  # may differ between the starts of one run
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+def _clock_free(text: object) -> Duration:
+    duration = Duration.parse(text)
+    if duration.unit == "s":
+        raise ValueError("count it in steps or epochs: a moment set by the clock would not be the same after a resume")
+    return duration
+
+
+def _yaml_no(value: object) -> object:
+    return "no" if value is False else value  # YAML reads a bare `no` as False
+
+
+_AsText = PlainSerializer(str, when_used="always")
+Steps = Annotated[Duration, BeforeValidator(_clock_free), _AsText]  # steps or epochs
+StepsOrSeconds = Annotated[Duration, BeforeValidator(Duration.parse), _AsText]
+Options = dict[str, JsonValue]  # keyword arguments for a class chosen by name
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Normalize(_Settings):
+    """Pixels become (x / 255 - mean) / std, one number per channel."""
+
+    mean: list[float]
+    std: list[PositiveFloat]
+
+    @model_validator(mode="after")
+    def _same_channels(self) -> Normalize:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}; give as many of each")
+        return self
+
+
+class DataConfig(_Settings):
+    name: str = "mnist"  # a data set of `dist-train data ls`, image_folder, or package.module:Name
+    bundle: Path | None = None  # BK.Synapse user code (folder or zip with bks_dataset.py) instead of a name
+    root: Annotated[Path | None, Free] = None  # None: $DIST_TRAIN_DATA_DIR, else the user's cache folder
+    split: str | None = None  # emnist only: balanced, byclass, bymerge, digits, letters or mnist
+    image_size: PositiveInt | None = None  # image_folder only: pixels per side
+    val_examples: NonNegativeInt = 0  # held out of train for validation; 0: validate on val/ or on the test split
+    normalize: Normalize | None = None  # None: pixels / 255, nothing else
+    num_workers: Annotated[NonNegativeInt, Free] = 0  # loader processes per rank, where the set is streamed
+    resident: Annotated[bool | None, Free] = None  # whole set on the device; None: when it can be and fits
+    args: Options = {}  # keyword arguments of package.module:Name
+
+
+class ModelConfig(_Settings):
+    name: str = "mlp"  # mlp, bks, guide, conv, fast, torchvision:NAME, timm:NAME or package.module:Class
+    bundle: Path | None = None  # BK.Synapse user code (folder or zip with bks_model.py) instead of a name
+    args: Options = {}  # keyword arguments of the net, as in model.args.dropout=0
+
+
+# Settings that belong to each optimizer besides lr; None in OptimizerConfig leaves torch's default.
+OPTIMIZERS: dict[str, frozenset[str]] = {
+    "adam": frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
+    "adamw": frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
+    "sgd": frozenset({"momentum", "weight_decay", "nesterov", "dampening"}),
+    "adadelta": frozenset({"rho", "eps", "weight_decay"}),
+    "rmsprop": frozenset({"alpha", "eps", "weight_decay", "momentum", "centered"}),
+}
+
+
+class OptimizerConfig(_Settings):
+    name: Literal["adam", "adamw", "sgd", "adadelta", "rmsprop"] = "adam"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Fraction, Fraction] | None = None
+    momentum: NonNegativeFloat | None = None
+    dampening: float | None = None
+    nesterov: bool | None = None
+    weight_decay: NonNegativeFloat | None = None
+    eps: PositiveFloat | None = None
+    amsgrad: bool | None = None
+    alpha: Fraction | None = None
+    rho: Fraction | None = None
+    centered: bool | None = None
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"  # with global_batch_size / lr_base_batch_size
+    lr_base_batch_size: PositiveInt | None = None  # the batch size that lr was chosen for
+
+    @model_validator(mode="after")
+    def _fits(self) -> OptimizerConfig:
+        own = OPTIMIZERS[self.name]
+        strange = sorted(self._given() - own)
+        if strange:
+            raise ValueError(f"{self.name} has no {', '.join(strange)}. Its settings: lr, {', '.join(sorted(own))}")
+        if (self.lr_scaling == "none") != (self.lr_base_batch_size is None):
+            raise ValueError("lr_scaling (linear or sqrt) and lr_base_batch_size go together; set both or neither")
+        return self
+
+    def _given(self) -> set[str]:
+        return {key for key in set().union(*OPTIMIZERS.values()) if getattr(self, key) is not None}
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that were set, lr not among them."""
+        return {key: getattr(self, key) for key in sorted(self._given())}
+
+    def scaled_lr(self, global_batch_size: int) -> float:
+        """The learning rate after the scaling rule (linear: Goyal et al., arXiv 1706.02677)."""
+        ratio = global_batch_size / (self.lr_base_batch_size or global_batch_size)
+        factors: dict[str, float] = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}
+        return self.lr * factors[self.lr_scaling]
+
+
+class ScheduleConfig(_Settings):
+    name: ScheduleName = "constant"
+    warmup: Steps = Duration(0)  # linear rise from 0; of one_cycle the rising part, 0 = 30 % of the run
+    final_ratio: Fraction = 0.0  # of cosine and linear: where the fall ends, as a part of the peak
+
+
+class EarlyStopConfig(_Settings):
+    patience: PositiveInt  # evaluations without a better result before the run ends
+    min_delta: NonNegativeFloat = 0.0  # a smaller gain does not count as better
+
+
+class DdpConfig(_Settings):
+    find_unused_parameters: bool = False  # for nets that leave weights out of some steps
+    sync_batchnorm: bool = False  # BatchNorm statistics over all ranks; GPUs only
+
+
+class TrackingConfig(_Settings):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is there, else offline
+    project: str = "dist_train"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+    tensorboard: bool = False
+
+
+class Config(_Settings):
+    seed: int = Field(0, ge=0, lt=2**63)
+    train_for: Steps = Duration(5, "epochs")
+    global_batch_size: PositiveInt = 64  # examples per optimizer step, over all ranks and micro-steps
+    per_device_batch_size: Annotated[PositiveInt, Free] = (
+        1024  # at most this many per forward; lower it when out of memory
+    )
+    mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None  # None: the launcher's, else no
+    dtype: Literal["float32", "float64"] = "float32"  # float64: slow; shows that a difference is rounding and no fault
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Free] = "auto"
+    max_grad_norm: PositiveFloat | None = None  # clip the global L2 norm of the gradient
+    label_smoothing: Fraction = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # evaluate and save averaged weights
+    early_stop: EarlyStopConfig | None = None
+    log_every: Annotated[Steps, Free] = Duration(100)  # this and the next two: 0 = only at the end
+    eval_every: Steps = Duration(1, "epochs")
+    save_every: Annotated[StepsOrSeconds, Free] = Duration(1, "epochs")
+    keep_last: Annotated[PositiveInt, Free] = 2  # newest checkpoints that stay
+    keep_best: Annotated[NonNegativeInt, Free] = 1  # best checkpoints that stay besides
+    keep_every: Annotated[Steps, Free] = Duration(0)  # checkpoints at these steps stay for good; 0 = none
+    stall_timeout_s: Annotated[PositiveFloat, Free] = 600.0  # a rank that others wait for longer than this ends the run
+    final_train_eval: bool = True  # at the end, an exact pass over the training set in eval mode
+    runs_dir: Annotated[Path | None, Free] = None  # None: $DIST_TRAIN_RUNS_DIR, else runs
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ddp: DdpConfig = DdpConfig()
+    tracking: Annotated[TrackingConfig, Free] = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _trains(self) -> Config:
+        if not self.train_for.value:
+            raise ValueError(f"train_for={self.train_for} trains nothing; write for example 5 epochs or 600 steps")
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Settings by dotted name: {"optimizer.lr": 0.001, ...}."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def result_diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Settings in which the two differ and that can change the result: {name: (mine, other's)}."""
+        mine, theirs = self.flat(), other.flat()
+        differing = {key: (mine.get(key), theirs.get(key)) for key in mine | theirs if mine.get(key) != theirs.get(key)}
+        return {key: values for key, values in differing.items() if not _is_free(key)}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and key != "args"
+        pairs += _flatten(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
+    return pairs
+
+
+def _model_of(annotation: Any) -> type[_Settings] | None:
+    """The section class inside an annotation such as `EarlyStopConfig | None`."""
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Settings)), None)
+
+
+def _is_free(key: str) -> bool:
+    section: type[_Settings] | None = Config
+    for part in key.split("."):
+        field = section.model_fields.get(part) if section else None
+        if field is None:
+            return False
+        if Free in field.metadata:
+            return True
+        section = _model_of(field.annotation)
+    return False
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The configs that travel with the package, by name."""
+    here = Path(__file__).resolve().parent
+    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+
+
+def find_config(name: str) -> Path:
+    """A path as it stands, else the bundled config of that name (`mnist`, or `configs/mnist.yaml` from anywhere)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = bundled_configs()
+    if path.stem in bundled and name in (path.stem, f"configs/{path.stem}.yaml"):
+        return bundled[path.stem]
+    raise ConfigError(
+        f"No config file {name}.{_suggest(path.stem, list(bundled))} Bundled configs: {', '.join(bundled)}."
+    )
+
+
+def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Defaults < the YAML file < overrides of the form `optimizer.lr=3e-4`.
+
+    Raises:
+        ConfigError: one line per setting that is unknown, of the wrong type or out of range.
+    """
+    path = find_config(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold settings (`key: value`), not a {type(tree).__name__}.")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[Any, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f'"{override}" is not a setting. Write it as key=value, for example optimizer.lr=3e-4.')
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise ConfigError(f'The value of "{override}" is not YAML. Quote it, for example {key}=\'"text"\'.') from None
+    node = tree
+    for part in parts[:-1]:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    node[parts[-1]] = value
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: the key as typed, the value, what is allowed."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        section: type[_Settings] | None = Config
+        for part in location[:-1]:
+            section = _model_of(section.model_fields[part].annotation) if section else None
+        legal = list(section.model_fields) if section else []
+        where = f"Settings of {'.'.join(location[:-1])}" if location[:-1] else "Settings"
+        hint = _suggest(location[-1], legal, ".".join(location[:-1]))
+        return f"Unknown setting {key}.{hint} {where}: {', '.join(legal)}."
+    reason = str(item["msg"]).removeprefix("Value error, ").rstrip(".")
+    if item["type"] in ("value_error",) and isinstance(item["input"], dict):
+        return f"{key or 'The config'}: {reason}."
+    return f"{key}={_short(item['input'])}: {reason[:1].lower()}{reason[1:]}."
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _suggest(word: str, legal: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, legal, n=1, cutoff=0.5)
+    near = near or [name for name in legal if name in word.split("_") or word in name.split("_")][:1]
+    synonyms = {
+        "learning_rate": "lr",
+        "batch_size": "global_batch_size",
+        "epochs": "train_for",
+        "precision": "mixed_precision",
+    }
+    if synonyms.get(word) in legal:
+        near = [synonyms[word]]
+    return f" Did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else ""
+
+
+def default_data_root() -> Path:
+    """$DIST_TRAIN_DATA_DIR, else dist_train in the user's cache folder."""
+    explicit = os.environ.get("DIST_TRAIN_DATA_DIR")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(explicit or Path(cache) / "dist_train").expanduser()

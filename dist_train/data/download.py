@@ -1,0 +1,118 @@
+"""Downloading a named data set through torchvision, so that a broken-off download leaves nothing half done."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from dist_train.data.bundled_mnist import unpack_mnist
+from dist_train.data.catalog import SETS, NamedSet, check_packages, fetch_command
+from dist_train.data.storage import disk_errors, locked, unwritable
+from dist_train.errors import DataError
+
+_log = logging.getLogger(__name__)
+_STAGING = ".download-"
+_SILENCE_S = 30.0  # a mirror that says nothing for so long will not answer; urllib alone would wait for ever
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def fetch(name: str, root: Path, split: str | None = None, *, progress: bool = False) -> Path:
+    """Brings the files of a named set into `root`, unless they are there; returns their folder.
+
+    Of emnist, whose splits come in one archive, all are kept; `split` only says which must be there.
+
+    Raises:
+        DataError: no mirror can be reached, or `root` cannot be written.
+    """
+    from dist_train.vision import import_torchvision
+
+    known = SETS[name]
+    check_packages(name)
+    if name == "mnist":
+        return unpack_mnist(root)
+    folder = root / known.folder
+    if known.is_present(root, split):
+        return folder
+    with locked(root), disk_errors(root):
+        if known.is_present(root, split):  # another process was faster
+            return folder
+        for stale in root.glob(f"{_STAGING}*"):  # of a killed process: nobody else is writing now
+            shutil.rmtree(stale, ignore_errors=True)
+        _log.info("Downloading %s to %s.", name, folder)
+        build = getattr(import_torchvision().datasets, known.class_name)
+        # Into a folder of its own first: torchvision writes in place, and others look for the files without the lock.
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=root))
+        try:
+            _link_archives(known, root, staging)
+            with nullcontext() if progress else _quiet(), _impatient():
+                _download(name, build, staging, split)
+            _move_files(known, staging, root)
+        except Exception as error:
+            raise _explain(error, name, known, root) from None
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    if not known.is_present(root, split):
+        raise DataError(f"The mirror of {name} did not send all files that {folder} needs. Fetch them by hand.")
+    return folder
+
+
+def _download(name: str, build: Callable[..., Any], staging: Path, split: str | None) -> None:
+    halves: list[dict[str, Any]] = [{}]
+    if name == "emnist":
+        halves = [{"split": split or "balanced"}]
+    elif name == "svhn":
+        halves = [{"split": "train"}, {"split": "test"}]
+    for arguments in halves:
+        build(staging, download=True, **arguments)
+
+
+def _link_archives(known: NamedSet, root: Path, staging: Path) -> None:
+    """Archives that somebody already put where torchvision looks for them need no network."""
+    for archive in known.archives:
+        if (root / archive).is_file():
+            (staging / archive).parent.mkdir(parents=True, exist_ok=True)
+            (staging / archive).symlink_to((root / archive).resolve())
+
+
+def _move_files(known: NamedSet, staging: Path, root: Path) -> None:
+    packed = {staging / archive for archive in known.archives} - set(known.files(staging))  # svhn's are no archives
+    for path in sorted(staging.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path not in packed:  # archives have done their work
+            target = root / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torchvision draws one progress bar per file, and each rank would."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SILENCE_S)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _explain(error: Exception, name: str, known: NamedSet, root: Path) -> Exception:
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return unwritable(root, error)
+    return DataError(
+        f"{name} is not in {root / known.folder} and could not be downloaded "
+        f"({type(error).__name__}: {' '.join(str(error).split())}). "
+        f"Where there is network, on a login node for example, run: {fetch_command(name, root)}"
+    )

@@ -1,0 +1,142 @@
+"""Folders of pictures: root/train/CLASS/*, and root/val/CLASS/* or root/test/CLASS/* beside it.
+
+Each picture becomes RGB, its shorter side `image_size`, and the middle square is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dist_train.data.image_set import Examples, ImageSet
+from dist_train.data.memory import available_bytes
+from dist_train.errors import DataError
+
+_log = logging.getLogger(__name__)
+_DEEP_MODES = ("I", "F")  # more than 8 bits a pixel: PIL would cut the values off, not scale them
+
+
+class ImageFolder(Dataset[Any]):
+    """One split, each picture decoded when it is asked for: (uint8 [3, S, S], label)."""
+
+    yields_pixels = True  # uint8, to be normalised on the device
+
+    def __init__(self, folder: Path, image_size: int) -> None:
+        class_folders = _sorted(path for path in _entries(folder) if path.is_dir())
+        if not class_folders:
+            raise DataError(f"{folder} has no class folders. Put the pictures into {folder}/CLASS/.")
+        self.classes = tuple(path.name for path in class_folders)
+        self.image_size = image_size
+        self.paths: list[Path] = []
+        labels: list[int] = []
+        for label, class_folder in enumerate(class_folders):
+            files = _sorted(_entries(class_folder))
+            if not files:
+                raise DataError(f"{class_folder} holds no pictures. Fill it, or remove it from every split.")
+            nested = next((path for path in files if path.is_dir()), None)
+            if nested:
+                raise DataError(f"{nested} is a folder. Pictures must lie directly in {class_folder}.")
+            self.paths += files
+            labels += [label] * len(files)
+        self.labels = torch.tensor(labels)  # int64 [N]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return decode(self.paths[index], self.image_size), int(self.labels[index])
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self) * 3 * self.image_size**2
+
+    def in_memory(self) -> ImageSet:
+        """All of it, decoded by as many threads as this process may use (PIL works outside of Python's lock)."""
+        images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
+
+        def fill(index: int) -> None:
+            images[index] = decode(self.paths[index], self.image_size)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            try:
+                for _ in pool.map(fill, range(len(self))):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)  # after a bad picture the rest need not be read
+        return ImageSet(images, self.labels, self.classes)
+
+
+def load_image_folder(
+    root: Path, image_size: int, resident: bool | None = None, ranks_per_node: int = 1
+) -> dict[str, Examples]:
+    """The splits that are there, by name: "train", and "val" and "test" where their folders exist.
+
+    Decoded at once into memory if `resident` says so; where it is None, if this takes at most half of the memory
+    that is free, divided among the ranks of a node.
+
+    Raises:
+        DataError: no train folder, no pictures, splits with different classes, a picture that cannot be decoded.
+    """
+    if not (root / "train").is_dir():
+        raise DataError(f"There is no folder {root / 'train'}. Set data.root to the folder that holds train/CLASS/*.")
+    found = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
+    splits = {name: ImageFolder(folder, image_size) for name, folder in found.items()}
+    for name, split in splits.items():
+        _check_classes(root / name, split.classes, splits["train"].classes)
+    if resident is None:
+        needed, free = sum(split.num_bytes for split in splits.values()), available_bytes()
+        resident = free is None or needed <= free // 2 // ranks_per_node
+        if not resident:
+            sizes = f"{needed / 1e9:.1f} GB decoded, {(free or 0) / 1e9:.1f} GB free, {ranks_per_node} ranks per node"
+            _log.info("%s is streamed: %s.", root, sizes)
+    return {name: split.in_memory() if resident else split for name, split in splits.items()}
+
+
+def decode(path: Path, image_size: int) -> Tensor:
+    """One picture, uint8 [3, S, S].
+
+    Raises:
+        DataError: PIL cannot read it, or would lose what is in it.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.split(";")[0] in _DEEP_MODES:
+                raise DataError(f"{path} has more than 8 bits per pixel (mode {picture.mode}). Convert it to 8 bits.")
+            rgb = picture.convert("RGB")
+    except DataError:
+        raise
+    except Exception as error:  # PIL raises many kinds, by format
+        raise DataError(f"{path} is not a picture that can be decoded: {error}. Mend or remove it.") from None
+    short = min(rgb.size)
+    width, height = (image_size * side // short for side in rgb.size)
+    resized = rgb.resize((width, height), Image.Resampling.BILINEAR)  # PIL smooths when it shrinks
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    square = resized.crop((left, top, left + image_size, top + image_size))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # from [S, S, 3]
+
+
+def _check_classes(folder: Path, classes: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    differences = []
+    if missing := sorted(set(wanted) - set(classes)):
+        differences.append(f"lacks {', '.join(missing)}")
+    if strange := sorted(set(classes) - set(wanted)):
+        differences.append(f"has {', '.join(strange)} besides")
+    if differences:
+        raise DataError(f"{folder} {' and '.join(differences)}. All splits need the same class folders as train.")
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder; hidden files (.DS_Store and the like) are nobody's pictures."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _sorted(paths: Any) -> list[Path]:
+    return sorted(paths, key=lambda path: path.name)  # not by locale or by the order on the disk: the same everywhere

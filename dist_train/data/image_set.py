@@ -1,0 +1,89 @@
+"""Image sets that lie in memory as uint8, and parts of sets that do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dist_train.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors is a tensor
+class ImageSet:
+    """A whole split in memory. Pixels stay uint8 until they are on the device: a quarter of the room and of the copies.
+
+    Raises:
+        DataError: shapes, types or lengths do not fit each other, a label has no class, or there is no image.
+    """
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N], each in range(len(classes))
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise DataError(f"Images must be uint8 [N, C, H, W], these are {_describe(self.images)}.")
+        if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
+            raise DataError(f"Labels must be int64 [N], these are {_describe(self.labels)}.")
+        if len(self.images) != len(self.labels):
+            raise DataError(f"{len(self.images)} images but {len(self.labels)} labels; each image needs one.")
+        if not len(self.images):
+            raise DataError("The set holds no images.")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise DataError(
+                f"Labels run from {low} to {high}, but {len(self.classes)} classes allow 0 to {len(self.classes) - 1}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image, uint8 [C, H, W], and its label: what a streamed set gives too."""
+        return self.images[index], int(self.labels[index])
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The examples at `indices` (int64 [M]), copied, in that order."""
+        return ImageSet(self.images[indices], self.labels[indices], self.classes)
+
+
+class Part(Dataset[Any]):
+    """Some examples of a map-style data set, with what the harness asks a data set for besides examples.
+
+    torch's `Subset` would lose these: `collate` decides what a batch looks like.
+    """
+
+    CARRIED = ("collate", "classes", "num_classes", "yields_pixels")
+
+    def __init__(self, whole: Any, indices: Tensor) -> None:
+        self.whole = whole
+        self.indices = indices  # int64 [M]
+        for name in self.CARRIED:
+            if hasattr(whole, name):
+                setattr(self, name, getattr(whole, name))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.whole[int(self.indices[index])]
+
+
+Examples: TypeAlias = ImageSet | Dataset[Any]  # any data set here has __len__ and __getitem__
+
+
+def num_examples(examples: Examples) -> int:
+    return len(examples)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__; ours is checked
+
+
+def part_of(examples: Examples, indices: Tensor) -> Examples:
+    """The examples at `indices` (int64 [M]), in that order."""
+    return examples.subset(indices) if isinstance(examples, ImageSet) else Part(examples, indices)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

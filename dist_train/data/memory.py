@@ -1,0 +1,46 @@
+"""How much memory there is for a data set."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the machine has free, at most what the control groups of this process allow; None where nothing tells.
+
+    A Slurm job or a container often may use far less than the machine has.
+    """
+    limits = [limit for limit in (_free(proc / "meminfo"), *_group_limits(proc, cgroups)) if limit is not None]
+    return min(limits, default=None)
+
+
+def _free(meminfo: Path) -> int | None:
+    with suppress(OSError, ValueError, IndexError):
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _group_limits(proc: Path, cgroups: Path) -> list[int | None]:
+    """The limit of each group that holds this process, from its own up to the root; versions 1 and 2."""
+    limits: list[int | None] = []
+    with suppress(OSError):
+        for line in (proc / "self" / "cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                top, name = cgroups, "memory.max"
+            elif "memory" in controllers.split(","):
+                top, name = cgroups / "memory", "memory.limit_in_bytes"
+            else:
+                continue
+            inner = Path(path.lstrip("/"))
+            limits += [_number(top / group / name) for group in (inner, *inner.parents)]
+    return limits
+
+
+def _number(path: Path) -> int | None:
+    with suppress(OSError, ValueError):  # "max" means no limit
+        return int(path.read_text())
+    return None

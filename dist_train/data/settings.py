@@ -1,0 +1,60 @@
+"""Whether the `data` settings name a data set, belong to it, and fit it."""
+
+from __future__ import annotations
+
+import difflib
+
+from dist_train.config import DataConfig
+from dist_train.data.catalog import EMNIST_CLASSES, SETS
+from dist_train.data.image_set import Examples, ImageSet
+from dist_train.errors import ConfigError
+
+
+def check_settings(config: DataConfig) -> None:
+    """Whether the settings name a data set and belong to it; reads no data.
+
+    Raises:
+        ConfigError
+    """
+    name, is_user = config.name, ":" in config.name
+    if config.bundle is not None and name != DataConfig.model_fields["name"].default:
+        raise ConfigError(f"data.name={name} and data.bundle={config.bundle} are both set. Keep one of them.")
+    kind = "bundle" if config.bundle is not None else "user" if is_user else name
+    if kind not in ("bundle", "user", "image_folder", *SETS):
+        near = difflib.get_close_matches(name, ["image_folder", *SETS], n=1, cutoff=0.5)
+        raise ConfigError(
+            f"There is no data set data.name={name}.{f' Did you mean {near[0]}?' if near else ''} "
+            f"Known: {', '.join(SETS)}, image_folder; your own is written package.module:Name."
+        )
+    label = "data.bundle" if kind == "bundle" else f"data.name={name}"
+    for setting, value, owner, belongs in (
+        ("split", config.split, "emnist", kind == "emnist"),
+        ("image_size", config.image_size, "image_folder", kind == "image_folder"),
+        ("args", config.args or None, "package.module:Name", kind == "user"),
+    ):
+        if value is not None and not belongs:
+            raise ConfigError(f"data.{setting}={value} belongs to {owner}, not to {label}. Remove data.{setting}.")
+    if kind == "emnist" and config.split not in EMNIST_CLASSES:
+        had = f"has no data.split={config.split}" if config.split else "needs data.split"
+        raise ConfigError(f"data.name=emnist {had}. Set data.split to one of: {', '.join(EMNIST_CLASSES)}.")
+    if kind == "image_folder" and config.image_size is None:
+        raise ConfigError("data.name=image_folder needs data.image_size, the pixels per side. Set data.image_size=64.")
+
+
+def check_normalize(config: DataConfig, train: Examples) -> None:
+    """Whether `data.normalize` fits the images; sets that give no pixels (most user code) have normalised already.
+
+    Raises:
+        ConfigError
+    """
+    if config.normalize is None:
+        return
+    if not isinstance(train, ImageSet) and not getattr(train, "yields_pixels", False):
+        label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
+        raise ConfigError(f"data.normalize and {label}, which has transforms of its own. Remove data.normalize.")
+    channels, given = train[0][0].shape[0], len(config.normalize.mean)
+    if channels != given:
+        raise ConfigError(
+            f"data.normalize has {given} channels, the images of data.name={config.name} have {channels}. "
+            f"Give {channels} numbers for mean and for std."
+        )

@@ -1,0 +1,297 @@
+"""The ranks together: joining them, reducing, broadcasting, leaving. The only user of torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+
+from dist_train.config import Config, Precision
+from dist_train.environment import Place, available_cores, export_rendezvous, find_place
+from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, seen from one of them."""
+
+    accelerator: Accelerator
+    place: Place
+    mixed_precision: Precision
+    num_threads: int
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device  # type: ignore[no-any-return]
+
+    @classmethod
+    def join(cls, config: Config) -> World:
+        """Meet the other ranks.
+
+        Collective: every rank must call this.
+
+        Raises:
+            LaunchError: a half or lone launcher environment, or another world than asked for.
+            ConfigError: a device or precision that is not to be had.
+        """
+        place = find_place(os.environ)
+        export_rendezvous(place, os.environ)
+        _check_accelerate(os.environ)
+        device = _choose_device(config, place)
+        precision = _choose_precision(config, device)
+        threads = _number_of_threads(place)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose one and warn
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(getattr(torch, config.dtype))
+
+        timeout = timedelta(seconds=config.stall_timeout_s)
+        handlers = [
+            DistributedDataParallelKwargs(
+                find_unused_parameters=config.ddp.find_unused_parameters, gradient_as_bucket_view=True
+            ),
+            InitProcessGroupKwargs(timeout=timeout),
+        ]
+        try:
+            # On a machine without accelerator a plain Accelerator() under torchrun is N worlds of one: say cpu.
+            accelerator = Accelerator(
+                cpu=device == "cpu",
+                mixed_precision=precision,
+                gradient_accumulation_steps=1,  # ours is in the step
+                kwargs_handlers=handlers,
+            )
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            raise LaunchError(
+                f"Rank {place.rank} of {place.world_size} could not meet the others at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}"
+            ) from error
+        if (accelerator.process_index, accelerator.num_processes) != (place.rank, place.world_size):
+            raise LaunchError(
+                f"Asked for rank {place.rank} of {place.world_size} (started by {place.started_by}), got rank "
+                f"{accelerator.process_index} of {accelerator.num_processes}. Start with dist-train launch --nproc "
+                f"{place.world_size}."
+            )
+        return cls(accelerator, place, precision, threads)
+
+    def with_threads(self, num_threads: int) -> World:
+        """The same world, computing with `num_threads`: one thread and two give different bits (FACTS 28)."""
+        torch.set_num_threads(num_threads)
+        return replace(self, num_threads=num_threads)
+
+    # --- collectives ---------------------------------------------------------------------------------------------
+
+    def all_reduce(self, values: Tensor, op: str = "sum") -> Tensor:
+        """The element-wise sum (or max) of `values` over the ranks, on every rank. In place.
+
+        Collective: every rank must call this.
+        """
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        return values
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """`values` of every rank, stacked: [world_size, ...].
+
+        Collective: every rank must call this.
+        """
+        if self.size == 1:
+            return values.unsqueeze(0)
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values)
+        return torch.stack(gathered)
+
+    def hosts(self) -> list[str]:
+        """The host of every rank.
+
+        Collective: every rank must call this.
+        """
+        names = [""] * self.size
+        if self.size == 1:
+            return [socket.gethostname()]
+        dist.all_gather_object(names, socket.gethostname())
+        return names
+
+    def broadcast(self, values: list[Tensor]) -> None:
+        """Rank zero's tensors, on every rank. In place.
+
+        Collective: every rank must call this.
+        """
+        if self.size > 1:
+            for value in values:
+                dist.broadcast(value, src=0)
+
+    def from_rank_zero(self, value: T) -> T:
+        """Rank zero's object (small, picklable), on every rank.
+
+        Collective: every rank must call this.
+        """
+        box: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]  # type: ignore[no-any-return]
+
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
+        """What `action` returned on rank zero, or its error, on every rank.
+
+        Collective: every rank must call this.
+
+        Raises:
+            DistTrainError: on every rank, if it was raised on rank zero.
+        """
+        result: T | DistTrainError | None = None
+        if self.is_rank_zero:
+            try:
+                result = action()
+            except DistTrainError as error:
+                result = error
+        result = self.from_rank_zero(result)
+        if isinstance(result, DistTrainError):
+            raise result
+        return cast(T, result)
+
+    def barrier(self) -> None:
+        """Collective: every rank must call this."""
+        self.accelerator.wait_for_everyone()
+
+    def check_shared(self, folder: Path) -> None:
+        """See that every rank sees the folder that rank zero writes.
+
+        Collective: every rank must call this.
+
+        Raises:
+            RunDirError: on every rank, naming the hosts that do not see it.
+        """
+        token = folder / f".token_{self.from_rank_zero(uuid4().hex)}"
+        if self.is_rank_zero:
+            token.touch()
+        self.barrier()
+        blind = self.all_reduce(torch.tensor(float(not token.exists()), device=self.device)).item()
+        if self.is_rank_zero:
+            token.unlink(missing_ok=True)
+        if blind:
+            raise RunDirError(
+                f"{int(blind)} of {self.size} ranks do not see the run directory {folder} that rank 0 writes "
+                f"(this is rank {self.rank} on {socket.gethostname()}). Put runs_dir on a file system that all nodes "
+                f"share."
+            )
+
+    def check_same(self, what: str, value: str) -> None:
+        """See that all ranks were given the same thing.
+
+        Collective: every rank must call this.
+
+        Raises:
+            ConfigError: on the ranks that differ from rank zero.
+        """
+        if value != self.from_rank_zero(value):
+            raise ConfigError(f"Rank {self.rank} on {socket.gethostname()} has another {what} than rank 0.")
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read after this counts what was asked for before."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def leave(self) -> None:
+        """Ranks leave together: without the barrier some abort at exit.
+
+        Collective: every rank must call this.
+        """
+        self.barrier()
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether a collective broke because another rank is gone: the cause is there, not here."""
+    text = str(error).lower()
+    words = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket", "nccl")
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in text for w in words))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _choose_device(config: Config, place: Place) -> str:
+    """cuda, else mps for one process, else cpu."""
+    wanted = config.device
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            wanted = "cuda"
+        else:
+            alone = place.world_size == 1 and config.dtype == "float32"  # mps has no float64
+            wanted = "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    if wanted == "cuda":
+        there = torch.cuda.device_count()
+        if place.local_world_size > there:
+            raise LaunchError(
+                f"{place.local_world_size} processes on a machine with {there} CUDA devices. "
+                f"Start at most {there}, or set device=cpu."
+            )
+    if wanted == "mps" and place.world_size > 1:
+        raise ConfigError(f"device=mps trains on one process, not on {place.world_size}. Set device=cpu.")
+    return wanted
+
+
+def _choose_precision(config: Config, device: str) -> Precision:
+    """YAML wins; the launcher's counts when YAML is silent (`accelerate launch` always exports one)."""
+    theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    ours = config.mixed_precision
+    if ours not in (None, "no", theirs) and theirs != "no":
+        raise ConfigError(
+            f"mixed_precision={ours} in the config, {theirs} from accelerate launch. Leave one of them out."
+        )
+    precision = ours or theirs
+    if precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: no, bf16 or fp16.")
+    if precision == "fp16" and device == "cpu":
+        raise ConfigError("mixed_precision=fp16 needs a GPU. On a CPU set bf16 or no.")
+    if precision != "no" and config.dtype == "float64":
+        raise ConfigError(f"dtype=float64 and mixed_precision={precision} exclude each other. Set one of them.")
+    return cast(Precision, precision)
+
+
+def _number_of_threads(place: Place) -> int:
+    explicit = os.environ.get("OMP_NUM_THREADS", "")
+    return int(explicit) if explicit.isdigit() else max(1, available_cores() // place.local_world_size)
+
+
+def _check_accelerate(env: MutableMapping[str, str]) -> None:
+    """Refuse what an accelerate config file of the user would change behind our back."""
+    unsupported = [
+        name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+        if env.get(name, "false").lower() in ("true", "1")
+    ]  # fmt: skip
+    if unsupported:
+        raise LaunchError(
+            f"{', '.join(unsupported)} is set, by a config of accelerate: dist_train trains with DDP. "
+            f"Use launch/accelerate.sh, which names a config file of this project."
+        )
+    env["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # a launcher's value would divide our losses once more

@@ -1,0 +1,136 @@
+"""Who started this process and which of how many it is: the only reader of RANK, SLURM_* and their like.
+
+`dist_train` can be started by `python`, `torchrun` (also through `dist-train launch`), `accelerate launch` and
+`srun`. Half of a launcher's environment is an error: guessing would train a silent lone world.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from dist_train.errors import LaunchError
+
+RUN_DIR = "DIST_TRAIN_RUN_DIR"  # our launcher -> its ranks: the run directory it chose
+LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"  # our launcher -> its ranks: whose death they must not outlive
+
+_RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those that train together."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    started_by: str = "python"  # python | torchrun | accelerate | srun
+
+    @property
+    def num_nodes(self) -> int:
+        return max(1, self.world_size // max(1, self.local_world_size))
+
+
+def find_place(env: Mapping[str, str]) -> Place:
+    """Read this process's place from its environment.
+
+    RANK set: torchrun or accelerate. Else a Slurm step of several tasks: srun (in a batch shell SLURM_PROCID is set
+    without a step, FACTS of Slurm, so the step id decides). Else one process.
+
+    Raises:
+        LaunchError: half a launcher environment, or a launcher that was asked for more and started one process.
+    """
+    if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return _from_rendezvous(env)
+    if env.get("SLURM_STEP_ID") and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        return _from_srun(env)
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        # `accelerate launch --cpu --num_processes 2` and `distributed_type: MULTI_CPU` end up here (accelerate#2741).
+        raise LaunchError(
+            "accelerate launch was asked for several processes and started one: MASTER_ADDR is set, RANK is not. "
+            "Use a config file of this project, say launch/accelerate.sh (launch/accelerate/cpu.yaml), "
+            "or dist-train launch --nproc N."
+        )
+    return Place(started_by="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "python")
+
+
+def _from_rendezvous(env: Mapping[str, str]) -> Place:
+    missing = [name for name in _RENDEZVOUS if not env.get(name)]
+    if missing:
+        there = [f"{name}={env[name]}" for name in _RENDEZVOUS if env.get(name)]
+        raise LaunchError(
+            f"Half a launcher environment: {' '.join(there)} but no {', '.join(missing)}. "
+            f"Start with dist-train launch, torchrun, accelerate launch or srun, or unset these variables."
+        )
+    rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    if not 0 <= rank < world_size:
+        raise LaunchError(f"RANK={rank} is not below WORLD_SIZE={world_size}. Let the launcher set both.")
+    started_by = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "the environment"
+    return Place(
+        rank=rank,
+        local_rank=_number(env, "LOCAL_RANK"),
+        world_size=world_size,
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", world_size),
+        started_by="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else started_by,
+    )
+
+
+def _from_srun(env: Mapping[str, str]) -> Place:
+    world_size = _number(env, "SLURM_STEP_NUM_TASKS")
+    nodes = _number(env, "SLURM_STEP_NUM_NODES", 1)
+    return Place(
+        rank=_number(env, "SLURM_PROCID"),
+        local_rank=_number(env, "SLURM_LOCALID"),
+        world_size=world_size,
+        local_world_size=world_size // nodes,
+        started_by="srun",
+    )
+
+
+def export_rendezvous(place: Place, env: MutableMapping[str, str]) -> None:
+    """Give an srun task the variables torch.distributed reads. An explicit MASTER_ADDR or MASTER_PORT wins."""
+    if place.started_by != "srun":
+        return
+    one_node = place.num_nodes == 1
+    env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(env.get("SLURM_STEP_NODELIST", "")))
+    # From the job and step, so that jobs and steps that share a node do not meet on one port.
+    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
+    env.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 20000))
+    env["RANK"], env["WORLD_SIZE"] = str(place.rank), str(place.world_size)
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(place.local_rank), str(place.local_world_size)
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07"."""
+    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
+    if not found:
+        raise LaunchError(f'No host in SLURM_STEP_NODELIST="{nodelist}". Set MASTER_ADDR to the host of rank 0.')
+    return found[1] + (found[2] or "") + found[3]
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name) or ("" if default is None else str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f'{name}="{text}" is not a number. Let the launcher set it.') from None
+
+
+def available_cores() -> int:
+    """Cores this process may run on (its affinity, which a scheduler narrows), not those of the machine."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def default_run_name(config_name: str, env: Mapping[str, str], now: str) -> str:
+    """`<config>-<job id>` under Slurm (a requeue finds it again), `<config>-<run id>` in a sweep, else by time."""
+    if env.get("WANDB_SWEEP_ID") and env.get("WANDB_RUN_ID"):
+        return f"{config_name}-{env['WANDB_RUN_ID']}"
+    if env.get("SLURM_ARRAY_JOB_ID"):
+        return f"{config_name}-{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
+    if env.get("SLURM_JOB_ID"):
+        return f"{config_name}-{env['SLURM_JOB_ID']}"
+    return f"{config_name}-{now}"

@@ -1,0 +1,84 @@
+"""What a run was made with: versions, code, machine, batch plan. Written to run.json; no secrets, no environment."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_train import __version__
+from dist_train.distributed import World
+from dist_train.plan import BatchPlan
+
+_PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
+
+
+def collect_facts(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, Any]:
+    """What decides the numbers of a run, and what somebody who reads them later asks for."""
+    cuda = world.device.type == "cuda"
+    return {
+        "dist_train": __version__,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "git_commit": git_commit(Path.cwd()),
+        "argv": sys.argv,
+        "started_by": world.place.started_by,
+        "hosts": hosts,
+        "world_size": world.size,
+        "num_nodes": world.place.num_nodes,
+        "batch_plan": asdict(plan),
+        "device": torch.cuda.get_device_name(world.device) if cuda else world.device.type,
+        "mixed_precision": world.mixed_precision,
+        "num_threads": world.num_threads,
+        "step_mode": "eager",
+        "cpu": cpu_model(),
+    }
+
+
+# Facts that decide the bits: a resumed run in which one differs is equal within rounding only.
+DECIDES_BITS = ("world_size", "device", "num_threads", "step_mode", "cpu")
+
+
+def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two starts of a run that decides the bits: ["num_threads: 2 -> 1", ...]."""
+    pairs = [(name, before.get(name), now[name]) for name in DECIDES_BITS]
+    pairs.append(("torch", before.get("versions", {}).get("torch"), now["versions"]["torch"]))
+    return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that is checked out around `folder`, read from .git itself: git may not be there."""
+    for parent in (folder, *folder.parents):
+        git = parent / ".git"
+        if not git.is_dir():
+            continue
+        with suppress(OSError):
+            head = (git / "HEAD").read_text().strip()
+            if not head.startswith("ref: "):
+                return head
+            ref = head.removeprefix("ref: ")
+            if (git / ref).exists():
+                return (git / ref).read_text().strip()
+            packed = (git / "packed-refs").read_text().splitlines()
+            return next((line.split()[0] for line in packed if line.endswith(" " + ref)), None)
+    return None
+
+
+def cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+"""Starting processes: a LaunchSpec becomes a torchrun command (pure); `start_ranks` alone runs anything."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+from dist_train.environment import LAUNCHER_PID, RUN_DIR, available_cores
+from dist_train.errors import LaunchError
+from dist_train.run_dir import CLEAN_ENDS, RunDir, read_json
+
+# Ranks get this long to save after a signal before torchrun kills them.
+SHUTDOWN_TIMEOUT_S = 60
+# Ranks whose launcher has died get this long to save and leave.
+ORPHAN_GRACE_S = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSpec:
+    """What to start: `nproc` ranks on this machine. Rendering it has no side effects."""
+
+    arguments: tuple[str, ...]  # of `python -m dist_train`
+    run_dir: RunDir
+    nproc: int
+
+    def torchrun(self) -> list[str]:
+        """The torchrun command line.
+
+        `--standalone` lets torchrun choose a free port. Without `--signals-to-handle` it would die of USR1 and leave
+        its workers behind.
+        """
+        return [
+            sys.executable, "-m", "torch.distributed.run",
+            "--standalone", f"--nproc-per-node={self.nproc}",
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
+            "-m", "dist_train", *self.arguments,
+        ]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """What the ranks get besides our own environment. An explicit OMP_NUM_THREADS wins."""
+        threads = max(1, available_cores() // self.nproc)
+        return {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+            RUN_DIR: str(self.run_dir.path),
+            LAUNCHER_PID: str(os.getpid()),
+        }
+
+    def __str__(self) -> str:
+        return shlex.join(self.torchrun())
+
+
+def start_ranks(spec: LaunchSpec) -> int:
+    """Run the ranks to their end and return the exit code to leave with.
+
+    The screen belongs to rank zero; what torchrun and the libraries say on stderr goes to logs/launcher.log, and of
+    a failure the error of the rank that failed first is shown.
+    """
+    attempt_before = spec.run_dir.read_status().get("attempt", 0)
+    spec.run_dir.error.unlink(missing_ok=True)
+    with spec.run_dir.launcher_log.open("ab") as log:
+        agent = subprocess.Popen(
+            spec.torchrun(),
+            env=os.environ | spec.environment(),
+            stderr=log,
+            # A terminal's Ctrl-C must reach the ranks once, through us.
+            start_new_session=True,
+        )
+    with _Forwarding(agent):
+        agent.wait()
+
+    status = spec.run_dir.read_status()
+    if status.get("attempt", 0) > attempt_before and status.get("state") in CLEAN_ENDS:
+        return 0  # torchrun itself ends with 1 after a signal, also when all ranks ended well
+    if agent.returncode == 0:
+        return 0
+    raise _failure(spec, agent.returncode)
+
+
+def _failure(spec: LaunchSpec, code: int) -> LaunchError:
+    first = read_json(spec.run_dir.error)
+    if first:
+        error = LaunchError(f"{first['message']}" + (f"  [rank {first['rank']}]" if spec.nproc > 1 else ""))
+        error.exit_code = int(first.get("exit_code", 1))
+        return error
+    tail = spec.run_dir.launcher_log.read_text(errors="replace").splitlines()[-15:]
+    return LaunchError(
+        "\n".join(tail) + f"\nThe ranks ended with exit code {code} and left no error of their own (killed?). "
+        f"The whole output: {spec.run_dir.launcher_log}."
+    )
+
+
+class _Forwarding:
+    """While the ranks run, our signals are theirs. Ctrl-C twice ends them at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self, agent: subprocess.Popen[bytes]) -> None:
+        self.agent = agent
+        self.interrupts = 0
+
+    def __enter__(self) -> None:
+        self.before = {number: signal.signal(number, self._forward) for number in self.SIGNALS}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        self.interrupts += number == signal.SIGINT
+        # The ranks notice that torchrun is gone and leave too (watch_launcher).
+        self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else number)
+
+
+def watch_launcher(on_death: Callable[[], None]) -> None:
+    """Do not outlive the launcher: torchrun puts its workers in sessions of their own, and `kill -9` leaves them.
+
+    When our parent, or the `dist-train launch` above it, has died, `on_death` is called (ask for an agreed stop) and
+    after ORPHAN_GRACE_S this process ends, saved or not. A thread, since a parent-death signal would not reach past
+    torchrun to our own launcher and does not exist outside Linux.
+    """
+    parent = os.getppid()
+    launcher = int(os.environ.get(LAUNCHER_PID, parent))
+
+    def watch() -> None:
+        while os.getppid() == parent and _alive(launcher):
+            time.sleep(0.25)
+        on_death()
+        time.sleep(ORPHAN_GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch_launcher", daemon=True).start()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

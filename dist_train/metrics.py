@@ -1,0 +1,73 @@
+"""Sums over real examples, never means of means; and how fast they were."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from dist_train.distributed import World
+
+
+class Counts:
+    """Sums of loss (nats), correct and seen examples, and of the user's metrics, kept where the work is.
+
+    float64: exact enough to sum a whole split. MPS has none: there the sums live on the CPU.
+    """
+
+    def __init__(self, device: torch.device, names: tuple[str, ...] = ()) -> None:
+        self.names = ("loss", "correct", "seen", *names)
+        self.classifies = True  # until something was added that has no right and wrong
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, correct: Tensor | None, seen: int, *own: float) -> None:
+        """`loss` [] is the mean over the `seen` examples, `correct` [] a count, `own` metrics are means."""
+        self.classifies = correct is not None
+        self.sums[0] += loss.detach().to(self.sums) * seen
+        if correct is not None:
+            self.sums[1] += correct.to(self.sums.device)
+        self.sums[2] += seen
+        for position, value in enumerate(own, start=3):
+            self.sums[position] += value * seen
+
+    def totals(self, world: World) -> dict[str, float]:
+        """The sums over all ranks: one reduce, one wait for the device.
+
+        Collective: every rank must call this.
+        """
+        sums = world.all_reduce(self.sums.clone())  # mps is always a world of one: no reduce there
+        return dict(zip(self.names, sums.tolist(), strict=True))
+
+
+class Stopwatch:
+    """Seconds inside training steps. Read only after the device was synchronised."""
+
+    def __init__(self, total_s: float = 0.0) -> None:
+        self.total_s = total_s
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Go on, or just run on."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self.total_s += time.perf_counter() - self._started
+            self._started = None
+
+    def lap(self) -> float:
+        """Seconds up to now, without stopping."""
+        return self.total_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most device memory that tensors took, or on a CPU the most resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,242 @@
+"""A net by name: one of ours, of torchvision's or timm's, or the user's own; initialised by the seed alone."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import random
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_train.bundle import load_model_bundle
+from dist_train.config import ModelConfig
+from dist_train.errors import ConfigError, DistTrainError, UserCodeError
+from dist_train.nets import MODELS
+from dist_train.seeding import derive_seed
+from dist_train.user_code import accepted, check_arguments, closest, explained, load_object
+from dist_train.vision import import_torchvision
+
+Known = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
+
+
+def build_model(
+    config: ModelConfig, *, in_channels: int | None, num_classes: int | None, image_size: int | None, seed: int
+) -> nn.Module:
+    """The net that `config` names, for such images, in torch's default dtype, on the CPU.
+
+    Its weights depend on `seed` alone, and no global generator is moved.
+
+    Raises:
+        ConfigError: an unknown name or argument, or the data set does not tell what the net needs to know.
+        UserCodeError: the user's class or bundle does not fit or fails.
+    """
+    known = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+    with _seeded(derive_seed(seed, "init")):
+        if config.bundle is not None:
+            model = load_model_bundle(config.bundle, config.args)
+        else:
+            source, colon, name = config.name.partition(":")
+            if not colon:
+                model = _own(config, known)
+            elif source == "torchvision":
+                model = _torchvision(name, config, known)
+            elif source == "timm":
+                model = _timm(name, config, known)
+            else:
+                model = _of_user(config, known)
+    for method in ("loss", "metrics"):
+        if not callable(getattr(model, method, print)):
+            raise UserCodeError(
+                f"{type(model).__name__}.{method} is a {type(getattr(model, method)).__name__}. "
+                f"Make it a method {method}(output, target), or give it another name."
+            )
+    return model
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _own(config: ModelConfig, known: Known) -> nn.Module:
+    if config.name not in MODELS:
+        elsewhere = "torchvision:NAME, timm:NAME, package.module:Class"
+        raise _unknown(config, "", list(MODELS), f"Nets: {', '.join(MODELS)}; {elsewhere}.")
+    make = MODELS[config.name]
+    check_arguments(make, config.args, "model.args")
+    try:
+        return make(**(_needed(config, known, *known) | config.args))
+    except (TypeError, ValueError, RuntimeError) as error:  # an argument of the wrong type, or out of range
+        raise _cannot_make(config, error) from error
+
+
+def _of_user(config: ModelConfig, known: Known) -> nn.Module:
+    factory = load_object(config.name)
+    label = f"model.name={config.name}"
+    if not callable(factory):
+        raise UserCodeError(f"{label} is a {type(factory).__name__}, not a class to make a net of.")
+    check_arguments(factory, config.args, "model.args")
+    # What the data set does not tell is left to the constructor's default, if it has one.
+    named = accepted(factory, dict(known))
+    required = [key for key in named if _is_required(factory, key)]
+    offered = {key: value for key, value in named.items() if value is not None} | _needed(config, known, *required)
+    with explained(label, "cannot be made"):
+        model = factory(**(offered | config.args))
+    if not isinstance(model, nn.Module):
+        raise UserCodeError(f"{label} makes a {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def _is_required(factory: Callable[..., Any], key: str) -> bool:
+    parameter = inspect.signature(factory).parameters.get(key)
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def _torchvision(name: str, config: ModelConfig, known: Known) -> nn.Module:
+    models = import_torchvision().models
+    names = models.list_models(module=models)  # the classifiers
+    if name not in names:
+        raise _unknown(config, "torchvision:", names, "See https://pytorch.org/vision/stable/models.html.")
+    factory = models.get_model_builder(name)
+    check_arguments(factory, config.args, "model.args")
+    needed = _needed(config, known, "in_channels", "num_classes")
+    channels = needed.pop("in_channels")
+    # Without aux_logits=False googlenet and inception_v3 would answer with a tuple in training.
+    offered = {"weights": None, **accepted(factory, {"aux_logits": False, **needed})}
+    try:
+        model: nn.Module = factory(**(offered | config.args))
+    except (TypeError, ValueError) as error:
+        raise _cannot_make(config, error) from error
+    path, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
+    if isinstance(conv, nn.Conv2d) and conv.in_channels != channels:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _with_channels(conv, channels, bool(config.args.get("weights"))))
+    return model
+
+
+def _with_channels(conv: nn.Conv2d, in_channels: int, pretrained: bool) -> nn.Conv2d:
+    make: Any = nn.Conv2d
+    made: nn.Conv2d = make(
+        in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+    )
+    if pretrained:  # a gray image, copied into every channel, gives what it gave before
+        with torch.no_grad():
+            made.weight.copy_(conv.weight.sum(dim=1, keepdim=True) / in_channels)
+            if made.bias is not None and conv.bias is not None:
+                made.bias.copy_(conv.bias)
+    return made
+
+
+def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
+    import_torchvision()  # timm imports it
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise ConfigError(f"model.name={config.name} needs timm: pip install 'dist-train[timm]'.") from None
+    if not timm.is_model(name):
+        raise _unknown(config, "timm:", timm.list_models(), "timm.list_models() has all names.")
+    needed = _needed(config, known, "in_channels", "num_classes")
+    offered = {"in_chans": needed.get("in_channels"), "num_classes": needed.get("num_classes")}
+    args: dict[str, Any] = {"pretrained": False, **offered, **config.args}
+    try:
+        model: nn.Module = timm.create_model(name, **args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _cannot_make(config, error) from error
+    return model
+
+
+def _needed(config: ModelConfig, known: Known, *keys: str) -> dict[str, int]:
+    fixes = {
+        "num_classes": "Give the data set's class an attribute `classes` or `num_classes`",
+        "in_channels": "Make each example (image tensor [C, H, W], label)",
+        "image_size": "Make each example (image tensor [C, H, W], label), with H = W",
+    }
+    needed: dict[str, int] = {}
+    for key in keys:
+        value = known[key]
+        if value is not None:
+            needed[key] = value
+        elif key not in config.args:
+            # torchvision and timm have no argument of this name; there only the data can tell.
+            elsewhere = key == "in_channels" and config.name.startswith(("torchvision:", "timm:"))
+            fix = fixes[key] + ("." if elsewhere else f", or set model.args.{key}.")
+            raise ConfigError(f"model.name={config.name} needs {key}, which the data set does not tell. {fix}")
+    return needed
+
+
+def _unknown(config: ModelConfig, prefix: str, names: list[str], where: str) -> ConfigError:
+    near = closest(config.name.removeprefix(prefix), names)
+    hint = f" Did you mean {prefix}{near}?" if near else ""
+    return ConfigError(f"model.name={config.name}: no such net.{hint} {where}")
+
+
+def _cannot_make(config: ModelConfig, error: Exception) -> DistTrainError:
+    args = ", ".join(f"model.args.{key}={value}" for key, value in config.args.items()) or "no model.args"
+    return ConfigError(f"model.name={config.name} cannot be made with {args}: {error}.")
+
+
+# --- what depends on the world size ------------------------------------------------------------------------------
+
+_FUNCTIONAL_DROPOUT = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?_?")
+_RATES = ("dropout", "drop_rate", "drop_prob")  # of torch's attention and recurrent layers, torchvision, timm
+
+
+def not_invariant(model: nn.Module) -> list[str]:
+    """The parts of a net whose result depends on how a step is divided over ranks and micro-batches, for people."""
+    modules = list(model.modules())
+    parts = []
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+        parts.append("BatchNorm (statistics per forward)")
+    if any(_drops(module) for module in modules) or any(_calls_dropout(kind) for kind in {type(m) for m in modules}):
+        parts.append("dropout (drawn per rank and micro-batch)")
+    return parts
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
+        return bool(module.p)
+    rates = [getattr(module, name, None) for name in _RATES]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _calls_dropout(kind: type) -> bool:
+    """Whether the source of a class of the user calls `F.dropout` or a sister of it, which no module shows."""
+    for cls in kind.__mro__:
+        if cls.__module__.partition(".")[0] in ("builtins", "torch", "torchvision", "timm", "dist_train"):
+            continue  # known by their modules and attributes
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
+            function = call.func
+            on_self = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"  # a module
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            if not on_self and _FUNCTIONAL_DROPOUT.fullmatch(name):
+                return True
+    return False

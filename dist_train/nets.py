@@ -1,0 +1,116 @@
+"""The nets of the five tutorials, weight for weight, and one that is made for speed.
+
+Shapes: images [B, C, S, S] -> logits [B, K], with C = in_channels, S = image_size, K = num_classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_train.errors import ConfigError
+
+
+class Mlp(nn.Module):
+    """One hidden layer of 50 units: 39 760 weights on MNIST."""
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, hidden: int = 50) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_channels * image_size**2, hidden)
+        self.fc2 = nn.Linear(hidden, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc2(F.relu(self.fc1(images.flatten(1))))  # [B, K]
+        return logits
+
+
+class Guide(Mlp):
+    """The guide's net with 28 hidden units: 22 270 weights on MNIST.
+
+    As printed it does not run. Mended: `Linear(28, 28)` took each image row by itself, so that its output did not
+    fit the labels (here the image is flattened first); `optim` was not imported, the model never made, and
+    `loss.backwards()` is spelled `backward()`.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, hidden: int = 28) -> None:
+        super().__init__(in_channels, num_classes, image_size, hidden)
+
+
+class Bks(nn.Module):
+    """BK.Synapse's net: two 5x5 convolutions, two linear layers: 21 840 weights on MNIST."""
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, dropout: float = 0.5) -> None:
+        super().__init__()
+        side = _side("bks", image_size, lambda size: ((size - 4) // 2 - 4) // 2)
+        self.conv1 = nn.Conv2d(in_channels, 10, kernel_size=5)
+        self.conv2 = nn.Conv2d(10, 20, kernel_size=5)
+        self.conv2_drop = nn.Dropout2d(dropout)
+        self.fc1 = nn.Linear(20 * side**2, 50)
+        self.fc2 = nn.Linear(50, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(F.max_pool2d(self.conv1(images), 2))
+        x = F.relu(F.max_pool2d(self.conv2_drop(self.conv2(x)), 2))
+        x = F.relu(self.fc1(x.flatten(1)))
+        x = F.dropout(x, self.conv2_drop.p, self.training)
+        logits: Tensor = self.fc2(x)  # [B, K]
+        return logits
+
+
+class Conv(nn.Module):
+    """Three 3x3 convolutions, three linear layers: 181 276 weights on MNIST."""
+
+    def __init__(
+        self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, num_filters: int = 32
+    ) -> None:
+        super().__init__()
+        side = _side("conv", image_size, lambda size: size // 2 // 2)
+        # The tutorial has ReLU before each pooling; this order gives the same values and gradients for less work.
+        self.convs = nn.Sequential(
+            nn.Conv2d(in_channels, num_filters, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(num_filters, num_filters, kernel_size=3, padding=1),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Conv2d(num_filters, num_filters, kernel_size=3, padding=1),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+        )
+        self.linears = nn.Sequential(
+            nn.Linear(num_filters * side**2, 100), nn.ReLU(), nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, num_classes)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linears(self.convs(images).flatten(1))  # [B, K]
+        return logits
+
+
+class Fast(nn.Module):
+    """For above 99 % on MNIST in seconds on a CPU; no BatchNorm and no dropout, so the world size does not matter."""
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:
+        super().__init__()
+        side = _side("fast", image_size, lambda size: ((size - 4) // 2 - 2) // 2)
+        self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=5)
+        self.conv2 = nn.Conv2d(16, 32, kernel_size=3)
+        self.fc1 = nn.Linear(32 * side**2, 128)
+        self.fc2 = nn.Linear(128, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(F.max_pool2d(self.conv1(images), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))  # [B, K]
+        return logits
+
+
+MODELS: dict[str, type[nn.Module]] = {"mlp": Mlp, "bks": Bks, "guide": Guide, "conv": Conv, "fast": Fast}
+
+
+def _side(name: str, image_size: int, side_of: Callable[[int], int]) -> int:
+    """The side length that is left after the last pooling."""
+    if side_of(image_size) >= 1:
+        return side_of(image_size)
+    least = next(size for size in range(image_size, 100) if side_of(size) >= 1)
+    raise ConfigError(f"model.name={name} pools images of image_size={image_size} away. It needs at least {least}.")

@@ -1,0 +1,69 @@
+"""What is minimised and what is measured: the net's own `loss` and `metrics`, else cross-entropy and accuracy."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_train.errors import ConfigError, UserCodeError
+
+
+class Objective:
+    """The forward call, the loss and the metrics of one net.
+
+    `net` is the module as the user wrote it; the module that is called may be wrapped (DDP) or averaged (EMA).
+    """
+
+    def __init__(self, net: nn.Module, label_smoothing: float = 0.0) -> None:
+        self._own_loss = getattr(net, "loss", None)
+        self._own_metrics = getattr(net, "metrics", None)
+        self._label_smoothing = label_smoothing
+        if self._own_loss and label_smoothing:
+            raise ConfigError(
+                f"label_smoothing={label_smoothing} and {type(net).__name__}.loss exclude each other. "
+                f"Set label_smoothing=0."
+            )
+        # A net with one required argument gets a list or tuple of inputs as it is, another gets them one by one.
+        parameters = inspect.signature(type(net).forward).parameters.values()
+        required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        self._unpack = len(required) > 2 or any(p.kind is p.VAR_POSITIONAL for p in required)
+
+    def forward(self, model: nn.Module, inputs: Any) -> Any:
+        """The output for a micro-batch; logits [B, K] of a classifier."""
+        return model(*inputs) if self._unpack and isinstance(inputs, (list, tuple)) else model(inputs)
+
+    def loss(self, output: Any, targets: Any) -> Tensor:
+        """The mean loss over the micro-batch, [] (nats for cross-entropy)."""
+        if self._own_loss is None:
+            return functional.cross_entropy(output, targets, label_smoothing=self._label_smoothing)
+        loss = self._own_loss(output, targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserCodeError(f"loss(output, target) must return one number, the mean over the batch; got {found}.")
+        return loss.reshape(())
+
+    def metrics(self, output: Any, targets: Any) -> dict[str, float]:
+        """The net's own metrics, means over the micro-batch. Evaluation only: they may wait for the device."""
+        if self._own_metrics is None:
+            return {}
+        found = self._own_metrics(output, targets)
+        if not isinstance(found, dict):
+            raise UserCodeError(f"metrics(output, target) must return a dict of numbers; got {type(found).__name__}.")
+        return {str(name): float(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def count_correct(output: Any, targets: Any) -> Tensor | None:
+    """How many of the micro-batch are right, []; None unless these are logits [B, K] and integer labels [B]."""
+    classifies = (
+        isinstance(output, Tensor)
+        and isinstance(targets, Tensor)
+        and output.ndim == 2
+        and targets.ndim == 1
+        and not targets.is_floating_point()
+    )
+    return (output.argmax(dim=1) == targets).sum() if classifies else None

@@ -1,0 +1,108 @@
+"""What people see while a run goes on: a live bar on a terminal, plain lines elsewhere, a log file per rank."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dist_train.run_dir import RunDir
+
+_LINE_EVERY_S = 5.0  # of plain progress lines; those of evaluations are always printed
+
+
+def set_up_logging(run_dir: RunDir, rank: int, verbosity: int) -> None:
+    """Everything to this rank's log file; on rank zero also to the screen. `verbosity`: -1 quiet, 0, 1 verbose."""
+    logger = logging.getLogger("dist_train")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    file = logging.FileHandler(run_dir.rank_log(rank), encoding="utf-8")
+    file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
+    logger.addHandler(file)
+    if rank == 0:
+        screen = _ScreenHandler()
+        screen.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))
+        logger.addHandler(screen)
+    logging.captureWarnings(True)  # Python's warnings go to the log file, not through the bar
+    logging.getLogger("py.warnings").handlers = [file]
+    logging.getLogger("py.warnings").propagate = False
+
+
+class _ScreenHandler(logging.Handler):
+    """Above the live bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        _console().print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+_shared_console: Console | None = None
+
+
+def _console() -> Console:
+    """One console for bar and lines, so that they do not write over each other."""
+    global _shared_console
+    if _shared_console is None or _shared_console.file is not sys.stdout:
+        _shared_console = Console(file=sys.stdout)
+    return _shared_console
+
+
+class Screen:
+    """Rank zero's view of a run; `shown` False on other ranks and with --quiet: then nothing is printed."""
+
+    def __init__(self, total_steps: int, steps_per_epoch: int, *, shown: bool) -> None:
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self._shown = shown
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if shown and _console().is_terminal:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=_console(),
+            )
+
+    def __enter__(self) -> Screen:
+        if self._bar is not None:
+            self._task = self._bar.add_task("", total=self.total_steps, epoch="1", numbers="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show_training(self, line: dict[str, Any]) -> None:
+        numbers = _numbers(line, "train")
+        if self._bar is not None:
+            epoch = f"{min(line['epoch'], self.total_steps / self.steps_per_epoch):.2f}"
+            self._bar.update(self._task, completed=line["step"], epoch=epoch, numbers=numbers)
+        elif self._shown and time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            print(f"step {line['step']}/{self.total_steps}  epoch {line['epoch']:.2f}  {numbers}", flush=True)
+
+    def show_evaluation(self, line: dict[str, Any]) -> None:
+        if self._shown:
+            text = f"step {line['step']}/{self.total_steps}  epoch {line['epoch']:.2f}  val {_numbers(line, 'val')}"
+            _console().print(
+                f"{text}  epoch time {line['epoch_s']:.1f} s", markup=False, highlight=False, soft_wrap=True
+            )
+
+
+def _numbers(line: dict[str, Any], split: str) -> str:
+    parts = [f"loss {line[f'{split}/loss']:.4f}"]
+    if f"{split}/accuracy" in line:
+        parts.append(f"accuracy {100 * line[f'{split}/accuracy']:.2f} %")
+    if "perf/samples_per_s" in line:
+        parts.append(f"{line['perf/samples_per_s']:,.0f} samples/s")
+    return "  ".join(parts)

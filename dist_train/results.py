@@ -1,0 +1,54 @@
+"""Use a run afterwards: evaluate a checkpoint of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dist_train.checkpoint import find_checkpoint, load_weights, read_manifest
+from dist_train.config import load_config
+from dist_train.data import load_splits
+from dist_train.data.batches import evaluation_batches
+from dist_train.distributed import World
+from dist_train.environment import find_place
+from dist_train.errors import CheckpointError, DataError
+from dist_train.evaluate import evaluate
+from dist_train.models import build_model
+from dist_train.objective import Objective
+from dist_train.plan import BatchPlan
+from dist_train.run_dir import RunDir
+
+
+def evaluate_run(path: Path, which: str, split: str) -> dict[str, float] | None:
+    """Metrics of checkpoint `which` (last, best or a step) on `split` (val or test); None on other ranks than zero.
+
+    Collective: every rank calls this with the same arguments.
+
+    Raises:
+        CheckpointError: no such run or checkpoint.
+        DataError: the data set has no such split.
+    """
+    run_dir = RunDir(path)
+    if not run_dir.config.is_file():
+        raise CheckpointError(f"{path} has no config.yaml, so it is no run. Name a run directory.")
+    config = load_config(str(run_dir.config))
+    folder = find_checkpoint(run_dir, which)
+    splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
+    examples = splits.test if split == "test" else splits.val
+    if examples is None:
+        raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
+    world = World.join(config)
+    net = build_model(
+        config.model,
+        in_channels=splits.in_channels,
+        num_classes=splits.num_classes,
+        image_size=splits.image_size,
+        seed=config.seed,
+    )
+    load_weights(net, folder)
+    net.to(world.device)
+    plan = BatchPlan(config.per_device_batch_size, 1, world.size)
+    batches = evaluation_batches(examples, plan, world.rank, config.data, world.device, config.seed)
+    found = evaluate(net, batches, Objective(net, config.label_smoothing), world)
+    world.leave()
+    return {"step": read_manifest(folder)["step"], **(found or {})} if world.is_rank_zero else None

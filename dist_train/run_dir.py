@@ -1,0 +1,226 @@
+"""The run directory: the names in it, its lock and attempts, status.json, metrics.jsonl.
+
+Everything a run knows lies here; W&B mirrors it. Only rank zero writes, the per-rank logs aside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from dist_train.config import Config, load_config
+from dist_train.errors import ConfigError, RunDirError
+
+State = Literal[
+    "CREATED", "STARTING", "SETUP", "TRAINING", "EVALUATING", "EVALUATED", "SAVING",
+    "FINISHED", "INTERRUPT", "PREEMPTED", "ERROR",
+]  # fmt: skip
+
+CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
+
+
+class RunDir:
+    """Paths and small files of one run. Making the object touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.config = self.path / "config.yaml"
+        self.run_json = self.path / "run.json"
+        self.status = self.path / "status.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.discarded = self.path / "metrics.discarded.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self.launcher_log = self.logs / "launcher.log"
+        self.error = self.path / "error.json"
+        self.result = self.path / "result.json"
+        self.attempt = 0  # set by begin_attempt
+        self._fields: dict[str, Any] = {}
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank:05d}.log"
+
+    def create(self) -> None:
+        """Make the folder and see that it can be written."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe_{socket.gethostname()}_{os.getpid()}"
+            probe.write_text("x")
+            probe.unlink()
+        except OSError as error:
+            raise RunDirError(
+                f"Run directory {self.path} cannot be written: {error.strerror}. "
+                f"Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
+            ) from None
+
+    def check_config(self, config: Config) -> None:
+        """Refuse a directory that belongs to another config; nothing is written.
+
+        Raises:
+            ConfigError: with the settings that differ and what each side has.
+        """
+        if not self.config.exists():
+            return
+        difference = load_config(str(self.config)).result_diff(config)
+        if difference:
+            lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in sorted(difference.items())]
+            raise ConfigError(
+                f"{self.path} belongs to a run with other settings:\n" + "\n".join(lines) + "\n"
+                "Give the new run a name of its own with --run-name, or undo the change."
+            )
+
+    def lock(self) -> None:
+        """Take the directory for this process. Two starts on one host: the second is refused."""
+        try:
+            self._lock.acquire()
+        except (Timeout, OSError):
+            status = self.read_status()
+            raise RunDirError(
+                f"{self.path} is in use by process {status.get('pid')} on {status.get('host')} "
+                f"(attempt {status.get('attempt')}, state {status.get('state')}). "
+                f"Wait for it, stop it, or start under another --run-name."
+            ) from None
+
+    def unlock(self) -> None:
+        self._lock.release()
+
+    def begin_attempt(self, config: Config, wandb_id: str) -> None:
+        """Number this start of the run and write config.yaml. Needs the lock. `wandb_id` counts on the first one."""
+        before = self.read_status()
+        self.attempt = int(before.get("attempt", 0)) + 1
+        self._fields = {
+            "attempt": self.attempt,
+            "wandb_id": before.get("wandb_id") or wandb_id,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
+        }
+        for stale in (self.error, self.result):
+            stale.unlink(missing_ok=True)
+        write_atomically(self.config, config.to_yaml())
+        self.set_status(state="STARTING")
+
+    def check_not_superseded(self) -> None:
+        """A later attempt of the run owns the directory from its first status on; an older one must not write.
+
+        Raises:
+            RunDirError: this attempt was superseded.
+        """
+        current = int(self.read_status().get("attempt", 0))
+        if current > self.attempt:
+            raise RunDirError(f"{self.path}: attempt {self.attempt} was superseded by attempt {current}.")
+
+    def set_status(self, **fields: Any) -> None:
+        """Update status.json; the heartbeat is now."""
+        self.check_not_superseded()
+        self._fields |= fields
+        write_json(self.status, self._fields | {"heartbeat": round(time.time(), 3)}, durable=False)
+
+    def read_status(self) -> dict[str, Any]:
+        return read_json(self.status)
+
+    # --- metrics.jsonl -----------------------------------------------------------------------------------------
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(to_json(line) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Metrics up to a checkpoint are on the disk before the checkpoint is."""
+        if self.metrics.exists():
+            with self.metrics.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines in order; a last line that a kill cut short is left out."""
+        text = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
+        yield from map(json.loads, text.split("\n")[:-1])
+
+    def cut_metrics(self, step: int) -> int:
+        """Set aside the lines after `step`, which the resumed run writes again. Returns how many."""
+        if not self.metrics.exists():
+            return 0
+        text = self.metrics.read_text(encoding="utf-8")
+        kept = "".join(to_json(line) + "\n" for line in self.read_metrics() if line["step"] <= step)
+        cut = text[len(kept) :]
+        if cut:
+            with self.discarded.open("a", encoding="utf-8") as file:
+                file.write(cut if cut.endswith("\n") else cut + "\n")
+            write_atomically(self.metrics, kept)
+        return cut.count("\n")
+
+    def check_room(self, needed_bytes: int) -> None:
+        """See that a first checkpoint fits.
+
+        Raises:
+            RunDirError: naming what is needed and what is free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise RunDirError(
+                f"A checkpoint needs {needed_bytes / 2**20:.1f} MiB and {self.path} has {free / 2**20:.1f} MiB free. "
+                f"Make room, or choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
+            )
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON on one line: no NaN, no Infinity."""
+    return json.dumps(value, allow_nan=False)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    text = json.dumps(value, allow_nan=False, indent=1)
+    write_atomically(path, text + "\n", durable=durable)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, or {} where there is none yet."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """The old file or the whole new one is there at any moment; `durable` also survives a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:
+    """Write `error.json` unless a rank was first; True if this rank is the first to fail.
+
+    Linked into place, so that of several failing ranks just one can be first: the others mostly report that a peer
+    is gone.
+    """
+    temporary = path.with_name(f".{path.name}.{rank}.{os.getpid()}")
+    try:
+        message = str(error) or type(error).__name__
+        write_json(
+            temporary,
+            {"rank": rank, "kind": type(error).__name__, "message": message, "exit_code": exit_code,
+             "host": socket.gethostname(), "time": round(time.time(), 3), "traceback": trace},
+        )  # fmt: skip
+        os.link(temporary, path)
+    except OSError:
+        return not path.exists()
+    else:
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)

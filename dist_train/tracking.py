@@ -1,0 +1,164 @@
+"""Metrics to metrics.jsonl, mirrored to W&B and TensorBoard through Accelerate's trackers. Rank zero only.
+
+metrics.jsonl is the truth and is written at once. The mirrors get it from a thread of their own: a tracker that is
+slow, absent or broken cannot stop or slow the training, it is named in the log and left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import queue
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+from dist_train.config import Config, TrackingConfig
+from dist_train.run_dir import RunDir
+
+# The time the mirrors get at the end to deliver what is left. W&B's offline files remain whatever happens.
+FINISH_TIMEOUT_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """What we use of an Accelerate tracker."""
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Tracker:
+    """Takes every line of metrics. Made on all ranks; on others than rank zero it does nothing."""
+
+    def __init__(self, run_dir: RunDir, config: Config, facts: Mapping[str, Any], *, enabled: bool) -> None:
+        self._run_dir = run_dir
+        self._enabled = enabled
+        self._mirror = _Mirror(run_dir, config, facts) if enabled else None
+
+    def log(self, line: dict[str, Any]) -> None:
+        """One line of metrics; `line["step"]` is its place on the x-axis."""
+        if self._mirror is not None:
+            self._run_dir.append_metrics(line)
+            self._mirror.put(line)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        if self._mirror is not None:
+            self._mirror.finish(summary)
+
+
+class _Mirror:
+    """A thread that owns the trackers."""
+
+    def __init__(self, run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> None:
+        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._summary: Mapping[str, Any] = {}
+        self._thread = threading.Thread(target=self._run, args=(run_dir, config, facts), name="tracking", daemon=True)
+        self._thread.start()
+
+    def put(self, line: dict[str, Any]) -> None:
+        if self._thread.is_alive():
+            self._queue.put(line)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._summary = summary
+        self._queue.put(None)
+        self._thread.join(FINISH_TIMEOUT_S)
+        if self._thread.is_alive():
+            _log.warning("W&B did not finish within %.0f s; its offline files remain.", FINISH_TIMEOUT_S)
+
+    def _run(self, run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> None:
+        sinks: list[Sink] = []
+        for start in (_start_wandb, _start_tensorboard):
+            # Whatever a tracker raises, the training goes on without it.
+            try:
+                sink = start(run_dir, config, facts)
+            except Exception as error:
+                _log.warning("%s: %s. The run goes on without it.", start.__name__.removeprefix("_start_"), error)
+            else:
+                sinks += [sink] if sink else []
+        while (line := self._queue.get()) is not None:
+            for sink in list(sinks):
+                try:
+                    sink.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
+                except Exception as error:
+                    _log.warning("%s failed: %s. The run goes on without it.", type(sink).__name__, error)
+                    sinks.remove(sink)
+        for sink in sinks:
+            with suppress(Exception):
+                if hasattr(sink, "run"):
+                    sink.run.summary.update(dict(self._summary))
+                sink.finish()
+
+
+def wandb_mode(config: TrackingConfig, env: Mapping[str, str]) -> str:
+    """online, offline or disabled; decided before W&B is asked, since it would ask on a terminal for a key.
+
+    WANDB_MODE wins, then `tracking.wandb`; auto is online where a key is there.
+    """
+    explicit = env.get("WANDB_MODE", "")
+    if env.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return "disabled"
+    if explicit in ("online", "offline", "disabled"):
+        return explicit
+    if explicit == "dryrun":  # W&B's old name for it
+        return "offline"
+    if config.wandb != "auto":
+        return config.wandb
+    return "online" if _has_key(env) else "offline"
+
+
+def _has_key(env: Mapping[str, str]) -> bool:
+    if env.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(env.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(env.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(str(path)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:
+    settings = config.tracking
+    mode = wandb_mode(settings, os.environ)
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    init = {
+        "mode": mode,
+        "dir": str(run_dir.path),
+        # One W&B run over all attempts.
+        "id": os.environ.get("WANDB_RUN_ID") or run_dir.read_status()["wandb_id"],
+        "resume": "allow",
+        "name": os.environ.get("WANDB_NAME") or run_dir.path.name,
+        "entity": os.environ.get("WANDB_ENTITY") or settings.entity,
+        "group": os.environ.get("WANDB_RUN_GROUP") or settings.group,
+        "tags": [*settings.tags, f"world_size={facts['world_size']}", str(facts["device"])],
+        "settings": wandb.Settings(console="off", init_timeout=30, x_disable_stats=True),
+    }
+    tracker = WandBTracker(os.environ.get("WANDB_PROJECT") or settings.project, **init)
+    tracker.start()
+    tracker.run.config.update({**config.flat(), "facts": dict(facts)}, allow_val_change=True)
+    tracker.run.define_metric("*", step_metric="step")
+    _log.info("W&B: %s, run %s in %s", mode, init["id"], run_dir.path / "wandb")
+    return tracker  # type: ignore[no-any-return]
+
+
+def _start_tensorboard(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:
+    if not config.tracking.tensorboard:
+        return None
+    from accelerate.tracking import TensorBoardTracker
+
+    tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=str(run_dir.path))
+    tracker.start()
+    return tracker  # type: ignore[no-any-return]

@@ -1,0 +1,275 @@
+"""The loop: while there are steps left and nobody told us to stop: take the step; sometimes log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dist_train.agreement import Agreement
+from dist_train.checkpoint import Checkpoints, TrainState
+from dist_train.config import Config
+from dist_train.data import Splits
+from dist_train.data.batches import EvaluationBatches, evaluation_batches
+from dist_train.distributed import World
+from dist_train.errors import TrainingDiverged
+from dist_train.evaluate import evaluate
+from dist_train.metrics import Stopwatch, peak_memory_gib
+from dist_train.progress import Screen
+from dist_train.run_dir import RunDir, State, write_json
+from dist_train.schedule import is_due
+from dist_train.step import Step
+from dist_train.tracking import Tracker
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything that takes part in one attempt of a run, and what it does besides stepping."""
+
+    config: Config
+    world: World
+    run_dir: RunDir
+    splits: Splits
+    step: Step
+    state: TrainState
+    checkpoints: Checkpoints
+    tracker: Tracker
+    screen: Screen
+    agreement: Agreement
+    total_steps: int
+    steps_per_epoch: int
+    started: float  # time.perf_counter() when the process began
+
+    def __post_init__(self) -> None:
+        every = (self.config.log_every, self.config.eval_every, self.config.save_every)
+        self.log_every, self.eval_every, self.save_every = (
+            0 if duration.unit == "s" else duration.to_steps(self.steps_per_epoch) for duration in every
+        )
+        self.early_stopped = False
+        self.val = self.batches_of(self.splits.val) if self.splits.val is not None else None
+        self._watch = Stopwatch(self.state.train_s)
+        self._evaluated_at = time.perf_counter()
+        self._before = self.started - self.state.total_s
+
+    def __enter__(self) -> Run:
+        self.screen.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.screen.__exit__(*error)
+        self.checkpoints.close()
+
+    def train(self) -> State:
+        """To the end of the schedule, or to an agreed stop; the last state is saved either way.
+
+        Collective: every rank must call this.
+        """
+        state, step, agreement = self.state, self.step, self.agreement
+        step.warm_up(state.step)
+        if state.evaluation_pending:
+            self.evaluate()
+        self.enter("TRAINING")
+        self._reset_lap()
+        while state.step < self.total_steps and not agreement.stop and not self.early_stopped:
+            step.take(state.step)
+            state.step += 1
+            agreement.tick()
+
+            # Only below does the host wait for the device.
+            if is_due(state.step, self.log_every, self.total_steps):
+                self.log()
+            if is_due(state.step, self.eval_every, self.total_steps):
+                self.evaluate()
+            if self.save_is_due():
+                self.save()
+
+        if self.checkpoints.saved_step != state.step:
+            self.save()
+        self._pause()
+        return self.finish()
+
+    def log(self) -> None:
+        """One `train` line over the window since the last.
+
+        Collective: every rank must call this.
+
+        Raises:
+            TrainingDiverged: on every rank, if the window's loss is not finite.
+        """
+        state = self.state
+        totals = self.step.pop_window()
+        if not math.isfinite(totals["loss"]):
+            raise TrainingDiverged(
+                f"The loss is not finite between step {state.logged_step + 1} and {state.step}. The last good "
+                f"checkpoint is {self.checkpoints.describe_last()}. Lower optimizer.lr or set max_grad_norm."
+            )
+        seconds, steps = self._watch.lap() - self._lap_s, state.step - self._lap_step
+        line = self._line()
+        line["train/loss"] = totals["loss"] / totals["seen"]
+        if self.step.window.classifies:
+            line["train/accuracy"] = totals["correct"] / totals["seen"]
+        line |= {
+            "train/lr": self.step.learning_rate.at(state.step - 1),
+            "train/grad_norm": _finite(self.step.grad_norm()),
+            "perf/samples_per_s": round(steps * self.step.plan.global_batch_size / seconds, 1),
+            "perf/step_time_ms": round(1000 * seconds / steps, 4),
+            "perf/data_wait_ms": round(1000 * (self.step.batches.wait_s - self._lap_wait_s) / steps, 4),
+            "perf/peak_memory_gib": round(peak_memory_gib(self.world.device), 4),
+        }
+        state.logged_step = state.step
+        self._reset_lap()
+        self.tracker.log(line)
+        self.screen.show_training(line)
+        self.set_status(metrics=_metrics_of(line))
+
+    def evaluate(self) -> None:
+        """One `val` line; a stop agreed meanwhile leaves it to the resumed run.
+
+        Collective: every rank must call this.
+        """
+        if self.val is None:
+            return
+        self._pause()
+        self.state.evaluation_pending = True
+        if not self.agreement.stop:
+            self.enter("EVALUATING")
+            found = self.evaluate_split(self.val)
+            if found is not None:
+                self._note_evaluation({f"val/{name}": value for name, value in found.items()})
+            self.enter("EVALUATED")
+        self._go_on()
+
+    def _note_evaluation(self, metrics: dict[str, float]) -> None:
+        stopping = self.config.early_stop
+        self.state.note_evaluation(metrics, stopping.min_delta if stopping else 0.0)
+        self.early_stopped = stopping is not None and self.state.evaluations_without_gain >= stopping.patience
+        now = time.perf_counter()
+        line = self._line() | metrics | {"epoch_s": round(now - self._evaluated_at, 3)}
+        self._evaluated_at = now
+        self.tracker.log(line)
+        self.screen.show_evaluation(line)
+        self.set_status(metrics=_metrics_of(line))
+        if self.early_stopped:
+            _log.info("no gain in %d evaluations: early stop", self.state.evaluations_without_gain)
+
+    def evaluate_split(self, batches: EvaluationBatches) -> dict[str, float] | None:
+        """Collective: every rank must call this."""
+        self.agreement.start_phase()
+        return evaluate(self.step.evaluated_net, batches, self.step.objective, self.world, self.agreement)
+
+    def batches_of(self, examples: Any) -> EvaluationBatches:
+        world, config = self.world, self.config
+        return evaluation_batches(examples, self.step.plan, world.rank, config.data, world.device, config.seed)
+
+    def save_is_due(self) -> bool:
+        due = is_due(self.state.step, self.save_every, self.total_steps) or self.agreement.save_due
+        return due or (self.config.keep_best > 0 and self.state.is_best)
+
+    def save(self) -> None:
+        """Collective: every rank must call this."""
+        self._pause()
+        self.state.train_s = self._watch.total_s
+        self.state.total_s = time.perf_counter() - self._before
+        self.enter("SAVING")
+        self.checkpoints.save(self.state, self.step)
+        self.agreement.saved()
+        self.enter("TRAINING")
+        self._go_on()
+
+    def finish(self) -> State:
+        """The last checkpoint is on the disk; a run that came to its end is measured and gets its result.json.
+
+        Collective: every rank must call this.
+        """
+        self.checkpoints.finish()
+        results = None if self.agreement.stop else self._final_results()
+        if results is None:  # stopped, maybe in the middle of the last evaluations: done again after the resume
+            end = self.agreement.stop or "INTERRUPT"
+            self.tracker.finish({})
+            self.enter(end)
+            _log.info("stopped at step %d of %d, state %s", self.state.step, self.total_steps, end)
+            return end
+        self.tracker.finish(results)
+        if self.world.is_rank_zero:
+            write_json(self.run_dir.result, results)
+        self.enter("FINISHED")
+        return "FINISHED"
+
+    def _final_results(self) -> dict[str, Any] | None:
+        """The exact pass over train and test; None if the ranks agreed to stop meanwhile."""
+        state, world, splits = self.state, self.world, self.splits
+        self.enter("EVALUATING")
+        found: dict[str, Any] = {name: value for name, value in state.val.items() if name != "step"}
+        passes = {"test": splits.test, "train": splits.train if self.config.final_train_eval else None}
+        for name, examples in passes.items():
+            if examples is None:
+                continue
+            if name == "test" and splits.val is splits.test and state.val.get("step") == state.step:
+                metrics: dict[str, float] | None = {k.removeprefix("val/"): v for k, v in found.items()}
+            else:
+                metrics = self.evaluate_split(self.batches_of(examples))
+            if metrics is None:
+                return None
+            found |= {f"{name}/{key}": value for key, value in metrics.items()}
+        samples = state.step * self.step.plan.global_batch_size
+        return {
+            "state": "FINISHED",
+            "step": state.step,
+            "epoch": state.step / self.steps_per_epoch,
+            "attempt": self.run_dir.attempt,
+            "world_size": world.size,
+            "global_batch_size": self.step.plan.global_batch_size,
+            "mixed_precision": world.mixed_precision,
+            "early_stopped": self.early_stopped,
+            "val_source": splits.val_source,
+            "train_s": round(state.train_s, 3),
+            "samples_per_s": round(samples / state.train_s, 1) if state.train_s else None,
+            "total_s": round(time.perf_counter() - self._before, 3),
+            **found,
+            **{f"best/{name.removeprefix('val/')}": value for name, value in state.best.items()},
+        }
+
+    def enter(self, state: State) -> None:
+        self.set_status(state=state)
+
+    def set_status(self, **fields: Any) -> None:
+        if self.world.is_rank_zero:
+            epoch = self.state.step / self.steps_per_epoch
+            self.run_dir.set_status(step=self.state.step, total_steps=self.total_steps, epoch=epoch, **fields)
+
+    def _line(self) -> dict[str, Any]:
+        step = self.state.step
+        return {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "samples": step * self.step.plan.global_batch_size,
+            "attempt": self.run_dir.attempt,
+            "time": round(time.time(), 3),
+        }
+
+    # --- clocks: train_s counts what happens between _go_on and _pause -----------------------------------------------
+
+    def _pause(self) -> None:
+        self.world.synchronize()
+        self._watch.stop()
+
+    def _go_on(self) -> None:
+        self.agreement.start_phase()
+        self._watch.start()
+
+    def _reset_lap(self) -> None:
+        self._watch.start()
+        self._lap_s, self._lap_step = self._watch.lap(), self.state.step
+        self._lap_wait_s = self.step.batches.wait_s
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # strict JSON has no NaN; an fp16 overflow makes one
+
+
+def _metrics_of(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if "/" in name}

@@ -1,0 +1,225 @@
+"""The user's own Python: `package.module:Name`, and files by path; every mistake told with its file and line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from dist_train.errors import ConfigError, DistTrainError, UserCodeError
+from dist_train.vision import import_torchvision, is_missing_operator
+
+
+def load_object(spec: str) -> Any:
+    """What `package.module:Name` stands for, looked up in the current folder first.
+
+    Raises:
+        ConfigError: `spec` is not of this form.
+        UserCodeError: no such module or name, or the module fails while it is imported.
+    """
+    module_name, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise ConfigError(f"{spec}: not of the form package.module:Name, as in my_nets:Net.")
+    _current_folder_first()
+    importlib.invalidate_caches()
+    source = _source_of(module_name)
+    with explained(spec, "cannot be imported"):
+        try:
+            module = _import(lambda: importlib.import_module(module_name), source)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # the module is there; something that it imports is not
+            raise UserCodeError(_missing_module(spec, module_name, error.name)) from None
+    if hasattr(module, name):
+        return getattr(module, name)
+    raise UserCodeError(f"{spec}: {module.__file__ or module_name} has no {name}. {found(module, name)}")
+
+
+def import_file(path: Path, name: str, setting: str) -> ModuleType:
+    """The module in the file `path`, imported as `name`; its folder is on `sys.path` for its siblings.
+
+    It stays in `sys.modules`, where pickle looks classes up.
+
+    Raises:
+        UserCodeError: the file fails while it is imported.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = str(path.parent)
+    if sys.path[:1] != [folder]:
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+
+    def run() -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+
+    with explained(setting, "cannot be imported"):
+        return _import(run, path)
+
+
+def _import(run: Callable[[], ModuleType], source: Path | None) -> ModuleType:
+    # With operators that do not fit, torchvision has to be mended before the user's code asks for it. Who never
+    # names it does not pay its 1.1 s. Code that gets it through a module further away is simply run again.
+    if source and any(b"torchvision" in file.read_bytes() for file in source.parent.glob("*.py")):
+        import_torchvision()
+    try:
+        return run()
+    except RuntimeError as error:
+        if not is_missing_operator(error):
+            raise
+    import_torchvision()
+    return run()
+
+
+def _current_folder_first() -> None:
+    """A console script, unlike `python -m`, does not have the current folder on `sys.path`."""
+    here = str(Path.cwd())
+    if sys.path[:1] not in ([here], [""]):
+        sys.path.insert(0, here)
+
+
+def _source_of(module_name: str) -> Path | None:
+    """The file of a module, found without running its parents; None where only an import can tell."""
+    top, *rest = module_name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for depth in range(len(rest)):
+            search = spec.submodule_search_locations if spec else None
+            spec = PathFinder.find_spec(".".join([top, *rest[: depth + 1]]), search) if search else None
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def _missing_module(spec: str, module_name: str, missing: str) -> str:
+    *parents, last = missing.split(".")
+    folder = Path.cwd().joinpath(*parents)
+    there = sorted({path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")})
+    prefix = ".".join([*parents, ""])
+    near = f" Did you mean {prefix}{closest(last, there)}?" if closest(last, there) else ""
+    return f"{spec}: no module {missing}, neither in {Path.cwd()} nor among the installed packages.{near}"
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explained(label: str, what: str) -> Iterator[None]:
+    """Turns an exception of the user's code into a UserCodeError that begins with `label` and names file and line."""
+    try:
+        yield
+    except DistTrainError:
+        raise
+    except SyntaxError as error:
+        where = f"{error.filename}:{error.lineno}" if error.filename else "its source"
+        raise UserCodeError(f"{label} {what}: {where}: {type(error).__name__}: {error.msg}.") from error
+    except (Exception, SystemExit) as error:  # SystemExit: a script without `if __name__ == "__main__"`
+        text = f"{type(error).__name__}: {error}".rstrip(".")
+        raise UserCodeError(f"{label} {what}: {_where(error)}: {text}.") from error
+
+
+def _where(error: BaseException) -> str:
+    """file:line of the last call made by code that is neither ours nor installed."""
+    installed = {sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")} | {str(Path(__file__).parent)}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    own = [frame for frame in frames if not any(frame.filename.startswith(f"{folder}/") for folder in installed)]
+    last = (own or frames)[-1]
+    return f"{last.filename}:{last.lineno}"
+
+
+def closest(word: str, names: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)), None)
+
+
+def found(module: ModuleType, wanted: str) -> str:
+    """What a module has instead of `wanted`: its own public classes and functions, with their lines."""
+    own = {
+        name: f"{name} (line {line_of(value)})"
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__ and callable(value) and not name.startswith("_")
+    }
+    near = closest(wanted, own)
+    return f"Found: {', '.join(own.values()) or 'nothing'}.{f' Did you mean {near}?' if near else ''}"
+
+
+def line_of(thing: Any) -> int:
+    """The line where a class or function of the user begins; 0 if its source is not there."""
+    try:
+        return inspect.getsourcelines(inspect.unwrap(thing))[1]
+    except (OSError, TypeError):
+        return 0
+
+
+# --- calling -----------------------------------------------------------------------------------------------------
+
+
+def call_with_accepted(factory: Callable[..., Any], /, **offered: Any) -> Any:
+    """`factory(...)` with those of `offered` that it takes."""
+    return factory(**accepted(factory, offered))
+
+
+def accepted(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `offered` that the signature of `factory` names; a bare `**kwargs` attracts none."""
+    named, _ = _parameters(factory)
+    return {key: value for key, value in offered.items() if key in named}
+
+
+def check_arguments(factory: Callable[..., Any], args: Mapping[str, Any], setting: str) -> None:
+    """Raises ConfigError if `factory` has no parameter of such a name, and lists the ones it has."""
+    legal, open_ended = _parameters(factory)
+    for key in args:
+        if key not in legal and not open_ended:
+            near = f" Did you mean {setting}.{closest(key, legal)}?" if closest(key, legal) else ""
+            raise ConfigError(f"Unknown setting {setting}.{key}.{near} It takes: {', '.join(legal) or 'nothing'}.")
+
+
+def _parameters(factory: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names that can be given by keyword, and whether there are more that nobody can know.
+
+    `**kwargs` is followed to where it goes by custom: from a class to its base, from a function to the class that it
+    is annotated to return.
+    """
+    layers: list[Any] = [factory]
+    if inspect.isclass(factory):  # the last constructor of a net, nn.Module's, has a **kwargs that takes nothing
+        own = [base for base in factory.__mro__[:-1] if base.__module__ != "torch.nn.modules.module"]
+        layers = [vars(base)["__init__"] for base in own if "__init__" in vars(base)]
+    names: list[str] = []
+    for layer in layers:
+        try:
+            parameters = inspect.signature(layer).parameters.values()
+        except (TypeError, ValueError):  # some builtins have no signature
+            return names, True
+        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = [name for name in dict.fromkeys(names) if name != "self"]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, False
+    if not layers:
+        return [], False
+    try:
+        made = None if inspect.isclass(factory) else get_type_hints(factory).get("return")
+    except (NameError, TypeError):
+        made = None
+    if not inspect.isclass(made):
+        return names, True
+    more, open_ended = _parameters(made)
+    return list(dict.fromkeys([*names, *more])), open_ended
