@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dist_train.errors import ConfigError, UserCodeError
+from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.unpack import unpacked
 from dist_train.user_code import check_arguments, closest, explained, found, import_file, line_of
 
@@ -30,6 +30,7 @@ def load_dataset_bundle(path: Path, data_root: Path) -> tuple[Dataset[Any], Data
 
     Raises:
         ConfigError: nothing at `path`, or a data set that can only be iterated over.
+        DataError: `data_root` cannot be made, or the bundled MNIST not unpacked there.
         UserCodeError: what lies there does not have the interface above, or fails.
     """
     module = _open(path, "bks_dataset.py", "data.bundle")
@@ -39,7 +40,10 @@ def load_dataset_bundle(path: Path, data_root: Path) -> tuple[Dataset[Any], Data
     for cls in classes:
         _check_dataset(cls)
         _pickle_with_module(cls, module)
-    data_root.mkdir(parents=True, exist_ok=True)
+    try:
+        data_root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.root={data_root} cannot be made: {error.strerror}. Set data.root.") from error
     _link_torchvision_folders(module, data_root)
     sets = []
     for cls in classes:
@@ -74,6 +78,7 @@ def load_model_bundle(path: Path, args: Mapping[str, Any] | None = None) -> nn.M
 
 def _open(path: Path, filename: str, setting: str) -> ModuleType:
     label = f"{setting}={path}"
+    path = path.expanduser()
     if not path.exists():
         raise ConfigError(f"{label}: no such file or folder. Give a folder or a zip that holds {filename}.")
     if path.is_file() and path.suffix == ".py":

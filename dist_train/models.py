@@ -54,7 +54,7 @@ def build_model(
     for method in ("loss", "metrics"):
         if not callable(getattr(model, method, print)):
             raise UserCodeError(
-                f"{type(model).__name__}.{method} is a {type(getattr(model, method)).__name__}. "
+                f"{type(model).__name__}.{method} is of type {type(getattr(model, method)).__name__}. "
                 f"Make it a method {method}(output, target), or give it another name."
             )
     return model
@@ -90,7 +90,7 @@ def _of_user(config: ModelConfig, known: Known) -> nn.Module:
     factory = load_object(config.name)
     label = f"model.name={config.name}"
     if not callable(factory):
-        raise UserCodeError(f"{label} is a {type(factory).__name__}, not a class to make a net of.")
+        raise UserCodeError(f"{label} is of type {type(factory).__name__}, not a class to make a net of.")
     check_arguments(factory, config.args, "model.args")
     # What the data set does not tell is left to the constructor's default, if it has one.
     named = accepted(factory, dict(known))

@@ -30,7 +30,8 @@ def load_object(spec: str) -> Any:
     module_name, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):
         raise ConfigError(f"{spec}: not of the form package.module:Name, as in my_nets:Net.")
-    _current_folder_first()
+    if sys.path[:1] != [""]:  # a console script, unlike `python -m`, does not have the current folder there
+        _first_on_path(Path.cwd())
     importlib.invalidate_caches()
     source = _source_of(module_name)
     with explained(spec, "cannot be imported"):
@@ -55,9 +56,7 @@ def import_file(path: Path, name: str, setting: str) -> ModuleType:
     """
     if name in sys.modules:
         return sys.modules[name]
-    folder = str(path.parent)
-    if sys.path[:1] != [folder]:
-        sys.path.insert(0, folder)
+    _first_on_path(path.parent)
     importlib.invalidate_caches()
 
     def run() -> ModuleType:
@@ -91,11 +90,8 @@ def _import(run: Callable[[], ModuleType], source: Path | None) -> ModuleType:
     return run()
 
 
-def _current_folder_first() -> None:
-    """A console script, unlike `python -m`, does not have the current folder on `sys.path`."""
-    here = str(Path.cwd())
-    if sys.path[:1] not in ([here], [""]):
-        sys.path.insert(0, here)
+def _first_on_path(folder: Path) -> None:
+    sys.path[:] = [str(folder), *(entry for entry in sys.path if entry != str(folder))]
 
 
 def _source_of(module_name: str) -> Path | None:

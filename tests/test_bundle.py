@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 import shutil
 import stat
@@ -22,6 +21,9 @@ import torch
 from dist_train import unpack
 from dist_train.bundle import load_dataset_bundle, load_model_bundle
 from dist_train.errors import ConfigError, UserCodeError
+from dist_train.vision import import_torchvision
+
+import_torchvision()  # here and not in a test: importing it changes the environment (torch._dynamo does)
 
 TUTORIAL = Path(__file__).parent / "bundles" / "mnist_bks"
 
@@ -69,7 +71,8 @@ def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def fetch(name: str, root: Path, split: str | None) -> None:
         assert (name, split) == ("mnist", None)
         roots.append(root)
-        write_mnist(root / "MNIST" / "raw")
+        if not (root / "MNIST").exists():
+            write_mnist(root / "MNIST" / "raw")
 
     module = types.ModuleType("dist_train.data")
     module.fetch = fetch  # type: ignore[attr-defined]
@@ -186,11 +189,9 @@ def test_a_spawned_worker_can_unpickle_it(tmp_path: Path) -> None:
 
 def message(folder: Path, **files: str) -> str:
     write(folder, **files)
+    load: Any = load_model_bundle if "bks_model" in files else lambda path: load_dataset_bundle(path, path / "data")
     with pytest.raises(UserCodeError) as caught:
-        if "bks_model" in files:
-            load_model_bundle(folder)
-        else:
-            load_dataset_bundle(folder, folder / "data")
+        load(folder)
     return str(caught.value)
 
 
@@ -268,6 +269,8 @@ def test_ranks_that_start_at_once(tmp_path: Path, cache: Path) -> None:
 
 
 def test_threads_that_link_at_once(tmp_path: Path, tiny_mnist: list[Path]) -> None:
+    load_dataset_bundle(TUTORIAL, tmp_path / "first")  # the import itself is not for threads
+    write_mnist(tmp_path / "data" / "MNIST" / "raw")
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(load_at_once, [(TUTORIAL, tmp_path / "data")] * 16)) == [4] * 16
 
@@ -406,4 +409,4 @@ def test_weights_of_a_bundle_are_plain_parameters() -> None:
     model = load_model_bundle(TUTORIAL)
     assert sum(weight.numel() for weight in model.parameters()) == 21_840
     assert all(isinstance(weight, torch.nn.Parameter) for weight in model.parameters())
-    assert os.path.basename(str(sys.modules[type(model).__module__].__file__)) == "bks_model.py"  # noqa: PTH119
+    assert Path(str(sys.modules[type(model).__module__].__file__)).name == "bks_model.py"

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,6 +20,7 @@ from dist_train.data import ImageSet, load_splits
 from dist_train.data import bundled_mnist as module
 from dist_train.data.bundled_mnist import FILES, MARKER_NAME, unpack_mnist
 from dist_train.errors import DataError
+from dist_train.vision import import_torchvision
 
 LABELS = "t10k-labels-idx1-ubyte"
 UNPACK = """
@@ -54,6 +56,12 @@ def root(unpacked: Path, tmp_path: Path) -> Path:
     """An unpacked root of its own; hard links, so replace files and never write into them."""
     shutil.copytree(unpacked, tmp_path / "data", copy_function=os.link)
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def torchvision() -> ModuleType:
+    """Imported before a test begins: the import itself sets environment variables."""
+    return import_torchvision()
 
 
 def raw(root: Path) -> Path:
@@ -119,10 +127,8 @@ def test_counts_mean_and_std(unpacked: Path) -> None:
     assert (round(mean, 4), round(std, 4)) == (0.1307, 0.3081)
 
 
-def test_torchvision_finds_it(unpacked: Path) -> None:
-    from dist_train.vision import import_torchvision
-
-    theirs = import_torchvision().datasets.MNIST(unpacked, train=False)
+def test_torchvision_finds_it(unpacked: Path, torchvision: ModuleType) -> None:
+    theirs = torchvision.datasets.MNIST(unpacked, train=False)
     ours = load_splits(DataConfig(root=unpacked), seed=0).test
     assert isinstance(ours, ImageSet)
     assert ours.images.squeeze(1).equal(theirs.data)

@@ -30,6 +30,7 @@ from dist_train.data import ImageSet, available_sets, fetch, load_splits
 from dist_train.data.catalog import EMNIST_CLASSES, SETS
 from dist_train.data.named import load_named
 from dist_train.errors import ConfigError, DataError
+from dist_train.vision import import_torchvision
 
 NUMBERS = np.random.default_rng(0)
 IDX_SETS = [
@@ -41,10 +42,9 @@ IDX_SETS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def theirs() -> Any:
-    from dist_train.vision import import_torchvision
-
+    """torchvision's data sets, imported before a test begins: the import itself sets environment variables."""
     return import_torchvision().datasets
 
 

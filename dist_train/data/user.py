@@ -36,7 +36,7 @@ def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Exa
     target = load_object(name)
     _refuse_iterable(target, name)
     if not callable(target):
-        raise ConfigError(f"data.name={name} is a {type(target).__name__}. Name a class or a function.")
+        raise ConfigError(f"data.name={name} is of type {type(target).__name__}. Name a class or a function.")
     accepted, takes_any = _parameters(target)
     unknown = sorted(set(args) - accepted)
     if unknown and not takes_any:

@@ -1,0 +1,44 @@
+"""Tests leave no trace: own data folder and caches, no network, no W&B account, one thread, a clean environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PREFIXES = ("SLURM_", "ACCELERATE_", "WANDB_", "DIST_TRAIN_", "TORCHELASTIC_", "PET_")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if name in _LAUNCHERS or name.startswith(_PREFIXES):
+            del os.environ[name]
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ |= {
+        "DIST_TRAIN_DATA_DIR": str(cache / "data"),
+        "XDG_CACHE_HOME": str(cache),
+        "HF_HOME": str(cache / "hf"),
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        # One process of this suite per core is enough: OpenMP threads that spin would slow the others down.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), before.get("PYTHONPATH")])),
+    }
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_traces() -> Iterator[None]:
+    """A test that leaves environment variables or the current folder changed fails."""
+    environment, folder = dict(os.environ), Path.cwd()
+    yield
+    left = {name for name in os.environ.keys() | environment.keys() if os.environ.get(name) != environment.get(name)}
+    left.discard("PYTEST_CURRENT_TEST")
+    assert not left, f"environment variables left changed: {sorted(left)}"
+    assert Path.cwd() == folder

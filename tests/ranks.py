@@ -1,0 +1,179 @@
+"""Real gloo ranks for tests, and whole trainings on them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Forked from a server that has imported torch once: a rank is there in 0.1 s instead of 4.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["dist_train.attempt", "ranks"])
+
+
+def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = 120) -> None:
+    """Run `function(*args)` on `world_size` CPU processes with the environment torchrun would give them.
+
+    Raises AssertionError with the traceback of the rank that failed *first*: the others only report that their peer
+    is gone.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _CONTEXT.Process(target=_enter, args=(function, args, rank, world_size, folder, dict(os.environ)))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + timeout_s
+        for rank in ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank in ranks if rank.is_alive()]
+        for rank in late:
+            os.kill(rank.pid or 0, signal.SIGKILL)
+            rank.join()
+        errors = sorted(Path(folder).glob("error_*"))  # named by the time they happened
+        if errors:
+            raise AssertionError(errors[0].read_text())
+        if late or any(rank.exitcode for rank in ranks):
+            raise AssertionError(f"{len(late)} ranks late, exit codes {[rank.exitcode for rank in ranks]}")
+
+
+def _enter(
+    function: Callable[..., None], args: Sequence[Any], rank: int, world_size: int, folder: str, env: dict[str, str]
+) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    # Rendezvous through a file, so that no port can clash; the address is only what a launcher would have set.
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"})
+    os.environ["TEST_RENDEZVOUS"] = folder
+    try:
+        function(*args)
+    except BaseException:
+        Path(folder, f"error_{time.time_ns()}_{rank}").write_text(traceback.format_exc())
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def join_group(name: str) -> None:
+    """The process group, met through a file. Any number of them one after the other, each with its own name."""
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        path = Path(os.environ["TEST_RENDEZVOUS"], name)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
+
+
+def train_here(
+    settings: dict[str, Any], run_dir: Path, stop_after: int | None = None, init_from: Path | None = None
+) -> str:
+    """One attempt of a run on this rank. `stop_after`: rank 0's neighbour is told to stop after that many steps."""
+    import torch
+
+    from dist_train import agreement, step
+    from dist_train.attempt import run_attempt
+    from dist_train.config import parse_config
+    from dist_train.start import Start
+    from dist_train.stop_request import StopRequest
+
+    join_group(f"{run_dir.name}_{_count()}")
+    config = parse_config({"tracking": {"wandb": "disabled"}, **settings})
+    request = StopRequest()
+    told = min(1, int(os.environ["WORLD_SIZE"]) - 1)  # one rank alone knows of it
+    take, original = step.Step.take, agreement.Agreement.__init__
+
+    def take_and_tell(self: step.Step, number: int) -> None:
+        take(self, number)
+        if number + 1 == stop_after and int(os.environ["RANK"]) == told:
+            request.tell("INTERRUPT")
+
+    def agree_at_each_step(self: agreement.Agreement, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "interval_s": 0.0})
+
+    if stop_after is not None:
+        step.Step.take = take_and_tell  # type: ignore[method-assign]
+        agreement.Agreement.__init__ = agree_at_each_step  # type: ignore[method-assign]
+    try:
+        start = Start(config_name="test", run_dir=run_dir, init_from=init_from, verbosity=-1)
+        return run_attempt(config, start, request, time.perf_counter())
+    finally:
+        step.Step.take = take  # type: ignore[method-assign]
+        agreement.Agreement.__init__ = original  # type: ignore[method-assign]
+        torch.set_default_dtype(torch.float32)
+
+
+_groups = 0
+
+
+def _count() -> int:
+    """The same number on every rank, another at each call."""
+    global _groups
+    _groups += 1
+    return _groups
+
+
+def train_on_ranks(
+    settings: dict[str, Any], run_dir: Path, world_size: int = 1, stop_after: int | None = None, **kwargs: Any
+) -> None:
+    """A training, or one attempt of it, on fresh ranks."""
+    run_on_ranks(_train, settings, run_dir, stop_after, kwargs, world_size=world_size)
+
+
+def _train(settings: dict[str, Any], run_dir: Path, stop_after: int | None, kwargs: dict[str, Any]) -> None:
+    state = train_here(settings, run_dir, stop_after, **kwargs)
+    assert state == ("FINISHED" if stop_after is None else "INTERRUPT")
+
+
+# --- reading what a run left --------------------------------------------------------------------------------------
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("step_*"))
+
+
+def weights(run_dir: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = load_file(str(last_checkpoint(run_dir) / "model.safetensors"))
+    return found
+
+
+def optimizer_state(run_dir: Path) -> Any:
+    import torch
+
+    return torch.load(last_checkpoint(run_dir) / "training.pt", weights_only=True)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_without_times(run_dir: Path) -> list[dict[str, Any]]:
+    """What must be the same in a resumed and in an uninterrupted run."""
+    times = ("time", "epoch_s", "attempt")
+    return [
+        {key: value for key, value in line.items() if key not in times and not key.startswith("perf/")}
+        for line in metrics(run_dir)
+    ]
+
+
+def train_losses(run_dir: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
+
+
+def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

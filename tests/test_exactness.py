@@ -1,0 +1,141 @@
+"""Promises 1 to 3: exact counts, the same step for any division of the batch, stop + resume = never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import (
+    largest_difference,
+    metrics,
+    metrics_without_times,
+    optimizer_state,
+    train_losses,
+    train_on_ranks,
+    weights,
+)
+
+NETS: dict[str, dict[str, Any]] = {
+    "mlp": {"name": "mlp"},
+    "guide": {"name": "guide"},
+    "bks": {"name": "bks", "args": {"dropout": 0.0}},
+    "conv": {"name": "conv"},
+    "fast": {"name": "fast"},
+}
+MNIST: dict[str, Any] = {"global_batch_size": 96, "final_train_eval": False, "optimizer": {"lr": 1e-3}}
+# (world size, at most per device): every rank count, with and without micro-batches
+DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_float64_runs_agree_for_every_division(net: str, tmp_path: Path) -> None:
+    """Here a seeded part (fewer steps for the slow nets); `make exactness` runs 400 steps for all of them."""
+    steps = {"mlp": 400, "guide": 400}.get(net, 12)
+    settings = MNIST | {
+        "dtype": "float64", "model": NETS[net], "train_for": f"{steps} steps", "log_every": 4, "eval_every": 0,
+        "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}},
+    }  # fmt: skip
+    train_on_ranks(settings, tmp_path / "whole")
+    for world_size, per_device in DIVISIONS if steps == 400 else DIVISIONS[1:]:
+        part = tmp_path / f"{world_size}_{per_device}"
+        train_on_ranks(settings | {"per_device_batch_size": per_device}, part, world_size)
+        assert largest_difference(weights(part), weights(tmp_path / "whole")) < 1e-10
+        assert train_losses(part) == pytest.approx(train_losses(tmp_path / "whole"), rel=1e-10)
+        last, whole_last = metrics(part)[-1], metrics(tmp_path / "whole")[-1]
+        assert last["val/seen"] == 10_000
+        assert last["val/accuracy"] == whole_last["val/accuracy"]  # the same number of correct test images
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_first_losses_in_fp32_agree(net: str, tmp_path: Path) -> None:
+    settings = MNIST | {"model": NETS[net], "train_for": "20 steps", "log_every": 1, "eval_every": 0}
+    for world_size in (1, 2, 3):
+        train_on_ranks(settings, tmp_path / str(world_size), world_size)
+    for world_size in (2, 3):
+        losses = train_losses(tmp_path / str(world_size))
+        assert len(losses) == 20
+        assert losses == pytest.approx(train_losses(tmp_path / "1"), rel=1e-5)
+
+
+SMALL: dict[str, Any] = {
+    "data": {"name": "user_sets:Jittered"},
+    "model": {"name": "user_sets:WithDropout"},
+    "global_batch_size": 12,
+    "train_for": "5 epochs",  # of 8 steps: the ragged tail of 101 examples is dropped
+    "eval_every": "10 steps",
+    "log_every": 3,
+    "save_every": "7 steps",
+    "keep_last": 50,
+    "optimizer": {"lr": 1e-2},
+    "schedule": {"name": "cosine", "warmup": "4 steps"},
+    "max_grad_norm": 1.0,
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("loader", ["in the process", "workers"])
+def test_stop_and_resume_is_never_stopped(world_size: int, loader: str, tmp_path: Path) -> None:
+    """Dropout and a streamed set with random transforms; stopped twice, in mid-epoch and where an evaluation is due."""
+    settings = SMALL | {"data": {"name": "user_sets:Jittered", "num_workers": 2 if loader == "workers" else 0}}
+    train_on_ranks(SMALL, tmp_path / "whole", world_size)
+    for stop_after in (11, 20):
+        train_on_ranks(settings, tmp_path / "parts", world_size, stop_after=stop_after)
+    train_on_ranks(settings, tmp_path / "parts", world_size)
+    assert metrics(tmp_path / "parts")[-1]["attempt"] == 3
+    assert_bit_identical(tmp_path / "parts", tmp_path / "whole")
+
+
+def assert_bit_identical(run: Path, other: Path) -> None:
+    assert largest_difference(weights(run), weights(other)) == 0
+    assert_equal(optimizer_state(run), optimizer_state(other))
+    assert metrics_without_times(run) == metrics_without_times(other)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Nested containers with tensors, to the bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for first, second in zip(a, b, strict=True):
+            assert_equal(first, second)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("extra", [{"ema_decay": 0.9}, {"per_device_batch_size": 2}], ids=["ema", "micro-steps"])
+def test_resume_of_averages_and_micro_steps(extra: dict[str, Any], tmp_path: Path) -> None:
+    train_on_ranks(SMALL | extra, tmp_path / "whole", world_size=3)
+    train_on_ranks(SMALL | extra, tmp_path / "parts", world_size=3, stop_after=13)
+    train_on_ranks(SMALL | extra, tmp_path / "parts", world_size=3)
+    assert_bit_identical(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_resume_on_another_world_size(before: int, after: int, tmp_path: Path) -> None:
+    """Within 1e-6 over the 20 steps after the resume: streamed and resident, random transforms, no dropout."""
+    for name, settings in {
+        "streamed": SMALL | {"model": {"name": "user_sets:WithDropout"}, "log_every": 1},
+        "resident": MNIST | {"model": NETS["conv"], "train_for": "24 steps", "log_every": 1, "eval_every": 0},
+    }.items():
+        if name == "streamed":
+            settings = settings | {"model": {"name": "mlp", "args": {"image_size": 8, "hidden": 16}}}
+        train_on_ranks(settings, tmp_path / name / "whole", before)
+        train_on_ranks(settings, tmp_path / name / "parts", before, stop_after=4)
+        train_on_ranks(settings, tmp_path / name / "parts", after)
+        ours, theirs = train_losses(tmp_path / name / "parts"), train_losses(tmp_path / name / "whole")
+        assert len(ours) == len(theirs)
+        assert ours[4:24] == pytest.approx(theirs[4:24], rel=1e-6)
+
+
+def test_evaluation_counts_every_example_once(tmp_path: Path) -> None:
+    """101 examples on 2 ranks are 101, as the real MNIST's 10 000 on 3 (above) are 10 000."""
+    train_on_ranks(SMALL, tmp_path / "run", world_size=2)
+    assert {line["val/seen"] for line in metrics(tmp_path / "run") if "val/seen" in line} == {101}

@@ -1,0 +1,40 @@
+"""Data sets and nets as a user would write them."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class Jittered(Dataset[tuple[Tensor, int]]):
+    """Small random images whose transform draws from all three generators that user code uses."""
+
+    classes = ("a", "b", "c")
+
+    def __init__(self, train: bool, length: int = 101) -> None:
+        generator = torch.Generator().manual_seed(1 if train else 2)
+        self.images = torch.rand(length, 1, 8, 8, generator=generator)
+        self.labels = torch.randint(3, (length,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        noise = 0.1 * torch.rand(1, 8, 8) + 0.1 * random.random() + 0.1 * float(np.random.rand())
+        return self.images[index] + noise, int(self.labels[index])
+
+
+class WithDropout(nn.Module):
+    def __init__(self, in_channels: int = 1, num_classes: int = 3, hidden: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Linear(64 * in_channels, hidden)
+        self.drop = nn.Dropout(0.3)
+        self.second = nn.Linear(hidden, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.second(self.drop(self.first(images.flatten(1)).relu()))
+        return logits
