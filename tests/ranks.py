@@ -16,7 +16,7 @@ from typing import Any
 
 # Forked from a server that has imported torch once: a rank is there in 0.1 s instead of 4.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dist_train.attempt", "ranks"])
+_CONTEXT.set_forkserver_preload(["dist_train.attempt", "ranks", "torch._dynamo"])
 
 
 def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = 120) -> None:
