@@ -294,4 +294,5 @@ def _check_accelerate(env: MutableMapping[str, str]) -> None:
             f"{', '.join(unsupported)} is set, by a config of accelerate: dist_train trains with DDP. "
             f"Use launch/accelerate.sh, which names a config file of this project."
         )
+    env["ACCELERATE_DYNAMO_BACKEND"] = "NO"  # a compiled model would prefix the names of its weights
     env["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # a launcher's value would divide our losses once more

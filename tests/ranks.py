@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing as mp
 import os
@@ -37,13 +38,16 @@ def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, tim
             rank.join(max(0.0, deadline - time.monotonic()))
         late = [rank for rank in ranks if rank.is_alive()]
         for rank in late:
+            os.kill(rank.pid or 0, signal.SIGUSR2)  # prints where it is
+            rank.join(1)
             os.kill(rank.pid or 0, signal.SIGKILL)
             rank.join()
         errors = sorted(Path(folder).glob("error_*"))  # named by the time they happened
         if errors:
             raise AssertionError(errors[0].read_text())
         if late or any(rank.exitcode for rank in ranks):
-            raise AssertionError(f"{len(late)} ranks late, exit codes {[rank.exitcode for rank in ranks]}")
+            stacks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("stack_*")))
+            raise AssertionError(f"{len(late)} late, exit codes {[rank.exitcode for rank in ranks]}\n{stacks}")
 
 
 def _enter(
@@ -56,6 +60,7 @@ def _enter(
     # Rendezvous through a file, so that no port can clash; the address is only what a launcher would have set.
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"})
     os.environ["TEST_RENDEZVOUS"] = folder
+    faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))
     try:
         function(*args)
     except BaseException:

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# accelerate launch with a config file of this project: a default_config.yaml in the user's home would change the run.
+# Usage: [CONFIG=cpu|one_gpu|gpus|machines] launch/accelerate.sh -c mnist ...
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# accelerate-launch is `accelerate launch` without the import of timm and torchvision that the other sub-commands make.
+exec accelerate-launch --config_file "$here/accelerate/${CONFIG:-cpu}.yaml" -m dist_train train "$@"

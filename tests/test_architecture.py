@@ -1,0 +1,82 @@
+"""The architecture as tests: imports point down, and each dangerous door is opened in one place."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dist_train"
+# From the bottom up: a module imports only what stands before it.
+LAYERS = [
+    "errors", "seeding", "schedule", "config", "plan", "environment", "run_dir", "stop_request", "start", "launch",
+    "distributed", "agreement", "batching", "vision", "user_code", "unpack", "bundle", "nets", "models", "data",
+    "metrics", "objective", "step", "evaluate", "checkpoint", "facts", "tracking", "progress", "train", "attempt",
+    "results", "cli",
+]  # fmt: skip
+DATA_LAYERS = [
+    "image_set", "storage", "memory", "idx", "bundled_mnist", "catalog", "download", "named", "image_folder", "user",
+    "settings", "splits", "batches",
+]  # fmt: skip
+ONLY_DOOR = {
+    "wandb": {"tracking"},
+    "subprocess": {"launch"},
+    "torch.distributed": {"distributed"},
+    "torchvision": {"vision"},
+}
+TORCH_FREE = LAYERS[: LAYERS.index("distributed")] + ["cli"]
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(imported module, whether at the top level) for every import in the file, from its syntax tree."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        top = node in tree.body
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, top
+            yield from ((f"{node.module}.{alias.name}", top) for alias in node.names if node.module == "torch")
+
+
+def test_every_module_has_its_layer() -> None:
+    top = {name for name in MODULES if "/" not in name} - {"__init__", "__main__"} | {"data"}
+    assert top == set(LAYERS)
+    assert {name.removeprefix("data/") for name in MODULES if name.startswith("data/")} == {*DATA_LAYERS, "__init__"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    package, _, inner = module.rpartition("/")
+    mine = package or module
+    for name, top in imports(PACKAGE / f"{module}.py"):
+        parts = name.split(".")
+        if parts[0] == "dist_train" and len(parts) > 1 and mine not in ("__init__", "__main__"):
+            own = parts[1]
+            if own == mine and len(parts) > 2 and inner != "__init__":
+                assert DATA_LAYERS.index(parts[2]) < DATA_LAYERS.index(inner), f"{module} imports {name}, above it"
+            elif own != mine:
+                # bundle unpacks the MNIST it links to; data reads bundles: the one circle, closed inside a function.
+                circle = module == "bundle" and own == "data" and not top
+                assert circle or LAYERS.index(own) < LAYERS.index(mine), f"{module} imports {name}, a layer above it"
+        for door, openers in ONLY_DOOR.items():
+            assert not (name == door or name.startswith(door + ".")) or mine in openers, f"{module} imports {name}"
+
+
+def test_torch_free_at_import() -> None:
+    """What runs before processes start, and `--help`, must not wait for torch."""
+    code = f"import sys; import {', '.join('dist_train.' + name for name in TORCH_FREE)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_readme_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    names = [Path(name).name for name in MODULES if not name.endswith(("__init__", "__main__"))]
+    assert [name for name in names if f"{name}.py" not in readme] == []

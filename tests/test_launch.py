@@ -1,0 +1,242 @@
+"""The ways to start, as a user starts them: real processes, the real MNIST."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import metrics, metrics_without_times, train_losses
+from test_exactness import assert_bit_identical
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+DIST_TRAIN = [str(BIN / "dist-train")]
+SETTINGS = [
+    "-c",
+    "smoke",
+    "-q",
+    "-o",
+    "log_every=1",
+    "-o",
+    "eval_every=0",
+    "-o",
+    "final_train_eval=false",
+    "-o",
+    "optimizer.lr=1e-3",
+]
+
+
+@contextlib.contextmanager
+def started(command: list[str], folder: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own; whatever is left of it afterwards is killed."""
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | env
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for pid in alive(folder):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    with started(command, folder, **env) as process:
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes that work in `folder`, zombies aside: those of one test, whatever their session or parent."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and (process / "cwd").resolve() == folder.resolve():
+                found.append(int(process.name))
+    return found
+
+
+def wait_until(condition: object, what: str, timeout_s: float = 60) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        time.sleep(0.05)
+
+
+def step_of(run_dir: Path) -> int:
+    try:
+        return int(json.loads((run_dir / "status.json").read_text()).get("step", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def status(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "status.json").read_text())["state"])
+
+
+WAYS = {
+    "python": [sys.executable, "-m", "dist_train", "train"],
+    "dist-train launch": [*DIST_TRAIN, "launch", "--nproc", "2"],
+    "local.sh": [str(ROOT / "launch/local.sh"), "2"],
+    "torchrun": [str(ROOT / "launch/torchrun.sh")],
+    "accelerate": [str(ROOT / "launch/accelerate.sh")],
+    "accelerate, one process": ["accelerate-launch", "--cpu", "--num_processes=1", "-m", "dist_train", "train"],
+}
+
+
+def test_every_way_to_start_gives_the_same(tmp_path: Path) -> None:
+    """20 steps in float64, where nothing can hide behind rounding."""
+    for name, command in WAYS.items():
+        done = run(
+            [*command, *SETTINGS, "-o", "train_for=20 steps", "-o", "dtype=float64", "--run-name", name],
+            tmp_path, NPROC="2",
+        )  # fmt: skip
+        assert done.returncode == 0, (name, done.stdout, done.stderr)
+        result = json.loads((tmp_path / "runs" / name / "result.json").read_text())
+        assert result["world_size"] == (1 if name in ("python", "accelerate, one process") else 2), name
+        assert result["test/seen"] == 10_000
+        assert train_losses(tmp_path / "runs" / name) == pytest.approx(
+            train_losses(tmp_path / "runs/python"), rel=1e-10
+        )
+
+
+@pytest.mark.parametrize(
+    ("command", "env"),
+    [
+        (["accelerate-launch", "--cpu", "--num_processes=2", "-m", "dist_train", "train"], {}),
+        (["accelerate-launch", "--config_file", "multi_cpu.yaml", "-m", "dist_train", "train"], {}),
+        ([*DIST_TRAIN, "train"], {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}),
+    ],
+    ids=["accelerate --cpu", "accelerate MULTI_CPU", "half an environment"],
+)
+def test_a_lone_world_is_refused(command: list[str], env: dict[str, str], tmp_path: Path) -> None:
+    lines = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
+    (tmp_path / "multi_cpu.yaml").write_text(lines + "num_machines: 1\nmixed_precision: 'no'\n")
+    done = run([*command, *SETTINGS], tmp_path, **env)
+    assert done.returncode != 0
+    assert "dist-train launch" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_sigterm_in_mid_epoch_and_resume(nproc: int, tmp_path: Path) -> None:
+    """TERM at whatever step it hits: state INTERRUPT, exit 0, and the resumed run is the one never stopped."""
+    command = [*DIST_TRAIN, "train", *SETTINGS, "-o", "train_for=600 steps", "-o", "model.name=bks"]
+    if nproc > 1:
+        command += ["--nproc", str(nproc)]
+    stopped = tmp_path / "runs/stopped"
+    with started([*command, "--run-name", "stopped"], tmp_path) as process:
+        wait_until(lambda: step_of(stopped) >= 30, "the first steps")
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        assert process.wait(30) == 0, process.communicate()
+        assert time.monotonic() - told < 10
+    assert status(stopped) == "INTERRUPT"
+    step = step_of(stopped)
+    assert 30 <= step < 600
+    assert alive(tmp_path) == []
+    for name in ("stopped", "whole"):
+        done = run([*command, "--run-name", name], tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert_bit_identical(stopped, tmp_path / "runs/whole")
+    assert {line["attempt"] for line in metrics(stopped)} == {1, 2}
+    again = run([*command, "--run-name", "stopped"], tmp_path)
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+
+
+@pytest.mark.parametrize("launcher", ["dist-train", "torchrun", "accelerate"])
+def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> None:
+    """kill -9 of the launcher alone: every rank is gone within 5 s, having saved where it was."""
+    command = {
+        "dist-train": [*DIST_TRAIN, "launch", "--nproc", "2"],
+        "torchrun": [str(ROOT / "launch/torchrun.sh")],
+        "accelerate": [str(ROOT / "launch/accelerate.sh")],
+    }[launcher]
+    run_dir = tmp_path / "runs/orphans"
+    with started(
+        [*command, *SETTINGS, "-o", "train_for=100 epochs", "--run-name", "orphans"], tmp_path, NPROC="2"
+    ) as process:
+        wait_until(lambda: step_of(run_dir) >= 20, "the first steps")
+        process.kill()
+        wait_until(lambda: alive(tmp_path) == [], "ranks gone", timeout_s=5)
+    assert status(run_dir) == "INTERRUPT"
+    assert step_of(run_dir) >= 20
+
+
+def test_the_first_failing_rank_is_the_one_shown(tmp_path: Path) -> None:
+    """One rank raises in mid-training: all stop within seconds, one message, nothing left behind."""
+    (tmp_path / "mine.py").write_text(
+        "import os\n"
+        "from dist_train.nets import Mlp\n"
+        "class Net(Mlp):\n"
+        "    calls = 0\n"
+        "    def forward(self, images):\n"
+        "        Net.calls += 1\n"
+        "        if Net.calls == 30 and os.environ['RANK'] == '1':\n"
+        "            raise ValueError('no such digit')\n"
+        "        return super().forward(images)\n"
+    )
+    begun = time.monotonic()
+    done = run(
+        [*DIST_TRAIN, "launch", "--nproc", "2", *SETTINGS, "-o", "model.name=mine:Net", "--run-name", "x"], tmp_path
+    )
+    assert done.returncode == 1
+    assert "no such digit" in done.stderr
+    assert "[rank 1]" in done.stderr
+    assert "Connection closed" not in done.stderr
+    assert alive(tmp_path) == []
+    assert status(tmp_path / "runs/x") == "ERROR"
+    assert json.loads((tmp_path / "runs/x/error.json").read_text())["rank"] == 1
+    assert time.monotonic() - begun < 40
+
+
+def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs/killed"
+    command = [*DIST_TRAIN, "launch", "--nproc", "2", *SETTINGS, "-o", "train_for=100 epochs", "--run-name", "killed"]
+    with started(command, tmp_path) as process:
+        wait_until(lambda: step_of(run_dir) >= 20, "the first steps")
+        ranks = [pid for pid in alive(tmp_path) if "dist_train" in command_of(pid) and "launch" not in command_of(pid)]
+        ranks = [pid for pid in ranks if "torch.distributed.run" not in command_of(pid)]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "Another rank is gone" in errors or "killed" in errors
+    assert "Traceback" not in errors
+
+
+def command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
+
+
+def test_start_from_weights_and_never(tmp_path: Path) -> None:
+    short = [*DIST_TRAIN, "train", *SETTINGS, "-o", "train_for=20 steps"]
+    assert run([*short, "--run-name", "first"], tmp_path).returncode == 0
+    assert run([*short, "--run-name", "second", "--init-from", "runs/first"], tmp_path).returncode == 0
+    first, second = (metrics_without_times(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert second[0]["train/loss"] < first[-2]["train/loss"] + 0.2 < first[0]["train/loss"]
+    never = run([*short, "--run-name", "first", "--resume", "never"], tmp_path)
+    assert never.returncode == 1
+    assert "--run-name" in never.stderr
+    other = run([*short, "--run-name", "first", "-o", "optimizer.lr=0.5"], tmp_path)
+    assert other.returncode == 2
+    assert "optimizer.lr: 0.001 there, 0.5 now" in other.stderr
+    again = run([*DIST_TRAIN, "evaluate", "runs/first", "--json"], tmp_path)
+    found = json.loads(again.stdout)
+    assert found["seen"] == 10_000
+    assert found["accuracy"] == first[-1]["val/accuracy"]
