@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -205,7 +206,7 @@ class Config(_Settings):
         return dict(_flatten(self.model_dump(mode="json")))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
     def result_diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Settings in which the two differ and that can change the result: {name: (mine, other's)}."""
@@ -243,6 +244,37 @@ def _is_free(key: str) -> bool:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+class _Numbers(yaml.resolver.Resolver):
+    """What is a number: 1e-3 is (YAML 1.1 wants 1.0e-3), 12:30:00 is not (there it is 45000)."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        if kind is yaml.ScalarNode and implicit[0]:
+            if tag == "tag:yaml.org,2002:str" and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+                return "tag:yaml.org,2002:float"
+            if tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in value:
+                return "tag:yaml.org,2002:str"
+        return tag
+
+
+class _Loader(_Numbers, yaml.SafeLoader):
+    pass
+
+
+class _Dumper(_Numbers, yaml.SafeDumper):
+    """Quotes the text that _Loader would take for a number."""
+
+
+def _read_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError only: PyYAML lets out whatever int(), date() and their like raise."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:
+        raise yaml.YAMLError(f"{error}") from error
+
+
 def bundled_configs() -> dict[str, Path]:
     """The configs that travel with the package, by name."""
     here = Path(__file__).resolve().parent
@@ -271,7 +303,7 @@ def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Confi
     """
     path = find_config(name)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
@@ -298,7 +330,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(f'"{override}" is not a setting. Write it as key=value, for example optimizer.lr=3e-4.')
     try:
-        value = yaml.safe_load(text) if text else None
+        value = _read_yaml(text) if text else None
     except yaml.YAMLError:
         raise ConfigError(f'The value of "{override}" is not YAML. Quote it, for example {key}=\'"text"\'.') from None
     node = tree

@@ -104,11 +104,11 @@ def export_rendezvous(place: Place, env: MutableMapping[str, str]) -> None:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07"."""
-    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
+    """The first host of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07", "rack[1-2]n[3-4]" -> "rack1n3"."""
+    found = re.match(r"[^\[,](?:[^\[,]|\[\d[^\]]*\])*", nodelist)
     if not found:
         raise LaunchError(f'No host in SLURM_STEP_NODELIST="{nodelist}". Set MASTER_ADDR to the host of rank 0.')
-    return found[1] + (found[2] or "") + found[3]
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 from dist_train.errors import ConfigError
@@ -35,12 +36,15 @@ class Duration:
         if found is None or unit is None:
             raise ValueError('write a number and a unit: "3 epochs", "600 steps" or "30 s"')
         value = float(found[1])
+        if math.isinf(value):
+            raise ValueError(f"more {unit} than a number can hold")
         if unit == "steps" and not value.is_integer():
             raise ValueError(f"{value:g} steps is not a whole number of steps")
         return cls(value, unit)
 
     def __str__(self) -> str:
-        return f"{self.value:g} {self.unit}" if self.value < 1e5 else f"{self.value:.0f} {self.unit}"
+        """Reads back as the same duration: every digit, no exponent."""
+        return f"{Decimal(repr(self.value)):f} {self.unit}".replace(".0 ", " ")
 
     def to_steps(self, steps_per_epoch: int) -> int:
         """Whole steps; a positive duration is at least one step. Seconds have no fixed number of steps."""

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time, no database of past failures in the tree.
+settings.register_profile("dist_train", deadline=None, database=None, derandomize=True)
+settings.load_profile("dist_train")
 
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PREFIXES = ("SLURM_", "ACCELERATE_", "WANDB_", "DIST_TRAIN_", "TORCHELASTIC_", "PET_")

@@ -48,7 +48,9 @@ def test_spellings(text: object, expected: Duration) -> None:
     assert Duration.parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "3 weeks", "-1 steps", "epochs", "3 epochs 2", "1e3 steps", None, True, [3], "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "3 weeks", "-1 steps", "epochs", "3 epochs 2", "1e3 steps", None, True, [3], "nan"]
+)
 def test_what_is_no_duration_is_told_the_legal_forms(text: object) -> None:
     with pytest.raises(ValueError, match='"3 epochs", "600 steps" or "30 s"'):
         Duration.parse(text)

@@ -1,0 +1,42 @@
+# Each target does its own set-up; a second call is fast. `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup train test check fix exactness bench clean
+help:            ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.done  ## .venv with the package and the tested versions of what it needs
+# The test needs of pyproject.toml come as a dependency group, which pip before 25.1 does not know: hence the upgrade.
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[timm,svhn,tensorboard]' --group dev
+	touch $@
+
+train: setup     ## the bundled MNIST on two processes
+	dist-train train -c mnist --nproc 2
+
+test: setup      ## the CPU test suite
+	pytest -q
+
+check: setup     ## format, lint, types, shell scripts
+	ruff format --check .
+	ruff check .
+	mypy
+	shellcheck launch/*.sh .ci/run
+
+fix: setup       ## format, and mend what the linter can
+	ruff check --fix .
+	ruff format .
+
+exactness: setup ## 400 steps in float64 for every net and division; writes docs/exactness.md
+	python tests/exactness/measure.py
+
+bench: setup     ## samples per second against a torchvision DataLoader, side by side
+	python tests/benchmarks/loader.py
+
+clean:           ## remove what the targets made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
