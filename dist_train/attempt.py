@@ -6,8 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,7 +21,7 @@ from dist_train.data import Splits, load_splits
 from dist_train.data.batches import training_batches
 from dist_train.data.image_set import num_examples
 from dist_train.distributed import World, is_peer_failure
-from dist_train.environment import find_place
+from dist_train.environment import Place, find_place
 from dist_train.errors import DistTrainError, LaunchError
 from dist_train.facts import bit_changes, collect_facts
 from dist_train.models import build_model, not_invariant
@@ -44,31 +43,26 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
 
     Collective: every rank calls this with the same arguments.
     """
-    # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
-    splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
-    world = World.join(config)
-    run_dir = RunDir(Path(world.from_rank_zero(str(find_run_dir(config, start).path))))
-
-    def open_attempt() -> int | None:
-        """The number of this attempt, None if the run is finished."""
-        if check_start(run_dir, config, start):
-            return None
-        run_dir.lock()
-        run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8])
-        return run_dir.attempt
-
-    attempt = world.on_rank_zero(open_attempt)
-    if attempt is None:
-        if world.is_rank_zero:
-            print(f"{run_dir.path} is finished already: nothing to do.")
-        world.leave()
-        return "FINISHED"
-    run_dir.attempt = attempt
-    with _reporting(run_dir, world):
+    place = find_place(os.environ)
+    launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
+    with _Reporting(place, launched_in) as reporting:
+        # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
+        splits = load_splits(config.data, config.seed, place.local_world_size)
+        world = World.join(config)
+        run_dir = RunDir(Path(world.from_rank_zero(str(find_run_dir(config, start).path))))
+        attempt = world.on_rank_zero(lambda: _open(run_dir, config, start))
+        if attempt is None:
+            if world.is_rank_zero:
+                print(f"{run_dir.path} is finished already: nothing to do.")
+            world.leave()
+            return "FINISHED"
+        run_dir.attempt = attempt
+        reporting.run_dir = run_dir
         world.check_shared(run_dir.path)
         world.check_same("config", config.to_yaml())
         set_up_logging(run_dir, world.rank, start.verbosity)
         world = _same_threads(world, run_dir)
+        _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
         with _build(config, world, run_dir, splits, start, request, started) as run:
             state = run.train()
     if world.is_rank_zero:
@@ -79,33 +73,50 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
     return state
 
 
-@contextmanager
-def _reporting(run_dir: RunDir, world: World) -> Iterator[None]:
-    """An error ends up in error.json (the first of all ranks), in the rank's log, and as state ERROR.
+def _open(run_dir: RunDir, config: Config, start: Start) -> int | None:
+    """The number of this attempt, None if the run is finished. Rank zero only."""
+    if check_start(run_dir, config, start):
+        return None
+    run_dir.lock()
+    run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8])
+    return run_dir.attempt
 
-    With other ranks about, the process ends at once: its peers are waiting in a collective, and the clean way out
-    would wait for them.
+
+class _Reporting:
+    """An error ends up in error.json (of all ranks' the first), in the rank's log, and as state ERROR.
+
+    With other ranks about, the process ends at once: they are waiting in a collective, and the clean way out would
+    wait for them.
     """
-    try:
-        yield
-    except Exception as error:
+
+    def __init__(self, place: Place, run_dir: RunDir | None) -> None:
+        self.place = place
+        self.run_dir = run_dir  # None until this start owns one
+
+    def __enter__(self) -> _Reporting:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if not isinstance(error, Exception):
+            return
         trace = traceback.format_exc()
         _log.debug("%s", trace)
         code = error.exit_code if isinstance(error, DistTrainError) else 1
         if is_peer_failure(error):
             error = LaunchError("Another rank is gone and left no error of its own: killed, or its node is lost?")
-        first = note_error(run_dir.error, error, world.rank, code, trace)
-        if world.is_rank_zero:
-            with suppress(DistTrainError, OSError):
-                run_dir.set_status(state="ERROR")
-        if world.size == 1:
-            raise
-        if first:
-            own = isinstance(error, DistTrainError)
-            print(f"error [rank {world.rank}]: {error}" if own else trace, file=sys.stderr)
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(code)
+        first = True
+        if self.run_dir is not None:
+            first = note_error(self.run_dir.error, error, self.place.rank, code, trace)
+            if self.place.rank == 0 and self.run_dir.attempt:
+                with suppress(DistTrainError, OSError):
+                    self.run_dir.set_status(state="ERROR")
+        if self.place.world_size > 1:
+            if first:
+                text = error if isinstance(error, DistTrainError) else trace
+                print(f"error [rank {self.place.rank}]: {text}", file=sys.stderr)
+            sys.stderr.flush()
+            sys.stdout.flush()
+            os._exit(code)
 
 
 def _same_threads(world: World, run_dir: RunDir) -> World:

@@ -159,7 +159,7 @@ class Checkpoints:
             _log.warning("%s Training goes on, the next save tries again.", self._failure)
         self._pending = None
         if (waited := time.perf_counter() - started) > 0.05:
-            _log.info("waited %.2f s for the checkpoint before", waited)
+            _log.info("waited %.2f s until a checkpoint was written", waited)
 
     def _commit(self, snapshot: Snapshot) -> None:
         self.run_dir.check_not_superseded()

@@ -149,6 +149,7 @@ def _resolve(options: dict[str, Any]) -> tuple[Config, Start]:
         config_name=Path(name).stem + ("-dev" if options["fast_dev_run"] else ""),
         run_name=options["run_name"],
         run_dir=folder,
+        launched=told is not None,
         resume="never" if resume == "never" else "auto",
         init_from=options["init_from"],
         verbosity=-1 if options["quiet"] else int(options["verbose"]),

@@ -195,12 +195,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     """The old file or the whole new one is there at any moment; `durable` also survives a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:

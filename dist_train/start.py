@@ -21,6 +21,7 @@ class Start:
     config_name: str
     run_name: str | None = None
     run_dir: Path | None = None  # told: by --resume DIR or by our launcher
+    launched: bool = False  # by our launcher, which shows the error that we leave in the run directory
     resume: Literal["auto", "never"] = "auto"
     init_from: Path | None = None  # a run directory: start anew from its weights
     verbosity: int = 0  # -1 quiet, 0, 1 verbose

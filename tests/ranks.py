@@ -60,7 +60,7 @@ def _enter(
     # Rendezvous through a file, so that no port can clash; the address is only what a launcher would have set.
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"})
     os.environ["TEST_RENDEZVOUS"] = folder
-    faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))
+    faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))  # noqa: SIM115 - for good
     try:
         function(*args)
     except BaseException:
@@ -82,9 +82,7 @@ def join_group(name: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
 
 
-def train_here(
-    settings: dict[str, Any], run_dir: Path, stop_after: int | None = None, init_from: Path | None = None
-) -> str:
+def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None = None) -> str:
     """One attempt of a run on this rank. `stop_after`: rank 0's neighbour is told to stop after that many steps."""
     import torch
 
@@ -109,10 +107,10 @@ def train_here(
         original(self, *args, **{**kwargs, "interval_s": 0.0})
 
     if stop_after is not None:
-        step.Step.take = take_and_tell  # type: ignore[method-assign]
+        step.Step.take = take_and_tell  # type: ignore[method-assign, assignment]
         agreement.Agreement.__init__ = agree_at_each_step  # type: ignore[method-assign]
     try:
-        start = Start(config_name="test", run_dir=run_dir, init_from=init_from, verbosity=-1)
+        start = Start(config_name="test", run_dir=run_dir, verbosity=-1)
         return run_attempt(config, start, request, time.perf_counter())
     finally:
         step.Step.take = take  # type: ignore[method-assign]
@@ -131,14 +129,18 @@ def _count() -> int:
 
 
 def train_on_ranks(
-    settings: dict[str, Any], run_dir: Path, world_size: int = 1, stop_after: int | None = None, **kwargs: Any
+    settings: dict[str, Any],
+    run_dir: Path,
+    world_size: int = 1,
+    stop_after: int | None = None,
+    timeout_s: float = 120,
 ) -> None:
     """A training, or one attempt of it, on fresh ranks."""
-    run_on_ranks(_train, settings, run_dir, stop_after, kwargs, world_size=world_size)
+    run_on_ranks(_train, settings, run_dir, stop_after, world_size=world_size, timeout_s=timeout_s)
 
 
-def _train(settings: dict[str, Any], run_dir: Path, stop_after: int | None, kwargs: dict[str, Any]) -> None:
-    state = train_here(settings, run_dir, stop_after, **kwargs)
+def _train(settings: dict[str, Any], run_dir: Path, stop_after: int | None) -> None:
+    state = train_here(settings, run_dir, stop_after)
     assert state == ("FINISHED" if stop_after is None else "INTERRUPT")
 
 

@@ -29,7 +29,7 @@ ONLY_DOOR = {
     "torch.distributed": {"distributed"},
     "torchvision": {"vision"},
 }
-TORCH_FREE = LAYERS[: LAYERS.index("distributed")] + ["cli"]
+TORCH_FREE = [*LAYERS[: LAYERS.index("distributed")], "cli"]
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
 
