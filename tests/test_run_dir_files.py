@@ -30,7 +30,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 
     path = tmp_path / "file"
     write_atomically(path, "before")
-    monkeypatch.setattr(*((Path, "replace") if broken == "replace" else (os, "fsync")), fail)
+    owner: object = Path if broken == "replace" else os
+    monkeypatch.setattr(owner, broken, fail)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "after")
     assert contents(tmp_path) == {"file": b"before"}

@@ -1,0 +1,176 @@
+"""Runs as a user makes them, from the command line to what lies in the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from ranks import metrics, train_on_ranks
+from test_launch import DIST_TRAIN, ROOT, run
+
+BUNDLE = Path(__file__).parent / "bundles/mnist_bks"
+SHORT = ["-o", "train_for=60 steps", "-o", "eval_every=30 steps", "-o", "log_every=10", "-o", "final_train_eval=false"]
+RESULT_KEYS = {
+    "state", "step", "epoch", "attempt", "world_size", "global_batch_size", "mixed_precision", "train_s",
+    "samples_per_s", "total_s", "train/loss", "train/accuracy", "train/seen", "val/accuracy", "test/accuracy", "test/seen",
+    "best/accuracy", "best/step",
+}  # fmt: skip
+
+
+def test_a_run_leaves_everything(tmp_path: Path) -> None:
+    """Two processes: result, metrics, checkpoint, logs, an offline W&B run with the same metrics, exact counts."""
+    done = run([*DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "--run-name", "r"], tmp_path, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "test accuracy" in done.stdout
+    assert "Traceback" not in done.stdout
+    run_dir = tmp_path / "runs/r"
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result.keys() >= RESULT_KEYS
+    assert (result["train/seen"], result["test/seen"], result["step"]) == (60_000, 10_000, 200)
+    assert result["test/accuracy"] > 0.85
+    assert 0 < result["train_s"] < result["total_s"]
+    assert result["samples_per_s"] == pytest.approx(200 * 96 / result["train_s"], rel=0.01)
+    assert [line["step"] for line in metrics(run_dir) if "train/loss" in line] == list(range(20, 201, 20))
+    assert [line["step"] for line in metrics(run_dir) if "val/loss" in line] == [100, 200]
+    assert (run_dir / "checkpoints/last").resolve().name == "step_00000200"
+    assert json.loads((run_dir / "run.json").read_text())["batch_plan"]["world_size"] == 2
+    assert all((run_dir / f"logs/rank_{rank:05d}.log").read_text() for rank in range(2))
+    (offline,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    assert offline.stem == f"run-{json.loads((run_dir / 'status.json').read_text())['wandb_id']}"
+    recorded = offline.read_bytes()
+    for name in (b"train/loss", b"val/accuracy", b"perf/samples_per_s"):
+        assert name in recorded
+    assert not [path for path in run_dir.rglob(".*") if path.name != ".lock"], "temporary files left behind"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_the_bundle_of_the_tutorial_runs_unchanged(packed: bool, tmp_path: Path) -> None:
+    """Seed 000's two files, no setting, no network, two processes."""
+    path = BUNDLE
+    if packed:
+        path = tmp_path / "bundle.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in BUNDLE.glob("*.py"):
+                archive.write(file, file.name)
+    (tmp_path / "bundle.yaml").write_text(f"data: {{bundle: {path}}}\nmodel: {{bundle: {path}}}\n")
+    command = [*DIST_TRAIN, "train", "-c", "bundle.yaml", *SHORT, "-q", "--nproc", "2", "--run-name", "r"]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "runs/r/result.json").read_text())
+    assert result["val_source"] == "UserValDataset"
+    assert result["val/seen"] == 10_000
+    assert result["val/accuracy"] > 0.5
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [*DIST_TRAIN, "train", "-c", "smoke", *SHORT, "--run-name", "r"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait() == 0
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
+    assert "60/60" in text
+    assert "samples/s" in text
+    assert "val loss" in text
+    logs = "".join(path.read_text() for path in (tmp_path / "runs/r/logs").glob("*.log"))
+    assert "\x1b" not in logs
+
+
+def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
+    """Built from the tree and put on the path alone: MNIST and the configs travel inside."""
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run([*build, "-w", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert not shutil.which("dist_train", path=str(tmp_path))
+    command = [sys.executable, "-m", "dist_train", "train", "-c", "mnist", "--fast-dev-run", "--run-name", "r", "-q"]
+    data = tmp_path / "data"
+    done = run(command, tmp_path, PYTHONPATH=str(tmp_path / "site"), DIST_TRAIN_DATA_DIR=str(data))
+    assert done.returncode == 0, done.stderr
+    code = "import dist_train; print(dist_train.__file__)"
+    where = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert where.stdout.strip().startswith(str(tmp_path / "site"))
+    assert (data / "MNIST/raw/train-images-idx3-ubyte").exists()
+
+
+def test_help_is_fast_and_needs_no_torch(tmp_path: Path) -> None:
+    """Under 0.2 s is measured by hand (docs/benchmarks.md); that torch and pydantic stay away is what it rests on."""
+    code = (
+        "import sys\nfrom dist_train.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'pydantic', 'accelerate', 'wandb', 'numpy'} & set(sys.modules)))"
+    )
+    done = run([sys.executable, "-c", code], tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+SMALL = {
+    "data": {"name": "user_sets:Jittered"},
+    "model": {"name": "user_sets:WithDropout"},
+    "global_batch_size": 16,
+    "log_every": 5,
+}
+
+
+def test_early_stop(tmp_path: Path) -> None:
+    settings = SMALL | {
+        "train_for": "500 epochs", "eval_every": "2 steps", "early_stop": {"patience": 3, "min_delta": 0.5},
+    }  # fmt: skip
+    train_on_ranks(settings, tmp_path / "r", world_size=2)
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert result["early_stopped"]
+    assert result["step"] <= 20
+    assert result["step"] - result["best/step"] == 3 * 2
+
+
+def test_diverged_runs_stop_and_save_nothing_poisoned(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom dist_train.nets import Mlp\n"
+        "class Net(Mlp):\n"
+        "    calls = 0\n"
+        "    def forward(self, images):\n"
+        "        Net.calls += self.training\n"
+        "        return super().forward(images) * (float('nan') if Net.calls > 40 else 1)\n"
+    )
+    common = [*DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "-q", "-o", "model.name=mine:Net"]
+    done = run([*common, "-o", "save_every=10", "-o", "log_every=15", "--run-name", "r"], tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"not finite between step (31 and 40|31 and 45)", done.stderr), done.stderr
+    assert "step_00000030" in done.stderr
+    assert [path.name for path in (tmp_path / "runs/r/checkpoints").glob("step_*")] != []
+    assert max((tmp_path / "runs/r/checkpoints").glob("step_*")).name == "step_00000030"
+
+
+def test_training_accuracy_of_the_first_tutorial(tmp_path: Path) -> None:
+    """One of its three epochs is enough to see that net, data and optimizer are right: about 94 %."""
+    command = [*DIST_TRAIN, "train", "-c", "mnist_mlp", "-o", "train_for=1 epochs", "-q", "--run-name", "r"]
+    assert run(command, tmp_path).returncode == 0
+    result = json.loads((tmp_path / "runs/r/result.json").read_text())
+    assert 0.93 < result["test/accuracy"] < 0.97
+    assert result["train/seen"] == 60_000
