@@ -5,7 +5,7 @@ A checkpoint is `checkpoints/step_00001200/` with
     model.safetensors  the weights that count (averaged ones with ema_decay)
     training.pt        optimizer, scaler, the raw weights beside averaged ones, window sums; read without executing code
     state.json         step, best result, clocks
-    manifest.json      step, metrics, and size and SHA-256 of the three; written last
+    manifest.json      step, metrics, and size and SHA-256 of the three and of itself; written last
 
 It is complete or absent: written aside, synced, then renamed. Good means complete, checksums right and finite.
 """
@@ -20,19 +20,20 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_train.config import Config
 from dist_train.distributed import World
 from dist_train.errors import CheckpointError, TrainingDiverged
-from dist_train.run_dir import RunDir, write_atomically, write_json
+from dist_train.run_dir import RunDir, read_json, write_json
 from dist_train.schedule import is_due
 from dist_train.step import Step
 
@@ -245,15 +246,27 @@ def write(snapshot: Snapshot, folder: Path, attempt: int) -> None:
             "score": score_of(state.val) if state.val.get("step") == state.step else None,
             "files": {name: _fingerprint(aside / name) for name in (MODEL, TRAINING, STATE)},
         }
-        write_atomically(aside / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+        write_json(aside / MANIFEST, {**manifest, "sha256": _digest(manifest)})
         _sync(aside)
-        if folder.exists():  # of an attempt that was killed after this save and cut back before it
-            _remove(folder)
+        if folder.exists():  # a run resumed there and stopped before its next step saves the same step again
+            folder.rename(folder.with_name(f".replaced_{folder.name}"))
         aside.rename(folder)
         _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise CheckpointError(str(error)) from error
+    finally:
+        _remove(aside)  # gone already if all went well
+        _settle(folder.parent)
+
+
+def _settle(parent: Path) -> None:
+    """A checkpoint that was being replaced: away if the new one is there, else back in its place."""
+    for replaced in parent.glob(".replaced_*"):
+        folder = parent / replaced.name.removeprefix(".replaced_")
+        if folder.exists():
+            _remove(replaced)
+        else:
+            replaced.rename(folder)
 
 
 def restore(folder: Path, step: Step) -> TrainState:
@@ -262,7 +275,7 @@ def restore(folder: Path, step: Step) -> TrainState:
         model = load_file(str(folder / MODEL))
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         state = TrainState(**json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     training.setdefault("net", model)
     step.load_state_dict(training)
@@ -277,24 +290,21 @@ def load_weights(net: nn.Module, folder: Path) -> None:
     """
     try:
         net.load_state_dict(load_file(str(folder / MODEL)))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / MODEL} does not fit {type(net).__name__}: {error}") from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """{} where it is missing or unreadable."""
-    with suppress(OSError, ValueError):
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
-            return manifest
-    return {}
+    """{} where it is missing, unreadable or damaged: its checksum covers all other entries."""
+    manifest = read_json(folder / MANIFEST)
+    return manifest if manifest.pop("sha256", None) == _digest(manifest) else {}
 
 
 def find_damage(folder: Path) -> str:
     """What is wrong with a checkpoint, "" if it is good."""
     manifest = read_manifest(folder)
     if not manifest:
-        return f"{MANIFEST} is missing or unreadable"
+        return f"{MANIFEST} is missing or damaged"
     if manifest.get("format") != FORMAT:
         return f"format {manifest.get('format')} is not {FORMAT}"
     if folder.name != f"step_{manifest.get('step'):08d}" or set(manifest["files"]) != {MODEL, TRAINING, STATE}:
@@ -311,6 +321,8 @@ def find_damage(folder: Path) -> str:
 
 def good(run_dir: RunDir, *, check: bool = True, set_aside: bool = False) -> Iterator[Path]:
     """The good checkpoints, newest first. `set_aside`: move damaged ones out of the way and say so."""
+    if set_aside:
+        _settle(run_dir.checkpoints)  # a kill may have come between the two renames
     for folder in step_folders(run_dir):
         damage = find_damage(folder) if check else "" if read_manifest(folder) else "no manifest"
         if not damage:
@@ -356,6 +368,10 @@ def _copy_to_cpu(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_copy_to_cpu(item) for item in value)
     return value
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

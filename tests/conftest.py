@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from dist_train.distributed import World
+    from dist_train.run_dir import RunDir
 
 # The same examples each time, no database of past failures in the tree.
 settings.register_profile("dist_train", deadline=None, database=None, derandomize=True)
@@ -47,3 +52,31 @@ def _no_traces() -> Iterator[None]:
     left -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # the latter is set by importing torchvision.models
     assert not left, f"environment variables left changed: {sorted(left)}"
     assert Path.cwd() == folder
+
+
+@pytest.fixture
+def world(_no_traces: None) -> Iterator[World]:
+    """A world of this process alone."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from dist_train.config import parse_config
+    from dist_train.distributed import World
+
+    before = dict(os.environ)
+    yield World.join(parse_config({"device": "cpu"}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    """The directory of a run in its first attempt."""
+    from dist_train.config import parse_config
+    from dist_train.run_dir import RunDir
+
+    made = RunDir(tmp_path / "run")
+    made.create()
+    made.begin_attempt(parse_config({}), "id")
+    return made

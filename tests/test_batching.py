@@ -163,6 +163,18 @@ def test_an_example_depends_on_seed_epoch_and_index_alone(num_workers: int) -> N
     assert_same(made(source, STEPS[2:5]), whole[2:5])
 
 
+def test_asking_again_makes_no_example_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def note(_: Jittered, index: int) -> tuple[Tensor, int]:
+        asked.append(index)
+        return torch.zeros(1), 0
+
+    monkeypatch.setattr(Jittered, "__getitem__", note)
+    made(batches(Jittered(True)), [STEPS[4], STEPS[4], *STEPS[4:7]])
+    assert len(asked) == 3 * PLAN.per_device_batch_size
+
+
 def test_another_epoch_draws_anew() -> None:
     by_epoch: list[dict[int, Tensor]] = [{}, {}]
     for step in range(16):  # two epochs of eight

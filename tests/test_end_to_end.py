@@ -20,8 +20,8 @@ BUNDLE = Path(__file__).parent / "bundles/mnist_bks"
 SHORT = ["-o", "train_for=60 steps", "-o", "eval_every=30 steps", "-o", "log_every=10", "-o", "final_train_eval=false"]
 RESULT_KEYS = {
     "state", "step", "epoch", "attempt", "world_size", "global_batch_size", "mixed_precision", "train_s",
-    "samples_per_s", "total_s", "train/loss", "train/accuracy", "train/seen", "val/accuracy", "test/accuracy", "test/seen",
-    "best/accuracy", "best/step",
+    "samples_per_s", "total_s", "train/loss", "train/accuracy", "train/seen", "val/accuracy", "test/accuracy",
+    "test/seen", "best/accuracy", "best/step",
 }  # fmt: skip
 
 

@@ -55,7 +55,6 @@ def main() -> int:
                 "train_for": f"{STEPS} steps",
                 "log_every": 20,
                 "eval_every": 0,
-                "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}},
             }
             more, good = compare(net, settings, Path(folder) / net)
             rows += more

@@ -1,0 +1,170 @@
+"""Ranks stop together: what one of them was told, all know at the same step."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from ranks import join_group, run_on_ranks
+
+from dist_train import agreement as module
+from dist_train.agreement import Agreement
+from dist_train.config import parse_config
+from dist_train.distributed import World
+from dist_train.stop_request import StopRequest
+
+
+def joined() -> World:
+    join_group("agreement")
+    return World.join(parse_config({"device": "cpu"}))
+
+
+def on_one_rank_alone(told: int, at: int, phase: Literal["train", "evaluate"], step_s: float, folder: Path) -> None:
+    """Tick until the agreed stop; one rank is told at tick `at`. Leaves the tick of the stop in a file."""
+    world, request = joined(), StopRequest()
+    agreement = Agreement(world, request, interval_s=0.1)
+    for tick in range(1, 2000):
+        if world.rank == told and tick == at:
+            request.tell("PREEMPTED" if told else "INTERRUPT")
+            (folder / "told_at").write_text(str(time.monotonic()))
+        time.sleep(step_s * (1 + world.rank))  # of different pace
+        agreement.tick(phase)
+        if agreement.stop:
+            break
+    late_s = time.monotonic() - float((folder / "told_at").read_text())
+    (folder / f"rank_{world.rank}").write_text(f"{tick} {agreement.stop} {late_s < 1.0}")
+    world.leave()
+
+
+@pytest.mark.parametrize(("world_size", "told", "phase"), [(2, 0, "train"), (2, 1, "evaluate"), (3, 2, "train")])
+def test_all_ranks_stop_at_the_same_tick(world_size: int, told: int, phase: str, tmp_path: Path) -> None:
+    run_on_ranks(on_one_rank_alone, told, 150, phase, 0.001, tmp_path, world_size=world_size)
+    stops = {path.read_text() for path in tmp_path.glob("rank_*")}
+    assert len(stops) == 1
+    tick, state, soon = stops.pop().split()
+    assert int(tick) >= 150
+    assert (state, soon) == ("PREEMPTED" if told else "INTERRUPT", "True")
+
+
+def saves_by_the_clock(folder: Path) -> None:
+    world = joined()
+    agreement = Agreement(world, StopRequest(), save_every_s=0.3, interval_s=0.01)
+    if world.rank:
+        agreement._last_save -= 1000.0  # another clock than rank zero's decides nothing
+    saves = []
+    for tick in range(150):
+        time.sleep(0.005)
+        agreement.tick()
+        if agreement.save_due:
+            saves.append(tick)
+            agreement.saved()
+            assert not agreement.save_due
+    (folder / f"rank_{world.rank}").write_text(str(saves))
+    world.leave()
+
+
+def test_saves_by_the_clock_are_agreed(tmp_path: Path) -> None:
+    run_on_ranks(saves_by_the_clock, tmp_path, world_size=2)
+    (saves,) = {path.read_text() for path in tmp_path.glob("rank_*")}
+    ticks = [int(tick) for tick in saves.strip("[]").split(", ")]
+    assert 1 <= len(ticks) <= 5
+    assert ticks[0] >= 10  # not at once
+
+
+def slow_rank_sets_the_pace(folder: Path) -> None:
+    world = joined()
+    agreement = Agreement(world, StopRequest(), interval_s=1.0)
+    agreement._distance["train"] = 4
+    now = [0.0]
+    vars(module)["time"] = Clock(now)
+    agreement.start_phase()
+    for _ in range(4):
+        now[0] += 0.125 if world.rank else 0.001
+        agreement.tick()
+    (folder / f"rank_{world.rank}").write_text(str(agreement._distance))
+    os._exit(0)
+
+
+class Clock:
+    def __init__(self, now: list[float]) -> None:
+        self._now = now
+
+    def monotonic(self) -> float:
+        return self._now[0]
+
+
+def test_the_slowest_rank_sets_the_pace(tmp_path: Path) -> None:
+    run_on_ranks(slow_rank_sets_the_pace, tmp_path, world_size=2)
+    assert {path.read_text() for path in tmp_path.glob("rank_*")} == {"{'train': 8, 'evaluate': 1}"}
+
+
+# --- alone ---------------------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """All that an agreement with nobody asks of a world."""
+
+    size, is_rank_zero, device = 1, True, None
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found = [0.0]
+    monkeypatch.setattr(module, "time", Clock(found))
+    return found
+
+
+def agreement_of(request: StopRequest, **kwargs: Any) -> Agreement:
+    return Agreement(Alone(), request, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step_s", [0.0001, 0.01, 0.3, 3.0])
+def test_a_wish_is_noticed_within_about_a_second_or_a_step(step_s: float, now: list[float]) -> None:
+    """Whatever the pace, and when it drops by ten meanwhile; and fast steps agree seldom."""
+    request = StopRequest()
+    agreement = agreement_of(request)
+    agreements = 0
+    reduce = agreement._reduce
+
+    def counted(*values: float) -> list[float]:
+        nonlocal agreements
+        agreements += 1
+        return reduce(*values)
+
+    agreement._reduce = counted  # type: ignore[method-assign]
+    while now[0] < 30 * max(1.0, step_s):
+        now[0] += step_s
+        agreement.tick()
+    assert agreements <= 42  # one a second, or a step, and more at first while the pace is not known
+    request.tell("INTERRUPT")
+    told_at = now[0]
+    while agreement.stop is None:
+        now[0] += step_s
+        agreement.tick()
+    assert now[0] - told_at <= max(1.01, step_s * 1.01)
+
+
+def test_set_up_and_saves_say_nothing_about_the_pace(now: list[float]) -> None:
+    agreement = agreement_of(StopRequest())
+    now[0] += 500.0
+    agreement.start_phase()
+    now[0] += 0.01
+    agreement.tick()
+    assert agreement._distance["train"] == 4  # at most four times further than last time
+    now[0] += 500.0
+    agreement.saved()
+    for _ in range(4):
+        now[0] += 0.01
+        agreement.tick()
+    assert agreement._distance["train"] == 16
+
+
+def test_without_an_interval_nothing_is_saved_by_the_clock(now: list[float]) -> None:
+    agreement = agreement_of(StopRequest())
+    for _ in range(100):
+        now[0] += 100.0
+        agreement.tick()
+        assert not agreement.save_due

@@ -1,0 +1,155 @@
+"""Promise 4: a checkpoint is complete or absent, and the last good one is never lost."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_exactness import assert_equal
+from tiny_runs import checkpoints_of, new_net, new_step, steps, take, write_at
+from torch import nn
+
+from dist_train import checkpoint as module
+from dist_train.checkpoint import (
+    MODEL,
+    STATE,
+    TRAINING,
+    Snapshot,
+    TrainState,
+    find_damage,
+    folder_of,
+    load_weights,
+    restore,
+    write,
+)
+from dist_train.config import parse_config
+from dist_train.distributed import World
+from dist_train.errors import CheckpointError, TrainingDiverged
+from dist_train.run_dir import RunDir
+
+# --- what comes back -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": None}, {"optimizer": {"name": "sgd", "momentum": 0.9}}], ids=str)
+def test_what_is_restored_is_what_was_there(extra: dict[str, Any], world: World, run_dir: RunDir) -> None:
+    config = parse_config({"device": "cpu", "ema_decay": 0.9, **extra})
+    step = new_step(world, seed=0, config=config)
+    take(step, 0, 4)
+    state = TrainState(step=4, logged_step=3, evaluation_pending=True, train_s=1 / 3)
+    state.note_evaluation({"val/loss": 0.1, "val/accuracy": 2 / 3}, min_delta=0.0)
+    checkpoints = checkpoints_of(run_dir, world, config=config)
+    checkpoints.save(state, step)
+    checkpoints.finish()
+    other = new_step(world, seed=1, config=config)
+    assert checkpoints.restore_latest(other) == state
+    assert_equal(other.state_dict(), step.state_dict())
+    take(step, 4, 3)
+    take(other, 4, 3)
+    assert_equal(other.state_dict(), step.state_dict())
+    load_weights(new_net(), folder_of(run_dir, 4))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit Linear: "):
+        load_weights(nn.Linear(2, 2), folder_of(run_dir, 4))
+    checkpoints.close()
+
+
+def test_training_goes_on_while_a_snapshot_is_written(
+    world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def wait_and_write(*args: Any, **kwargs: Any) -> None:
+        go.wait(30)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(module, "write", wait_and_write)
+    step, state = new_step(world, seed=0), TrainState(step=2)
+    take(step, 0, 2)
+    checkpoints = checkpoints_of(run_dir, world)
+    checkpoints.save(state, step)
+    before = copy.deepcopy(step.state_dict())
+    take(step, 2, 2)
+    state.step = 4
+    go.set()
+    checkpoints.finish()
+    other = new_step(world, seed=1)
+    assert checkpoints.restore_latest(other) == TrainState(step=2)
+    assert_equal(other.state_dict(), before)
+    checkpoints.close()
+
+
+def test_nothing_there_is_a_fresh_start(world: World, run_dir: RunDir) -> None:
+    assert checkpoints_of(run_dir, world).restore_latest(new_step(world, 0)) is None
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_loading_executes_no_code(world: World, run_dir: RunDir, tmp_path: Path) -> None:
+    """A checkpoint with the right checksums, made by somebody else."""
+    bomb = Bomb(tmp_path / "exploded")
+    write(Snapshot(TrainState(step=1), {"w": torch.ones(1)}, {"window": bomb}), folder_of(run_dir, 1), attempt=1)
+    assert find_damage(folder_of(run_dir, 1)) == ""
+    with pytest.raises(CheckpointError, match="step_00000001 cannot be read: "):
+        restore(folder_of(run_dir, 1), new_step(world, 0))
+    assert not bomb.path.exists()
+    pickle.loads(pickle.dumps(bomb))  # it would have
+    assert bomb.path.exists()
+
+
+@pytest.mark.parametrize("name", [MODEL, TRAINING, STATE])
+def test_a_file_that_cannot_be_read_is_an_error_of_ours(name: str, world: World, run_dir: RunDir) -> None:
+    folder = write_at(run_dir, 1)
+    (folder / name).write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match="step_00000001 cannot be read: "):
+        restore(folder, new_step(world, 0))
+    if name == MODEL:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit Linear: "):
+            load_weights(nn.Linear(2, 2), folder)
+
+
+# --- what stays ------------------------------------------------------------------------------------------------------
+
+
+def test_last_best_and_every_stay(world: World, run_dir: RunDir) -> None:
+    checkpoints, step = checkpoints_of(run_dir, world, keep_every=4), new_step(world, 0)
+    state = TrainState()
+    there = []
+    for number, accuracy in enumerate([0.1, 0.5, 0.9, 0.2, 0.3, 0.95, 0.4, None, 0.6], start=1):
+        state.step = number
+        if accuracy is not None:
+            state.note_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
+        checkpoints.save(state, step)
+        checkpoints.finish()
+        there.append(steps(run_dir))
+    assert there == [
+        [1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [4, 5, 6], [4, 6, 7], [4, 6, 7, 8], [4, 6, 8, 9],
+    ]  # fmt: skip
+    links = {name: (run_dir.checkpoints / name).resolve() for name in ("last", "best")}
+    assert links == {"last": folder_of(run_dir, 9), "best": folder_of(run_dir, 6)}
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("poison", ["weight", "buffer", "window"])
+def test_what_is_not_finite_is_never_saved(poison: str, world: World, run_dir: RunDir) -> None:
+    checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
+    checkpoints.save(TrainState(step=1), step)
+    checkpoints.finish()
+    with torch.no_grad():
+        {"weight": next(step.net.parameters()), "buffer": next(step.net.buffers()), "window": step.window.sums}[
+            poison
+        ].flatten()[-1] = float("inf" if poison == "buffer" else "nan")
+    with pytest.raises(TrainingDiverged, match=r"between step 2 and 3.*step_00000001\. Lower optimizer\.lr"):
+        checkpoints.save(TrainState(step=3, logged_step=1), step)
+    checkpoints.finish()
+    assert steps(run_dir) == [1]
+    checkpoints.close()

@@ -1,0 +1,162 @@
+"""A damaged checkpoint is found whatever the damage, named, set aside, and the one before it is used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_runs import write_at
+
+from dist_train.checkpoint import (
+    MANIFEST,
+    MODEL,
+    STATE,
+    TRAINING,
+    find_checkpoint,
+    find_damage,
+    folder_of,
+    good,
+    read_manifest,
+)
+from dist_train.errors import CheckpointError
+from dist_train.run_dir import RunDir
+
+FILES = [MODEL, TRAINING, STATE, MANIFEST]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = RunDir(tmp_path_factory.mktemp("run"))
+    for step in (1, 2):
+        write_at(run_dir, step, accuracy=step / 10)
+    return run_dir.path
+
+
+@pytest.fixture
+def run_dir(template: Path, tmp_path: Path) -> RunDir:
+    shutil.copytree(template, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+Damage = Callable[[Path, Path, random.Random], None]  # (newest, the one before, source of chance)
+
+
+def flip_a_bit(newest: Path, _: Path, chance: random.Random) -> None:
+    path = newest / chance.choice(FILES)
+    content = bytearray(path.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def flip_a_bit_of_the_manifest(newest: Path, _: Path, chance: random.Random) -> None:
+    content = bytearray((newest / MANIFEST).read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    (newest / MANIFEST).write_bytes(content)
+
+
+def truncate(newest: Path, _: Path, chance: random.Random) -> None:
+    path = newest / chance.choice(FILES)
+    path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+
+
+def lengthen(newest: Path, _: Path, chance: random.Random) -> None:
+    with (newest / chance.choice([MODEL, TRAINING, STATE])).open("ab") as file:
+        file.write(b"\0")
+
+
+def delete(newest: Path, _: Path, chance: random.Random) -> None:
+    (newest / chance.choice(FILES)).unlink()
+
+
+def swap(newest: Path, before: Path, chance: random.Random) -> None:
+    name = chance.choice(FILES)
+    shutil.copy(before / name, newest / name)
+
+
+def swap_all(newest: Path, before: Path, _: random.Random) -> None:
+    for name in FILES:
+        shutil.copy(before / name, newest / name)
+
+
+def odd_manifest(newest: Path, _: Path, chance: random.Random) -> None:
+    """Parts of the manifest missing or of another type, and manifests that are none."""
+    manifest = json.loads((newest / MANIFEST).read_text())
+    strange: list[object] = [None, 7, "2", [], {}, {"files": 1}, {"bytes": 1}]
+    key = chance.choice([*manifest, "whole"])
+    if key == "whole":
+        manifest = chance.choice(strange)
+    elif chance.random() < 0.3:
+        del manifest[key]
+    elif key == "files" and chance.random() < 0.7:
+        manifest["files"][chance.choice([MODEL, "another"])] = chance.choice(strange)
+    else:
+        manifest[key] = chance.choice(strange)
+    (newest / MANIFEST).write_text(json.dumps(manifest))
+
+
+def empty_manifest(newest: Path, _: Path, __: random.Random) -> None:
+    (newest / MANIFEST).write_bytes(b"")
+
+
+DAMAGES: list[tuple[Damage, int]] = [
+    (flip_a_bit, 24), (flip_a_bit_of_the_manifest, 24), (truncate, 12), (lengthen, 3), (delete, 4), (swap, 8),
+    (swap_all, 1), (odd_manifest, 30), (empty_manifest, 1),
+]  # fmt: skip
+CASES = [(damage, seed) for damage, how_often in DAMAGES for seed in range(how_often)]
+
+
+@pytest.mark.parametrize(("damage", "seed"), CASES, ids=lambda value: getattr(value, "__name__", value))
+def test_damage_is_found_and_the_checkpoint_before_is_used(
+    damage: Damage, seed: int, run_dir: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest, before = folder_of(run_dir, 2), folder_of(run_dir, 1)
+    assert find_damage(newest) == find_damage(before) == ""
+    intact = {path.name: path.read_bytes() for path in newest.iterdir()}
+    damage(newest, before, random.Random(f"{damage.__name__} {seed}"))
+    assert {path.name: path.read_bytes() for path in newest.iterdir()} != intact
+    assert find_damage(newest)
+    with caplog.at_level(logging.WARNING):
+        assert list(good(run_dir, set_aside=True)) == [before]
+    (warning,) = caplog.messages
+    assert str(newest) in warning
+    assert "the one before is used" in warning
+    assert not newest.exists()
+    assert (newest.parent / "damaged_step_00000002").is_dir()  # nothing is thrown away
+    assert list(good(run_dir)) == [before]
+
+
+def test_all_damaged_is_none_good(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2):
+        (folder_of(run_dir, step) / MODEL).write_bytes(b"")
+    assert list(good(run_dir, set_aside=True)) == []
+    assert len(caplog.messages) == 2
+    with pytest.raises(CheckpointError, match=r"No good checkpoint last in .*\. Steps there: none\."):
+        find_checkpoint(run_dir, "last")
+
+
+def test_a_folder_under_another_name_is_damaged(run_dir: RunDir) -> None:
+    moved = folder_of(run_dir, 2).rename(folder_of(run_dir, 9))
+    assert find_damage(moved) == f"{MANIFEST} belongs to another checkpoint"
+
+
+def test_looking_moves_nothing(run_dir: RunDir) -> None:
+    """`evaluate` and messages look while another process may be training there."""
+    (folder_of(run_dir, 2) / MODEL).write_bytes(b"")
+    assert list(good(run_dir)) == [folder_of(run_dir, 1)]
+    assert folder_of(run_dir, 2).exists()
+
+
+def test_checkpoints_by_name(run_dir: RunDir) -> None:
+    write_at(run_dir, 3, accuracy=0.15)
+    write_at(run_dir, 4)  # not evaluated: no score
+    assert find_checkpoint(run_dir, "last") == find_checkpoint(run_dir, "4") == folder_of(run_dir, 4)
+    assert find_checkpoint(run_dir, "best") == folder_of(run_dir, 2)
+    assert read_manifest(folder_of(run_dir, 4))["score"] is None
+    for missing in ("7", "newest", ""):
+        with pytest.raises(CheckpointError, match=rf"No good checkpoint {missing} in .*\. Steps there: 1, 2, 3, 4\."):
+            find_checkpoint(run_dir, missing)

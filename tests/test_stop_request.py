@@ -1,0 +1,135 @@
+"""Signals: the first is a wish, the second its echo, the third ends the process."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from dist_train import stop_request as module
+from dist_train.stop_request import ECHO_S, StopRequest
+
+CHILD = """
+import sys, time
+from dist_train import stop_request
+stop_request.ECHO_S = float(sys.argv[1])
+handle = stop_request.StopRequest._handle
+def handle_and_say(self, number, frame):
+    handle(self, number, frame)
+    print(number, self.told, flush=True)
+stop_request.StopRequest._handle = handle_and_say
+with stop_request.StopRequest():
+    print("ready", flush=True)
+    while True:
+        time.sleep(1)
+"""
+
+
+@contextmanager
+def child(echo_s: float = ECHO_S, stdin: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[str]]:
+    argv = [sys.executable, "-c", CHILD, str(echo_s)]
+    with subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert line_of(process) == "ready"
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize(
+    ("number", "state"),
+    [(signal.SIGTERM, "INTERRUPT"), (signal.SIGINT, "INTERRUPT"), (signal.SIGUSR1, "PREEMPTED")],
+)
+def test_the_first_signal_sets_the_state_and_its_echo_changes_nothing(number: int, state: str) -> None:
+    before = {number: signal.getsignal(number) for number in module._SIGNALS}
+    with StopRequest() as request:
+        assert request.told is None
+        for sent in (number, signal.SIGTERM):  # Slurm's own, then torchrun's TERM on top
+            os.kill(os.getpid(), sent)
+            assert request.told == state
+    assert {number: signal.getsignal(number) for number in module._SIGNALS} == before
+
+
+@pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_third_signal_ends_the_process_at_once(last: int) -> None:
+    with child() as process:
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            assert line_of(process) == f"{int(signal.SIGTERM)} INTERRUPT"
+        process.send_signal(last)
+        assert process.wait(10) == 128 + last
+
+
+def test_a_second_signal_after_the_echo_ends_the_process() -> None:
+    with child(echo_s=0.0) as process:
+        process.send_signal(signal.SIGUSR1)
+        assert line_of(process) == f"{int(signal.SIGUSR1)} PREEMPTED"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+
+
+class Clock:
+    def __init__(self, *times: float) -> None:
+        self._times = iter(times)
+
+    def monotonic(self) -> float:
+        return next(self._times)
+
+
+def test_the_echo_lasts_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left(Exception):
+        pass
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    for after, ends in ((9.9, False), (10.1, True)):
+        monkeypatch.setattr(module, "time", Clock(100.0, 100.0 + after))
+        request = StopRequest()
+        request._handle(signal.SIGTERM, None)
+        if ends:
+            with pytest.raises(Left, match="143"):
+                request._handle(signal.SIGTERM, None)
+        else:
+            request._handle(signal.SIGTERM, None)
+        assert request.told == "INTERRUPT"
+
+
+def test_ctrl_c_twice_at_a_terminal_ends_the_process() -> None:
+    ours, theirs = pty.openpty()
+    try:
+        with child(stdin=theirs) as process:
+            process.send_signal(signal.SIGINT)
+            assert line_of(process) == f"{int(signal.SIGINT)} INTERRUPT"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_without_a_terminal_a_second_interrupt_is_an_echo() -> None:
+    with child() as process:
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            assert line_of(process) == f"{int(signal.SIGINT)} INTERRUPT"
+        assert process.poll() is None
+
+
+def test_the_first_wish_stays() -> None:
+    request = StopRequest()
+    request.tell("PREEMPTED")
+    request.tell("INTERRUPT")
+    assert request.told == "PREEMPTED"
