@@ -20,7 +20,7 @@ from dist_train.config import Config
 from dist_train.data import Splits, load_splits
 from dist_train.data.batches import training_batches
 from dist_train.data.image_set import num_examples
-from dist_train.distributed import World, is_peer_failure
+from dist_train.distributed import World, end_process, is_peer_failure
 from dist_train.environment import Place, find_place
 from dist_train.errors import DistTrainError, LaunchError
 from dist_train.facts import bit_changes, collect_facts
@@ -114,9 +114,7 @@ class _Reporting:
             if first:
                 text = error if isinstance(error, DistTrainError) else trace
                 print(f"error [rank {self.place.rank}]: {text}", file=sys.stderr)
-            sys.stderr.flush()
-            sys.stdout.flush()
-            os._exit(code)
+            end_process(code)
 
 
 def _same_threads(world: World, run_dir: RunDir) -> World:

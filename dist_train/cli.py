@@ -196,6 +196,15 @@ def _train_here(config: Config, start: Start, request: StopRequest) -> None:
 
     with request:
         run_attempt(config, start, request, _STARTED)
+    _end_rank()
+
+
+def _end_rank() -> None:
+    from dist_train.distributed import end_process
+    from dist_train.environment import find_place
+
+    if find_place(os.environ).world_size > 1:
+        end_process(0)
 
 
 @main.command()
@@ -208,15 +217,13 @@ def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
     from dist_train.results import evaluate_run
 
     found = evaluate_run(run, checkpoint, split)
-    if found is None:  # another rank than zero
-        return
-    if as_json:
+    if found is not None and as_json:
         click.echo(json.dumps(found))
-        return
-    click.echo(f"{run}, checkpoint at step {found['step']}, {split} split: {found['seen']} examples")
-    for name, value in found.items():
-        if name not in ("step", "seen"):
-            click.echo(f"{name} {value:.6f}")
+    elif found is not None:
+        click.echo(f"{run}, checkpoint at step {found['step']}, {split} split: {found['seen']} examples")
+        for name in sorted(found.keys() - {"step", "seen"}):
+            click.echo(f"{name} {found[name]:.6f}")
+    _end_rank()
 
 
 @main.group()

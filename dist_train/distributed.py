@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -218,14 +219,26 @@ class World:
             torch.mps.synchronize()
 
     def leave(self) -> None:
-        """Ranks leave together: without the barrier some abort at exit.
+        """Ranks leave together: without the barrier some abort at exit. End the process soon, by `end_process`.
 
         Collective: every rank must call this.
         """
+        if dist.is_initialized():
+            _kept_alive.append(dist.group.WORLD)
         self.barrier()
         self.accelerator.end_training()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+# gloo's destructor joins its threads while it holds the GIL that one of them may still be waiting for: of about 250
+# finished trainings 3 had a rank that hung there for ever. So no group is destroyed before its process ends.
+_kept_alive: list[Any] = []
+
+
+def end_process(code: int) -> NoReturn:
+    """End a rank without the interpreter's clean-up, which would destroy the process group (see above)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_peer_failure(error: BaseException) -> bool:

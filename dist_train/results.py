@@ -20,7 +20,7 @@ from dist_train.run_dir import RunDir
 
 
 def evaluate_run(path: Path, which: str, split: str) -> dict[str, float] | None:
-    """Metrics of checkpoint `which` (last, best or a step) on `split` (val or test); None on other ranks than zero.
+    """Metrics of checkpoint `which` (last, best or a step) on `split` (val or test); None on ranks other than zero.
 
     Collective: every rank calls this with the same arguments.
 

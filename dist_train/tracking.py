@@ -121,7 +121,7 @@ def _has_key(env: Mapping[str, str]) -> bool:
     path = Path(env.get("NETRC", "~/.netrc")).expanduser()
     try:
         return netrc.netrc(str(path)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return False
 
 

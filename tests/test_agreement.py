@@ -70,7 +70,7 @@ def test_saves_by_the_clock_are_agreed(tmp_path: Path) -> None:
     run_on_ranks(saves_by_the_clock, tmp_path, world_size=2)
     (saves,) = {path.read_text() for path in tmp_path.glob("rank_*")}
     ticks = [int(tick) for tick in saves.strip("[]").split(", ")]
-    assert 1 <= len(ticks) <= 5
+    assert 1 <= len(ticks) <= 30
     assert ticks[0] >= 10  # not at once
 
 

@@ -24,8 +24,6 @@ NETS: dict[str, dict[str, Any]] = {
     "conv": {"name": "conv"},
     "fast": {"name": "fast"},
 }
-# Normalised: on pixels in -1..1 Adam divides conv's gradients that are mere rounding by their own size, and fp32 losses
-# are 2e-3 apart after 20 steps (1e-7 with SGD, or with eps=1e-4; docs/exactness.md).
 MNIST: dict[str, Any] = {
     "global_batch_size": 96,
     "final_train_eval": False,
@@ -57,6 +55,10 @@ def test_float64_runs_agree_for_every_division(net: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("net", NETS)
 def test_first_losses_in_fp32_agree(net: str, tmp_path: Path) -> None:
     settings = MNIST | {"model": NETS[net], "train_for": "20 steps", "log_every": 1, "eval_every": 0}
+    if net == "conv":
+        # Five layers deep, its first gradients are near rounding, and Adam divides them by their own size: with the
+        # usual eps the losses are up to 2e-3 apart after 20 steps, with this one (or with SGD) 2e-7.
+        settings["optimizer"] = {"lr": 1e-3, "eps": 1e-4}
     for world_size in (1, 2, 3):
         train_on_ranks(settings, tmp_path / str(world_size), world_size)
     for world_size in (2, 3):
@@ -129,7 +131,7 @@ def test_resume_on_another_world_size(before: int, after: int, tmp_path: Path) -
     """Within 1e-6 over the 20 steps after the resume: streamed and resident, random transforms, no dropout."""
     for name, settings in {
         "streamed": SMALL | {"model": {"name": "user_sets:WithDropout"}, "log_every": 1},
-        "resident": MNIST | {"model": NETS["conv"], "train_for": "24 steps", "log_every": 1, "eval_every": 0},
+        "resident": MNIST | {"model": NETS["fast"], "train_for": "24 steps", "log_every": 1, "eval_every": 0},
     }.items():
         if name == "streamed":
             settings = settings | {"model": {"name": "mlp", "args": {"image_size": 8, "hidden": 16}}}
