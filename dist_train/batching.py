@@ -71,4 +71,4 @@ def evaluation_shard(num_examples: int, rank: int, world_size: int) -> Tensor:
 
     Not padded, as DistributedSampler would: filler counts twice and dilutes a user's own metric.
     """
-    return torch.arange(rank, num_examples, world_size)
+    return torch.arange(min(rank, num_examples), num_examples, world_size)

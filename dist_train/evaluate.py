@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
+
 import torch
 from torch import nn
 
 from dist_train.agreement import Agreement
 from dist_train.data.batches import EvaluationBatches
 from dist_train.distributed import World
-from dist_train.errors import DistTrainError
+from dist_train.errors import DistTrainError, TrainingDiverged
 from dist_train.metrics import Counts
 from dist_train.objective import Objective, count_correct
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -30,6 +35,7 @@ def evaluate(
 
     Raises:
         DistTrainError: the ranks together did not see just the whole split.
+        TrainingDiverged: on every rank, if the loss is not finite.
     """
     world.broadcast([buffer for buffer in net.buffers() if buffer.numel()])
     was_training = net.training
@@ -60,5 +66,12 @@ def evaluate(
     if seen != batches.num_examples:
         raise DistTrainError(f"Evaluation counted {seen} examples of {batches.num_examples}. This is a bug: report it.")
     means = {name: totals[name] / seen for name in names if name not in ("correct", "seen")}
+    if not math.isfinite(means["loss"]):
+        raise TrainingDiverged(f"The loss over {seen} examples is not finite. Lower optimizer.lr or set max_grad_norm.")
+    undefined = [name for name, mean in means.items() if not math.isfinite(mean)]
+    for name in undefined:
+        del means[name]  # metrics.jsonl is strict JSON
+    if undefined:
+        _log.warning("left out, since not finite over %d examples: %s", seen, ", ".join(undefined))
     accuracy = {"accuracy": totals["correct"] / seen} if classifies else {}
     return means | accuracy | {"seen": seen}

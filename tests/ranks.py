@@ -76,10 +76,10 @@ def join_group(name: str) -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        path = Path(os.environ["TEST_RENDEZVOUS"], name)
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
+    # A world of one too: Accelerate would make it one with a server on MASTER_PORT.
+    path = Path(os.environ["TEST_RENDEZVOUS"], name)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
 
 
 def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None = None) -> str:

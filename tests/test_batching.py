@@ -6,20 +6,14 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from user_sets import Jittered
 
 from dist_train.batching import ShardSampler, evaluation_shard
 from dist_train.config import DataConfig, Normalize
-from dist_train.data.batches import (
-    Batches,
-    ResidentBatches,
-    StreamingBatches,
-    evaluation_batches,
-    training_batches,
-)
+from dist_train.data.batches import Batches, ResidentBatches, StreamingBatches, evaluation_batches, training_batches
 from dist_train.data.image_set import ImageSet
 from dist_train.errors import ConfigError
 from dist_train.plan import BatchPlan
@@ -93,6 +87,7 @@ def test_iterating_is_asking_for_each_step(rank: int) -> None:
 
 
 @given(st.integers(0, 100), st.integers(1, 9))
+@example(1, 4)  # more ranks than examples
 def test_evaluation_shards_are_a_partition(num_examples: int, world_size: int) -> None:
     shards = [evaluation_shard(num_examples, rank, world_size) for rank in range(world_size)]
     assert sorted(torch.cat(shards).tolist()) == list(range(num_examples))

@@ -30,35 +30,36 @@ MNIST: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
     "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}},
 }
+# The same on the first 1920 images, for what is slow.
+PART = MNIST | {"data": MNIST["data"] | {"name": "user_sets:mnist_part"}}
 # (world size, at most per device): every rank count, with and without micro-batches
 DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_float64_runs_agree_for_every_division(net: str, tmp_path: Path) -> None:
-    """Here a seeded part (fewer steps for the slow nets); `make exactness` runs 400 steps for all of them."""
-    steps = {"mlp": 400, "guide": 400}.get(net, 8)
-    settings = MNIST | {
-        "dtype": "float64", "model": NETS[net], "train_for": f"{steps} steps", "log_every": 4, "eval_every": 0,
+    """Here a part: fewer steps and images for the slow nets. `make exactness` does 400 steps for all, on all images."""
+    small = net in ("mlp", "guide")
+    settings = (MNIST if small else PART) | {
+        "dtype": "float64", "model": NETS[net], "train_for": f"{400 if small else 6} steps", "log_every": 2,
+        "eval_every": 0,
     }  # fmt: skip
     train_on_ranks(settings, tmp_path / "whole")
-    for world_size, per_device in DIVISIONS if steps == 400 else DIVISIONS[2:]:
+    for world_size, per_device in DIVISIONS[2:] if net == "conv" else DIVISIONS:
         part = tmp_path / f"{world_size}_{per_device}"
         train_on_ranks(settings | {"per_device_batch_size": per_device}, part, world_size)
         assert largest_difference(weights(part), weights(tmp_path / "whole")) < 1e-10
         assert train_losses(part) == pytest.approx(train_losses(tmp_path / "whole"), rel=1e-10)
         last, whole_last = metrics(part)[-1], metrics(tmp_path / "whole")[-1]
-        assert last["val/seen"] == 10_000
+        assert last["val/seen"] == (10_000 if small else 1920)
         assert last["val/accuracy"] == whole_last["val/accuracy"]  # the same number of correct test images
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", ["mlp", "guide", "bks", "fast"])
 def test_first_losses_in_fp32_agree(net: str, tmp_path: Path) -> None:
-    settings = MNIST | {"model": NETS[net], "train_for": "20 steps", "log_every": 1, "eval_every": 0}
-    if net == "conv":
-        # Five layers deep, its first gradients are near rounding, and Adam divides them by their own size: with the
-        # usual eps the losses are up to 2e-3 apart after 20 steps, with this one (or with SGD) 2e-7.
-        settings["optimizer"] = {"lr": 1e-3, "eps": 1e-4}
+    """Not of conv: its loss leaves a plateau by growing whatever tips it, rounding too. Adam at lr 1e-3 takes it from
+    1e-7 to 2e-3 within 20 steps (SGD: 2e-7); in float64, above, it agrees like the others."""
+    settings = PART | {"model": NETS[net], "train_for": "20 steps", "log_every": 1, "eval_every": 0}
     for world_size in (1, 2, 3):
         train_on_ranks(settings, tmp_path / str(world_size), world_size)
     for world_size in (2, 3):
@@ -82,11 +83,10 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("loader", ["in the process", "workers"])
-def test_stop_and_resume_is_never_stopped(world_size: int, loader: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (3, 2), (4, 0)])
+def test_stop_and_resume_is_never_stopped(world_size: int, num_workers: int, tmp_path: Path) -> None:
     """Dropout and a streamed set with random transforms; stopped twice, in mid-epoch and where an evaluation is due."""
-    settings = SMALL | {"data": {"name": "user_sets:Jittered", "num_workers": 2 if loader == "workers" else 0}}
+    settings = SMALL | {"data": {"name": "user_sets:Jittered", "num_workers": num_workers}}
     train_on_ranks(SMALL, tmp_path / "whole", world_size)
     for stop_after in (11, 20):
         train_on_ranks(settings, tmp_path / "parts", world_size, stop_after=stop_after)
@@ -131,7 +131,7 @@ def test_resume_on_another_world_size(before: int, after: int, tmp_path: Path) -
     """Within 1e-6 over the 20 steps after the resume: streamed and resident, random transforms, no dropout."""
     for name, settings in {
         "streamed": SMALL | {"model": {"name": "user_sets:WithDropout"}, "log_every": 1},
-        "resident": MNIST | {"model": NETS["fast"], "train_for": "24 steps", "log_every": 1, "eval_every": 0},
+        "resident": PART | {"model": NETS["bks"], "train_for": "24 steps", "log_every": 1, "eval_every": 0},
     }.items():
         if name == "streamed":
             settings = settings | {"model": {"name": "mlp", "args": {"image_size": 8, "hidden": 16}}}
@@ -140,7 +140,7 @@ def test_resume_on_another_world_size(before: int, after: int, tmp_path: Path) -
         train_on_ranks(settings, tmp_path / name / "parts", after)
         ours, theirs = train_losses(tmp_path / name / "parts"), train_losses(tmp_path / name / "whole")
         assert len(ours) == len(theirs)
-        assert ours[4:24] == pytest.approx(theirs[4:24], rel=1e-6)
+        assert ours[4:24] == pytest.approx(theirs[4:24], abs=1e-6, rel=0)
 
 
 def test_evaluation_counts_every_example_once(tmp_path: Path) -> None:

@@ -100,7 +100,6 @@ def status(run_dir: Path) -> str:
 WAYS = {
     "python": [sys.executable, "-m", "dist_train", "train"],
     "dist-train launch": [*DIST_TRAIN, "launch", "--nproc", "2"],
-    "local.sh": [str(ROOT / "launch/local.sh"), "2"],
     "torchrun": [str(ROOT / "launch/torchrun.sh")],
     "accelerate": [str(ROOT / "launch/accelerate.sh")],
     "accelerate, one process": ["accelerate-launch", "--cpu", "--num_processes=1", "-m", "dist_train", "train"],
@@ -141,19 +140,17 @@ def test_a_lone_world_is_refused(command: list[str], env: dict[str, str], tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_sigterm_in_mid_epoch_and_resume(nproc: int, tmp_path: Path) -> None:
+def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
     """TERM at whatever step it hits: state INTERRUPT, exit 0, and the resumed run is the one never stopped."""
-    command = [*DIST_TRAIN, "train", *SETTINGS, "-o", "train_for=400 steps", "-o", "model.name=bks"]
-    if nproc > 1:
-        command += ["--nproc", str(nproc)]
+    command = [str(ROOT / "launch/local.sh"), "2", *SETTINGS, "-o", "train_for=400 steps", "-o", "model.name=bks"]
+    command += ["-o", "data.name=user_sets:mnist_part"]
     stopped = tmp_path / "runs/stopped"
     with started([*command, "--run-name", "stopped"], tmp_path) as process:
         wait_until(lambda: step_of(stopped) >= 30, "the first steps")
         process.send_signal(signal.SIGTERM)
         told = time.monotonic()
         assert process.wait(30) == 0, process.communicate()
-        assert time.monotonic() - told < 10
+        assert time.monotonic() - told < 10  # noticed within 2 s; saved, the processes gone
     assert status(stopped) == "INTERRUPT"
     step = step_of(stopped)
     assert 30 <= step < 400
