@@ -52,6 +52,7 @@ class TrainState:
     evaluation_pending: bool = False  # a stop cut it short: done again after the resume
     val: dict[str, float] = field(default_factory=dict)  # the last evaluation: val/loss, val/accuracy, ..., its step
     best: dict[str, float] = field(default_factory=dict)  # the best one
+    gain_from: float | None = None  # the score that early stopping compares with
     evaluations_without_gain: int = 0
     train_s: float = 0.0  # seconds inside training steps, over all attempts
     total_s: float = 0.0  # seconds since the process started, over all attempts
@@ -64,8 +65,11 @@ class TrainState:
         """Remember an evaluation done at `step` (keys val/...)."""
         self.evaluation_pending = False
         self.val = {**metrics, "step": self.step}
-        if not self.best or score_of(metrics) > score_of(self.best) + min_delta:
-            self.best, self.evaluations_without_gain = self.val, 0
+        score = score_of(metrics)
+        if not self.best or score > score_of(self.best):
+            self.best = self.val
+        if self.gain_from is None or score > self.gain_from + min_delta:
+            self.gain_from, self.evaluations_without_gain = score, 0
         else:
             self.evaluations_without_gain += 1
 
@@ -278,7 +282,13 @@ def restore(folder: Path, step: Step) -> TrainState:
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     training.setdefault("net", model)
-    step.load_state_dict(training)
+    try:
+        step.load_state_dict(training)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} does not fit {type(step.net).__name__}: {error}. Was the code of the net changed since? "
+            f"Undo that, or start under another --run-name."
+        ) from error
     return state
 
 

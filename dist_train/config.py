@@ -168,7 +168,9 @@ class TrackingConfig(_Settings):
 class Config(_Settings):
     seed: int = Field(0, ge=0, lt=2**63)
     train_for: Steps = Duration(5, "epochs")
-    global_batch_size: PositiveInt = 64  # examples per optimizer step, over all ranks and micro-steps
+    global_batch_size: Annotated[int, Field(gt=0, lt=2**31)] = (
+        64  # examples per optimizer step, over all ranks and micro-steps
+    )
     per_device_batch_size: Annotated[PositiveInt, Free] = (
         1024  # at most this many per forward; lower it when out of memory
     )

@@ -11,7 +11,7 @@ from torch import nn
 from dist_train.agreement import Agreement
 from dist_train.data.batches import EvaluationBatches
 from dist_train.distributed import World
-from dist_train.errors import DistTrainError, TrainingDiverged
+from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.metrics import Counts
 from dist_train.objective import Objective, count_correct
 
@@ -51,6 +51,11 @@ def evaluate(
                 loss = objective.loss(output, batch.targets)
                 own = objective.metrics(output, batch.targets)
                 counts = counts or Counts(world.device, tuple(own))
+                if tuple(own) != counts.names[3:]:
+                    raise UserCodeError(
+                        f"metrics(output, target) returned {', '.join(own) or 'nothing'} for one batch and "
+                        f"{', '.join(counts.names[3:]) or 'nothing'} for another. Return the same keys each time."
+                    )
                 counts.add(loss, count_correct(output, batch.targets), len(batch), *own.values())
             if agreement is not None:
                 agreement.tick("evaluate")

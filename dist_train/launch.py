@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from dist_train.environment import LAUNCHER_PID, RUN_DIR, available_cores
@@ -100,14 +102,21 @@ def _failure(spec: LaunchSpec, code: int) -> LaunchError:
 class _Forwarding:
     """While the ranks run, our signals are theirs. Ctrl-C twice ends them at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    # A terminal that closes (HUP) is a wish to stop; under nohup HUP is ignored and stays so.
+    SIGNALS = {
+        signal.SIGTERM: signal.SIGTERM,
+        signal.SIGINT: signal.SIGINT,
+        signal.SIGHUP: signal.SIGTERM,
+        signal.SIGUSR1: signal.SIGUSR1,
+    }
 
     def __init__(self, agent: subprocess.Popen[bytes]) -> None:
         self.agent = agent
         self.interrupts = 0
 
     def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self._forward) for number in self.SIGNALS}
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._forward) for number in heard}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -116,7 +125,7 @@ class _Forwarding:
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
         # The ranks notice that torchrun is gone and leave too (watch_launcher).
-        self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else number)
+        self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else self.SIGNALS[signal.Signals(number)])
 
 
 def watch_launcher(on_death: Callable[[], None]) -> None:
@@ -146,4 +155,6 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
+    with suppress(OSError):  # a zombie that nobody has waited for is dead too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     return True

@@ -53,16 +53,20 @@ class Objective:
         found = self._own_metrics(output, targets)
         if not isinstance(found, dict):
             raise UserCodeError(f"metrics(output, target) must return a dict of numbers; got {type(found).__name__}.")
+        ours = found.keys() & {"loss", "correct", "seen"}
+        if ours:
+            raise UserCodeError(f"metrics(output, target) must not return {', '.join(sorted(ours))}: we count that.")
         return {str(name): float(value) for name, value in found.items()}
 
 
 @torch.no_grad()
 def count_correct(output: Any, targets: Any) -> Tensor | None:
-    """How many of the micro-batch are right, []; None unless these are logits [B, K] and integer labels [B]."""
+    """How many of the micro-batch are right, []; None unless these are logits [B, K > 1] and integer labels [B]."""
     classifies = (
         isinstance(output, Tensor)
         and isinstance(targets, Tensor)
         and output.ndim == 2
+        and output.shape[1] > 1
         and targets.ndim == 1
         and not targets.is_floating_point()
     )

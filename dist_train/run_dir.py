@@ -6,10 +6,12 @@ Everything a run knows lies here; W&B mirrors it. Only rank zero writes, the per
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from dist_train.config import Config, load_config
-from dist_train.errors import ConfigError, RunDirError
+from dist_train.errors import ConfigError, DistTrainError, RunDirError
 
 State = Literal[
     "CREATED", "STARTING", "SETUP", "TRAINING", "EVALUATING", "EVALUATED", "SAVING",
@@ -68,8 +70,8 @@ class RunDir:
         Raises:
             ConfigError: with the settings that differ and what each side has.
         """
-        if not self.config.exists():
-            return
+        if not self.config.exists() or not any(self.checkpoints.glob("*step_*")):
+            return  # nothing of another run could be lost: a start that was refused leaves its name free
         difference = load_config(str(self.config)).result_diff(config)
         if difference:
             lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in sorted(difference.items())]
@@ -150,14 +152,15 @@ class RunDir:
         """Set aside the lines after `step`, which the resumed run writes again. Returns how many."""
         if not self.metrics.exists():
             return 0
-        text = self.metrics.read_text(encoding="utf-8")
-        kept = "".join(to_json(line) + "\n" for line in self.read_metrics() if line["step"] <= step)
-        cut = text[len(kept) :]
-        if cut:
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        good = 0  # up to the first line that is later, or no line at all: a kill or a power cut may have left anything
+        while good < len(lines) and _step_of(lines[good]) <= step:
+            good += 1
+        if cut := lines[good:]:
             with self.discarded.open("a", encoding="utf-8") as file:
-                file.write(cut if cut.endswith("\n") else cut + "\n")
-            write_atomically(self.metrics, kept)
-        return cut.count("\n")
+                file.write("".join(cut).rstrip("\n") + "\n")
+            write_atomically(self.metrics, "".join(lines[:good]))
+        return len(cut)
 
     def check_room(self, needed_bytes: int) -> None:
         """See that a first checkpoint fits.
@@ -171,6 +174,20 @@ class RunDir:
                 f"A checkpoint needs {needed_bytes / 2**20:.1f} MiB and {self.path} has {free / 2**20:.1f} MiB free. "
                 f"Make room, or choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
             )
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics, infinite if it is not a whole one."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of code that an unforeseen error comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def to_json(value: Any) -> str:
@@ -215,7 +232,8 @@ def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trac
     """
     temporary = path.with_name(f".{path.name}.{rank}.{os.getpid()}")
     try:
-        message = str(error) or type(error).__name__
+        own = isinstance(error, DistTrainError)
+        message = str(error) if own else f"{type(error).__name__}: {error}{_where(error)}"
         write_json(
             temporary,
             {"rank": rank, "kind": type(error).__name__, "message": message, "exit_code": exit_code,

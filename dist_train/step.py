@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -107,8 +108,9 @@ class Step:
         buffers = [buffer.clone() for buffer in self.net.buffers()]
         for _ in range(2):
             batch = self.batches.at(step, 0)
+            inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
             seed_torch(derive_seed(self._seed, "forward", step, 0, self.world.rank))
-            self.objective.loss(self.objective.forward(self.model, batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
+            self.objective.loss(self.objective.forward(self.model, inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
         with torch.no_grad():
             for buffer, before in zip(self.net.buffers(), buffers, strict=True):

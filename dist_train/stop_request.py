@@ -14,6 +14,7 @@ StopState = Literal["INTERRUPT", "PREEMPTED"]
 _SIGNALS: dict[int, StopState] = {
     signal.SIGTERM: "INTERRUPT",
     signal.SIGINT: "INTERRUPT",
+    signal.SIGHUP: "INTERRUPT",  # the terminal was closed
     signal.SIGUSR1: "PREEMPTED",
 }
 # Slurm and torchrun both deliver a signal; the second copy within this time is no second wish.
@@ -23,7 +24,7 @@ ECHO_S = 10.0
 class StopRequest:
     """The wish of this process alone; what follows from it is agreed by all ranks.
 
-    While inside, TERM, INT and USR1 set `told` instead of ending the process. A second signal within ECHO_S is the
+    While inside, TERM, INT, HUP and USR1 set `told` instead of ending the process. A second signal within ECHO_S is the
     echo of the first; a third one, or Ctrl-C twice at a terminal, ends the process at once.
     """
 
@@ -37,7 +38,8 @@ class StopRequest:
         self.told = self.told or state
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores HUP
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

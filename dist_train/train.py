@@ -49,7 +49,8 @@ class Run:
         self.log_every, self.eval_every, self.save_every = (
             0 if duration.unit == "s" else duration.to_steps(self.steps_per_epoch) for duration in every
         )
-        self.early_stopped = False
+        stopping = self.config.early_stop  # a run that had stopped early has not more to do after a resume
+        self.early_stopped = stopping is not None and self.state.evaluations_without_gain >= stopping.patience
         self.val = self.batches_of(self.splits.val) if self.splits.val is not None else None
         self._watch = Stopwatch(self.state.train_s)
         self._evaluated_at = time.perf_counter()
@@ -72,6 +73,8 @@ class Run:
         step.warm_up(state.step)
         if state.evaluation_pending:
             self.evaluate()
+            if state.is_best:
+                self.save()
         self.enter("TRAINING")
         self._reset_lap()
         while state.step < self.total_steps and not agreement.stop and not self.early_stopped:
@@ -189,14 +192,14 @@ class Run:
         results = None if self.agreement.stop else self._final_results()
         if results is None:  # stopped, maybe in the middle of the last evaluations: done again after the resume
             end = self.agreement.stop or "INTERRUPT"
-            self.tracker.finish({})
             self.enter(end)
+            self.tracker.finish({})
             _log.info("stopped at step %d of %d, state %s", self.state.step, self.total_steps, end)
             return end
-        self.tracker.finish(results)
         if self.world.is_rank_zero:
             write_json(self.run_dir.result, results)
         self.enter("FINISHED")
+        self.tracker.finish(results)  # last: W&B may take its time
         return "FINISHED"
 
     def _final_results(self) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ import pytest
 from ranks import metrics, metrics_without_times, train_losses
 from test_exactness import assert_bit_identical
 
+from dist_train.launch import _alive
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 DIST_TRAIN = [str(BIN / "dist-train")]
@@ -183,6 +185,15 @@ def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> N
         wait_until(lambda: alive(tmp_path) == [], "torchrun gone too", timeout_s=20)
     assert status(run_dir) == "INTERRUPT"
     assert step_of(run_dir) >= 20
+
+
+def test_a_zombie_is_dead() -> None:
+    """A killed launcher that nobody waits for must not keep its ranks alive."""
+    process = subprocess.Popen(["sleep", "60"])
+    assert _alive(process.pid)
+    process.kill()
+    wait_until(lambda: not _alive(process.pid), "seen as dead before it was waited for", timeout_s=5)
+    process.wait()
 
 
 def test_the_first_failing_rank_is_the_one_shown(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_an_attempt_clears_the_end_of_the_one_before(run: RunDir) -> None:
 
 def test_another_config_is_refused_and_nothing_changes(run: RunDir) -> None:
     run.begin_attempt(CONFIG, wandb_id="x")
+    (run.checkpoints / "step_00000001").mkdir(parents=True)
     before = contents(run.path)
     other = parse_config({"optimizer": {"lr": 0.5}, "seed": 7, "device": "cpu"})
     with pytest.raises(ConfigError, match=r"(?s)lr: 0\.001 there, 0\.5 now\n  seed: 0 there, 7 now\n.*--run-name"):
@@ -148,3 +149,15 @@ def test_making_the_object_touches_nothing(tmp_path: Path) -> None:
     assert RunDir(tmp_path / "run").read_status() == {}
     assert list(tmp_path.iterdir()) == []
     assert set(module.CLEAN_ENDS) == {"FINISHED", "INTERRUPT", "PREEMPTED"}
+
+
+@pytest.mark.parametrize("rubbish", ["garbage{\n", "\0\0\0\n", '{"no step": 1}\n', '{"step": 3, "train'])
+def test_rubbish_in_the_metrics_is_set_aside(rubbish: str, run: RunDir) -> None:
+    """Whatever a power cut left behind, the lines before it stay as they are and the run goes on."""
+    for step in (1, 2):
+        run.append_metrics({"step": step, "train/loss": 0.1})
+    good = run.metrics.read_text()
+    run.metrics.write_text(good + rubbish)
+    assert run.cut_metrics(2) == 1
+    assert run.metrics.read_text() == good
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
