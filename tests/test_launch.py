@@ -77,7 +77,13 @@ def command_of(pid: int) -> str:
 
 def ranks_of(folder: Path) -> list[int]:
     """The training processes among those, without their launchers."""
-    return [pid for pid in alive(folder) if " dist_train train" in command_of(pid) and "launch" not in command_of(pid)]
+    launchers = ("torch.distributed.run", "torchrun", "launch")
+    commands = {pid: command_of(pid) for pid in alive(folder)}
+    return [
+        pid
+        for pid, command in commands.items()
+        if " dist_train train" in command and not any(name in command for name in launchers)
+    ]
 
 
 def wait_until(condition: object, what: str, timeout_s: float = 60) -> None:

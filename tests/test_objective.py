@@ -40,7 +40,7 @@ def test_a_loss_per_example_is_refused() -> None:
 
 
 def test_label_smoothing_beside_an_own_loss_is_refused() -> None:
-    with pytest.raises(ConfigError, match="label_smoothing=0.1"):
+    with pytest.raises(ConfigError, match=r"label_smoothing=0\.1"):
         Objective(Net(), label_smoothing=0.1)
 
 
