@@ -236,7 +236,7 @@ def write(snapshot: Snapshot, folder: Path, attempt: int) -> None:
     aside = folder.parent / f".writing_{folder.name}"
     aside.mkdir()
     try:
-        save_file(snapshot.model, str(aside / MODEL))
+        save_file({name: weight.contiguous() for name, weight in snapshot.model.items()}, str(aside / MODEL))
         torch.save(snapshot.training, aside / TRAINING)
         write_json(aside / STATE, asdict(state), durable=False)
         for name in (MODEL, TRAINING, STATE):
@@ -372,7 +372,7 @@ def find_checkpoint(run_dir: RunDir, which: str) -> Path:
 
 def _copy_to_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
+        return value.detach().to("cpu", copy=True)  # strides and all: fused Adam walks state and weights side by side
     if isinstance(value, dict):
         return {key: _copy_to_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

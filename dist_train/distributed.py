@@ -99,7 +99,7 @@ class World:
         return cls(accelerator, place, precision, threads)
 
     def with_threads(self, num_threads: int) -> World:
-        """The same world, computing with `num_threads`: one thread and two give different bits (FACTS 28)."""
+        """The same world, computing with `num_threads`: one thread and two give different bits."""
         torch.set_num_threads(num_threads)
         return replace(self, num_threads=num_threads)
 

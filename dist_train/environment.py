@@ -38,7 +38,7 @@ def find_place(env: Mapping[str, str]) -> Place:
     """Read this process's place from its environment.
 
     RANK set: torchrun or accelerate. Else a Slurm step of several tasks: srun (in a batch shell SLURM_PROCID is set
-    without a step, FACTS of Slurm, so the step id decides). Else one process.
+    without a step, so the step id decides). Else one process.
 
     Raises:
         LaunchError: half a launcher environment, or a launcher that was asked for more and started one process.

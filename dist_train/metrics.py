@@ -23,14 +23,16 @@ class Counts:
         self.classifies = True  # until something was added that has no right and wrong
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
 
+        self._loss, self._correct, self._seen = self.sums[:3]  # views, made once: a step costs microseconds
+
     @torch.no_grad()
     def add(self, loss: Tensor, correct: Tensor | None, seen: int, *own: float) -> None:
         """`loss` [] is the mean over the `seen` examples, `correct` [] a count, `own` metrics are means."""
         self.classifies = correct is not None
-        self.sums[0] += loss.detach().to(self.sums) * seen
+        self._loss.add_(loss.detach().to(self.sums.device), alpha=seen)
         if correct is not None:
-            self.sums[1] += correct.to(self.sums.device)
-        self.sums[2] += seen
+            self._correct.add_(correct.to(self.sums.device))
+        self._seen.add_(seen)
         for position, value in enumerate(own, start=3):
             self.sums[position] += value * seen
 

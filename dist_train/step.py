@@ -30,7 +30,7 @@ _FUSED = ("adam", "adamw", "sgd")
 
 
 def build_optimizer(config: OptimizerConfig, net: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer by name, fused where torch has that (FACTS, Speed: 1.07x to 1.21x a whole step)."""
+    """The optimizer by name, fused where torch has that (1.07x to 1.21x a whole step on two cores)."""
     fused = {"fused": True} if config.name in _FUSED and device.type in ("cpu", "cuda") else {}
     arguments: dict[str, Any] = {"lr": config.lr, **config.arguments(), **fused}
     return _CLASSES[config.name](net.parameters(), **arguments)
@@ -61,12 +61,15 @@ class Step:
         self._clipped_norm: Tensor | None = None
 
         net.to(world.device)
+        if any(isinstance(module, nn.Conv2d) for module in net.modules()):
+            # bks on two cores: 2.1x the samples per second
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Copied before Accelerate patches `forward`: the copy's would still be that of the original.
         self.ema = _averaged(net, config.ema_decay) if config.ema_decay else None
         optimizer = build_optimizer(config.optimizer, net, world.device)
         accelerator = world.accelerator
         self.model, self._prepared = accelerator.prepare(net, optimizer)
-        # The prepared optimizer is needed for a gradient scaler alone and costs 88 us a step (FACTS, Speed).
+        # The prepared optimizer is needed for a gradient scaler alone and costs 88 us a step.
         self._scaled = accelerator.scaler is not None
         self.optimizer = self._prepared if self._scaled else optimizer
 
@@ -100,7 +103,7 @@ class Step:
         """Two passes whose gradients are thrown away, before the first counted step of any start.
 
         DDP lays out its buckets anew before its second forward. A resumed run would do its first step with the first
-        layout where the uninterrupted one has the second, and gloo's ring adds in another order (FACTS 27). No trace
+        layout where the uninterrupted one has the second, and gloo's ring adds in another order. No trace
         is left: gradients, buffers and the training mode are as before.
 
         Collective: every rank must call this.

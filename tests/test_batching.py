@@ -60,7 +60,7 @@ def test_a_global_batch_is_the_same_for_every_division(num_examples: int, step: 
 
 
 def test_orders_of_epochs_and_seeds_differ() -> None:
-    """Also seed 0 epoch 1 from seed 1 epoch 0, which torch's own sampler shuffles alike (FACTS 29)."""
+    """Also seed 0 epoch 1 from seed 1 epoch 0, which torch's own sampler shuffles alike."""
     orders = {
         tuple(ShardSampler(100, BatchPlan(10, 1, 1), 0, seed).permutation(epoch).tolist())
         for seed in range(4)

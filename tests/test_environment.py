@@ -13,7 +13,7 @@ TORCHRUN = {
 }  # fmt: skip
 BY_HAND = {name: value for name, value in TORCHRUN.items() if name not in ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")}
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
-# A batch shell and `salloc` have a place among tasks that were never started; only a step has them (FACTS 33).
+# A batch shell and `salloc` have a place among tasks that were never started; only a step has them.
 BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
 SRUN = BATCH | {
     "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "3",

@@ -141,7 +141,7 @@ def test_resume_on_another_world_size(before: int, after: int, tmp_path: Path) -
     """Within 1e-6 over the 20 steps after the resume: streamed and resident, random transforms, no dropout."""
     for name, settings in {
         "streamed": SMALL | {"model": {"name": "user_sets:WithDropout"}, "log_every": 1},
-        "resident": PART | {"model": NETS["bks"], "train_for": "24 steps", "log_every": 1, "eval_every": 0},
+        "resident": PART | {"model": NETS["guide"], "train_for": "24 steps", "log_every": 1, "eval_every": 0},
     }.items():
         if name == "streamed":
             settings = settings | {"model": {"name": "mlp", "args": {"image_size": 8, "hidden": 16}}}
@@ -150,7 +150,7 @@ def test_resume_on_another_world_size(before: int, after: int, tmp_path: Path) -
         train_on_ranks(settings, tmp_path / name / "parts", after)
         ours, theirs = train_losses(tmp_path / name / "parts"), train_losses(tmp_path / name / "whole")
         assert len(ours) == len(theirs)
-        assert ours[4:24] == pytest.approx(theirs[4:24], abs=1e-6, rel=0)
+        assert ours[4:24] == pytest.approx(theirs[4:24], abs=1e-6, rel=1e-6)
 
 
 def test_evaluation_counts_every_example_once(tmp_path: Path) -> None:
