@@ -20,7 +20,7 @@ train: setup     ## the bundled MNIST on two processes
 	dist-train train -c mnist --nproc 2
 
 test: setup      ## the CPU test suite
-	pytest -q
+	pytest -q -n 2 --dist worksteal
 
 check: setup     ## format, lint, types, shell scripts
 	ruff format --check .

@@ -15,8 +15,10 @@ from torch import nn
 
 from dist_train.agreement import Agreement
 from dist_train.batching import ShardSampler
-from dist_train.checkpoint import Checkpoints, TrainState, find_checkpoint, load_weights
+from dist_train.checkpoint import find_checkpoint, load_weights
+from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
+from dist_train.config_file import to_yaml
 from dist_train.data import Splits, load_splits
 from dist_train.data.batches import training_batches
 from dist_train.data.image_set import num_examples
@@ -34,6 +36,7 @@ from dist_train.step import Step
 from dist_train.stop_request import StopRequest
 from dist_train.tracking import Tracker
 from dist_train.train import Run
+from dist_train.train_state import TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
         run_dir.attempt = attempt
         reporting.run_dir = run_dir
         world.check_shared(run_dir.path)
-        world.check_same("config", config.to_yaml())
+        world.check_same("config", to_yaml(config))
         set_up_logging(run_dir, world.rank, start.verbosity)
         world = _same_threads(world, run_dir)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
@@ -147,13 +150,7 @@ def _build(
         warmup_steps=config.schedule.warmup.to_steps(sampler.steps_per_epoch),
         final_ratio=config.schedule.final_ratio,
     )
-    net = build_model(
-        config.model,
-        in_channels=splits.in_channels,
-        num_classes=splits.num_classes,
-        image_size=splits.image_size,
-        seed=config.seed,
-    )
+    net = build_model(config.model, splits.known, config.seed)
     if config.ddp.sync_batchnorm and world.device.type == "cuda" and world.size > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
     batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
@@ -172,7 +169,7 @@ def _build(
     facts = collect_facts(world, plan, world.hosts())
     if world.is_rank_zero:
         _report(config, run_dir, splits, sampler, net, state, total_steps, facts)
-        cut = run_dir.cut_metrics(state.step)
+        cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
         if cut:
             _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
         write_json(run_dir.run_json, facts)
@@ -223,6 +220,12 @@ def _report(
         "global batch %d = %d per device x %d micro-steps x %d processes",
         plan.global_batch_size, plan.per_device_batch_size, plan.grad_accum_steps, plan.world_size,
     )  # fmt: skip
+    if plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < config.per_device_batch_size:
+        _log.warning(
+            "%d examples per process have no divisor between %d and per_device_batch_size=%d: small forwards are slow. "
+            "Choose a global_batch_size with more divisors, or raise per_device_batch_size to %d.",
+            plan.share, plan.per_device_batch_size, config.per_device_batch_size, plan.share,
+        )  # fmt: skip
     for reason in not_invariant(net):
         _log.info("depends on the number of processes: %s", reason)
     if facts["mixed_precision"] != "no":

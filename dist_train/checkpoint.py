@@ -1,4 +1,4 @@
-"""Checkpoints: snapshot (all ranks) -> write (rank zero, pure I/O) -> restore (all ranks); verify and prune.
+"""A checkpoint on the disk: write (rank zero, pure I/O), restore (all ranks), verify, find.
 
 A checkpoint is `checkpoints/step_00001200/` with
 
@@ -17,10 +17,8 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,53 +28,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dist_train.config import Config
-from dist_train.distributed import World
-from dist_train.errors import CheckpointError, TrainingDiverged
+from dist_train.errors import CheckpointError
 from dist_train.run_dir import RunDir, read_json, write_json
-from dist_train.schedule import is_due
 from dist_train.step import Step
+from dist_train.train_state import TrainState, score_of
 
 FORMAT = 1
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.pt", "state.json", "manifest.json"
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainState:
-    """Where the run is, as plain numbers. The learning rate and the data order follow from `step`."""
-
-    step: int = 0
-    logged_step: int = 0  # of the last `train` line: losses up to here were finite
-    evaluation_pending: bool = False  # a stop cut it short: done again after the resume
-    val: dict[str, float] = field(default_factory=dict)  # the last evaluation: val/loss, val/accuracy, ..., its step
-    best: dict[str, float] = field(default_factory=dict)  # the best one
-    gain_from: float | None = None  # the score that early stopping compares with
-    evaluations_without_gain: int = 0
-    train_s: float = 0.0  # seconds inside training steps, over all attempts
-    total_s: float = 0.0  # seconds since the process started, over all attempts
-
-    @property
-    def is_best(self) -> bool:
-        return bool(self.best) and self.best["step"] == self.step
-
-    def note_evaluation(self, metrics: dict[str, float], min_delta: float) -> None:
-        """Remember an evaluation done at `step` (keys val/...)."""
-        self.evaluation_pending = False
-        self.val = {**metrics, "step": self.step}
-        score = score_of(metrics)
-        if not self.best or score > score_of(self.best):
-            self.best = self.val
-        if self.gain_from is None or score > self.gain_from + min_delta:
-            self.gain_from, self.evaluations_without_gain = score, 0
-        else:
-            self.evaluations_without_gain += 1
-
-
-def score_of(metrics: dict[str, float]) -> float:
-    """Higher is better: accuracy where it can be counted, else the negative loss."""
-    return metrics.get("val/accuracy", -metrics["val/loss"])
 
 
 @dataclass(frozen=True)
@@ -86,133 +46,6 @@ class Snapshot:
     state: TrainState
     model: dict[str, Tensor]
     training: dict[str, Any]
-
-
-class Checkpoints:
-    """The checkpoints of one run. Rank zero writes, in the background, one at a time."""
-
-    def __init__(self, run_dir: RunDir, world: World, config: Config, keep_every_steps: int) -> None:
-        self.run_dir = run_dir
-        self.world = world
-        self._keep_last, self._keep_best, self._keep_every = config.keep_last, config.keep_best, keep_every_steps
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self._failure = ""
-        self.saved_step = -1
-
-    def snapshot(self, state: TrainState, step: Step) -> Snapshot:
-        """Collective: every rank must call this.
-
-        Raises:
-            TrainingDiverged: on every rank, if weights or losses are not finite; a poisoned state is never saved.
-        """
-        if not step.is_finite():
-            raise TrainingDiverged(
-                f"Weights or losses are not finite between step {state.logged_step + 1} and {state.step}. "
-                f"The last good checkpoint is {self.describe_last()}. Lower optimizer.lr or set max_grad_norm."
-            )
-        training = step.state_dict()
-        net = training.pop("net")
-        if step.ema is not None:
-            training["net"] = net
-        model = step.evaluated_net.state_dict()
-        if not self.world.is_rank_zero:
-            return Snapshot(state, {}, {})
-        return Snapshot(TrainState(**asdict(state)), _copy_to_cpu(model), _copy_to_cpu(training))
-
-    def save(self, state: TrainState, step: Step) -> None:
-        """Snapshot now, write in the background. A failed write is a warning: the next save tries again.
-
-        Collective: every rank must call this.
-        """
-        snapshot = self.snapshot(state, step)
-        self.saved_step = state.step
-        if not self.world.is_rank_zero:
-            return
-        self._await()
-        self.run_dir.sync_metrics()
-        self._pending = self._writer.submit(self._commit, snapshot)
-
-    def finish(self) -> None:
-        """Wait for the write under way.
-
-        Collective: every rank must call this.
-
-        Raises:
-            CheckpointError: on every rank, if the last write failed.
-        """
-        self._await()
-        failure = self.world.from_rank_zero(self._failure)
-        if failure:
-            raise CheckpointError(failure)
-
-    def close(self) -> None:
-        self._writer.shutdown(wait=True)
-
-    def _await(self) -> None:
-        if self._pending is None:
-            return
-        started = time.perf_counter()
-        try:
-            self._pending.result()
-            self._failure = ""
-        except (OSError, CheckpointError) as error:
-            self._failure = (
-                f"A checkpoint could not be written to {self.run_dir.checkpoints}: {error}. Make room there; "
-                f"the last good checkpoint is {self.describe_last()}."
-            )
-            _log.warning("%s Training goes on, the next save tries again.", self._failure)
-        self._pending = None
-        if (waited := time.perf_counter() - started) > 0.05:
-            _log.info("waited %.2f s until a checkpoint was written", waited)
-
-    def _commit(self, snapshot: Snapshot) -> None:
-        self.run_dir.check_not_superseded()
-        write(snapshot, folder_of(self.run_dir, snapshot.state.step), attempt=self.run_dir.attempt)
-        self._prune()
-        self._link()
-
-    def describe_last(self) -> str:
-        last = next(iter(good(self.run_dir)), None)
-        return str(last) if last else "none"
-
-    # --- keeping -------------------------------------------------------------------------------------------------
-
-    def _prune(self) -> None:
-        """Delete what no rule keeps. The one just written is good, so an older one may go."""
-        manifests = {path: read_manifest(path) for path in step_folders(self.run_dir)}  # newest first
-        complete = [path for path, manifest in manifests.items() if manifest]
-        keep = set(complete[: self._keep_last])
-        scored = [path for path in complete if manifests[path].get("score") is not None]
-        scored.sort(key=lambda path: manifests[path]["score"], reverse=True)
-        keep |= set(scored[: self._keep_best])
-        if self._keep_every:
-            keep |= {path for path in complete if is_due(manifests[path]["step"], self._keep_every, -1)}
-        for path in set(complete) - keep:
-            _remove(path)
-
-    def _link(self) -> None:
-        """`last` and `best` for people; the code never reads them."""
-        names = {"last": next(iter(good(self.run_dir, check=False)), None), "best": best(self.run_dir)}
-        for name, target in names.items():
-            if target is not None:
-                temporary = self.run_dir.checkpoints / f".{name}"
-                temporary.unlink(missing_ok=True)
-                temporary.symlink_to(target.name)
-                temporary.replace(self.run_dir.checkpoints / name)
-
-    # --- restoring -----------------------------------------------------------------------------------------------
-
-    def restore_latest(self, step: Step) -> TrainState | None:
-        """Load the newest good checkpoint into `step`. A damaged one is named and set aside.
-
-        Collective: every rank must call this.
-        """
-        name = ""
-        if self.world.is_rank_zero:
-            name = next((path.name for path in good(self.run_dir, set_aside=True)), "")
-        name = self.world.from_rank_zero(name)
-        return restore(self.run_dir.checkpoints / name, step) if name else None
 
 
 def folder_of(run_dir: RunDir, step: int) -> Path:
@@ -232,7 +65,7 @@ def write(snapshot: Snapshot, folder: Path, attempt: int) -> None:
     state = snapshot.state
     folder.parent.mkdir(parents=True, exist_ok=True)
     for stale in folder.parent.glob(".writing_*"):
-        _remove(stale)  # what a kill left behind
+        remove(stale)  # what a kill left behind
     aside = folder.parent / f".writing_{folder.name}"
     aside.mkdir()
     try:
@@ -259,7 +92,7 @@ def write(snapshot: Snapshot, folder: Path, attempt: int) -> None:
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         raise CheckpointError(str(error)) from error
     finally:
-        _remove(aside)  # gone already if all went well
+        remove(aside)  # gone already if all went well
         _settle(folder.parent)
 
 
@@ -268,7 +101,7 @@ def _settle(parent: Path) -> None:
     for replaced in parent.glob(".replaced_*"):
         folder = parent / replaced.name.removeprefix(".replaced_")
         if folder.exists():
-            _remove(replaced)
+            remove(replaced)
         else:
             replaced.rename(folder)
 
@@ -339,7 +172,7 @@ def good(run_dir: RunDir, *, check: bool = True, set_aside: bool = False) -> Ite
             yield folder
         elif set_aside:
             aside = folder.with_name(f"damaged_{folder.name}")
-            _remove(aside)
+            remove(aside)
             folder.rename(aside)
             _log.warning(
                 "checkpoint %s is damaged (%s): moved to %s, the one before is used", folder, damage, aside.name
@@ -370,16 +203,6 @@ def find_checkpoint(run_dir: RunDir, which: str) -> Path:
     return found
 
 
-def _copy_to_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)  # strides and all: fused Adam walks state and weights side by side
-    if isinstance(value, dict):
-        return {key: _copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copy_to_cpu(item) for item in value)
-    return value
-
-
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -398,5 +221,5 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)

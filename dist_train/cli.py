@@ -101,11 +101,14 @@ def launch(nproc: int, **options: Any) -> None:
 
 
 def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
+    from dist_train.config_file import to_yaml
     from dist_train.environment import LAUNCHER_PID, find_place
     from dist_train.launch import watch_launcher
     from dist_train.plan import BatchPlan
     from dist_train.stop_request import StopRequest
+    from dist_train.terminal import outlive_terminal
 
+    outlive_terminal()
     place = find_place(os.environ)
     request = StopRequest()
     if place.started_by in ("torchrun", "accelerate") or LAUNCHER_PID in os.environ:
@@ -115,7 +118,7 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
         raise ConfigError(f"--nproc={nproc} inside a world of {place.world_size} processes. Leave --nproc out.")
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or place.world_size)
     if options["dry_run"]:
-        click.echo(f"{config.to_yaml()}# {plan}")
+        click.echo(f"{to_yaml(config)}# {plan}")
     if nproc is not None:
         _launch(nproc, config, start, options)
     elif not options["dry_run"]:
@@ -123,7 +126,7 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
 
 
 def _resolve(options: dict[str, Any]) -> tuple[Config, Start]:
-    from dist_train.config import load_config
+    from dist_train.config_file import load_config
     from dist_train.environment import RUN_DIR
     from dist_train.start import Start
 
@@ -132,6 +135,8 @@ def _resolve(options: dict[str, Any]) -> tuple[Config, Start]:
     folder = Path(told) if told else None
     if resume not in ("auto", "never"):
         folder = Path(resume)
+        if options["run_name"]:
+            raise ConfigError(f"--resume={folder} names the run already. Leave --run-name={options['run_name']} out.")
         if not (folder / "config.yaml").is_file():
             raise ConfigError(
                 f"--resume={folder} has no config.yaml, so it is no run. Use auto, never or a run's folder."
@@ -234,7 +239,7 @@ def config() -> None:
 @config.command("ls")
 def config_ls() -> None:
     """The bundled configs."""
-    from dist_train.config import bundled_configs
+    from dist_train.config_file import bundled_configs
 
     for name, path in bundled_configs().items():
         title = next((line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.strip("# ")), "")
@@ -245,7 +250,9 @@ def config_ls() -> None:
 @_settings
 def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...]) -> None:
     """The settings that result from a file and its overrides, defaults included."""
-    click.echo(_load(config_name, (*overrides, *settings)).to_yaml(), nl=False)
+    from dist_train.config_file import to_yaml
+
+    click.echo(to_yaml(_load(config_name, (*overrides, *settings))), nl=False)
 
 
 @config.command("validate")
@@ -277,7 +284,7 @@ def config_diff(first: str, second: str) -> None:
 
 
 def _load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
-    from dist_train.config import load_config
+    from dist_train.config_file import load_config
 
     if name is None:
         raise ConfigError("No config. Name one with -c, for example -c mnist.")

@@ -26,10 +26,8 @@ from dist_train.vision import import_torchvision
 Known = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
 
 
-def build_model(
-    config: ModelConfig, *, in_channels: int | None, num_classes: int | None, image_size: int | None, seed: int
-) -> nn.Module:
-    """The net that `config` names, for such images, in torch's default dtype, on the CPU.
+def build_model(config: ModelConfig, known: Known, seed: int) -> nn.Module:
+    """The net that `config` names, for a data set of which this is known, in torch's default dtype, on the CPU.
 
     Its weights depend on `seed` alone, and no global generator is moved.
 
@@ -37,7 +35,6 @@ def build_model(
         ConfigError: an unknown name or argument, or the data set does not tell what the net needs to know.
         UserCodeError: the user's class or bundle does not fit or fails.
     """
-    known = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     with _seeded(derive_seed(seed, "init")):
         if config.bundle is not None:
             model = load_model_bundle(config.bundle, config.args)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from dist_train.checkpoint import find_checkpoint, load_weights, read_manifest
-from dist_train.config import load_config
+from dist_train.config_file import load_config
 from dist_train.data import load_splits
 from dist_train.data.batches import evaluation_batches
 from dist_train.distributed import World
@@ -38,13 +38,7 @@ def evaluate_run(path: Path, which: str, split: str) -> dict[str, float] | None:
     if examples is None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
     world = World.join(config)
-    net = build_model(
-        config.model,
-        in_channels=splits.in_channels,
-        num_classes=splits.num_classes,
-        image_size=splits.image_size,
-        seed=config.seed,
-    )
+    net = build_model(config.model, splits.known, config.seed)
     load_weights(net, folder)
     net.to(world.device)
     plan = BatchPlan(config.per_device_batch_size, 1, world.size)

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from dist_train.config import Config, load_config
+from dist_train.config import Config
+from dist_train.config_file import load_config, to_yaml
 from dist_train.errors import ConfigError, DistTrainError, RunDirError
 
 State = Literal[
@@ -109,7 +110,7 @@ class RunDir:
         }
         for stale in (self.error, self.result):
             stale.unlink(missing_ok=True)
-        write_atomically(self.config, config.to_yaml())
+        write_atomically(self.config, to_yaml(config))
         self.set_status(state="STARTING")
 
     def check_not_superseded(self) -> None:
@@ -148,13 +149,18 @@ class RunDir:
         text = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
         yield from map(json.loads, text.split("\n")[:-1])
 
-    def cut_metrics(self, step: int) -> int:
-        """Set aside the lines after `step`, which the resumed run writes again. Returns how many."""
+    def cut_metrics(self, step: int, *, evaluation_pending: bool = False) -> int:
+        """Set aside the lines after `step`, which the resumed run writes again. Returns how many.
+
+        `evaluation_pending`: so is the `val` line of `step` itself, which an earlier resume may have written.
+        """
         if not self.metrics.exists():
             return 0
         lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         good = 0  # up to the first line that is later, or no line at all: a kill or a power cut may have left anything
         while good < len(lines) and _step_of(lines[good]) <= step:
+            if evaluation_pending and _step_of(lines[good]) == step and "val/loss" in json.loads(lines[good]):
+                break
             good += 1
         if cut := lines[good:]:
             with self.discarded.open("a", encoding="utf-8") as file:

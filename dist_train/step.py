@@ -12,12 +12,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_train.config import Config, OptimizerConfig
 from dist_train.data.batches import Batches, seed_torch
-from dist_train.distributed import World
+from dist_train.distributed import World, is_peer_failure
 from dist_train.metrics import Counts
 from dist_train.objective import Objective, count_correct
 from dist_train.plan import BatchPlan
 from dist_train.schedule import LearningRate
 from dist_train.seeding import derive_seed
+from dist_train.user_code import explained
 
 _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -106,13 +107,18 @@ class Step:
         is left: gradients, buffers and the training mode are as before.
 
         Collective: every rank must call this.
+
+        Raises:
+            UserCodeError: net, loss and data do not fit together.
         """
         buffers = [buffer.clone() for buffer in self.net.buffers()]
         for _ in range(2):
             batch = self.batches.at(step, 0)
             inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
             seed_torch(derive_seed(self._seed, "forward", step, 0, self.world.rank))
-            self.objective.loss(self.objective.forward(self.model, inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
+            with explained(type(self.net).__name__, "failed on its first batch", unless=is_peer_failure):
+                output = self.objective.forward(self.model, inputs)
+                self.objective.loss(output, batch.targets).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
         with torch.no_grad():
             for buffer, before in zip(self.net.buffers(), buffers, strict=True):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.agreement import Agreement
-from dist_train.checkpoint import Checkpoints, TrainState
+from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
 from dist_train.data import Splits
 from dist_train.data.batches import EvaluationBatches, evaluation_batches
@@ -22,6 +22,7 @@ from dist_train.run_dir import RunDir, State, write_json
 from dist_train.schedule import is_due
 from dist_train.step import Step
 from dist_train.tracking import Tracker
+from dist_train.train_state import TrainState
 
 _log = logging.getLogger(__name__)
 

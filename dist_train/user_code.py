@@ -120,8 +120,11 @@ def _missing_module(spec: str, module_name: str, missing: str) -> str:
 
 
 @contextmanager
-def explained(label: str, what: str) -> Iterator[None]:
-    """Turns an exception of the user's code into a UserCodeError that begins with `label` and names file and line."""
+def explained(label: str, what: str, unless: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
+    """Turns an exception of the user's code into a UserCodeError that begins with `label` and names file and line.
+
+    `unless`: whether an exception is not the user's.
+    """
     try:
         yield
     except DistTrainError:
@@ -130,6 +133,8 @@ def explained(label: str, what: str) -> Iterator[None]:
         where = f"{error.filename}:{error.lineno}" if error.filename else "its source"
         raise UserCodeError(f"{label} {what}: {where}: {type(error).__name__}: {error.msg}.") from error
     except (Exception, SystemExit) as error:  # SystemExit: a script without `if __name__ == "__main__"`
+        if unless(error):
+            raise
         text = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserCodeError(f"{label} {what}: {_where(error)}: {text}.") from error
 
@@ -169,27 +174,22 @@ def line_of(thing: Any) -> int:
 # --- calling -----------------------------------------------------------------------------------------------------
 
 
-def call_with_accepted(factory: Callable[..., Any], /, **offered: Any) -> Any:
-    """`factory(...)` with those of `offered` that it takes."""
-    return factory(**accepted(factory, offered))
-
-
 def accepted(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `offered` that the signature of `factory` names; a bare `**kwargs` attracts none."""
-    named, _ = _parameters(factory)
+    named, _ = parameters_of(factory)
     return {key: value for key, value in offered.items() if key in named}
 
 
 def check_arguments(factory: Callable[..., Any], args: Mapping[str, Any], setting: str) -> None:
     """Raises ConfigError if `factory` has no parameter of such a name, and lists the ones it has."""
-    legal, open_ended = _parameters(factory)
+    legal, open_ended = parameters_of(factory)
     for key in args:
         if key not in legal and not open_ended:
             near = f" Did you mean {setting}.{closest(key, legal)}?" if closest(key, legal) else ""
             raise ConfigError(f"Unknown setting {setting}.{key}.{near} It takes: {', '.join(legal) or 'nothing'}.")
 
 
-def _parameters(factory: Callable[..., Any]) -> tuple[list[str], bool]:
+def parameters_of(factory: Callable[..., Any]) -> tuple[list[str], bool]:
     """The names that can be given by keyword, and whether there are more that nobody can know.
 
     `**kwargs` is followed to where it goes by custom: from a class to its base, from a function to the class that it
@@ -217,5 +217,5 @@ def _parameters(factory: Callable[..., Any]) -> tuple[list[str], bool]:
         made = None
     if not inspect.isclass(made):
         return names, True
-    more, open_ended = _parameters(made)
+    more, open_ended = parameters_of(made)
     return list(dict.fromkeys([*names, *more])), open_ended

@@ -59,7 +59,7 @@ def world(_no_traces: None) -> Iterator[World]:
     """A world of this process alone."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from dist_train.config import parse_config
+    from dist_train.config_file import parse_config
     from dist_train.distributed import World
 
     before = dict(os.environ)
@@ -73,7 +73,7 @@ def world(_no_traces: None) -> Iterator[World]:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
     """The directory of a run in its first attempt."""
-    from dist_train.config import parse_config
+    from dist_train.config_file import parse_config
     from dist_train.run_dir import RunDir
 
     made = RunDir(tmp_path / "run")

@@ -60,6 +60,8 @@ def _enter(
     # Rendezvous through a file, so that no port can clash; the address is only what a launcher would have set.
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"})
     os.environ["TEST_RENDEZVOUS"] = folder
+    # Loader workers as in a rank of torchrun; a rank of ours would start a fork server for them, each importing torch.
+    mp.set_start_method("fork", force=True)
     faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))  # noqa: SIM115 - for good
     try:
         function(*args)
@@ -88,7 +90,7 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
 
     from dist_train import agreement, step
     from dist_train.attempt import run_attempt
-    from dist_train.config import parse_config
+    from dist_train.config_file import parse_config
     from dist_train.start import Start
     from dist_train.stop_request import StopRequest
 

@@ -12,7 +12,7 @@ from ranks import join_group, run_on_ranks
 
 from dist_train import agreement as module
 from dist_train.agreement import Agreement
-from dist_train.config import parse_config
+from dist_train.config_file import parse_config
 from dist_train.distributed import World
 from dist_train.stop_request import StopRequest
 

@@ -14,10 +14,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dist_train"
 # From the bottom up: a module imports only what stands before it.
 LAYERS = [
-    "errors", "seeding", "schedule", "config", "plan", "environment", "run_dir", "stop_request", "start", "launch",
-    "distributed", "agreement", "batching", "vision", "user_code", "unpack", "bundle", "nets", "models", "data",
-    "metrics", "objective", "step", "evaluate", "checkpoint", "facts", "tracking", "progress", "train", "attempt",
-    "results", "cli",
+    "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "run_dir", "stop_request",
+    "terminal", "start", "launch", "distributed", "agreement", "batching", "vision", "user_code", "unpack", "bundle",
+    "nets",
+    "models", "data", "metrics", "objective", "step", "evaluate", "train_state", "checkpoint", "checkpoints",
+    "facts", "tracking", "progress", "train", "attempt", "results", "cli",
 ]  # fmt: skip
 DATA_LAYERS = [
     "image_set", "storage", "memory", "idx", "bundled_mnist", "catalog", "download", "named", "image_folder", "user",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable
 
 import pytest
@@ -156,6 +157,15 @@ def test_an_example_depends_on_seed_epoch_and_index_alone(num_workers: int) -> N
     warm_up = [STEPS[4], STEPS[4]]  # asks for the batch that comes first, twice, and takes nothing away
     assert_same(made(source, [*warm_up, *STEPS[4:]]), [whole[4], whole[4], *whole[4:]])
     assert_same(made(source, STEPS[2:5]), whole[2:5])
+
+
+def test_workers_end_with_their_batches() -> None:
+    source = batches(Jittered(True), num_workers=2)
+    source.at(0, 0)
+    source.at(5, 0)  # a jump: the workers of the first stream are gone
+    assert len(multiprocessing.active_children()) == 2
+    del source
+    assert multiprocessing.active_children() == []
 
 
 def test_asking_again_makes_no_example_again(monkeypatch: pytest.MonkeyPatch) -> None:

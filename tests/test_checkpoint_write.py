@@ -12,10 +12,11 @@ import torch
 from tiny_runs import CONFIG, checkpoints_of, names, new_step, steps, write_at
 
 from dist_train import checkpoint as module
-from dist_train.checkpoint import MANIFEST, MODEL, STATE, TRAINING, TrainState, folder_of, good
+from dist_train.checkpoint import MANIFEST, MODEL, STATE, TRAINING, folder_of, good
 from dist_train.distributed import World
 from dist_train.errors import CheckpointError, RunDirError
 from dist_train.run_dir import RunDir
+from dist_train.train_state import TrainState
 
 needs_mounts = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="mounting in a mount namespace needs Linux and root"
@@ -167,7 +168,8 @@ FULL = """
 import sys
 from pathlib import Path
 import torch
-from dist_train.checkpoint import Snapshot, TrainState, folder_of, good, write
+from dist_train.checkpoint import Snapshot, folder_of, good, write
+from dist_train.train_state import TrainState
 from dist_train.errors import CheckpointError
 from dist_train.run_dir import RunDir
 run = RunDir(Path(sys.argv[1]))

@@ -8,14 +8,8 @@ from typing import Any
 
 import pytest
 
-from dist_train.config import (
-    Config,
-    bundled_configs,
-    default_data_root,
-    find_config,
-    load_config,
-    parse_config,
-)
+from dist_train.config import Config, default_data_root
+from dist_train.config_file import bundled_configs, find_config, load_config, parse_config, to_yaml
 from dist_train.errors import ConfigError
 from dist_train.schedule import Duration
 
@@ -30,7 +24,7 @@ def load(text: str, *overrides: str, folder: Path) -> Config:
 
 def read_back(config: Config) -> Config:
     with tempfile.TemporaryDirectory() as folder:
-        return load(config.to_yaml(), folder=Path(folder))
+        return load(to_yaml(config), folder=Path(folder))
 
 
 def put(tree: dict[Any, Any], key: str, value: Any) -> None:
@@ -51,7 +45,7 @@ def test_the_traps_of_yaml(tmp_path: Path) -> None:
     found = load(text, "model.args.slope=2.5E+2", "optimizer.eps=1e-6", folder=tmp_path)
     assert (found.optimizer.lr, found.optimizer.eps, found.mixed_precision) == (1e-3, 1e-6, "no")
     assert found.model.args == {"dropout": 1e-3, "name": "1e-3", "at": "12:30:00", "slope": 250.0}
-    assert load(found.to_yaml(), folder=tmp_path) == found
+    assert load(to_yaml(found), folder=tmp_path) == found
 
 
 @pytest.mark.parametrize("setting", ["train_for", "save_every", "global_batch_size", "seed"])
@@ -103,8 +97,8 @@ def test_bundled_configs_load_and_read_back(tmp_path: Path, monkeypatch: pytest.
     for name, path in bundled_configs().items():
         assert find_config(name) == find_config(f"configs/{name}.yaml") == path
         found = load_config(name)
-        assert load(found.to_yaml(), folder=tmp_path) == found
-        assert load(found.to_yaml(), folder=tmp_path).flat() == found.flat()
+        assert load(to_yaml(found), folder=tmp_path) == found
+        assert load(to_yaml(found), folder=tmp_path).flat() == found.flat()
     (tmp_path / "smoke").write_text("seed: 7")  # a file of that name comes first
     assert load_config("smoke").seed == 7
 

@@ -10,11 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_config import DEFAULT, put, read_back
 
-from dist_train.config import (
-    OPTIMIZERS,
-    load_config,
-    parse_config,
-)
+from dist_train.config import OPTIMIZERS
+from dist_train.config_file import load_config, parse_config
 from dist_train.errors import ConfigError
 
 

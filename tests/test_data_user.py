@@ -207,7 +207,8 @@ def test_downloads_go_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_an_unknown_argument_is_named_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"data\.args\.levle: .* It takes: level, root, train\."):
+    told = r"data\.args\.levle\. Did you mean data\.args\.level\? It takes: root, train, level\."
+    with pytest.raises(ConfigError, match=told):
         load("Derived", args={"levle": 3})
 
 

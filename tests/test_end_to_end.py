@@ -59,21 +59,8 @@ def test_the_bundle_of_the_tutorial_runs_unchanged(tmp_path: Path) -> None:
         for file in BUNDLE.glob("*.py"):
             archive.write(file, file.name)
     (tmp_path / "bundle.yaml").write_text(f"data: {{bundle: {path}}}\nmodel: {{bundle: {path}}}\n")
-    command = [
-        *DIST_TRAIN,
-        "train",
-        "-c",
-        "bundle.yaml",
-        *SHORT,
-        "-o",
-        "eval_every=0",
-        "-q",
-        "--nproc",
-        "2",
-        "--run-name",
-        "r",
-    ]
-    done = run(command, tmp_path)
+    options = ["-o", "eval_every=0", "-q", "--nproc", "2", "--run-name", "r"]
+    done = run([*DIST_TRAIN, "train", "-c", "bundle.yaml", *SHORT, *options], tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "runs/r/result.json").read_text())
     assert result["val_source"] == "UserValDataset"
@@ -103,19 +90,8 @@ def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
 
 def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     """Built from the tree and put on the path alone: MNIST and the configs travel inside."""
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run([*build, "-w", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     assert not shutil.which("dist_train", path=str(tmp_path))
@@ -146,6 +122,16 @@ SMALL = {
     "global_batch_size": 16,
     "log_every": 5,
 }
+
+
+def test_a_net_that_does_not_fit_its_data_is_told_with_file_and_line(tmp_path: Path) -> None:
+    body = "    def forward(self, images):\n        return super().forward(images)\n"
+    (tmp_path / "mine.py").write_text(f"from torch import nn\nclass Net(nn.Linear):\n{body}")
+    command = [*DIST_TRAIN, "train", "-c", "smoke", "-o", "model.name=mine:Net", "--run-name", "r"]
+    done = run([*command, "-o", "model.args={in_features: 10, out_features: 10}"], tmp_path)
+    assert done.returncode != 0
+    assert f"error: Net failed on its first batch: {tmp_path / 'mine.py'}:4: RuntimeError: mat1 and mat2" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_early_stop(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ MNIST: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
     "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}},
 }
-# The same on the first 1920 images, for what is slow.
+# The same on the first 960 images, for what is slow.
 PART = MNIST | {"data": MNIST["data"] | {"name": "user_sets:mnist_part"}}
 # (world size, at most per device): every rank count, with and without micro-batches
 DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
@@ -51,7 +51,7 @@ def test_float64_runs_agree_for_every_division(net: str, tmp_path: Path) -> None
         assert largest_difference(weights(part), weights(tmp_path / "whole")) < 1e-10
         assert train_losses(part) == pytest.approx(train_losses(tmp_path / "whole"), rel=1e-10)
         last, whole_last = metrics(part)[-1], metrics(tmp_path / "whole")[-1]
-        assert last["val/seen"] == (10_000 if small else 1920)
+        assert last["val/seen"] == (10_000 if small else 960)
         assert last["val/accuracy"] == whole_last["val/accuracy"]  # the same number of correct test images
 
 

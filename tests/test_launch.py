@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,28 +23,19 @@ from dist_train.launch import _alive
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 DIST_TRAIN = [str(BIN / "dist-train")]
-SETTINGS = [
-    "-c",
-    "smoke",
-    "-q",
-    "-o",
-    "log_every=1",
-    "-o",
-    "eval_every=0",
-    "-o",
-    "final_train_eval=false",
-    "-o",
-    "optimizer.lr=1e-3",
-]
+SETTINGS = shlex.split("-c smoke -q -o log_every=1 -o eval_every=0 -o final_train_eval=false -o optimizer.lr=1e-3")
 
 
 @contextlib.contextmanager
-def started(command: list[str], folder: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: list[str], folder: Path, terminal: int | None = None, **env: str
+) -> Iterator[subprocess.Popen[str]]:
     """A process in a session of its own; whatever is left of it afterwards is killed."""
+    out = subprocess.PIPE if terminal is None else terminal
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | env
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        command, cwd=folder, env=environment, stdin=terminal, stdout=out, stderr=out, text=True,
+        start_new_session=terminal is None,
     )  # fmt: skip
     try:
         yield process
@@ -53,7 +46,7 @@ def started(command: list[str], folder: Path, **env: str) -> Iterator[subprocess
 
 
 def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    with started(command, folder, **env) as process:
+    with started(command, folder, None, **env) as process:
         out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -150,7 +143,7 @@ def test_a_lone_world_is_refused(command: list[str], env: dict[str, str], tmp_pa
 
 def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
     """TERM at whatever step it hits: state INTERRUPT, exit 0, and the resumed run is the one never stopped."""
-    command = [str(ROOT / "launch/local.sh"), "2", *SETTINGS, "-o", "train_for=400 steps", "-o", "model.name=bks"]
+    command = [str(ROOT / "launch/local.sh"), "2", *SETTINGS, "-o", "train_for=800 steps", "-o", "model.name=bks"]
     command += ["-o", "data.name=user_sets:mnist_part"]
     stopped = tmp_path / "runs/stopped"
     with started([*command, "--run-name", "stopped"], tmp_path) as process:
@@ -161,7 +154,7 @@ def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
         assert time.monotonic() - told < 10  # noticed within 2 s; saved, the processes gone
     assert status(stopped) == "INTERRUPT"
     step = step_of(stopped)
-    assert 30 <= step < 400
+    assert 30 <= step < 800
     assert alive(tmp_path) == []
     for name in ("stopped", "whole"):
         done = run([*command, "--run-name", name], tmp_path)
@@ -171,6 +164,40 @@ def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
     again = run([*command, "--run-name", "stopped"], tmp_path)
     assert again.returncode == 0
     assert "finished already" in again.stdout
+
+
+@pytest.mark.parametrize("nproc", [[], ["--nproc", "2"]], ids=["1 process", "2 processes"])
+def test_a_closed_terminal_is_a_wish_to_stop(nproc: list[str], tmp_path: Path) -> None:
+    """Saved and ended well, though there is nothing left to print to."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+
+    def is_under_way() -> bool:
+        with contextlib.suppress(BlockingIOError):  # read it empty: a full terminal would hold the run up
+            os.read(ours, 65536)
+        return step_of(tmp_path / "runs/r") >= 20
+
+    command = [*DIST_TRAIN, "train", "-c", "smoke", "-o", "log_every=1", "-o", "train_for=100 epochs", *nproc]
+    with started(["setsid", "--ctty", *command, "--run-name", "r"], tmp_path, terminal=theirs) as process:
+        os.close(theirs)
+        wait_until(is_under_way, "the first steps")
+        os.close(ours)
+        assert process.wait(20) == 0
+        assert alive(tmp_path) == []
+    assert status(tmp_path / "runs/r") == "INTERRUPT"
+
+
+def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
+    """`dist-train train ... | head -n 1`, and nohup: neither a broken pipe nor HUP stops the run."""
+    command = ["nohup", *DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "-o", "eval_every=20", "--run-name", "r"]
+    with started(command, tmp_path) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        wait_until(lambda: step_of(tmp_path / "runs/r") >= 20, "the first steps")
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 0
+    assert status(tmp_path / "runs/r") == "FINISHED"
 
 
 @pytest.mark.parametrize("launcher", ["dist-train", "torchrun", "accelerate"])

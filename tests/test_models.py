@@ -36,7 +36,8 @@ def build(
     **settings: Any,
 ) -> Any:
     config = ModelConfig(name=name, **settings)
-    return build_model(config, in_channels=in_channels, num_classes=num_classes, image_size=image_size, seed=seed)
+    known = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+    return build_model(config, known, seed)
 
 
 def num_weights(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_train import run_dir as module
-from dist_train.config import parse_config
+from dist_train.config_file import parse_config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.run_dir import RunDir, to_json, write_json
 
@@ -39,7 +39,7 @@ def attempt_of(path: Path) -> RunDir:
 HOLD = """
 import sys
 from pathlib import Path
-from dist_train.config import parse_config
+from dist_train.config_file import parse_config
 from dist_train.run_dir import RunDir
 run = RunDir(Path(sys.argv[1]))
 run.lock()
@@ -117,6 +117,15 @@ def test_metrics_read_back_and_are_cut_at_the_checkpoint(run: RunDir) -> None:
     assert run.metrics.read_bytes() + run.discarded.read_bytes() == before
     assert run.cut_metrics(1) == 1
     assert [json.loads(line)["step"] for line in run.discarded.read_text().splitlines()] == [3, 4, 2]
+
+
+def test_an_evaluation_that_is_done_again_has_one_line(run: RunDir) -> None:
+    """Stopped while evaluating, resumed, evaluated, killed before the next save: resumed at the same step once more."""
+    val: list[dict[str, object]] = [{"step": 2, "val/loss": 0.5}]
+    for line in (*lines(1, 2), *val, *lines(3)):
+        run.append_metrics(line)
+    assert run.cut_metrics(2, evaluation_pending=True) == 2
+    assert list(run.read_metrics()) == lines(1, 2)
 
 
 @pytest.mark.parametrize("left", [1, 9, 20])

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dist_train import tracking as module
-from dist_train.config import TrackingConfig, parse_config
+from dist_train.config import TrackingConfig
+from dist_train.config_file import parse_config
 from dist_train.run_dir import RunDir
 from dist_train.tracking import Tracker, wandb_mode
 

@@ -13,7 +13,7 @@ import pytest
 from torch import nn
 
 from dist_train.errors import ConfigError, UserCodeError
-from dist_train.user_code import accepted, call_with_accepted, check_arguments, import_file, load_object
+from dist_train.user_code import accepted, check_arguments, import_file, load_object
 
 
 @pytest.fixture(autouse=True)
@@ -186,20 +186,21 @@ class Bare(nn.Module):
 
 
 def test_only_what_is_accepted_is_passed() -> None:
-    assert call_with_accepted(Sized, in_channels=1, num_classes=10).given == (10, 3)
-    assert call_with_accepted(Derived, in_channels=1, num_classes=10).given == (10, 3)
-    assert isinstance(call_with_accepted(Bare, in_channels=1), Bare)  # nn.Module's own **kwargs takes nothing
+    offered = {"in_channels": 1, "num_classes": 10}
+    assert accepted(Sized, offered) == {"num_classes": 10}
+    assert accepted(Derived, offered) == {"num_classes": 10}
+    assert accepted(Bare, offered) == {}  # nn.Module's own **kwargs takes nothing
 
     def make(**options: Any) -> Sized:
         return Sized(**options)
 
-    assert call_with_accepted(make, in_channels=1, num_classes=10).given == (10, 3)
+    assert accepted(make, offered) == {"num_classes": 10}
 
     def silent(**options: Any) -> Any:
         return options
 
-    assert call_with_accepted(silent, in_channels=1) == {}
-    assert accepted(print, {"in_channels": 1}) == {}
+    assert accepted(silent, offered) == {}
+    assert accepted(print, offered) == {}
 
 
 def test_arguments_that_are_not_taken_are_named_with_those_that_are() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ranks import join_group, run_on_ranks
 
-from dist_train.config import parse_config
+from dist_train.config_file import parse_config
 from dist_train.distributed import World
 from dist_train.run_dir import RunDir
 from dist_train.tracking import Tracker

@@ -7,14 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dist_train.checkpoint import Checkpoints, Snapshot, TrainState, folder_of, write
-from dist_train.config import Config, parse_config
+from dist_train.checkpoint import Snapshot, folder_of, write
+from dist_train.checkpoints import Checkpoints
+from dist_train.config import Config
+from dist_train.config_file import parse_config
 from dist_train.data.batches import Batch
 from dist_train.distributed import World
 from dist_train.plan import BatchPlan
 from dist_train.run_dir import RunDir
 from dist_train.schedule import LearningRate
 from dist_train.step import Step
+from dist_train.train_state import TrainState
 
 CONFIG = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 2, "keep_best": 1})
 

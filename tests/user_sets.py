@@ -14,7 +14,7 @@ from dist_train.data import ImageSet
 from dist_train.data.named import load_named
 
 
-def mnist_part(train: bool, length: int = 1920) -> ImageSet:
+def mnist_part(train: bool, length: int = 960) -> ImageSet:
     """The first images of the real MNIST: real pixels, and an evaluation that takes no time."""
     whole = load_named("mnist", default_data_root(), None)[0 if train else 1]
     return whole.subset(torch.arange(length))

@@ -149,7 +149,7 @@ class StreamingBatches:
             return self._last[1]
         started = time.perf_counter()
         if self._next != wanted:
-            keys = self._keys(step, micro_step)
+            keys = _keys(self._sampler, step, micro_step)
             loader: DataLoader[Any] = DataLoader(self._dataset, batch_sampler=keys, **self._loader)
             self._stream = iter(loader)
         batch = self._place(next(self._stream))
@@ -159,14 +159,19 @@ class StreamingBatches:
         self._last = wanted, batch
         return batch
 
-    def _keys(self, step: int, micro_step: int) -> Iterator[list[Key]]:
-        """The keys of every micro-batch from here on, without end."""
-        size = self._sampler.plan.per_device_batch_size
-        while True:
-            epoch = step // self._sampler.steps_per_epoch
-            for start in range(micro_step * size, self._sampler.plan.share, size):
-                yield [(epoch, index) for index in self._sampler.indices(step)[start : start + size].tolist()]
-            step, micro_step = step + 1, 0
+
+def _keys(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[Key]]:
+    """The keys of every micro-batch from here on, without end.
+
+    No method of the batches: the loader that reads it would be part of a cycle, and its workers would live on until
+    the garbage collector finds it, which then waits 5 s for each of them.
+    """
+    size = sampler.plan.per_device_batch_size
+    while True:
+        epoch = step // sampler.steps_per_epoch
+        for start in range(micro_step * size, sampler.plan.share, size):
+            yield [(epoch, index) for index in sampler.indices(step)[start : start + size].tolist()]
+        step, micro_step = step + 1, 0
 
 
 class EvaluationBatches:

@@ -29,6 +29,11 @@ class Splits:
     val_source: str  # for the report: where `val` comes from
 
     @property
+    def known(self) -> dict[str, int | None]:
+        """What a net may need to know of the data; None where the set does not tell."""
+        return {"in_channels": self.in_channels, "num_classes": self.num_classes, "image_size": self.image_size}
+
+    @property
     def in_channels(self) -> int | None:
         return self._image_shape[0] if self._image_shape else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils.data import IterableDataset
 from dist_train.data.image_set import Examples
 from dist_train.data.storage import locked
 from dist_train.errors import ConfigError, DataError
+from dist_train.user_code import check_arguments, explained, load_object, parameters_of
 
 
 def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Examples]:
@@ -31,23 +31,17 @@ def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Exa
         UserCodeError: it cannot be found, or fails.
         DataError: a split is empty.
     """
-    from dist_train.user_code import load_object
-
     target = load_object(name)
     _refuse_iterable(target, name)
     if not callable(target):
         raise ConfigError(f"data.name={name} is of type {type(target).__name__}. Name a class or a function.")
-    accepted, takes_any = _parameters(target)
-    unknown = sorted(set(args) - accepted)
-    if unknown and not takes_any:
-        raise ConfigError(
-            f"data.args.{unknown[0]}: {name} does not take it. It takes: {', '.join(sorted(accepted)) or 'nothing'}."
-        )
-    given = {"root": str(root), **args} if "root" in accepted else dict(args)
+    check_arguments(target, args, "data.args")
+    named, _ = parameters_of(target)
+    given = {"root": str(root), **args} if "root" in named else dict(args)
     splits: dict[str, Examples] = {}
     # One process at a time where the set downloads itself: torchvision's classes are not safe against each other.
     with locked(root) if args.get("download") else nullcontext():
-        for split, selection in _selections(target, accepted - set(args), name).items():
+        for split, selection in _selections(target, set(named) - set(args), name).items():
             call = f"{name}({', '.join(f'{key}={value!r}' for key, value in selection.items())})"
             splits[split] = check_map_style(_call(target, given | selection, call), call)
     return splits
@@ -80,26 +74,6 @@ def _refuse_iterable(thing: Any, what: str) -> None:
         )
 
 
-def _parameters(target: Callable[..., Any]) -> tuple[set[str], bool]:
-    """The names that `target` takes by keyword, and whether it takes any other too.
-
-    A class that hands **kwargs on to its base takes the base's parameters: `class Mine(MNIST)` has `train`.
-    """
-    layers: list[Any] = [target]
-    if isinstance(target, type):
-        layers += [vars(base)["__init__"] for base in target.__mro__[:-1] if "__init__" in vars(base)]
-    names: set[str] = set()
-    for layer in layers:
-        try:
-            parameters = inspect.signature(layer).parameters.values()
-        except (TypeError, ValueError):  # written in C, without a signature
-            return names, True
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return names, False
-    return names, True
-
-
 def _selections(target: Any, free: set[str], name: str) -> dict[str, dict[str, Any]]:
     """For each split that there is, the argument that selects it."""
     if "train" in free:
@@ -113,8 +87,6 @@ def _selections(target: Any, free: set[str], name: str) -> dict[str, dict[str, A
 
 
 def _call(target: Callable[..., Any], arguments: dict[str, Any], call: str) -> Any:
-    from dist_train.user_code import explained
-
     hint = " (an attribute `splits` that lists the splits leaves the others out)" if "split=" in call else ""
     with explained(call, f"failed{hint}"):
         return target(**arguments)

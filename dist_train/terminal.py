@@ -1,0 +1,48 @@
+"""A training outlives the terminal or pipe that it prints to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class _Outliving:
+    """A stream whose other end may go away (a closed terminal, `| head`): from then on it leads nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._lead_nowhere()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._lead_nowhere()
+
+    def _lead_nowhere(self) -> None:
+        """The descriptor itself, so that what is still buffered, and what libraries print from C, goes there too."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def outlive_terminal() -> None:
+    """From now on no print of this process fails, of whatever library or user code."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with the descriptor closed
+            stream = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process is)
+        setattr(sys, name, _Outliving(stream))
