@@ -29,14 +29,18 @@ class Agreement:
         self._request = request
         self._save_every_s = save_every_s
         self._interval_s = interval_s
-        self._last_save = self._last_agreed = time.monotonic()
-        self._ticks = 0
+        self._last_save = self._timed_from = time.monotonic()
+        self._ticks = 0  # since the last agreement
+        self._timed_ticks = 0  # those of them since `_timed_from`
         self._distance = {"train": 1, "evaluate": 1}
 
     def start_phase(self) -> None:
-        """Time before this (set-up, a save) says nothing about the pace of the work after it."""
-        self._last_agreed = time.monotonic()
-        self._ticks = 0
+        """Time before this (set-up, a save) says nothing about the pace of the work after it.
+
+        The ticks before it count all the same: where saves are more frequent than agreements, those must still come.
+        """
+        self._timed_from = time.monotonic()
+        self._timed_ticks = 0
 
     def tick(self, phase: Literal["train", "evaluate"] = "train") -> None:
         """One more step or batch is done; every so many of them, agree.
@@ -47,16 +51,18 @@ class Agreement:
         Collective: every rank must call this.
         """
         self._ticks += 1
+        self._timed_ticks += 1
         if self._ticks < self._distance[phase]:
             return
         now = time.monotonic()
-        pace = (now - self._last_agreed) / self._ticks
+        pace = (now - self._timed_from) / self._timed_ticks
         save = self._world.is_rank_zero and 0 < self._save_every_s <= now - self._last_save
         told, save_due, slowest = self._reduce(float(_STATES.index(self._request.told)), float(save), pace)
         self.stop = _STATES[round(told)]
         self.save_due = bool(save_due)
         # At most four times further than last time: a first pace may be a lucky one.
         self._distance[phase] = max(1, min(4 * self._distance[phase], int(self._interval_s / max(slowest, 1e-9))))
+        self._ticks = 0
         self.start_phase()
 
     def saved(self) -> None:

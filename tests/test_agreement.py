@@ -147,6 +147,24 @@ def test_a_wish_is_noticed_within_about_a_second_or_a_step(step_s: float, now: l
     assert now[0] - told_at <= max(1.01, step_s * 1.01)
 
 
+def test_saves_more_frequent_than_agreements_do_not_put_them_off(now: list[float]) -> None:
+    """Epochs of ten fast steps, with a save and an evaluation after each."""
+    request = StopRequest()
+    agreement = agreement_of(request)
+    for step in range(1, 2000):
+        now[0] += 0.01
+        agreement.tick()
+        if step == 1000:
+            request.tell("INTERRUPT")
+        if agreement.stop:
+            break
+        if step % 10 == 0:
+            agreement.start_phase()
+            agreement.tick("evaluate")
+            agreement.saved()
+    assert 1000 < step <= 1000 + 100
+
+
 def test_set_up_and_saves_say_nothing_about_the_pace(now: list[float]) -> None:
     agreement = agreement_of(StopRequest())
     now[0] += 500.0
