@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# torchrun on this machine: one process per GPU, or NPROC. Usage: [NPROC=2] launch/torchrun.sh -c mnist ...
+# torchrun on this machine: one process per GPU, without GPUs one per core, or NPROC. Usage: [NPROC=2] launch/torchrun.sh -c mnist ...
 set -euo pipefail
 # USR1 would kill torchrun and leave its workers behind, were it not told to pass it on.
-exec torchrun --standalone --nproc-per-node "${NPROC:-gpu}" \
+exec torchrun --standalone --nproc-per-node "${NPROC:-auto}" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 60 \
   -m dist_train train "$@"
