@@ -13,7 +13,7 @@ setup: $(VENV)/.done  ## .venv with the package and the tested versions of what 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet -c constraints.txt --editable '.[timm,svhn,tensorboard]' --group dev
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[timm,svhn,tensorboard,plot]' --group dev
 	touch $@
 
 train: setup     ## the bundled MNIST on two processes

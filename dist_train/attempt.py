@@ -152,7 +152,7 @@ def _build(
     )
     net = build_model(config.model, splits.known, config.seed)
     if config.ddp.sync_batchnorm and world.device.type == "cuda" and world.size > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
     step = Step(config, world, net, batches, plan, learning_rate)
 

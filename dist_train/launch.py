@@ -86,6 +86,19 @@ def start_ranks(spec: LaunchSpec) -> int:
     raise _failure(spec, agent.returncode)
 
 
+def output_of(module: str, *arguments: str) -> str:
+    """What `python -m MODULE ARGUMENT...` prints on stdout.
+
+    Raises:
+        LaunchError: it failed; with the end of what it said.
+    """
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-15:])
+        raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")
+    return done.stdout
+
+
 def _failure(spec: LaunchSpec, code: int) -> LaunchError:
     first = read_json(spec.run_dir.error)
     if first:

@@ -118,7 +118,7 @@ class Step:
             seed_torch(derive_seed(self._seed, "forward", step, 0, self.world.rank))
             with explained(type(self.net).__name__, "failed on its first batch", unless=is_peer_failure):
                 output = self.objective.forward(self.model, inputs)
-                self.objective.loss(output, batch.targets).backward()  # type: ignore[no-untyped-call]
+                self.objective.loss(output, batch.targets).backward()
         self.optimizer.zero_grad()
         with torch.no_grad():
             for buffer, before in zip(self.net.buffers(), buffers, strict=True):
@@ -189,7 +189,7 @@ class Step:
         if self._scaled:
             self.world.accelerator.backward(loss)
         else:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def _sync_gradients(self, when: bool) -> AbstractContextManager[None]:
         """One all-reduce per step: only the last micro-step's backward exchanges gradients."""
@@ -197,5 +197,5 @@ class Step:
 
 
 def _averaged(net: nn.Module, decay: float) -> AveragedModel:
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    average = get_ema_multi_avg_fn(decay)
     return AveragedModel(net, multi_avg_fn=average, use_buffers=True).requires_grad_(False)

@@ -65,9 +65,9 @@ def _declare_operators() -> None:
         return
     from torch.library import Library
 
-    library = Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library = Library("torchvision", "FRAGMENT")
     for name in _NAMES:
-        library.define(_SCHEMA.format(name=name))  # type: ignore[no-untyped-call]
+        library.define(_SCHEMA.format(name=name))
     _defined.append(library)
 
 

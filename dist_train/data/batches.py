@@ -246,7 +246,7 @@ def seed_everything(seed: int) -> None:
 def seed_torch(seed: int) -> None:
     """torch's default generators, through the generator objects: 1 us, where `torch.manual_seed` takes 125."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
     elif torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)

@@ -1,0 +1,28 @@
+"""The same loop under Accelerate, everything prepared by it."""
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+
+from dist_train.bench.peers.dataloader import loader_of
+from dist_train.bench.task import task_of_this_process
+
+
+def main() -> None:
+    task = task_of_this_process()
+    accelerator = Accelerator(mixed_precision=task.precision)
+    net = task.new_net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=task.lr)
+    net, optimizer, loader = accelerator.prepare(net, optimizer, loader_of(task))
+    for _ in task.timed_epochs():
+        for images, labels in loader:
+            with accelerator.autocast():
+                loss = cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+    task.report(task.test_accuracy(accelerator.unwrap_model(net, keep_fp32_wrapper=False)))
+
+
+if __name__ == "__main__":
+    main()
