@@ -18,7 +18,7 @@ class _Numbers(yaml.resolver.Resolver):
     """What is a number: 1e-3 is (YAML 1.1 wants 1.0e-3), 12:30:00 is not (there it is 45000)."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        tag = super().resolve(kind, value, implicit)
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         if kind is yaml.ScalarNode and implicit[0]:
             if tag == "tag:yaml.org,2002:str" and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
                 return "tag:yaml.org,2002:float"
