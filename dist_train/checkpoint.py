@@ -183,7 +183,7 @@ def best(run_dir: RunDir) -> Path | None:
     """The checkpoint with the best score, None where none has one."""
     scores = {path: read_manifest(path).get("score") for path in step_folders(run_dir)}
     scored = {path: score for path, score in scores.items() if score is not None}
-    return max(scored, key=lambda path: scored[path]) if scored else None
+    return max(sorted(scored), key=lambda path: scored[path]) if scored else None  # of equal ones the first
 
 
 def find_checkpoint(run_dir: RunDir, which: str) -> Path:

@@ -51,8 +51,9 @@ class Checkpoints:
             TrainingDiverged: on every rank, if weights or losses are not finite; a poisoned state is never saved.
         """
         if not step.is_finite():
+            since = min(state.logged_step + 1, state.step)
             raise TrainingDiverged(
-                f"Weights or losses are not finite between step {state.logged_step + 1} and {state.step}. "
+                f"Weights or losses are not finite between step {since} and {state.step}. "
                 f"The last good checkpoint is {self.describe_last()}. Lower optimizer.lr or set max_grad_norm."
             )
         training = step.state_dict()
@@ -128,7 +129,7 @@ class Checkpoints:
         complete = [path for path, manifest in manifests.items() if manifest]
         keep = set(complete[: self._keep_last])
         scored = [path for path in complete if manifests[path].get("score") is not None]
-        scored.sort(key=lambda path: manifests[path]["score"], reverse=True)
+        scored.sort(key=lambda path: (-manifests[path]["score"], manifests[path]["step"]))  # of equal ones the first
         keep |= set(scored[: self._keep_best])
         if self._keep_every:
             keep |= {path for path in complete if is_due(manifests[path]["step"], self._keep_every, -1)}

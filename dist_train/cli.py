@@ -303,9 +303,9 @@ def config_diff(first: str, second: str) -> None:
     mine, theirs = (
         _load(str(Path(name) / "config.yaml") if Path(name).is_dir() else name).flat() for name in (first, second)
     )
-    for key in mine:
-        if mine[key] != theirs[key]:
-            click.echo(f"{key}: {mine[key]} | {theirs[key]}")
+    for key in mine | theirs:  # a section that is not set has one entry, its own name
+        if mine.get(key) != theirs.get(key):
+            click.echo(f"{key}: {mine.get(key, '-')} | {theirs.get(key, '-')}")
 
 
 def _load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -243,9 +244,16 @@ def end_process(code: int) -> NoReturn:
 
 def is_peer_failure(error: BaseException) -> bool:
     """Whether a collective broke because another rank is gone: the cause is there, not here."""
-    text = str(error).lower()
+    if isinstance(error, dist.DistError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # Raised by a collective itself, in backward too: code of the user may well speak of sockets.
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/", "accelerate/")
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket", "nccl")
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in text for w in words))
+    text = str(error).lower()
+    return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in inside)
 
 
 def _first_line(error: BaseException) -> str:

@@ -75,7 +75,7 @@ def start_ranks(spec: LaunchSpec) -> int:
             # A terminal's Ctrl-C must reach the ranks once, through us.
             start_new_session=True,
         )
-    with _Forwarding(agent):
+    with _Forwarding(agent) as forwarding:
         agent.wait()
 
     status = spec.run_dir.read_status()
@@ -83,6 +83,9 @@ def start_ranks(spec: LaunchSpec) -> int:
         return 0  # torchrun itself ends with 1 after a signal, also when all ranks ended well
     if agent.returncode == 0:
         return 0
+    if forwarding.told and not spec.run_dir.error.exists():
+        print(f"stopped by {forwarding.told.name} before the training had begun", file=sys.stderr)
+        return 128 + forwarding.told
     raise _failure(spec, agent.returncode)
 
 
@@ -126,19 +129,22 @@ class _Forwarding:
     def __init__(self, agent: subprocess.Popen[bytes]) -> None:
         self.agent = agent
         self.interrupts = 0
+        self.told: signal.Signals | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Forwarding:
         heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._forward) for number in heard}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
+        self.told = signal.Signals(number)
         self.interrupts += number == signal.SIGINT
         # The ranks notice that torchrun is gone and leave too (watch_launcher).
-        self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else self.SIGNALS[signal.Signals(number)])
+        self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else self.SIGNALS[self.told])
 
 
 def watch_launcher(on_death: Callable[[], None]) -> None:
@@ -150,15 +156,25 @@ def watch_launcher(on_death: Callable[[], None]) -> None:
     """
     parent = os.getppid()
     launcher = int(os.environ.get(LAUNCHER_PID, parent))
+    orphaned = parent == 1 and not _launches(parent)  # it died before we could look
 
     def watch() -> None:
-        while os.getppid() == parent and _alive(launcher):
+        while not orphaned and os.getppid() == parent and _alive(launcher):
             time.sleep(0.25)
         on_death()
         time.sleep(ORPHAN_GRACE_S)
         os._exit(1)
 
     threading.Thread(target=watch, name="watch_launcher", daemon=True).start()
+
+
+def _launches(pid: int) -> bool:
+    """Whether this is a launcher: in a container torchrun itself may be process 1."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return True  # not Linux: nothing to tell from
+    return any(word in command for word in ("torchrun", "torch.distributed", "accelerate"))
 
 
 def _alive(pid: int) -> bool:

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from dist_train.errors import ConfigError, UserCodeError
 
+_IGNORE_NOTHING = -(2**31)  # torch's own default, -100, would pass over such labels in silence
+
 
 class Objective:
     """The forward call, the loss and the metrics of one net.
@@ -39,7 +41,10 @@ class Objective:
     def loss(self, output: Any, targets: Any) -> Tensor:
         """The mean loss over the micro-batch, [] (nats for cross-entropy)."""
         if self._own_loss is None:
-            return functional.cross_entropy(output, targets, label_smoothing=self._label_smoothing)
+            # Labels that are ignored would make the mean one over fewer examples, and micro-batches unequal parts.
+            return functional.cross_entropy(
+                output, targets, label_smoothing=self._label_smoothing, ignore_index=_IGNORE_NOTHING
+            )
         loss = self._own_loss(output, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -15,7 +15,6 @@ from dist_train.errors import CheckpointError, DataError
 from dist_train.evaluate import evaluate
 from dist_train.models import build_model
 from dist_train.objective import Objective
-from dist_train.plan import BatchPlan
 from dist_train.run_dir import RunDir
 
 
@@ -41,8 +40,7 @@ def evaluate_run(path: Path, which: str, split: str) -> dict[str, float] | None:
     net = build_model(config.model, splits.known, config.seed)
     load_weights(net, folder)
     net.to(world.device)
-    plan = BatchPlan(config.per_device_batch_size, 1, world.size)
-    batches = evaluation_batches(examples, plan, world.rank, config.data, world.device, config.seed)
+    batches = evaluation_batches(examples, config.per_device_batch_size, world, config.data, config.seed)
     found = evaluate(net, batches, Objective(net, config.label_smoothing), world)
     world.leave()
     return {"step": read_manifest(folder)["step"], **(found or {})} if world.is_rank_zero else None

@@ -10,9 +10,11 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dist_train import nets
 from dist_train.config import Config, OptimizerConfig
-from dist_train.data.batches import Batches, seed_torch
+from dist_train.data.batches import Batches, seed_everything, seed_torch
 from dist_train.distributed import World, is_peer_failure
+from dist_train.errors import UserCodeError
 from dist_train.metrics import Counts
 from dist_train.objective import Objective, count_correct
 from dist_train.plan import BatchPlan
@@ -55,6 +57,7 @@ class Step:
         self.batches = batches
         self.plan = plan
         self.learning_rate = learning_rate
+        _check_state(net)
         self.objective = Objective(net, config.label_smoothing)
         self.window = Counts(world.device)  # since the last log
         self._seed = config.seed
@@ -64,8 +67,13 @@ class Step:
         net.to(world.device)
         if getattr(net, "channels_last", False):
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # A mask may well hold infinities; what was finite has to stay so.
+        self._stay_finite = [*net.parameters(), *(buffer for buffer in net.buffers() if buffer.isfinite().all())]
         # Copied before Accelerate patches `forward`: the copy's would still be that of the original.
         self.ema = _averaged(net, config.ema_decay) if config.ema_decay else None
+        self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
+        # User code may draw from Python's and numpy's generators too; seeding them costs 12 us a step.
+        self._seed_forward = seed_torch if type(net).__module__ == nets.__name__ else seed_everything
         optimizer = build_optimizer(config.optimizer, net, world.device)
         accelerator = world.accelerator
         self.model, self._prepared = accelerator.prepare(net, optimizer)
@@ -85,7 +93,7 @@ class Step:
         for micro_step in range(self.plan.grad_accum_steps):
             batch = self.batches.at(step, micro_step)
             # Dropout and the like, of the net or of user code, as a function of where we are.
-            seed_torch(derive_seed(self._seed, "forward", step, micro_step, self.world.rank))
+            self._seed_forward(derive_seed(self._seed, "forward", step, micro_step, self.world.rank))
             with self._sync_gradients(when=micro_step == self.plan.grad_accum_steps - 1):
                 output = self.objective.forward(self.model, batch.inputs)  # [B, K]
                 loss = self.objective.loss(output, batch.targets)
@@ -115,7 +123,7 @@ class Step:
         for _ in range(2):
             batch = self.batches.at(step, 0)
             inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
-            seed_torch(derive_seed(self._seed, "forward", step, 0, self.world.rank))
+            self._seed_forward(derive_seed(self._seed, "forward", step, 0, self.world.rank))
             with explained(type(self.net).__name__, "failed on its first batch", unless=is_peer_failure):
                 output = self.objective.forward(self.model, inputs)
                 self.objective.loss(output, batch.targets).backward()
@@ -149,7 +157,7 @@ class Step:
 
         Collective: every rank must call this.
         """
-        tensors = [*self.net.parameters(), *self.net.buffers(), self.window.sums]
+        tensors = [*self._stay_finite, self.window.sums]
         bad = sum((~torch.isfinite(t.detach())).sum().to(self.world.device, torch.float32) for t in tensors)
         return self.world.all_reduce(torch.as_tensor(bad, device=self.world.device)).item() == 0
 
@@ -196,6 +204,19 @@ class Step:
         return nullcontext() if when else self.world.accelerator.no_sync(self.model)
 
 
+def _check_state(net: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise UserCodeError(f"{type(net).__name__} has no parameter that requires a gradient: nothing to train.")
+    odd = [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise UserCodeError(
+            f"{type(net).__name__}.state_dict() holds {odd[0]}, which is no tensor; a checkpoint is of tensors only. "
+            f"Leave get_extra_state out, or register a buffer."
+        )
+
+
 def _averaged(net: nn.Module, decay: float) -> AveragedModel:
     average = get_ema_multi_avg_fn(decay)
-    return AveragedModel(net, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+    # Infinities (a mask) have no average: with them all buffers are copied.
+    averages = all(bool(buffer.isfinite().all()) for buffer in net.buffers())
+    return AveragedModel(net, multi_avg_fn=average, use_buffers=averages).requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -43,6 +44,8 @@ def outlive_terminal() -> None:
     """From now on no print of this process fails, of whatever library or user code."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
         if stream is None:  # started with the descriptor closed
             stream = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process is)
         setattr(sys, name, _Outliving(stream))

@@ -163,11 +163,13 @@ class Run:
     def evaluate_split(self, batches: EvaluationBatches) -> dict[str, float] | None:
         """Collective: every rank must call this."""
         self.agreement.start_phase()
-        return evaluate(self.step.evaluated_net, batches, self.step.objective, self.world, self.agreement)
+        return evaluate(self.step.evaluated_net, batches, self.step.evaluation_objective, self.world, self.agreement)
 
     def batches_of(self, examples: Any) -> EvaluationBatches:
-        world, config = self.world, self.config
-        return evaluation_batches(examples, self.step.plan, world.rank, config.data, world.device, config.seed)
+        config = self.config
+        # Small training forwards may be a matter of the global batch alone; the bound is a matter of memory.
+        batch_size = min(256, config.per_device_batch_size)
+        return evaluation_batches(examples, batch_size, self.world, config.data, config.seed)
 
     def save_is_due(self) -> bool:
         due = is_due(self.state.step, self.save_every, self.total_steps) or self.agreement.save_due

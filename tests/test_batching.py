@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from dist_train.batching import ShardSampler, evaluation_shard
 from dist_train.config import DataConfig, Normalize
 from dist_train.data.batches import Batches, ResidentBatches, StreamingBatches, evaluation_batches, training_batches
 from dist_train.data.image_set import ImageSet
+from dist_train.distributed import World
 from dist_train.errors import ConfigError
 from dist_train.plan import BatchPlan
 
@@ -196,7 +199,8 @@ def test_evaluation_batches_hold_the_split_once(resident: bool | None, world_siz
     config = DataConfig(resident=resident, normalize=NORMALIZE)
     seen: list[int] = []
     for rank in range(world_size):
-        source = evaluation_batches(images, BatchPlan(7, 1, world_size), rank, config, CPU, 0)
+        world = cast(World, SimpleNamespace(rank=rank, size=world_size, device=CPU))
+        source = evaluation_batches(images, 7, world, config, seed=0)
         found = list(source)
         assert len(found) <= source.num_batches
         assert source.num_examples == 101

@@ -200,6 +200,33 @@ def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
     assert status(tmp_path / "runs/r") == "FINISHED"
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=lambda sent: sent.name)
+def test_loader_workers_outlive_a_signal_to_all(sent: signal.Signals, tmp_path: Path) -> None:
+    """torchrun passes TERM on to process groups and Slurm signals all processes of a job, the workers among them."""
+    options = ["-o", "data.name=user_sets:Jittered", "-o", "data.num_workers=2", "-o", "train_for=10000 epochs"]
+    run_dir = tmp_path / "runs/r"
+    command = [sys.executable, "-m", "dist_train", "train", *SETTINGS, *options, "--run-name", "r"]
+    with started(
+        [*command, "-o", "global_batch_size=8", "-o", "model.name=user_sets:WithDropout"], tmp_path
+    ) as process:
+        wait_until(lambda: step_of(run_dir) >= 20, "the first steps")
+        assert len(alive(tmp_path)) == 3
+        os.killpg(process.pid, sent)
+        assert process.wait(20) == 0, process.communicate()
+        wait_until(lambda: alive(tmp_path) == [], "workers gone", timeout_s=5)
+    assert status(run_dir) == ("PREEMPTED" if sent == signal.SIGUSR1 else "INTERRUPT")
+
+
+def test_a_stop_before_the_training_has_begun_is_one_line(tmp_path: Path) -> None:
+    with started([*DIST_TRAIN, "train", *SETTINGS, "--nproc", "2", "--run-name", "r"], tmp_path) as process:
+        wait_until(lambda: len(ranks_of(tmp_path)) > 0, "ranks started")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert alive(tmp_path) == []
+    assert process.returncode in (143, 0)  # 0: the ranks were quick enough to agree on it
+    assert errors == ("stopped by SIGTERM before the training had begun\n" if process.returncode else "")
+
+
 @pytest.mark.parametrize("launcher", ["dist-train", "torchrun", "accelerate"])
 def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> None:
     """kill -9 of the launcher alone: every rank is gone within 5 s, having saved where it was."""

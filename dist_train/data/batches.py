@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +21,8 @@ from dist_train.batching import ShardSampler, evaluation_shard
 from dist_train.config import DataConfig, Normalize
 from dist_train.data import Examples
 from dist_train.data.image_set import ImageSet
-from dist_train.plan import BatchPlan
+from dist_train.distributed import World
+from dist_train.errors import UserCodeError
 from dist_train.seeding import derive_seed
 
 Key = tuple[int, int]  # (epoch, index): what a loader worker needs to make an example
@@ -115,8 +119,17 @@ class _Collate:
         self.collate: Callable[[list[Any]], Any] = getattr(examples, "collate", default_collate)
 
     def __call__(self, items: list[tuple[int, Any]]) -> tuple[Any, Any, Tensor]:
-        inputs, targets = self.collate([item for _, item in items])
-        return inputs, targets, torch.tensor([index for index, _ in items])
+        made = self.collate([item for _, item in items])
+        if not isinstance(made, (tuple, list)) or len(made) != 2:
+            raise UserCodeError(
+                f"A batch must be two things, (inputs, targets); found {_kind_of(made)}. Make each example a pair, or "
+                f"give the data set a method collate(batch) that returns one."
+            )
+        return made[0], made[1], torch.tensor([index for index, _ in items])
+
+
+def _kind_of(made: Any) -> str:
+    return f"{len(made)} in a {type(made).__name__}" if isinstance(made, (tuple, list)) else type(made).__name__
 
 
 class StreamingBatches:
@@ -150,8 +163,7 @@ class StreamingBatches:
         started = time.perf_counter()
         if self._next != wanted:
             keys = _keys(self._sampler, step, micro_step)
-            loader: DataLoader[Any] = DataLoader(self._dataset, batch_sampler=keys, **self._loader)
-            self._stream = iter(loader)
+            self._stream = _stream(DataLoader(self._dataset, batch_sampler=keys, **self._loader))
         batch = self._place(next(self._stream))
         self.wait_s += time.perf_counter() - started
         last_micro_step = micro_step + 1 == self._sampler.plan.grad_accum_steps
@@ -205,13 +217,18 @@ class EvaluationBatches:
         if self._resident is None:
             keys = [[(0, index) for index in chunk.tolist()] for chunk in self._chunks]
             dataset = Seeded(self._examples, derive_seed(self._seed, "evaluation"))
-            for made in DataLoader(dataset, batch_sampler=keys, **self._settings):
-                yield self._place(made)
+            for made in _stream(DataLoader(dataset, batch_sampler=keys, **self._settings)):
+                yield self._seeded(self._place(made))
             return
         images, labels = self._resident
         for chunk in self._chunks:
             here = chunk.to(self._device)
-            yield self._place((images.index_select(0, here), labels.index_select(0, here), chunk))
+            yield self._seeded(self._place((images.index_select(0, here), labels.index_select(0, here), chunk)))
+
+    def _seeded(self, batch: Batch) -> Batch:
+        """Nets that draw in evaluation too (a VAE, dropout kept on) draw the same after any resume."""
+        seed_everything(derive_seed(self._seed, "evaluation forward", int(batch.indices[0])))
+        return batch
 
 
 class _Place:
@@ -227,10 +244,41 @@ class _Place:
         return Batch(self.pixels(inputs) if self.pixels else to_default_dtype(inputs), targets, indices)
 
 
+# What stops a run is sent to whole process groups (torchrun) or jobs (Slurm), and so to the loader workers too.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def _stream(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate, with workers that only their parent can stop: the ranks agree on a stop and need batches until then.
+
+    Blocked while the workers are forked, the signals are so in them from their first moment on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_only_the_parent(_worker: int) -> None:
+    """In a worker: TERM from the parent, which ends workers so, ends it; the blocked signals of others do not."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+
+    def wait() -> None:
+        while True:
+            told = signal.sigwaitinfo(_STOP_SIGNALS)
+            if told.si_signo == signal.SIGTERM and told.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _loader_settings(examples: Examples, num_workers: int, device: torch.device) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "collate_fn": _Collate(examples),
+        "worker_init_fn": _heed_only_the_parent,
         "pin_memory": device.type == "cuda",
         "prefetch_factor": 4 if num_workers else None,
     }
@@ -263,15 +311,15 @@ def training_batches(
 
 
 def evaluation_batches(
-    examples: Examples, plan: BatchPlan, rank: int, config: DataConfig, device: torch.device, seed: int
+    examples: Examples, batch_size: int, world: World, config: DataConfig, seed: int
 ) -> EvaluationBatches:
-    """This rank's shard of a split. Without gradients more fits than in a training forward."""
+    """This rank's shard of a split."""
     num_examples = len(examples)  # type: ignore[arg-type]
-    batch_size = max(plan.per_device_batch_size, 256)
-    largest_shard = -(-num_examples // plan.world_size)
+    largest_shard = -(-num_examples // world.size)
+    device = world.device
     return EvaluationBatches(
         examples,
-        evaluation_shard(num_examples, rank, plan.world_size),
+        evaluation_shard(num_examples, world.rank, world.size),
         batch_size=batch_size,
         num_batches=-(-largest_shard // batch_size),
         resident=isinstance(examples, ImageSet) and is_resident(examples, config, device),

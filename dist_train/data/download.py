@@ -16,7 +16,7 @@ from typing import Any
 from dist_train.data.bundled_mnist import unpack_mnist
 from dist_train.data.catalog import SETS, NamedSet, check_packages, fetch_command
 from dist_train.data.storage import disk_errors, locked, unwritable
-from dist_train.errors import DataError
+from dist_train.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 _STAGING = ".download-"
@@ -30,10 +30,13 @@ def fetch(name: str, root: Path, split: str | None = None, *, progress: bool = F
     Of emnist, whose splits come in one archive, all are kept; `split` only says which must be there.
 
     Raises:
+        ConfigError: no such set.
         DataError: no mirror can be reached, or `root` cannot be written.
     """
     from dist_train.vision import import_torchvision
 
+    if name not in SETS:
+        raise ConfigError(f"No data set {name}. There are: {', '.join(SETS)}.")
     known = SETS[name]
     check_packages(name)
     if name == "mnist":
