@@ -41,7 +41,7 @@ def test_float64_runs_agree_for_every_division(net: str, tmp_path: Path) -> None
     """Here a part: fewer steps and images for the slow nets. `make exactness` does 400 steps for all, on all images."""
     small = net in ("mlp", "guide")
     settings = (MNIST if small else PART) | {
-        "dtype": "float64", "model": NETS[net], "train_for": f"{400 if small else 6} steps", "log_every": 2,
+        "dtype": "float64", "model": NETS[net], "train_for": f"{400 if small else 4} steps", "log_every": 2,
         "eval_every": 0,
     }  # fmt: skip
     train_on_ranks(settings, tmp_path / "whole")
