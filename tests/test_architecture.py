@@ -17,8 +17,8 @@ LAYERS = [
     "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "run_dir", "stop_request",
     "terminal", "start", "launch", "distributed", "agreement", "batching", "vision", "user_code", "unpack", "bundle",
     "nets",
-    "models", "data", "metrics", "objective", "step", "evaluate", "train_state", "checkpoint", "checkpoints",
-    "facts", "tracking", "progress", "train", "attempt", "results", "bench", "cli",
+    "models", "data", "metrics", "objective", "optimizers", "step", "evaluate", "train_state", "checkpoint",
+    "checkpoints", "facts", "tracking", "progress", "train", "attempt", "results", "bench", "cli",
 ]  # fmt: skip
 DATA_LAYERS = [
     "image_set", "storage", "memory", "idx", "bundled_mnist", "catalog", "download", "named", "image_folder", "user",
