@@ -2,13 +2,16 @@
 
 import time
 
-import lightning
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dist_train.bench.peers.dataloader import loader_of
 from dist_train.bench.task import Task, task_of_this_process
+from dist_train.vision import import_torchvision
+
+import_torchvision()  # Lightning imports it, and dies of it where its operators do not fit torch
+import lightning  # noqa: E402
 
 
 class Classifier(lightning.LightningModule):
