@@ -55,9 +55,12 @@ class Step:
         if getattr(net, "channels_last", False):
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A mask may well hold infinities; what was finite has to stay so.
-        self._stay_finite = [*net.parameters(), *(buffer for buffer in net.buffers() if buffer.isfinite().all())]
+        finite = [buffer for buffer in net.buffers() if buffer.isfinite().all()]
+        self._stay_finite = [*net.parameters(), *finite]
         # Copied before Accelerate patches `forward`: the copy's would still be that of the original.
-        self.ema = _averaged(net, config.ema_decay) if config.ema_decay else None
+        # Infinities have no average: with them all buffers are copied.
+        averages = len(finite) == len(list(net.buffers()))
+        self.ema = _averaged(net, config.ema_decay, use_buffers=averages) if config.ema_decay else None
         self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
         self._seed_forward = _seeding_for(net)
         self._parameters = list(net.parameters())
@@ -220,8 +223,6 @@ def _check_state(net: nn.Module) -> None:
         )
 
 
-def _averaged(net: nn.Module, decay: float) -> AveragedModel:
+def _averaged(net: nn.Module, decay: float, use_buffers: bool) -> AveragedModel:
     average = get_ema_multi_avg_fn(decay)
-    # Infinities (a mask) have no average: with them all buffers are copied.
-    averages = all(bool(buffer.isfinite().all()) for buffer in net.buffers())
-    return AveragedModel(net, multi_avg_fn=average, use_buffers=averages).requires_grad_(False)
+    return AveragedModel(net, multi_avg_fn=average, use_buffers=use_buffers).requires_grad_(False)

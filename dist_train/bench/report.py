@@ -55,7 +55,7 @@ def markdown(contests: Contests, where: dict[str, Any]) -> str:
             middle = {key: statistics.median(each[name][key] for each in found) for key in found[0][name]}
             ratio = "" if name == OURS else _text(ratios(found, OURS, name))
             lines.append(
-                f"| {task.net} | {'fp32' if task.precision == 'no' else task.precision} "
+                f"| {task.net} | {task.precision_name} "
                 f"| {name}{' (best peer)' if name == best else ''} | {middle['samples_per_s']:,.0f} | {ratio} "
                 f"| {100 * middle['accuracy']:.2f} % | {middle['peak_memory_gib']:.2f} |"
             )
@@ -98,7 +98,7 @@ def picture(contests: Contests, where: dict[str, Any], path: Path) -> None:
             axis.barh(position, middle, xerr=errors, color="C0" if name == OURS else "C7", capsize=3)
         axis.set_yticks(range(len(rounds[0])), list(rounds[0]))
         axis.invert_yaxis()
-        axis.set_title(f"{task.net}, {'fp32' if task.precision == 'no' else task.precision}")
+        axis.set_title(f"{task.net}, {task.precision_name}")
         axis.set_xlabel("samples/s")
     figure.suptitle(f"{where['device']}, batch {contests[0][0].batch_size}, n={len(contests[0][1])}")
     figure.tight_layout()

@@ -40,6 +40,10 @@ class Task:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
+    def precision_name(self) -> str:
+        return "fp32" if self.precision == "no" else self.precision
+
+    @property
     def data_root(self) -> Path:
         return default_data_root()
 
