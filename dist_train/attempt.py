@@ -167,13 +167,20 @@ def _build(
             load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
 
     facts = collect_facts(world, plan, world.hosts())
+    before = read_json(run_dir.run_json) if state.step else {}
     if world.is_rank_zero:
+        run_dir.set_status(state="SETUP", world_size=world.size)
         _report(config, run_dir, splits, sampler, net, state, total_steps, facts)
+    # A resumed run goes on in the mode that was found best when it began.
+    step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
+    facts["step_mode"] = step.mode
+    if world.is_rank_zero:
+        for change in bit_changes(before, facts) if state.step else []:
+            _log.warning("resumed with another %s: equal within rounding, not to the bit", change)
         cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
         if cut:
             _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
         write_json(run_dir.run_json, facts)
-        run_dir.set_status(state="SETUP", world_size=world.size)
     world.barrier()
     save_every = config.save_every
     return Run(
@@ -232,8 +239,6 @@ def _report(
         _log.info("depends on the number of processes: %s rounding", facts["mixed_precision"])
     if state.step:
         _log.info("resumed at step %d of %d", state.step, total_steps)
-        for change in bit_changes(read_json(run_dir.run_json), facts):
-            _log.warning("resumed with another %s: equal within rounding, not to the bit", change)
 
 
 def _print_results(run_dir: RunDir) -> None:

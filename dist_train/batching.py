@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -35,12 +36,19 @@ class ShardSampler(DistributedSampler[Any]):
         self.num_samples = self.steps_per_epoch * plan.share
         self.total_size = self.steps_per_epoch * plan.global_batch_size
         self._permutation: tuple[int, Tensor] | None = None
+        self._device = torch.device("cpu")
+
+    def on(self, device: torch.device) -> ShardSampler:
+        """The same, with indices that lie on `device`: moved once an epoch, not once a step."""
+        moved = copy(self)
+        moved._device, moved._permutation = device, None
+        return moved
 
     def permutation(self, epoch: int) -> Tensor:
         """The order of all examples in `epoch` (from 0): int64 [num_examples]."""
         if self._permutation is None or self._permutation[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.run_seed, "epoch", epoch))
-            self._permutation = epoch, torch.randperm(self.num_examples, generator=generator)
+            self._permutation = epoch, torch.randperm(self.num_examples, generator=generator).to(self._device)
         return self._permutation[1]
 
     def indices(self, step: int) -> Tensor:

@@ -29,6 +29,7 @@ from dist_train.schedule import Duration, ScheduleName
 Free = "free"  # may differ between the starts of one run
 
 Precision = Literal["no", "bf16", "fp16"]
+StepMode = Literal["eager", "compile", "graph"]
 
 
 def _clock_free(text: object) -> Duration:
@@ -172,6 +173,8 @@ class Config(_Settings):
     mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None  # None: the launcher's, else no
     dtype: Literal["float32", "float64"] = "float32"  # float64: slow; shows that a difference is rounding and no fault
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Free] = "auto"
+    # The update as torch runs it, compiled, or as one CUDA graph. Equal within rounding; auto: what is fastest in the end.
+    step_mode: Annotated[Literal["auto"] | StepMode, Free] = "auto"
     max_grad_norm: PositiveFloat | None = None  # clip the global L2 norm of the gradient
     label_smoothing: Fraction = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # evaluate and save averaged weights
@@ -238,5 +241,9 @@ def _is_free(key: str) -> bool:
 def default_data_root() -> Path:
     """$DIST_TRAIN_DATA_DIR, else dist_train in the user's cache folder."""
     explicit = os.environ.get("DIST_TRAIN_DATA_DIR")
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(explicit or Path(cache) / "dist_train").expanduser()
+    return Path(explicit).expanduser() if explicit else user_cache()
+
+
+def user_cache() -> Path:
+    """What may be lost and made again: data sets, compiled code."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dist_train"

@@ -35,7 +35,6 @@ def collect_facts(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, 
         "device": torch.cuda.get_device_name(world.device) if cuda else world.device.type,
         "mixed_precision": world.mixed_precision,
         "num_threads": world.num_threads,
-        "step_mode": "eager",
         "cpu": cpu_model(),
     }
 

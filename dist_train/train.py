@@ -71,7 +71,6 @@ class Run:
         Collective: every rank must call this.
         """
         state, step, agreement = self.state, self.step, self.agreement
-        step.warm_up(state.step)
         if state.evaluation_pending:
             self.evaluate()
             if state.is_best:

@@ -34,7 +34,7 @@ class Batch:
 
     inputs: Any
     targets: Any
-    indices: Tensor  # int64 [B], on the CPU: which examples of the set these are
+    indices: Tensor  # int64 [B]: which examples of the set these are
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -83,14 +83,21 @@ class ResidentBatches:
 
     def __init__(self, examples: ImageSet, sampler: ShardSampler, pixels: Pixels, device: torch.device) -> None:
         self.images, self.labels = examples.images.to(device), examples.labels.to(device)
-        self.sampler = sampler
+        self.sampler = sampler.on(device)
         self.pixels = pixels
 
     def at(self, step: int, micro_step: int) -> Batch:
+        indices = self.draw(step, micro_step)
+        return Batch(*self.make(indices), indices)
+
+    def draw(self, step: int, micro_step: int) -> Tensor:
+        """Which examples make the micro-batch: int64 [B], on the device."""
         size = self.sampler.plan.per_device_batch_size
-        indices = self.sampler.indices(step)[micro_step * size : (micro_step + 1) * size]
-        here = indices.to(self.images.device)
-        return Batch(self.pixels(self.images.index_select(0, here)), self.labels.index_select(0, here), indices)
+        return self.sampler.indices(step)[micro_step * size : (micro_step + 1) * size]
+
+    def make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The images [B, C, H, W] and labels [B] at `indices` (int64 [B], on the device). Tensor work alone."""
+        return self.pixels(self.images.index_select(0, indices)), self.labels.index_select(0, indices)
 
 
 class Seeded(Dataset[Any]):

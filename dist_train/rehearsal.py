@@ -1,0 +1,111 @@
+"""A faster form of the update, tried beside the eager one on real batches before it is trusted with the run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_train.config import StepMode
+
+Update = Callable[[int], None]  # one optimizer update, that many having gone before
+
+_COMPARED = 3  # steps from one and the same state whose outcomes are compared
+MAX_DISTANCE = 0.25
+_ROWS, _ROW_S = 5, 0.05  # then rows of steps are timed, of about so many seconds
+
+
+# What preparing takes at most and what it has gained at best, on the machines of docs/benchmarks.md.
+_WORTH = {"cpu": ("compile", 20.0, 1.6), "cuda": ("graph", 2.0, 4.0)}
+
+
+def worth_trying(device: str, steps_left: int, pass_s: float) -> StepMode:
+    """The mode that could repay its preparation in the rest of the run, by the time of one forward and backward."""
+    mode, preparation_s, best_gain = _WORTH.get(device, ("eager", 0.0, 1.0))
+    saved_s = steps_left * pass_s * (1 - 1 / best_gain)
+    return mode if saved_s > preparation_s else "eager"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was found."""
+
+    preparation_s: float  # compiling or capturing
+    eager_s: float  # median of one update
+    fast_s: float
+    distance: float  # between the two outcomes, as a part of the way that the eager updates went
+
+    def objection(self, must_gain: bool) -> str:
+        """Why the fast update is not to be used, or nothing."""
+        if not self.distance <= MAX_DISTANCE:
+            return f"after {_COMPARED} steps its state is {100 * self.distance:.1f} % of the way off the eager one's"
+        return f"it has no gain, {self}" if must_gain and self.fast_s >= self.eager_s else ""
+
+    def __str__(self) -> str:
+        times = f"{1000 * self.fast_s:.3f} ms a step against {1000 * self.eager_s:.3f} ms eager"
+        return f"{times}, {self.preparation_s:.1f} s to prepare"
+
+
+def rehearse(
+    eager: Update, prepare: Callable[[], Update], state: list[Tensor], step: int, synchronize: Callable[[], None]
+) -> tuple[Update, Rehearsal]:
+    """The fast update that `prepare` makes, and how it did. `state`, all that an update changes, is as before after it.
+
+    Raises: whatever compiling, capturing or running the net so raises.
+    """
+    before = [tensor.clone() for tensor in state]
+    try:
+        for number in range(_COMPARED):
+            eager(step + number)
+        wanted = [tensor.clone() for tensor in state]
+        eager_s = _median_time(eager, step, synchronize)
+        _put_back(state, before)
+
+        started = time.perf_counter()
+        fast = prepare()
+        synchronize()
+        preparation_s = time.perf_counter() - started
+        _put_back(state, before)
+        for number in range(_COMPARED):
+            fast(step + number)
+        distance = _distance(before, wanted, state)
+        return fast, Rehearsal(preparation_s, eager_s, _median_time(fast, step, synchronize), distance)
+    finally:
+        _put_back(state, before)
+
+
+def _median_time(update: Update, step: int, synchronize: Callable[[], None]) -> float:
+    """Seconds of one update in a row of them, the device waited for only at the row's end, as between two logs."""
+    one = _time_of_row(update, step, 1, synchronize)
+    length = max(1, min(20, round(_ROW_S / one)))
+    return statistics.median(_time_of_row(update, step, length, synchronize) for _ in range(_ROWS))
+
+
+def _time_of_row(update: Update, step: int, length: int, synchronize: Callable[[], None]) -> float:
+    synchronize()
+    started = time.perf_counter()
+    for number in range(length):
+        update(step + number)
+    synchronize()
+    return (time.perf_counter() - started) / length
+
+
+def _distance(before: list[Tensor], wanted: list[Tensor], found: list[Tensor]) -> float:
+    """The largest, over all tensors: |found - wanted| / |wanted - before|, L2 norms. Not finite counts as infinite."""
+    worst = 0.0
+    for start, aim, end in zip(before, wanted, found, strict=True):
+        way = (aim.double() - start.double()).norm()
+        off = (end.double() - aim.double()).norm()
+        if off or not off.isfinite():
+            worst = max(worst, float(torch.nan_to_num(off / way, nan=torch.inf, posinf=torch.inf)))
+    return worst
+
+
+@torch.no_grad()
+def _put_back(state: list[Tensor], before: list[Tensor]) -> None:
+    for tensor, value in zip(state, before, strict=True):
+        tensor.copy_(value)
