@@ -30,6 +30,7 @@ Free = "free"  # may differ between the starts of one run
 
 Precision = Literal["no", "bf16", "fp16"]
 StepMode = Literal["eager", "compile", "graph"]
+WantedMode = Literal["auto", "eager", "compile", "graph"]
 
 
 def _clock_free(text: object) -> Duration:
@@ -173,8 +174,7 @@ class Config(_Settings):
     mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None  # None: the launcher's, else no
     dtype: Literal["float32", "float64"] = "float32"  # float64: slow; shows that a difference is rounding and no fault
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Free] = "auto"
-    # The update as torch runs it, compiled, or as one CUDA graph. Equal within rounding; auto: what is fastest in the end.
-    step_mode: Annotated[Literal["auto"] | StepMode, Free] = "auto"
+    step_mode: Annotated[WantedMode, Free] = "auto"  # form of the update: equal within rounding
     max_grad_norm: PositiveFloat | None = None  # clip the global L2 norm of the gradient
     label_smoothing: Fraction = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # evaluate and save averaged weights

@@ -84,7 +84,8 @@ class _Likeness:
     def __init__(self, optimizer: Optimizer) -> None:
         self.param_groups = optimizer.param_groups
         self.state = optimizer.state
-        self._collect: Callable[..., Any] = type(optimizer)._init_group  # type: ignore[attr-defined]
+        # The compiler forbids itself this one, once it is loaded.
+        self._collect: Callable[..., Any] = inspect.unwrap(type(optimizer)._init_group)  # type: ignore[attr-defined]
 
     def _init_group(self, *lists: Any) -> Any:
         return self._collect(self, *lists)

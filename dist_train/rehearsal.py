@@ -20,7 +20,7 @@ _ROWS, _ROW_S = 5, 0.05  # then rows of steps are timed, of about so many second
 
 
 # What preparing takes at most and what it has gained at best, on the machines of docs/benchmarks.md.
-_WORTH = {"cpu": ("compile", 20.0, 1.6), "cuda": ("graph", 2.0, 4.0)}
+_WORTH: dict[str, tuple[StepMode, float, float]] = {"cpu": ("compile", 20.0, 1.6), "cuda": ("graph", 2.0, 4.0)}
 
 
 def worth_trying(device: str, steps_left: int, pass_s: float) -> StepMode:
@@ -94,6 +94,7 @@ def _time_of_row(update: Update, step: int, length: int, synchronize: Callable[[
     return (time.perf_counter() - started) / length
 
 
+@torch.no_grad()
 def _distance(before: list[Tensor], wanted: list[Tensor], found: list[Tensor]) -> float:
     """The largest, over all tensors: |found - wanted| / |wanted - before|, L2 norms. Not finite counts as infinite."""
     worst = 0.0

@@ -87,13 +87,13 @@ class ResidentBatches:
         self.pixels = pixels
 
     def at(self, step: int, micro_step: int) -> Batch:
-        indices = self.draw(step, micro_step)
-        return Batch(*self.make(indices), indices)
+        (indices,) = draw = self.draw(step, micro_step)
+        return Batch(*self.make(*draw), indices)
 
-    def draw(self, step: int, micro_step: int) -> Tensor:
-        """Which examples make the micro-batch: int64 [B], on the device."""
+    def draw(self, step: int, micro_step: int) -> tuple[Tensor]:
+        """What decides the micro-batch: the indices of its examples, int64 [B], on the device."""
         size = self.sampler.plan.per_device_batch_size
-        return self.sampler.indices(step)[micro_step * size : (micro_step + 1) * size]
+        return (self.sampler.indices(step)[micro_step * size : (micro_step + 1) * size],)
 
     def make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The images [B, C, H, W] and labels [B] at `indices` (int64 [B], on the device). Tensor work alone."""
