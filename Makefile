@@ -35,8 +35,8 @@ fix: setup       ## format, and mend what the linter can
 exactness: setup ## 400 steps in float64 for every net and division; writes docs/exactness.md
 	python tests/exactness/measure.py
 
-bench: setup     ## samples per second against a torchvision DataLoader, side by side
-	python tests/benchmarks/loader.py
+bench: setup     ## this harness beside the loops that people write; writes bench/
+	dist-train bench
 
 clean:           ## remove what the targets made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

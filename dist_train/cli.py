@@ -231,29 +231,30 @@ def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
     _end_rank()
 
 
+_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "growth")
+
+
 @main.command()
+@click.argument("parts", nargs=-1, type=click.Choice(_PARTS), metavar="[PART]...")
 @click.option("--net", "nets", multiple=True, default=("mlp", "bks", "conv"), show_default=True, metavar="NET")
 @click.option("--precision", "precisions", multiple=True, default=("no",), type=click.Choice(["no", "bf16"]))
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--epochs", default=1, show_default=True, type=click.IntRange(min=1), help="Counted after the warm-up.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Default: 64, of scaling 512.")
+@click.option(
+    "--steps", default=937, show_default=True, type=click.IntRange(min=1), help="Warm-up, then as many count."
+)
+@click.option("--nproc", "nprocs", multiple=True, default=(1, 2), show_default=True, type=int, help="Of scaling.")
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--out", default="bench", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER")
-def bench(
-    nets: tuple[str, ...], precisions: tuple[str, ...], batch_size: int, epochs: int, repetitions: int, out: Path
-) -> None:
-    """Samples per second beside the loops that people write, in one run: a table, JSON and a picture."""
-    from dist_train.bench.contest import contestants, run_rounds
-    from dist_train.bench.report import machine, markdown, write
-    from dist_train.bench.task import Task
+def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
+    """Measure this harness beside the loops that people write: tables, JSON and pictures.
 
-    contests = []
-    for precision in precisions:
-        for net in nets:
-            task = Task(net=net, batch_size=batch_size, epochs=epochs, precision=precision)
-            contests.append((task, run_rounds(task, contestants(), repetitions)))
-            click.echo(markdown(contests[-1:], machine()))
-    write(contests, out)
-    click.echo(f"written to {out}/: speed.md, speed.json, speed.png")
+    Parts, all by default: speed, scaling, breakdown, startup, checkpoint, growth.
+    """
+    from dist_train.bench.suite import Options, run_part
+
+    for part in parts or _PARTS:
+        click.echo("\n".join([f"{part}:", *run_part(part, Options(**options), out), ""]))
+    click.echo(f"written to {out}/")
 
 
 @main.group()

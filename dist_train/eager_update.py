@@ -55,7 +55,7 @@ class EagerUpdate:
         # The prepared optimizer is needed for a gradient scaler alone and costs 88 us a step.
         self._scaled = accelerator.scaler is not None
         self.optimizer = prepared if self._scaled else optimizer
-        self._optimize = self.optimizer.step if self._scaled else bare_step(optimizer)
+        self.optimize = self.optimizer.step if self._scaled else bare_step(optimizer)
 
     def __call__(self, step: int) -> None:
         """The update that follows `step` (from 0) others."""
@@ -75,7 +75,7 @@ class EagerUpdate:
             self.window.add(loss, count_correct(output, batch.targets), len(batch))
         if self.max_grad_norm is not None:
             self.norm = self.world.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self._optimize()
+        self.optimize()
 
     def seed_forward(self, step: int, micro_step: int) -> None:
         """Dropout and the like, of the net or of user code, as a function of where we are."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,13 +89,14 @@ def start_ranks(spec: LaunchSpec) -> int:
     raise _failure(spec, agent.returncode)
 
 
-def output_of(module: str, *arguments: str) -> str:
-    """What `python -m MODULE ARGUMENT...` prints on stdout.
+def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What `python -m MODULE ARGUMENT...` prints on stdout, with `environment` besides our own.
 
     Raises:
         LaunchError: it failed; with the end of what it said.
     """
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-15:])
         raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")

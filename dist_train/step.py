@@ -63,8 +63,8 @@ class Step:
         self.ema = _averaged(net, config.ema_decay, use_buffers=averages) if config.ema_decay else None
         self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
         self.mode: StepMode = "eager"  # until the warm-up
-        self._eager = EagerUpdate(config, world, net, batches, plan, learning_rate, self.window)
-        self._update: Update = self._eager
+        self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate, self.window)
+        self._update: Update = self.eager
 
     @property
     def evaluated_net(self) -> nn.Module:
@@ -90,7 +90,7 @@ class Step:
         Raises:
             UserCodeError: net, loss and data do not fit together.
         """
-        eager = self._eager
+        eager = self.eager
         buffers = [buffer.clone() for buffer in self.net.buffers()]
         for _ in range(2):
             self.world.synchronize()
@@ -111,7 +111,7 @@ class Step:
 
     def grad_norm(self) -> float:
         """L2 norm of the last update's gradient, before clipping. Waits for the device."""
-        return self._eager.grad_norm()
+        return self.eager.grad_norm()
 
     def pop_window(self) -> dict[str, float]:
         """Sums (loss, correct, seen) over all ranks since the last call.
@@ -141,7 +141,7 @@ class Step:
         scaler = self.world.accelerator.scaler
         return {
             "net": self.net.state_dict(),
-            "optimizer": self._eager.optimizer.state_dict(),
+            "optimizer": self.eager.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "window": self.world.all_gather(self.window.sums),  # [world_size, 3]
@@ -150,7 +150,7 @@ class Step:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """On the same world size each rank gets its own window back, else rank zero gets their sum."""
         self.net.load_state_dict(state["net"])
-        load_state(self._eager.optimizer, state["optimizer"])
+        load_state(self.eager.optimizer, state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if self.world.accelerator.scaler is not None:
@@ -169,14 +169,14 @@ class Step:
         mode = worth_trying(self.world.device.type, left, pass_s) if wanted == "auto" else wanted
         if mode == "eager":
             return
-        why_not = obstacle(self._eager, mode, self._config) or self._try(step, mode, must_gain=wanted == "auto")
+        why_not = obstacle(self.eager, mode, self._config) or self._try(step, mode, must_gain=wanted == "auto")
         if why_not:
             level = logging.INFO if wanted == "auto" else logging.WARNING
             _log.log(level, "step_mode=%s: the update stays eager: %s", wanted, why_not)
 
     def _try(self, step: int, mode: StepMode, must_gain: bool) -> str:
         """Rehearse this mode and take it; or say why not, and leave all as it was."""
-        eager, optimizer = self._eager, self._eager.optimizer
+        eager, optimizer = self.eager, self.eager.optimizer
         fresh = not optimizer.state
         if fresh:
             eager.make_optimizer_state(step)

@@ -140,18 +140,24 @@ class Run:
         self.state.evaluation_pending = True
         if not self.agreement.stop:
             self.enter("EVALUATING")
+            started = time.perf_counter()
             found = self.evaluate_split(self.val)
             if found is not None:
-                self._note_evaluation({f"val/{name}": value for name, value in found.items()})
+                seconds = time.perf_counter() - started
+                self._note_evaluation({f"val/{name}": value for name, value in found.items()}, seconds)
             self.enter("EVALUATED")
         self._go_on()
 
-    def _note_evaluation(self, metrics: dict[str, float]) -> None:
+    def _note_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
         stopping = self.config.early_stop
         self.state.note_evaluation(metrics, stopping.min_delta if stopping else 0.0)
         self.early_stopped = stopping is not None and self.state.evaluations_without_gain >= stopping.patience
         now = time.perf_counter()
-        line = self._line() | metrics | {"epoch_s": round(now - self._evaluated_at, 3)}
+        line = self._line() | metrics
+        line |= {
+            "perf/eval_samples_per_s": round(metrics["val/seen"] / seconds, 1),
+            "epoch_s": round(now - self._evaluated_at, 3),
+        }
         self._evaluated_at = now
         self.tracker.log(line)
         self.screen.show_evaluation(line)

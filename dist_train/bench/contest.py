@@ -1,4 +1,4 @@
-"""Contestants in turns, each in a process of its own; ratios of pairs from the same round."""
+"""Speed: contestants in turns, each in a process of its own; ratios of pairs from the same round."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from math import comb
+from typing import Any
 
 from dist_train.bench.harness import measure
+from dist_train.bench.interval import Interval
 from dist_train.bench.task import Found, Task
 from dist_train.launch import output_of
 
@@ -17,32 +18,20 @@ from dist_train.launch import output_of
 PEERS = {"dataloader": None, "accelerated": None, "lightning_trainer": "lightning"}
 OURS, FLOOR = "dist_train", "resident"
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A median with the interval that holds the true one with at least 95 % (the whole range below six values)."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """From the order of the values alone, since times are not normally distributed."""
-        ordered, n = sorted(values), len(values)
-        outside = 0  # values that may be left out at each end: a binomial tail of at most 2.5 %
-        while sum(comb(n, k) for k in range(outside + 1)) / 2**n <= 0.025:
-            outside += 1
-        outside = max(0, outside - 1)
-        return cls(statistics.median(ordered), ordered[outside], ordered[n - 1 - outside])
-
-
 Rounds = list[dict[str, Found]]  # one entry a round: contestant -> what it found
 
 
-def contestants() -> list[str]:
-    """Those whose packages are here."""
-    return [OURS, FLOOR, *(name for name, needs in PEERS.items() if needs is None or find_spec(needs))]
+@dataclass(frozen=True)
+class Contest:
+    """One task and what its contestants found."""
+
+    task: Task
+    rounds: Rounds
+
+
+def contestants(mode: str) -> list[str]:
+    """Ours, eager and in its faster mode, the floor, and the peers whose packages are here."""
+    return [OURS, f"{OURS} {mode}", FLOOR, *(name for name, needs in PEERS.items() if not needs or find_spec(needs))]
 
 
 def run_rounds(task: Task, names: Sequence[str], repetitions: int) -> Rounds:
@@ -51,8 +40,8 @@ def run_rounds(task: Task, names: Sequence[str], repetitions: int) -> Rounds:
 
 
 def _run(task: Task, name: str) -> Found:
-    if name == OURS:
-        return measure(task)
+    if name.startswith(OURS):
+        return measure(task, mode=name.removeprefix(OURS).strip() or "eager")
     tasks = [replace(task, num_workers=workers) for workers in ((0, 2) if name in PEERS else (0,))]
     found: list[Found] = [
         json.loads(output_of(f"dist_train.bench.peers.{name}", each.to_argument()).splitlines()[-1]) for each in tasks
@@ -60,12 +49,62 @@ def _run(task: Task, name: str) -> Found:
     return max(found, key=lambda each: each["samples_per_s"])
 
 
-def ratios(rounds: Rounds, name: str, other: str) -> Interval:
+def ratios(rounds: Rounds, name: str, other: str, key: str = "samples_per_s") -> Interval:
     """How many times the samples per second of `other` the contestant `name` reached, pair by pair."""
-    return Interval.of([each[name]["samples_per_s"] / each[other]["samples_per_s"] for each in rounds])
+    return Interval.of([each[name][key] / each[other][key] for each in rounds])
 
 
 def best_peer(rounds: Rounds) -> str:
-    """The peer with the highest median."""
+    """The peer with the highest median, or nothing."""
     there = [name for name in PEERS if name in rounds[0]]
-    return max(there, key=lambda name: statistics.median(each[name]["samples_per_s"] for each in rounds))
+    return max(there, key=lambda name: _middle(rounds, name, "samples_per_s"), default="")
+
+
+def _middle(rounds: Rounds, name: str, key: str) -> float:
+    return statistics.median(each[name][key] for each in rounds)
+
+
+def table(contests: list[Contest]) -> list[str]:
+    """Markdown."""
+    task, rounds = contests[0].task, contests[0].rounds
+    ours = [name for name in rounds[0] if name.startswith(OURS)]
+    lines = [
+        f"MNIST, batch {task.batch_size}, Adam, one process, n={len(rounds)} rounds, peers at their best of 0 and 2 "
+        f"loader workers; median samples/s, and the median of the paired ratios with its 95 % interval.",
+        "",
+        f"| net | precision | steps | contestant | samples/s | {' | '.join(f'{name} against it' for name in ours)} "
+        "| evaluation, samples/s | test accuracy | peak GiB |",
+        f"|{'---|' * (8 + len(ours))}",
+    ]
+    for contest in contests:
+        task, rounds = contest.task, contest.rounds
+        best = best_peer(rounds)
+        for name in rounds[0]:
+            against = ["" if name.startswith(OURS) else ratios(rounds, our, name).text("x") for our in ours]
+            lines.append(
+                f"| {task.net} | {task.precision_name} | {task.steps} | {name}{' (best peer)' if name == best else ''} "
+                f"| {_middle(rounds, name, 'samples_per_s'):,.0f} | {' | '.join(against)} "
+                f"| {_middle(rounds, name, 'eval_samples_per_s'):,.0f} "
+                f"| {100 * _middle(rounds, name, 'accuracy'):.2f} % | {_middle(rounds, name, 'peak_memory_gib'):.2f} |"
+            )
+    evaluations = [
+        f"{each.task.net} {each.task.precision_name} {ratios(each.rounds, OURS, FLOOR, 'eval_samples_per_s').text('x')}"
+        for each in contests
+    ]
+    return [*lines, "", f"Evaluation against the bare fp32 loop at batch 256: {', '.join(evaluations)}."]
+
+
+def draw(contests: list[Contest], figure: Any) -> None:
+    """Samples per second of each contestant, with the range of all rounds."""
+    figure.set_size_inches(4 * len(contests), 3.2)
+    for axis, contest in zip(figure.subplots(1, len(contests), squeeze=False)[0], contests, strict=True):
+        task, rounds = contest.task, contest.rounds
+        for position, name in enumerate(rounds[0]):
+            speeds = [each[name]["samples_per_s"] for each in rounds]
+            middle = statistics.median(speeds)
+            errors = [[middle - min(speeds)], [max(speeds) - middle]]
+            axis.barh(position, middle, xerr=errors, color="C0" if name.startswith(OURS) else "C7", capsize=3)
+        axis.set_yticks(range(len(rounds[0])), list(rounds[0]))
+        axis.invert_yaxis()
+        axis.set_title(f"{task.net}, {task.precision_name}, batch {task.batch_size}, n={len(rounds)}")
+        axis.set_xlabel("samples/s")

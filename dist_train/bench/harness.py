@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from dist_train.bench.task import MEAN, STD, Found, Task
 from dist_train.launch import output_of
 from dist_train.run_dir import RunDir, read_json
 
 
-def measure(task: Task) -> Found:
-    """One run of `dist-train train`, in a process of its own."""
+def measure(task: Task, mode: str = "eager", nproc: int = 1, threads: int | None = None) -> Found:
+    """One run of `dist-train train`, in processes of its own."""
+    lines, result = train(
+        {
+            "model.name": task.net, "global_batch_size": task.batch_size, "optimizer.lr": task.lr,
+            "mixed_precision": task.precision, "step_mode": mode, "train_for": f"{2 * task.steps} steps",
+            "log_every": task.steps, "eval_every": f"{task.steps} steps",
+        },
+        nproc,
+        threads,
+    )  # fmt: skip
+    train_line = [line for line in lines if "train/loss" in line][-1]  # the first is the warm-up
+    return {
+        "samples_per_s": train_line["perf/samples_per_s"],
+        "eval_samples_per_s": [line for line in lines if "val/loss" in line][-1]["perf/eval_samples_per_s"],
+        "accuracy": result["test/accuracy"],
+        "peak_memory_gib": train_line["perf/peak_memory_gib"],
+        "data_wait_ms": train_line["perf/data_wait_ms"],
+    }
+
+
+def train(
+    settings: dict[str, Any], nproc: int = 1, threads: int | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The lines of metrics.jsonl and result.json of one run without W&B; `started` in the latter is the wall clock."""
     with tempfile.TemporaryDirectory() as folder:
         config, run_dir = Path(folder) / "bench.yaml", RunDir(Path(folder) / "run")
         config.write_text(f"data: {{normalize: {{mean: [{MEAN}], std: [{STD}]}}}}\n")
-        settings = {
-            "runs_dir": folder, "train_for": f"{task.epochs + 1} epochs", "model.name": task.net,
-            "global_batch_size": task.batch_size, "optimizer.lr": task.lr, "mixed_precision": task.precision,
-            "log_every": "1 epochs", "eval_every": 0, "final_train_eval": False, "tracking.wandb": "disabled",
-        }  # fmt: skip
+        settings = {"runs_dir": folder, "final_train_eval": False, "tracking.wandb": "disabled"} | settings
         overrides = [f"{key}={value}" for key, value in settings.items()]
-        output_of("dist_train", "train", "-q", "-c", str(config), "--run-name", "run", *overrides)
-        counted = [line for line in run_dir.read_metrics() if "train/loss" in line][1:]  # not the warm-up epoch
-        return {
-            "samples_per_s": len(counted) / sum(1 / line["perf/samples_per_s"] for line in counted),
-            "accuracy": read_json(run_dir.result)["test/accuracy"],
-            "peak_memory_gib": counted[-1]["perf/peak_memory_gib"],
-        }
+        processes = ["--nproc", str(nproc)] if nproc > 1 else []
+        command = ["train", "-q", "-c", str(config), "--run-name", "run", *processes, *overrides]
+        started = time.time()
+        output_of("dist_train", *command, environment={"OMP_NUM_THREADS": str(threads)} if threads else None)
+        return list(run_dir.read_metrics()), read_json(run_dir.result) | {"started": started}

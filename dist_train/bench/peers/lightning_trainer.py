@@ -30,19 +30,19 @@ class Classifier(lightning.LightningModule):
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self) -> None:
-        if self.current_epoch:
-            self.task.seconds.append(time.perf_counter() - self.started)
+        self.task.seconds = time.perf_counter() - self.started  # of the last of two
 
 
 def main() -> None:
     task = task_of_this_process()
     trainer = lightning.Trainer(
-        max_epochs=task.epochs + 1, devices=1, precision="bf16-mixed" if task.precision == "bf16" else "32-true",
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=2, limit_train_batches=task.steps, devices=1,
+        precision="bf16-mixed" if task.precision == "bf16" else "32-true", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     module = Classifier(task)
     trainer.fit(module, loader_of(task))
-    task.report(task.test_accuracy(module.net.to(task.device)))
+    task.report(module.net.to(task.device))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,143 @@
+"""What is measured inside a process of this harness: the parts of a step, the stall of a save, growth with the data.
+
+`python -m dist_train.bench.probes NAME NUMBER`, one line of JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from dist_train.batching import ShardSampler
+from dist_train.checkpoints import Checkpoints
+from dist_train.config import Config, default_data_root
+from dist_train.config_file import parse_config
+from dist_train.data import ImageSet
+from dist_train.data.batches import training_batches
+from dist_train.data.named import load_named
+from dist_train.distributed import World
+from dist_train.metrics import peak_memory_gib
+from dist_train.models import build_model
+from dist_train.objective import count_correct
+from dist_train.plan import BatchPlan
+from dist_train.run_dir import RunDir
+from dist_train.schedule import LearningRate
+from dist_train.step import Step
+from dist_train.train_state import TrainState
+
+_STEPS = 200
+
+
+def _step(config: Config, world: World, copies: int = 1) -> Step:
+    one = load_named("mnist", default_data_root(), None)[0]
+    examples = (
+        one if copies == 1 else ImageSet(one.images.repeat(copies, 1, 1, 1), one.labels.repeat(copies), one.classes)
+    )
+    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, 1)
+    sampler = ShardSampler(len(examples), plan, 0, config.seed)
+    batches = training_batches(examples, sampler, config.data, world.device, config.seed)
+    net = build_model(config.model, {}, config.seed)
+    step = Step(config, world, net, batches, plan, LearningRate(1e-3, 10**6))
+    step.warm_up(0)
+    return step
+
+
+def breakdown(net: str) -> dict[str, float]:
+    """Milliseconds of each part of an eager step at batch 64, medians; the device is waited for after each."""
+    config = parse_config({"model": {"name": net}, "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}}})
+    world = World.join(config)
+    step = _step(config, world)
+    eager = step.eager
+    times: dict[str, list[float]] = {}
+    started = 0.0
+
+    def done(part: str) -> None:
+        nonlocal started
+        world.synchronize()
+        times.setdefault(part, []).append(1000 * (time.perf_counter() - started))
+        started = time.perf_counter()
+
+    for number in range(_STEPS):
+        eager.forget_gradients()
+        started = time.perf_counter()
+        batch = eager.batches.at(number, 0)
+        done("gather and normalise")
+        output = eager.objective.forward(eager.model, batch.inputs)
+        done("forward")
+        loss = eager.objective.loss(output, batch.targets)
+        done("loss")
+        loss.backward()  # type: ignore[no-untyped-call]
+        done("backward")
+        eager.optimize()
+        done("optimizer")
+        eager.window.add(loss, count_correct(output, batch.targets), len(batch))
+        done("metric sums")
+    for number in range(_STEPS):
+        step.take(number)
+        done("whole step")
+    return {part: statistics.median(each[20:]) for part, each in times.items()}
+
+
+def stall(hidden: str) -> dict[str, float]:
+    """Milliseconds that a save takes from the loop, and that its write takes behind it; mlp with `hidden` units."""
+    config = parse_config({"model": {"name": "mlp", "args": {"hidden": int(hidden)}}})
+    world = World.join(config)
+    step = _step(config, world)
+    parameters = sum(parameter.numel() for parameter in step.net.parameters())
+    stalls, writes = [], []
+    with tempfile.TemporaryDirectory(dir=os.environ.get("DIST_TRAIN_RUNS_DIR")) as folder:
+        run_dir = RunDir(Path(folder))
+        run_dir.create()
+        run_dir.begin_attempt(config, "id")
+        checkpoints = Checkpoints(run_dir, world, config, keep_every_steps=0)
+        for number in range(20):
+            step.take(number)
+            started = time.perf_counter()
+            checkpoints.save(TrainState(step=number + 1), step)
+            stalls.append(1000 * (time.perf_counter() - started))
+            checkpoints.finish()
+            writes.append(1000 * (time.perf_counter() - started))
+        checkpoints.close()
+    return {
+        "parameters": parameters, "stall_ms": statistics.median(stalls[2:]), "worst_stall_ms": max(stalls[2:]),
+        "write_ms": statistics.median(writes[2:]),
+    }  # fmt: skip
+
+
+def growth(copies: str) -> dict[str, float]:
+    """Step time, start of an epoch and memory with MNIST so many times over; mlp, batch 64."""
+    config = parse_config({"model": {"name": "mlp"}})
+    world = World.join(config)
+    step = _step(config, world, int(copies))
+    for number in range(_STEPS):
+        step.take(number)
+    world.synchronize()
+    rows = []
+    for row in range(5):
+        started = time.perf_counter()
+        for number in range(_STEPS):
+            step.take(row * _STEPS + number)
+        world.synchronize()
+        rows.append(1000 * (time.perf_counter() - started) / _STEPS)
+    examples = 60_000 * int(copies)
+    sampler = ShardSampler(examples, step.plan, 0, 0)
+    started = time.perf_counter()
+    sampler.indices(0)
+    return {
+        "examples": examples, "step_ms": statistics.median(rows),
+        "epoch_start_ms": 1000 * (time.perf_counter() - started), "peak_memory_gib": peak_memory_gib(world.device),
+    }  # fmt: skip
+
+
+def main() -> None:
+    probe = {"breakdown": breakdown, "stall": stall, "growth": growth}[sys.argv[1]]
+    print(json.dumps(probe(sys.argv[2])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
