@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from dist_train import nets
 from dist_train.config import Config
-from dist_train.data.batches import Batches, seed_everything, seed_torch
+from dist_train.data.batches import Batches
 from dist_train.distributed import World
+from dist_train.generators import seeding_for
 from dist_train.metrics import Counts
-from dist_train.models import not_invariant
 from dist_train.objective import Objective, count_correct
 from dist_train.optimizers import bare_step, build_optimizer
 from dist_train.plan import BatchPlan
@@ -46,7 +44,7 @@ class EagerUpdate:
         self.max_grad_norm = config.max_grad_norm
         self.norm: Tensor | None = None  # of the last update's gradient, where the update itself found it
         self._seed = config.seed
-        self._seed_all = _seeding_for(net)
+        self._seed_generators = seeding_for(net, training=True)
 
         optimizer = build_optimizer(config.optimizer, net, world.device)
         accelerator = world.accelerator
@@ -79,7 +77,7 @@ class EagerUpdate:
 
     def seed_forward(self, step: int, micro_step: int) -> None:
         """Dropout and the like, of the net or of user code, as a function of where we are."""
-        self._seed_all(derive_seed(self._seed, "forward", step, micro_step, self.world.rank))
+        self._seed_generators(derive_seed(self._seed, "forward", step, micro_step, self.world.rank))
 
     def forget_gradients(self) -> None:
         """As `zero_grad`, without its record for the profiler: 60 us a step."""
@@ -120,13 +118,3 @@ class EagerUpdate:
                 tensor.zero_()
             for tensor, value in before:
                 tensor.copy_(value)
-
-
-def _seeding_for(net: nn.Module) -> Callable[[int], None]:
-    """What makes the forward of a step depend on the step alone, for as little as possible (35 us a step).
-
-    Our own nets draw in dropout or not at all; user code may draw from Python's and numpy's generators too.
-    """
-    if type(net).__module__ != nets.__name__:
-        return seed_everything
-    return seed_torch if not_invariant(net) else lambda _seed: None

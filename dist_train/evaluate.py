@@ -12,6 +12,7 @@ from dist_train.agreement import Agreement
 from dist_train.data.batches import EvaluationBatches
 from dist_train.distributed import World
 from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
+from dist_train.generators import seeding_for
 from dist_train.metrics import Counts
 from dist_train.objective import Objective, count_correct
 
@@ -41,11 +42,13 @@ def evaluate(
     was_training = net.training
     net.eval()
     counts: Counts | None = None
+    seed_generators = seeding_for(net, training=False)
     stream = iter(batches)
     try:
         for _ in range(batches.num_batches):
             batch = next(stream, None)  # a rank's shard may end a batch before the longest one
             if batch is not None:
+                seed_generators(batches.seed_of(batch))
                 with world.accelerator.autocast():
                     output = objective.forward(net, batch.inputs)
                 loss = objective.loss(output, batch.targets)

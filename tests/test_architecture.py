@@ -17,7 +17,7 @@ LAYERS = [
     "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "run_dir", "stop_request",
     "terminal", "start", "launch", "distributed", "agreement", "batching", "vision", "user_code", "unpack", "bundle",
     "nets",
-    "models", "data", "metrics", "objective", "optimizers",
+    "models", "generators", "data", "metrics", "objective", "optimizers",
     "eager_update", "rehearsal", "whole_update", "step", "evaluate", "train_state", "checkpoint",
     "checkpoints", "facts", "tracking", "progress", "train", "attempt", "results", "bench", "cli",
 ]  # fmt: skip

@@ -1,15 +1,20 @@
-"""The benchmark's statistics and its report; the contestants themselves run in `make bench`, not here."""
+"""The benchmark's statistics and reports; its contestants themselves run in `make bench`, one part of it here."""
 
 from __future__ import annotations
 
 import json
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import pytest
+from test_launch import DIST_TRAIN, run
 
-from dist_train.bench.contest import Interval, Rounds, best_peer, ratios
-from dist_train.bench.report import machine, markdown, write
+from dist_train.bench import inside, scaling, startup
+from dist_train.bench.contest import Contest, Rounds, best_peer, ratios, table
+from dist_train.bench.interval import Interval
+from dist_train.bench.report import write
+from dist_train.bench.suite import PARTS
 from dist_train.bench.task import Task
 
 
@@ -27,24 +32,82 @@ def test_the_interval_holds_the_true_median_with_95_percent(n: int) -> None:
     assert misses(left_out + 1) > 0.05
 
 
-def rounds() -> Rounds:
-    speeds = {"dist_train": [200.0, 100.0, 330.0], "dataloader": [20.0, 5.0, 30.0], "accelerated": [10.0, 25.0, 11.0]}
+def rounds(**speeds: list[float]) -> Rounds:
     return [
-        {name: {"samples_per_s": own[k], "accuracy": 0.9, "peak_memory_gib": 1.0} for name, own in speeds.items()}
+        {
+            name.replace("_2", " 2").replace("_1", " 1"): {
+                "samples_per_s": own[k], "eval_samples_per_s": 2 * own[k], "accuracy": 0.9, "peak_memory_gib": 1.0,
+                "data_wait_ms": 0.5,
+            }
+            for name, own in speeds.items()
+        }
         for k in range(3)
-    ]
+    ]  # fmt: skip
+
+
+SPEED = rounds(
+    dist_train=[200.0, 100.0, 330.0], resident=[100.0, 50.0, 330.0], dataloader=[20.0, 5.0, 30.0],
+    accelerated=[10.0, 25.0, 11.0],
+)  # fmt: skip
+SCALING = rounds(
+    dist_train_1=[10.0, 11.0, 12.0], dist_train_2=[20.0, 20.9, 24.0], bare_ddp_1=[5.0, 5.5, 6.0],
+    bare_ddp_2=[8.0, 9.0, 10.0],
+)  # fmt: skip
 
 
 def test_ratios_are_of_pairs_from_one_round() -> None:
-    assert ratios(rounds(), "dist_train", "dataloader") == Interval(11.0, 10.0, 20.0)
-    assert best_peer(rounds()) == "dataloader"
+    assert ratios(SPEED, "dist_train", "dataloader") == Interval(11.0, 10.0, 20.0)
+    assert best_peer(SPEED) == "dataloader"
 
 
-def test_the_report(tmp_path: Path) -> None:
-    contests = [(Task(net="mlp"), rounds())]
-    assert "| mlp | fp32 | dataloader (best peer) | 20 | 11.00x (10.00 to 20.00) | 90.00 % |" in markdown(
-        contests, machine()
-    )
-    write(contests, tmp_path)
-    assert json.loads((tmp_path / "speed.json").read_text())["contests"][0]["rounds"] == rounds()
-    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+def test_the_table_of_speeds() -> None:
+    lines = table([Contest(Task(net="mlp"), SPEED)])
+    row = "| mlp | fp32 | 937 | dataloader (best peer) | 20 | 11.00x (10.00 to 20.00) | 40 | 90.00 % | 1.00 |"
+    assert row in lines
+    assert "mlp fp32 2.00x (1.00 to 2.00)" in lines[-1]
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_the_table_of_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "available_cores", lambda: 1)
+    lines = scaling.table([Contest(Task(net="conv", batch_size=512), SCALING)])
+    row = "| conv | fp32 | 2 (OVERSUBSCRIBED) | 21 | 2.00x (1.90 to 2.00) | 100 % | 0.500 | 2.40x (2.32 to 2.50) "
+    assert any(line.startswith(row) for line in lines)
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+PROBED = {
+    "breakdown": {"mlp": [{"forward": 1.0, "backward": 2.0, "whole step": 3.0}] * 2},
+    "checkpoint": {"50": [{"parameters": 40.0, "stall_ms": 1.0, "worst_stall_ms": 2.0, "write_ms": 9.0}] * 2},
+    "growth": {"1": [{"examples": 6e4, "step_ms": 0.5, "epoch_start_ms": 1.0, "peak_memory_gib": 0.3}] * 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ("speed", [Contest(Task(net="mlp"), SPEED)]),
+        ("scaling", [Contest(Task(net="conv", batch_size=512), SCALING)]),
+        ("startup", [{startup.HELP: 0.1, startup.IMPORTS: 1.0, startup.FIRST_STEP: 1.5}] * 3),
+        *PROBED.items(),
+    ],
+)
+def test_every_part_is_a_table_json_and_a_picture(part: str, found: Any, tmp_path: Path) -> None:
+    write(part, PARTS[part].table(found), found, lambda figure: PARTS[part].draw(found, figure), tmp_path)
+    assert json.loads((tmp_path / f"{part}.json").read_text()).keys() == {"machine", "found"}
+    assert f"![{part}]({part}.png)" in (tmp_path / f"{part}.md").read_text()
+    assert (tmp_path / f"{part}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_by_the_command(tmp_path: Path) -> None:
+    """Real contestants, a few steps of each."""
+    command = ["bench", "speed", "--net", "mlp", "--steps", "20", "--repetitions", "1", "--out", "found"]
+    done = run([*DIST_TRAIN, *command], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (contest,) = json.loads((tmp_path / "found/speed.json").read_text())["found"]
+    (only,) = contest["rounds"]
+    assert only.keys() == {
+        "dist_train", "dist_train compile", "resident", "dataloader", "accelerated", "lightning_trainer"
+    }  # fmt: skip
+    assert all(0.5 < found["accuracy"] < 0.95 and found["samples_per_s"] > 0 for found in only.values())
+    assert inside.probe("breakdown", ["mlp"], 1)["mlp"][0].keys() >= {"forward", "backward", "whole step"}

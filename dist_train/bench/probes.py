@@ -71,7 +71,7 @@ def breakdown(net: str) -> dict[str, float]:
         done("forward")
         loss = eager.objective.loss(output, batch.targets)
         done("loss")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         done("backward")
         eager.optimize()
         done("optimizer")

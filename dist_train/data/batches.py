@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 import time
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -23,6 +21,7 @@ from dist_train.data import Examples
 from dist_train.data.image_set import ImageSet
 from dist_train.distributed import World
 from dist_train.errors import UserCodeError
+from dist_train.generators import seed_everything
 from dist_train.seeding import derive_seed
 
 Key = tuple[int, int]  # (epoch, index): what a loader worker needs to make an example
@@ -213,7 +212,6 @@ class EvaluationBatches:
         self._chunks = torch.split(shard, batch_size) if len(shard) else ()
         self._examples = examples
         self._place = _Place(pixels, device)
-        self._device = device
         self._seed = seed
         self._resident = None
         if resident and isinstance(examples, ImageSet):
@@ -224,18 +222,16 @@ class EvaluationBatches:
         if self._resident is None:
             keys = [[(0, index) for index in chunk.tolist()] for chunk in self._chunks]
             dataset = Seeded(self._examples, derive_seed(self._seed, "evaluation"))
-            for made in _stream(DataLoader(dataset, batch_sampler=keys, **self._settings)):
-                yield self._seeded(self._place(made))
+            yield from map(self._place, _stream(DataLoader(dataset, batch_sampler=keys, **self._settings)))
             return
         images, labels = self._resident
         for chunk in self._chunks:
-            here = chunk.to(self._device)
-            yield self._seeded(self._place((images.index_select(0, here), labels.index_select(0, here), chunk)))
+            here = chunk.to(images.device)
+            yield self._place((images.index_select(0, here), labels.index_select(0, here), chunk))
 
-    def _seeded(self, batch: Batch) -> Batch:
-        """Nets that draw in evaluation too (a VAE, dropout kept on) draw the same after any resume."""
-        seed_everything(derive_seed(self._seed, "evaluation forward", int(batch.indices[0])))
-        return batch
+    def seed_of(self, batch: Batch) -> int:
+        """For nets that draw in evaluation too (a VAE, dropout kept on): the same after any resume."""
+        return derive_seed(self._seed, "evaluation forward", int(batch.indices[0]))
 
 
 class _Place:
@@ -289,22 +285,6 @@ def _loader_settings(examples: Examples, num_workers: int, device: torch.device)
         "pin_memory": device.type == "cuda",
         "prefetch_factor": 4 if num_workers else None,
     }
-
-
-def seed_everything(seed: int) -> None:
-    """The generators that user code draws from: torch's, numpy's, Python's."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    seed_torch(seed)
-
-
-def seed_torch(seed: int) -> None:
-    """torch's default generators, through the generator objects: 1 us, where `torch.manual_seed` takes 125."""
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
-    elif torch.backends.mps.is_available():
-        torch.mps.manual_seed(seed)
 
 
 def training_batches(
