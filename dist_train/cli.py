@@ -231,7 +231,7 @@ def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
     _end_rank()
 
 
-_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "growth")
+_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "growth", "speedrun")
 
 
 @main.command()
@@ -248,7 +248,8 @@ _PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "growth")
 def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
     """Measure this harness beside the loops that people write: tables, JSON and pictures.
 
-    Parts, all by default: speed, scaling, breakdown, startup, checkpoint, growth.
+    Parts, all by default: speed, scaling, breakdown, startup, checkpoint, growth, speedrun (four seeds a
+    repetition).
     """
     from dist_train.bench.suite import Options, run_part
 

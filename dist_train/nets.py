@@ -111,7 +111,37 @@ class Fast(nn.Module):
         return logits
 
 
-MODELS: dict[str, type[nn.Module]] = {"mlp": Mlp, "bks": Bks, "guide": Guide, "conv": Conv, "fast": Fast}
+class Speedrun(nn.Module):
+    """To 99 % on MNIST with as little arithmetic as that takes: 370 thousand multiplications an image.
+
+    Digits are drawn in the middle 20 x 20 pixels: the outer two on each side are not looked at. BatchNorm is what one
+    epoch needs to come to 99 %.
+    """
+
+    channels_last = True
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:
+        super().__init__()
+        side = _side("speedrun", image_size, lambda size: ((size - 4 - 5) // 2 + 1 - 2) // 2)
+        self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=5, stride=2, bias=False)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, bias=False)
+        self.norm2 = nn.BatchNorm2d(32)
+        self.fc1 = nn.Linear(32 * side**2, 64, bias=False)
+        self.norm3 = nn.BatchNorm1d(64)
+        self.fc2 = nn.Linear(64, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(images[:, :, 2:-2, 2:-2])))
+        x = F.relu(self.norm2(F.max_pool2d(self.conv2(x), 2)))
+        x = F.relu(self.norm3(self.fc1(x.flatten(1))))
+        logits: Tensor = self.fc2(x)  # [B, K]
+        return logits
+
+
+MODELS: dict[str, type[nn.Module]] = {
+    "mlp": Mlp, "bks": Bks, "guide": Guide, "conv": Conv, "fast": Fast, "speedrun": Speedrun
+}  # fmt: skip
 
 
 def _side(name: str, image_size: int, side_of: Callable[[int], int]) -> int:

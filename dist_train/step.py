@@ -63,6 +63,7 @@ class Step:
         self.ema = _averaged(net, config.ema_decay, use_buffers=averages) if config.ema_decay else None
         self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
         self.mode: StepMode = "eager"  # until the warm-up
+        self.warm_up_s = 0.0
         self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate, self.window)
         self._update: Update = self.eager
 
@@ -90,6 +91,7 @@ class Step:
         Raises:
             UserCodeError: net, loss and data do not fit together.
         """
+        began = time.perf_counter()
         eager = self.eager
         buffers = [buffer.clone() for buffer in self.net.buffers()]
         for _ in range(2):
@@ -108,6 +110,7 @@ class Step:
             for buffer, before in zip(self.net.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         self._choose_mode(step, wanted, pass_s)
+        self.warm_up_s = time.perf_counter() - began
 
     def grad_norm(self) -> float:
         """L2 norm of the last update's gradient, before clipping. Waits for the device."""

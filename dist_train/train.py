@@ -237,6 +237,8 @@ class Run:
             "mixed_precision": world.mixed_precision,
             "early_stopped": self.early_stopped,
             "val_source": splits.val_source,
+            "step_mode": self.step.mode,
+            "warm_up_s": round(self.step.warm_up_s, 3),  # of this attempt, compiling included
             "train_s": round(state.train_s, 3),
             "samples_per_s": round(samples / state.train_s, 1) if state.train_s else None,
             "total_s": round(time.perf_counter() - self._before, 3),

@@ -25,7 +25,19 @@ DATA_LAYERS = [
     "image_set", "storage", "memory", "idx", "bundled_mnist", "catalog", "download", "named", "image_folder", "user",
     "settings", "splits", "batches",
 ]  # fmt: skip
-BENCH_LAYERS = ["task", "interval", "harness", "contest", "scaling", "probes", "inside", "startup", "report", "suite"]
+BENCH_LAYERS = [
+    "task",
+    "interval",
+    "harness",
+    "contest",
+    "scaling",
+    "probes",
+    "inside",
+    "startup",
+    "speedrun",
+    "report",
+    "suite",
+]
 INNER = {"data": DATA_LAYERS, "bench": BENCH_LAYERS}
 PEERS = "bench/peers/"  # what people write without us: they come through any door
 ONLY_DOOR = {

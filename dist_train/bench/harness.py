@@ -34,16 +34,19 @@ def measure(task: Task, mode: str = "eager", nproc: int = 1, threads: int | None
 
 
 def train(
-    settings: dict[str, Any], nproc: int = 1, threads: int | None = None
+    settings: dict[str, Any], nproc: int = 1, threads: int | None = None, config: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The lines of metrics.jsonl and result.json of one run without W&B; `started` in the latter is the wall clock."""
+    """The lines of metrics.jsonl and result.json of one run without W&B; `started` in the latter is the wall clock.
+
+    Without a bundled `config` it is the contest's: MNIST normalised, everything else by `settings`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        config, run_dir = Path(folder) / "bench.yaml", RunDir(Path(folder) / "run")
-        config.write_text(f"data: {{normalize: {{mean: [{MEAN}], std: [{STD}]}}}}\n")
+        path, run_dir = Path(folder) / "bench.yaml", RunDir(Path(folder) / "run")
+        path.write_text(f"data: {{normalize: {{mean: [{MEAN}], std: [{STD}]}}}}\n")
         settings = {"runs_dir": folder, "final_train_eval": False, "tracking.wandb": "disabled"} | settings
         overrides = [f"{key}={value}" for key, value in settings.items()]
         processes = ["--nproc", str(nproc)] if nproc > 1 else []
-        command = ["train", "-q", "-c", str(config), "--run-name", "run", *processes, *overrides]
+        command = ["train", "-q", "-c", config or str(path), "--run-name", "run", *processes, *overrides]
         started = time.time()
         output_of("dist_train", *command, environment={"OMP_NUM_THREADS": str(threads)} if threads else None)
         return list(run_dir.read_metrics()), read_json(run_dir.result) | {"started": started}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train.bench import contest, inside, scaling, startup
+from dist_train.bench import contest, inside, scaling, speedrun, startup
 from dist_train.bench.report import check_pictures, write
 from dist_train.bench.task import Task
 
@@ -40,7 +40,7 @@ class Part:
 
 def _speed(options: Options) -> list[contest.Contest]:
     tasks = options.tasks(batch_size=64)
-    names = contest.contestants("graph" if tasks[0].device.type == "cuda" else "compile")
+    names = contest.contestants("compile" if tasks[0].on_cpu else "graph")
     return [contest.Contest(task, contest.run_rounds(task, names, options.repetitions)) for task in tasks]
 
 
@@ -62,6 +62,11 @@ PARTS = {
         lambda options: inside.probe("stall", (50, 1258, 12579), options.repetitions),
         inside.checkpoint_table,
         inside.checkpoint_draw,
+    ),
+    "speedrun": Part(
+        lambda options: speedrun.run_seeds(4 * options.repetitions, "eager" if Task().on_cpu else "graph"),
+        speedrun.table,
+        speedrun.draw,
     ),
     "growth": Part(  # MNIST so many times over
         lambda options: inside.probe("growth", (1, 10, 100), options.repetitions),

@@ -44,6 +44,10 @@ class Task:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
     def precision_name(self) -> str:
         return "fp32" if self.precision == "no" else self.precision
 
