@@ -68,6 +68,13 @@ class Normalize(_Settings):
         return self
 
 
+class AugmentConfig(_Settings):
+    """Drawn anew for each example of each step, on the device."""
+
+    shift: NonNegativeInt = 0  # pixels, up to so many in each direction; black comes in
+    flip: bool = False  # left for right, every other time
+
+
 class DataConfig(_Settings):
     name: str = "mnist"  # a data set of `dist-train data ls`, image_folder, or package.module:Name
     bundle: Path | None = None  # BK.Synapse user code (folder or zip with bks_dataset.py) instead of a name
@@ -76,6 +83,7 @@ class DataConfig(_Settings):
     image_size: PositiveInt | None = None  # image_folder only: pixels per side
     val_examples: NonNegativeInt = 0  # held out of train for validation; 0: validate on val/ or on the test split
     normalize: Normalize | None = None  # None: pixels / 255, nothing else
+    augment: AugmentConfig | None = None  # of training images
     num_workers: Annotated[NonNegativeInt, Free] = 0  # loader processes per rank, where the set is streamed
     resident: Annotated[bool | None, Free] = None  # whole set on the device; None: when it can be and fits
     args: Options = {}  # keyword arguments of package.module:Name

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_train.agreement import Agreement
-from dist_train.data.batches import EvaluationBatches
+from dist_train.data.evaluation_batches import EvaluationBatches
 from dist_train.distributed import World
 from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.generators import seeding_for

@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_train.checkpoint import find_checkpoint, load_weights, read_manifest
 from dist_train.config_file import load_config
 from dist_train.data import load_splits
-from dist_train.data.batches import evaluation_batches
+from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.distributed import World
 from dist_train.environment import find_place
 from dist_train.errors import CheckpointError, DataError

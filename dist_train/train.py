@@ -12,7 +12,7 @@ from dist_train.agreement import Agreement
 from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
 from dist_train.data import Splits
-from dist_train.data.batches import EvaluationBatches, evaluation_batches
+from dist_train.data.evaluation_batches import EvaluationBatches, evaluation_batches
 from dist_train.distributed import World
 from dist_train.errors import TrainingDiverged
 from dist_train.evaluate import evaluate

@@ -23,21 +23,11 @@ LAYERS = [
 ]  # fmt: skip
 DATA_LAYERS = [
     "image_set", "storage", "memory", "idx", "bundled_mnist", "catalog", "download", "named", "image_folder", "user",
-    "settings", "splits", "batches",
+    "pixels", "settings", "splits", "loader", "batches", "evaluation_batches",
 ]  # fmt: skip
 BENCH_LAYERS = [
-    "task",
-    "interval",
-    "harness",
-    "contest",
-    "scaling",
-    "probes",
-    "inside",
-    "startup",
-    "speedrun",
-    "report",
-    "suite",
-]
+    "task", "interval", "harness", "contest", "scaling", "probes", "inside", "startup", "speedrun", "report", "suite",
+]  # fmt: skip
 INNER = {"data": DATA_LAYERS, "bench": BENCH_LAYERS}
 PEERS = "bench/peers/"  # what people write without us: they come through any door
 ONLY_DOOR = {

@@ -16,7 +16,8 @@ from user_sets import Jittered
 
 from dist_train.batching import ShardSampler, evaluation_shard
 from dist_train.config import DataConfig, Normalize
-from dist_train.data.batches import Batches, ResidentBatches, StreamingBatches, evaluation_batches, training_batches
+from dist_train.data.batches import Batches, ResidentBatches, StreamingBatches, training_batches
+from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.image_set import ImageSet
 from dist_train.distributed import World
 from dist_train.errors import ConfigError

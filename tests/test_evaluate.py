@@ -15,8 +15,9 @@ from torch.nn import functional
 from dist_train.agreement import Agreement
 from dist_train.batching import evaluation_shard
 from dist_train.config_file import parse_config
-from dist_train.data.batches import EvaluationBatches, Pixels
+from dist_train.data.evaluation_batches import EvaluationBatches
 from dist_train.data.image_set import ImageSet
+from dist_train.data.pixels import Pixels
 from dist_train.distributed import World
 from dist_train.errors import DistTrainError, TrainingDiverged
 from dist_train.evaluate import evaluate

@@ -6,7 +6,8 @@ import difflib
 
 from dist_train.config import DataConfig
 from dist_train.data.catalog import EMNIST_CLASSES, SETS
-from dist_train.data.image_set import Examples, ImageSet
+from dist_train.data.image_set import Examples
+from dist_train.data.pixels import yields_pixels
 from dist_train.errors import ConfigError
 
 
@@ -41,17 +42,18 @@ def check_settings(config: DataConfig) -> None:
         raise ConfigError("data.name=image_folder needs data.image_size, the pixels per side. Set data.image_size=64.")
 
 
-def check_normalize(config: DataConfig, train: Examples) -> None:
-    """Whether `data.normalize` fits the images; sets that give no pixels (most user code) have normalised already.
+def check_pixels(config: DataConfig, train: Examples) -> None:
+    """Whether what is done to pixels fits the images; sets that give none (most user code) have their own transforms.
 
     Raises:
         ConfigError
     """
+    for setting in ("normalize", "augment"):
+        if getattr(config, setting) is not None and not yields_pixels(train):
+            label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
+            raise ConfigError(f"data.{setting} and {label}, which has transforms of its own. Remove data.{setting}.")
     if config.normalize is None:
         return
-    if not isinstance(train, ImageSet) and not getattr(train, "yields_pixels", False):
-        label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
-        raise ConfigError(f"data.normalize and {label}, which has transforms of its own. Remove data.normalize.")
     channels, given = train[0][0].shape[0], len(config.normalize.mean)
     if channels != given:
         raise ConfigError(

@@ -15,7 +15,7 @@ from dist_train.config import DataConfig, default_data_root
 from dist_train.data.image_folder import load_image_folder
 from dist_train.data.image_set import Examples, ImageSet, num_examples, part_of
 from dist_train.data.named import load_named
-from dist_train.data.settings import check_normalize, check_settings
+from dist_train.data.settings import check_pixels, check_settings
 from dist_train.data.user import check_map_style, load_user_sets
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.seeding import derive_seed
@@ -81,7 +81,7 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     check_settings(config)
     root = (config.root or default_data_root()).expanduser().absolute()
     found = _load(config, root, ranks_per_node)
-    check_normalize(config, found["train"])
+    check_pixels(config, found["train"])
     return _with_validation(config, seed, found)
 
 
