@@ -90,7 +90,7 @@ class DataConfig(_Settings):
 
 
 class ModelConfig(_Settings):
-    name: str = "mlp"  # mlp, bks, guide, conv, fast, torchvision:NAME, timm:NAME or package.module:Class
+    name: str = "mlp"  # mlp, bks, guide, conv, fast, speedrun, torchvision:NAME, timm:NAME or package.module:Class
     bundle: Path | None = None  # BK.Synapse user code (folder or zip with bks_model.py) instead of a name
     args: Options = {}  # keyword arguments of the net, as in model.args.dropout=0
 

@@ -209,3 +209,17 @@ def test_evaluation_batches_hold_the_split_once(resident: bool | None, world_siz
             assert torch.equal(batch.targets, images.labels[batch.indices])
             seen += batch.indices.tolist()
     assert sorted(seen) == list(range(101))
+
+
+def test_evaluation_workers_live_on_between_passes(images: ImageSet) -> None:
+    """Also when a pass was left in the middle, as an agreed stop does."""
+    world = cast(World, SimpleNamespace(rank=0, size=1, device=CPU))
+    source = evaluation_batches(images, 7, world, DataConfig(resident=False, num_workers=2), seed=0)
+    first = [batch.inputs for batch in source]
+    workers = {child.pid for child in multiprocessing.active_children()}
+    next(iter(source))
+    again = [batch.inputs for batch in source]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert {child.pid for child in multiprocessing.active_children()} == workers
+    del source
+    assert multiprocessing.active_children() == []

@@ -98,8 +98,11 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("mlp", 39_760), ("bks", 21_840), ("guide", 22_270), ("conv", 181_276), ("fast", 108_874)]
-)
+    ("name", "count"),
+    [
+        ("mlp", 39_760), ("bks", 21_840), ("guide", 22_270), ("conv", 181_276), ("fast", 108_874), ("speedrun", 38_650)
+    ],
+)  # fmt: skip
 def test_number_of_weights_and_shapes(name: str, count: int) -> None:
     assert num_weights(build(name)) == count
     other = build(name, in_channels=3, num_classes=7, image_size=32)
@@ -107,7 +110,7 @@ def test_number_of_weights_and_shapes(name: str, count: int) -> None:
 
 
 def test_every_net_has_a_case_above() -> None:
-    assert list(MODELS) == ["mlp", "bks", "guide", "conv", "fast"]
+    assert list(MODELS) == ["mlp", "bks", "guide", "conv", "fast", "speedrun"]
 
 
 class DocumentedConv(nn.Module):
@@ -251,7 +254,7 @@ def test_user_classes_get_what_they_accept(own_module: Path) -> None:
 
 def test_unknown_names_get_the_nearest() -> None:
     text = fails(ConfigError, "convv")
-    assert text.startswith("model.name=convv: no such net. Did you mean conv? Nets: mlp, bks, guide, conv, fast; ")
+    assert text.startswith("model.name=convv: no such net. Did you mean conv? Nets: mlp, bks, guide, conv, fast, speed")
     assert "Did you mean torchvision:resnet18?" in fails(ConfigError, "torchvision:resnet19")
     assert "Did you mean timm:resnet10t?" in fails(ConfigError, "timm:resnet10")
 

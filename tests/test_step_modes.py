@@ -70,9 +70,9 @@ def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Ten
         ("bks", {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}}),  # dropout
         ("guide", {"optimizer": {"name": "adamw", "amsgrad": True}, "label_smoothing": 0.1}),
         ("guide", {"optimizer": {"name": "rmsprop", "momentum": 0.5, "centered": True}}),
-        ("guide", {"optimizer": {"name": "adadelta", "lr": 1.0}}),
+        ("guide", {"optimizer": {"name": "adadelta", "lr": 1.0}, "data": {"augment": {"shift": 2, "flip": True}}}),
     ],
-    ids=["mlp-adam", "bks-sgd", "guide-adamw", "guide-rmsprop", "guide-adadelta"],
+    ids=["mlp-adam", "bks-sgd", "guide-adamw", "guide-rmsprop", "guide-adadelta-augmented"],
 )
 def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]) -> None:
     """Losses within 1e-5, dropout masks and all; the gradient's norm is that of the same step."""

@@ -68,7 +68,7 @@ def write(part: str, table: list[str], found: Any, draw: Callable[[Any], None], 
     (folder / f"{part}.json").write_text(
         json.dumps({"machine": where, "found": found}, indent=1, default=asdict) + "\n"
     )
-    figure = pyplot.figure()
+    figure = pyplot.figure(layout="constrained")
     draw(figure)
     figure.suptitle(f"{where['device']}, {where['date']}", fontsize="small")
     figure.savefig(folder / f"{part}.png", dpi=120, bbox_inches="tight")
