@@ -194,7 +194,7 @@ def _build(
         tracker=Tracker(run_dir, config, facts, enabled=world.is_rank_zero),
         screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
         agreement=Agreement(world, request, save_every_s=save_every.value if save_every.unit == "s" else 0.0),
-        total_steps=total_steps,
+        learning_rate=learning_rate,
         steps_per_epoch=sampler.steps_per_epoch,
         started=started,
     )

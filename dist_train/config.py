@@ -30,7 +30,7 @@ Free = "free"  # may differ between the starts of one run
 
 Precision = Literal["no", "bf16", "fp16"]
 StepMode = Literal["eager", "compile", "graph"]
-WantedMode = Literal["auto", "eager", "compile", "graph"]
+WantedMode = Literal["auto", StepMode]
 
 
 def _clock_free(text: object) -> Duration:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from dist_train.config import Config
@@ -15,6 +14,7 @@ from dist_train.metrics import Counts
 from dist_train.objective import Objective, count_correct
 from dist_train.optimizers import bare_step, build_optimizer
 from dist_train.plan import BatchPlan
+from dist_train.rehearsal import unchanged
 from dist_train.schedule import LearningRate
 from dist_train.seeding import derive_seed
 
@@ -30,7 +30,6 @@ class EagerUpdate:
         batches: Batches,
         plan: BatchPlan,
         learning_rate: LearningRate,
-        window: Counts,
     ) -> None:
         """Collective: every rank must call this."""
         self.world = world
@@ -38,7 +37,7 @@ class EagerUpdate:
         self.batches = batches
         self.plan = plan
         self.learning_rate = learning_rate
-        self.window = window
+        self.window = Counts(world.device)  # since the last log
         self.objective = Objective(net, config.label_smoothing)
         self.parameters = list(net.parameters())
         self.max_grad_norm = config.max_grad_norm
@@ -105,16 +104,15 @@ class EagerUpdate:
 
     def state(self) -> list[Tensor]:
         """Weights, buffers, the window's sums and what the optimizer has made, as they lie on the device."""
-        made = (value for state in self.optimizer.state.values() for value in state.values())
-        mine = [*self.net.parameters(), *self.net.buffers(), self.window.sums]
-        return [*mine, *(value for value in made if isinstance(value, Tensor))]
+        return [*self.net.parameters(), *self.net.buffers(), self.window.sums, *self._optimizer_state()]
 
     def make_optimizer_state(self, step: int) -> None:
         """All zero, as every optimizer of ours begins: what the first update makes."""
-        before = [(tensor, tensor.clone()) for tensor in self.state()]
-        self(step)
-        with torch.no_grad():
-            for tensor in self.state():
-                tensor.zero_()
-            for tensor, value in before:
-                tensor.copy_(value)
+        with unchanged(self.state()):
+            self(step)
+        for tensor in self._optimizer_state():
+            tensor.zero_()
+
+    def _optimizer_state(self) -> list[Tensor]:
+        made = (value for state in self.optimizer.state.values() for value in state.values())
+        return [value for value in made if isinstance(value, Tensor)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -59,25 +60,34 @@ def rehearse(
 
     Raises: whatever compiling, capturing or running the net so raises.
     """
-    before = [tensor.clone() for tensor in state]
-    try:
+    with unchanged(state):
         for number in range(_COMPARED):
             eager(step + number)
         wanted = [tensor.clone() for tensor in state]
         eager_s = _median_time(eager, step, synchronize)
-        _put_back(state, before)
-
+    with unchanged(state):
         started = time.perf_counter()
         fast = prepare()
         synchronize()
         preparation_s = time.perf_counter() - started
-        _put_back(state, before)
+    with unchanged(state) as before:
         for number in range(_COMPARED):
             fast(step + number)
         distance = _distance(before, wanted, state)
-        return fast, Rehearsal(preparation_s, eager_s, _median_time(fast, step, synchronize), distance)
+        fast_s = _median_time(fast, step, synchronize)
+    return fast, Rehearsal(preparation_s, eager_s, fast_s, distance)
+
+
+@contextmanager
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Whatever is done in here, each holds afterwards what it holds now. Yields copies of that."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield [value for _tensor, value in kept]
     finally:
-        _put_back(state, before)
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
 
 
 def _median_time(update: Update, step: int, synchronize: Callable[[], None]) -> float:
@@ -106,9 +116,3 @@ def _distance(before: list[Tensor], wanted: list[Tensor], found: list[Tensor]) -
         if off or not off.isfinite():
             worst = max(worst, float(torch.nan_to_num(off / way, nan=torch.inf, posinf=torch.inf)))
     return worst
-
-
-@torch.no_grad()
-def _put_back(state: list[Tensor], before: list[Tensor]) -> None:
-    for tensor, value in zip(state, before, strict=True):
-        tensor.copy_(value)

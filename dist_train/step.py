@@ -17,11 +17,10 @@ from dist_train.data.batches import Batches
 from dist_train.distributed import World, is_peer_failure
 from dist_train.eager_update import EagerUpdate
 from dist_train.errors import UserCodeError
-from dist_train.metrics import Counts
 from dist_train.objective import Objective
 from dist_train.optimizers import load_state
 from dist_train.plan import BatchPlan
-from dist_train.rehearsal import Update, rehearse, worth_trying
+from dist_train.rehearsal import Update, rehearse, unchanged, worth_trying
 from dist_train.schedule import LearningRate
 from dist_train.user_code import explained
 from dist_train.whole_update import obstacle, prepare
@@ -42,15 +41,10 @@ class Step:
         learning_rate: LearningRate,
     ) -> None:
         """Collective: every rank must call this."""
+        _check_state(net)
         self.world = world
         self.net = net
-        self.batches = batches
-        self.plan = plan
-        self.learning_rate = learning_rate
-        _check_state(net)
-        self.window = Counts(world.device)  # since the last log
         self._config = config
-
         net.to(world.device)
         if getattr(net, "channels_last", False):
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -64,7 +58,8 @@ class Step:
         self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
         self.mode: StepMode = "eager"  # until the warm-up
         self.warm_up_s = 0.0
-        self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate, self.window)
+        self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate)
+        self.window = self.eager.window
         self._update: Update = self.eager
 
     @property
@@ -93,24 +88,26 @@ class Step:
         """
         began = time.perf_counter()
         eager = self.eager
-        buffers = [buffer.clone() for buffer in self.net.buffers()]
-        for _ in range(2):
-            self.world.synchronize()
-            started = time.perf_counter()
-            batch = self.batches.at(step, 0)
-            inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
-            eager.seed_forward(step, 0)
-            with explained(type(self.net).__name__, "failed on its first batch", unless=is_peer_failure):
-                output = eager.objective.forward(eager.model, inputs)
-                eager.objective.loss(output, batch.targets).backward()
-            self.world.synchronize()
-            pass_s = time.perf_counter() - started
+        with unchanged(self.net.buffers()):
+            for _ in range(2):
+                self.world.synchronize()
+                started = time.perf_counter()
+                batch = eager.batches.at(step, 0)
+                inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
+                eager.seed_forward(step, 0)
+                with explained(type(self.net).__name__, "failed on its first batch", unless=is_peer_failure):
+                    output = eager.objective.forward(eager.model, inputs)
+                    eager.objective.loss(output, batch.targets).backward()
+                self.world.synchronize()
+                pass_s = time.perf_counter() - started
         eager.forget_gradients()
-        with torch.no_grad():
-            for buffer, before in zip(self.net.buffers(), buffers, strict=True):
-                buffer.copy_(before)
         self._choose_mode(step, wanted, pass_s)
         self.warm_up_s = time.perf_counter() - began
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds spent waiting for data since the start."""
+        return self.eager.batches.wait_s
 
     def grad_norm(self) -> float:
         """L2 norm of the last update's gradient, before clipping. Waits for the device."""
@@ -168,7 +165,7 @@ class Step:
 
     def _choose_mode(self, step: int, wanted: WantedMode, pass_s: float) -> None:
         """Keep the eager update, or take one with the same outcome that is asked for or, on `auto`, is faster."""
-        left = self.learning_rate.total_steps - step
+        left = self.eager.learning_rate.total_steps - step
         mode = worth_trying(self.world.device.type, left, pass_s) if wanted == "auto" else wanted
         if mode == "eager":
             return

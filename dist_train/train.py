@@ -19,7 +19,7 @@ from dist_train.evaluate import evaluate
 from dist_train.metrics import Stopwatch, peak_memory_gib
 from dist_train.progress import Screen
 from dist_train.run_dir import RunDir, State, write_json
-from dist_train.schedule import is_due
+from dist_train.schedule import LearningRate, is_due
 from dist_train.step import Step
 from dist_train.tracking import Tracker
 from dist_train.train_state import TrainState
@@ -41,11 +41,12 @@ class Run:
     tracker: Tracker
     screen: Screen
     agreement: Agreement
-    total_steps: int
+    learning_rate: LearningRate
     steps_per_epoch: int
     started: float  # time.perf_counter() when the process began
 
     def __post_init__(self) -> None:
+        self.total_steps = self.learning_rate.total_steps
         every = (self.config.log_every, self.config.eval_every, self.config.save_every)
         self.log_every, self.eval_every, self.save_every = (
             0 if duration.unit == "s" else duration.to_steps(self.steps_per_epoch) for duration in every
@@ -116,11 +117,11 @@ class Run:
         if self.step.window.classifies:
             line["train/accuracy"] = totals["correct"] / totals["seen"]
         line |= {
-            "train/lr": self.step.learning_rate.at(state.step - 1),
+            "train/lr": self.learning_rate.at(state.step - 1),
             "train/grad_norm": _finite(self.step.grad_norm()),
-            "perf/samples_per_s": round(steps * self.step.plan.global_batch_size / seconds, 1),
+            "perf/samples_per_s": round(steps * self.config.global_batch_size / seconds, 1),
             "perf/step_time_ms": round(1000 * seconds / steps, 4),
-            "perf/data_wait_ms": round(1000 * (self.step.batches.wait_s - self._lap_wait_s) / steps, 4),
+            "perf/data_wait_ms": round(1000 * (self.step.data_wait_s - self._lap_wait_s) / steps, 4),
             "perf/peak_memory_gib": round(peak_memory_gib(self.world.device), 4),
         }
         state.logged_step = state.step
@@ -226,14 +227,14 @@ class Run:
             if metrics is None:
                 return None
             found |= {f"{name}/{key}": value for key, value in metrics.items()}
-        samples = state.step * self.step.plan.global_batch_size
+        samples = state.step * self.config.global_batch_size
         return {
             "state": "FINISHED",
             "step": state.step,
             "epoch": state.step / self.steps_per_epoch,
             "attempt": self.run_dir.attempt,
             "world_size": world.size,
-            "global_batch_size": self.step.plan.global_batch_size,
+            "global_batch_size": self.config.global_batch_size,
             "mixed_precision": world.mixed_precision,
             "early_stopped": self.early_stopped,
             "val_source": splits.val_source,
@@ -259,7 +260,7 @@ class Run:
         return {
             "step": step,
             "epoch": step / self.steps_per_epoch,
-            "samples": step * self.step.plan.global_batch_size,
+            "samples": step * self.config.global_batch_size,
             "attempt": self.run_dir.attempt,
             "time": round(time.time(), 3),
         }
@@ -277,7 +278,7 @@ class Run:
     def _reset_lap(self) -> None:
         self._watch.start()
         self._lap_s, self._lap_step = self._watch.lap(), self.state.step
-        self._lap_wait_s = self.step.batches.wait_s
+        self._lap_wait_s = self.step.data_wait_s
 
 
 def _finite(value: float) -> float | None:

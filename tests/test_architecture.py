@@ -18,7 +18,7 @@ LAYERS = [
     "terminal", "start", "launch", "distributed", "agreement", "batching", "vision", "user_code", "unpack", "bundle",
     "nets",
     "models", "generators", "data", "metrics", "objective", "optimizers",
-    "eager_update", "rehearsal", "whole_update", "step", "evaluate", "train_state", "checkpoint",
+    "rehearsal", "eager_update", "whole_update", "step", "evaluate", "train_state", "checkpoint",
     "checkpoints", "facts", "tracking", "progress", "train", "attempt", "results", "bench", "cli",
 ]  # fmt: skip
 DATA_LAYERS = [

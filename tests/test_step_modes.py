@@ -220,7 +220,7 @@ def test_auto_asks_whether_it_repays() -> None:
 
 def test_auto_measures_and_says_what(world: World, caplog: pytest.LogCaptureFixture) -> None:
     step = new_step(world, net_of("guide"))
-    step.learning_rate = LearningRate(1e-3, 10**6)
+    step.eager.learning_rate = LearningRate(1e-3, 10**6)
     with caplog.at_level(logging.INFO, logger="dist_train"):
         step.warm_up(0, "auto")
     assert step.mode == "compile"

@@ -125,7 +125,7 @@ def growth(copies: str) -> dict[str, float]:
         world.synchronize()
         rows.append(1000 * (time.perf_counter() - started) / _STEPS)
     examples = 60_000 * int(copies)
-    sampler = ShardSampler(examples, step.plan, 0, 0)
+    sampler = ShardSampler(examples, step.eager.plan, 0, 0)
     started = time.perf_counter()
     sampler.indices(0)
     return {
