@@ -20,8 +20,9 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from dist_train.config import Config, Precision
-from dist_train.environment import Place, available_cores, export_rendezvous, find_place
+from dist_train.environment import Place, export_rendezvous, find_place
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
+from dist_train.hardware import choose_device, choose_precision, keep_freed_memory, number_of_threads
 
 T = TypeVar("T")
 
@@ -64,11 +65,13 @@ class World:
         place = find_place(os.environ)
         export_rendezvous(place, os.environ)
         _check_accelerate(os.environ)
-        device = _choose_device(config, place)
-        precision = _choose_precision(config, device)
-        threads = _number_of_threads(place)
+        device = choose_device(config, place)
+        precision = choose_precision(config, device)
+        threads = number_of_threads(place)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose one and warn
         torch.set_num_threads(threads)
+        if device == "cpu":
+            keep_freed_memory(os.environ)
         torch.set_default_dtype(getattr(torch, config.dtype))
 
         timeout = timedelta(seconds=config.stall_timeout_s)
@@ -258,50 +261,6 @@ def is_peer_failure(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _choose_device(config: Config, place: Place) -> str:
-    """cuda, else mps for one process, else cpu."""
-    wanted = config.device
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            wanted = "cuda"
-        else:
-            alone = place.world_size == 1 and config.dtype == "float32"  # mps has no float64
-            wanted = "mps" if torch.backends.mps.is_available() and alone else "cpu"
-    if wanted == "cuda":
-        there = torch.cuda.device_count()
-        if place.local_world_size > there:
-            raise LaunchError(
-                f"{place.local_world_size} processes on a machine with {there} CUDA devices. "
-                f"Start at most {there}, or set device=cpu."
-            )
-    if wanted == "mps" and place.world_size > 1:
-        raise ConfigError(f"device=mps trains on one process, not on {place.world_size}. Set device=cpu.")
-    return wanted
-
-
-def _choose_precision(config: Config, device: str) -> Precision:
-    """YAML wins; the launcher's counts when YAML is silent (`accelerate launch` always exports one)."""
-    theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    ours = config.mixed_precision
-    if ours not in (None, "no", theirs) and theirs != "no":
-        raise ConfigError(
-            f"mixed_precision={ours} in the config, {theirs} from accelerate launch. Leave one of them out."
-        )
-    precision = ours or theirs
-    if precision not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: no, bf16 or fp16.")
-    if precision == "fp16" and device == "cpu":
-        raise ConfigError("mixed_precision=fp16 needs a GPU. On a CPU set bf16 or no.")
-    if precision != "no" and config.dtype == "float64":
-        raise ConfigError(f"dtype=float64 and mixed_precision={precision} exclude each other. Set one of them.")
-    return cast(Precision, precision)
-
-
-def _number_of_threads(place: Place) -> int:
-    explicit = os.environ.get("OMP_NUM_THREADS", "")
-    return int(explicit) if explicit.isdigit() else max(1, available_cores() // place.local_world_size)
 
 
 def _check_accelerate(env: MutableMapping[str, str]) -> None:

@@ -40,7 +40,7 @@ def evaluate_run(path: Path, which: str, split: str) -> dict[str, float] | None:
     net = build_model(config.model, splits.known, config.seed)
     load_weights(net, folder)
     net.to(world.device)
-    batches = evaluation_batches(examples, config.per_device_batch_size, world, config.data, config.seed)
+    batches = evaluation_batches(examples, net, world, config)
     found = evaluate(net, batches, Objective(net, config.label_smoothing), world)
     world.leave()
     return {"step": read_manifest(folder)["step"], **(found or {})} if world.is_rank_zero else None

@@ -13,6 +13,7 @@ from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
 from dist_train.data import Splits
 from dist_train.data.evaluation_batches import EvaluationBatches, evaluation_batches
+from dist_train.data.image_set import Examples
 from dist_train.distributed import World
 from dist_train.errors import TrainingDiverged
 from dist_train.evaluate import evaluate
@@ -171,11 +172,8 @@ class Run:
         self.agreement.start_phase()
         return evaluate(self.step.evaluated_net, batches, self.step.evaluation_objective, self.world, self.agreement)
 
-    def batches_of(self, examples: Any) -> EvaluationBatches:
-        config = self.config
-        # Small training forwards may be a matter of the global batch alone; the bound is a matter of memory.
-        batch_size = min(256, config.per_device_batch_size)
-        return evaluation_batches(examples, batch_size, self.world, config.data, config.seed)
+    def batches_of(self, examples: Examples) -> EvaluationBatches:
+        return evaluation_batches(examples, self.step.net, self.world, self.config)
 
     def save_is_due(self) -> bool:
         due = is_due(self.state.step, self.save_every, self.total_steps) or self.agreement.save_due

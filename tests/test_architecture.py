@@ -15,9 +15,8 @@ PACKAGE = ROOT / "dist_train"
 # From the bottom up: a module imports only what stands before it.
 LAYERS = [
     "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "run_dir", "stop_request",
-    "terminal", "start", "launch", "distributed", "agreement", "batching", "vision", "user_code", "unpack", "bundle",
-    "nets",
-    "models", "generators", "data", "metrics", "objective", "optimizers",
+    "terminal", "start", "launch", "hardware", "distributed", "agreement", "batching", "vision", "user_code", "unpack",
+    "bundle", "nets", "models", "generators", "data", "metrics", "objective", "optimizers",
     "rehearsal", "eager_update", "whole_update", "step", "evaluate", "train_state", "checkpoint",
     "checkpoints", "facts", "tracking", "progress", "train", "attempt", "results", "bench", "cli",
 ]  # fmt: skip
@@ -36,7 +35,7 @@ ONLY_DOOR = {
     "torch.distributed": {"distributed"},
     "torchvision": {"vision"},
 }
-TORCH_FREE = [*LAYERS[: LAYERS.index("distributed")], "cli"]
+TORCH_FREE = [*LAYERS[: LAYERS.index("hardware")], "cli"]
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
 

@@ -16,11 +16,13 @@ from user_sets import Jittered
 
 from dist_train.batching import ShardSampler, evaluation_shard
 from dist_train.config import DataConfig, Normalize
+from dist_train.config_file import parse_config
 from dist_train.data.batches import Batches, ResidentBatches, StreamingBatches, training_batches
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.image_set import ImageSet
 from dist_train.distributed import World
 from dist_train.errors import ConfigError
+from dist_train.nets import Mlp
 from dist_train.plan import BatchPlan
 
 CPU = torch.device("cpu")
@@ -197,11 +199,12 @@ def test_another_epoch_draws_anew() -> None:
 @pytest.mark.parametrize("resident", [None, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_batches_hold_the_split_once(resident: bool | None, world_size: int, images: ImageSet) -> None:
-    config = DataConfig(resident=resident, normalize=NORMALIZE)
+    data = {"resident": resident, "normalize": NORMALIZE.model_dump()}
+    config = parse_config({"per_device_batch_size": 7, "data": data})
     seen: list[int] = []
     for rank in range(world_size):
         world = cast(World, SimpleNamespace(rank=rank, size=world_size, device=CPU))
-        source = evaluation_batches(images, 7, world, config, seed=0)
+        source = evaluation_batches(images, Mlp(), world, config)
         found = list(source)
         assert len(found) <= source.num_batches
         assert source.num_examples == 101
@@ -211,10 +214,24 @@ def test_evaluation_batches_hold_the_split_once(resident: bool | None, world_siz
     assert sorted(seen) == list(range(101))
 
 
+def test_a_net_that_changes_its_input_is_evaluated_on_the_same_images_again(images: ImageSet) -> None:
+    """Small sets are kept as they were given to the net, unless it wrote to them."""
+    world = cast(World, SimpleNamespace(rank=0, size=1, device=CPU))
+    source = evaluation_batches(images, Mlp(), world, parse_config({"per_device_batch_size": 7}))
+    before = [batch.inputs.clone() for batch in source]
+    kept = [batch.inputs for batch in source]
+    assert [batch.inputs.data_ptr() for batch in source] == [batch.data_ptr() for batch in kept]
+    for number, batch in enumerate(source):
+        if number % 2:
+            batch.inputs.neg_()
+    assert all(torch.equal(batch.inputs, first) for batch, first in zip(source, before, strict=True))
+
+
 def test_evaluation_workers_live_on_between_passes(images: ImageSet) -> None:
     """Also when a pass was left in the middle, as an agreed stop does."""
     world = cast(World, SimpleNamespace(rank=0, size=1, device=CPU))
-    source = evaluation_batches(images, 7, world, DataConfig(resident=False, num_workers=2), seed=0)
+    config = parse_config({"per_device_batch_size": 7, "data": {"resident": False, "num_workers": 2}})
+    source = evaluation_batches(images, Mlp(), world, config)
     first = [batch.inputs for batch in source]
     workers = {child.pid for child in multiprocessing.active_children()}
     next(iter(source))

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from dist_train.batching import evaluation_shard
-from dist_train.config import DataConfig
+from dist_train.config import Config
 from dist_train.data.batches import Batch, Placing, is_resident
 from dist_train.data.image_set import Examples, ImageSet, num_examples
 from dist_train.data.loader import loader_of, stream
 from dist_train.data.pixels import Pixels, yields_pixels
 from dist_train.distributed import World
 from dist_train.seeding import derive_seed
+
+_KEPT_PIXELS = 16 * 2**20  # 64 MiB as fp32: MNIST's test set takes 30
 
 
 class EvaluationBatches:
@@ -40,6 +43,8 @@ class EvaluationBatches:
         self._resident = None
         if resident and isinstance(examples, ImageSet):
             self._resident = examples.images.to(device), examples.labels.to(device)
+            self._keeps = len(shard) * examples.images[0].numel() <= _KEPT_PIXELS
+        self._kept: dict[int, Batch] = {}
         # One for all passes: its workers live on between them.
         keys = [[(0, index) for index in chunk.tolist()] for chunk in self._chunks]
         self._loader = loader_of(examples, keys, num_workers, device, derive_seed(seed, "evaluation"))
@@ -48,31 +53,45 @@ class EvaluationBatches:
         if self._resident is None:
             yield from map(self._place, stream(self._loader))
             return
-        images, labels = self._resident
-        for chunk in self._chunks:
-            here = chunk.to(images.device)
-            yield self._place((images.index_select(0, here), labels.index_select(0, here), chunk))
+        for number, chunk in enumerate(self._chunks):
+            batch = self._kept.pop(number, None) or self._gather(chunk, *self._resident)
+            version = batch.inputs._version
+            yield batch
+            if self._keeps and batch.inputs._version == version:  # not changed in place by the net
+                self._kept[number] = batch
+
+    def _gather(self, chunk: Tensor, images: Tensor, labels: Tensor) -> Batch:
+        here = chunk.to(images.device)
+        return self._place((images.index_select(0, here), labels.index_select(0, here), chunk))
 
     def seed_of(self, batch: Batch) -> int:
         """For nets that draw in evaluation too (a VAE, dropout kept on): the same after any resume."""
         return derive_seed(self._seed, "evaluation forward", int(batch.indices[0]))
 
 
-def evaluation_batches(
-    examples: Examples, batch_size: int, world: World, config: DataConfig, seed: int
-) -> EvaluationBatches:
-    """This rank's shard of a split."""
+def evaluation_batches(examples: Examples, net: nn.Module, world: World, config: Config) -> EvaluationBatches:
+    """This rank's shard of a split, in batches that suit the net."""
     total = num_examples(examples)
     largest_shard = -(-total // world.size)
     device = world.device
+    batch_size = _batch_size(net, config.per_device_batch_size, device)
     return EvaluationBatches(
         examples,
         evaluation_shard(total, world.rank, world.size),
         batch_size=batch_size,
         num_batches=-(-largest_shard // batch_size),
-        resident=isinstance(examples, ImageSet) and is_resident(examples, config, device),
-        pixels=Pixels(config.normalize, device) if yields_pixels(examples) else None,
+        resident=isinstance(examples, ImageSet) and is_resident(examples, config.data, device),
+        pixels=Pixels(config.data.normalize, device) if yields_pixels(examples) else None,
         device=device,
-        num_workers=config.num_workers,
-        seed=seed,
+        num_workers=config.data.num_workers,
+        seed=config.seed,
     )
+
+
+def _batch_size(net: nn.Module, at_most: int, device: torch.device) -> int:
+    """The largest allowed; but what a convolution makes of it should stay in a CPU's caches.
+
+    10 000 images on two cores: conv takes 1.3 s in batches of 256 and 2.2 s of 512; mlp 11 ms of 256 and 9 of 1000.
+    """
+    convolves = any(isinstance(module, _ConvNd) for module in net.modules())
+    return min(at_most, 256) if convolves and device.type == "cpu" else at_most
