@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup train test check fix exactness bench clean
+.PHONY: help setup train test check fix exactness bench bench-gpu clean
 help:            ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/.done  ## .venv with the package and the tested versions of what it needs
 # The test needs of pyproject.toml come as a dependency group, which pip before 25.1 does not know: hence the upgrade.
@@ -37,6 +37,9 @@ exactness: setup ## 400 steps in float64 for every net and division; writes docs
 
 bench: setup     ## this harness beside the loops that people write; writes bench/
 	dist-train bench
+
+bench-gpu: setup ## a quick part of it for one GPU: mlp and conv in fp32 and bf16, and the speedrun
+	dist-train bench speed speedrun --net mlp --net conv --precision no --precision bf16 --steps 200 --repetitions 1
 
 clean:           ## remove what the targets made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

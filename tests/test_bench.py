@@ -79,7 +79,18 @@ def test_the_table_of_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 PROBED = {
     "breakdown": {"mlp": [{"forward": 1.0, "backward": 2.0, "whole step": 3.0}] * 2},
     "checkpoint": {"50": [{"parameters": 40.0, "stall_ms": 1.0, "worst_stall_ms": 2.0, "write_ms": 9.0}] * 2},
-    "growth": {"1": [{"examples": 6e4, "step_ms": 0.5, "epoch_start_ms": 1.0, "peak_memory_gib": 0.3}] * 2},
+    "growth": {
+        "1": [
+            {
+                "examples": 6e4,
+                "step_ms": 0.5,
+                "epoch_start_ms": 1.0,
+                "epoch_start_of_ten_million_ms": 2.0,
+                "peak_memory_gib": 0.3,
+            }
+        ]
+        * 2
+    },
 }
 
 

@@ -16,7 +16,7 @@ from dist_train.launch import output_of
 
 # What people would use instead, and what it needs to be installed; at its best of 0 and 2 loader workers.
 PEERS = {"dataloader": None, "accelerated": None, "lightning_trainer": "lightning"}
-OURS, FLOOR = "dist_train", "resident"
+OURS, FLOOR, CAPTURED = "dist_train", "resident", "captured"
 
 Rounds = list[dict[str, Found]]  # one entry a round: contestant -> what it found
 
@@ -30,8 +30,9 @@ class Contest:
 
 
 def contestants(mode: str) -> list[str]:
-    """Ours, eager and in its faster mode, the floor, and the peers whose packages are here."""
-    return [OURS, f"{OURS} {mode}", FLOOR, *(name for name, needs in PEERS.items() if not needs or find_spec(needs))]
+    """Ours, eager and in its faster mode, the floor, on a GPU also captured by hand, and the peers that are here."""
+    floors = [FLOOR, CAPTURED] if mode == "graph" else [FLOOR]
+    return [OURS, f"{OURS} {mode}", *floors, *(name for name, needs in PEERS.items() if not needs or find_spec(needs))]
 
 
 def run_rounds(task: Task, names: Sequence[str], repetitions: int) -> Rounds:

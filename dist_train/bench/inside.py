@@ -88,6 +88,7 @@ def checkpoint_draw(found: Probed, figure: Any) -> None:
 def growth_table(found: Probed) -> list[str]:
     """Markdown."""
     n = len(next(iter(found.values())))
+    whole = [each for those in found.values() for each in those]
     return [
         f"mlp, batch 64, fp32, eager, the whole set resident; medians of n={n} processes.",
         "",
@@ -98,6 +99,8 @@ def growth_table(found: Probed) -> list[str]:
             f"| {_middle(those, 'epoch_start_ms'):.1f} | {_middle(those, 'peak_memory_gib'):.2f} |"
             for those in found.values()
         ),
+        "",
+        f"An epoch of 10 million indices starts in {_middle(whole, 'epoch_start_of_ten_million_ms'):.0f} ms.",
     ]
 
 

@@ -64,20 +64,25 @@ def table(scaling: list[Contest]) -> list[str]:
 
 
 def draw(scaling: list[Contest], figure: Any) -> None:
-    """Samples per second against the number of processes, with the range of all rounds."""
-    figure.set_size_inches(4 * len(scaling), 3.2)
-    for axis, contest in zip(figure.subplots(1, len(scaling), squeeze=False)[0], scaling, strict=True):
-        task, rounds = contest.task, contest.rounds
-        nprocs = sorted({int(name.split()[1]) for name in rounds[0]})
-        for kind, color in ((OURS, "C0"), (BARE, "C7")):
-            found = [Interval.of([each[f"{kind} {n}"]["samples_per_s"] for each in rounds]) for n in nprocs]
-            errors = [[f.median - f.low for f in found], [f.high - f.median for f in found]]
-            axis.errorbar(
-                nprocs, [f.median for f in found], yerr=errors, color=color, capsize=3, marker="o", label=kind
-            )
-        axis.set_xticks(nprocs)
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("processes of one thread")
-        axis.set_ylabel("samples/s")
-        axis.set_title(f"{task.net}, {task.precision_name}, global batch {task.batch_size}, n={len(rounds)}")
-        axis.legend()
+    """Speed and memory of a process against the number of processes, with the range of all rounds."""
+    figure.set_size_inches(4 * len(scaling), 5.4)
+    rows = (("samples_per_s", "samples/s"), ("peak_memory_gib", "peak GiB of rank 0"))
+    for (key, label), axes in zip(rows, figure.subplots(2, len(scaling), squeeze=False), strict=True):
+        for axis, contest in zip(axes, scaling, strict=True):
+            task, rounds = contest.task, contest.rounds
+            nprocs = sorted({int(name.split()[1]) for name in rounds[0]})
+            for kind, color in ((OURS, "C0"), (BARE, "C7")):
+                found = [Interval.of([each[f"{kind} {n}"][key] for each in rounds]) for n in nprocs]
+                errors = [[f.median - f.low for f in found], [f.high - f.median for f in found]]
+                axis.errorbar(
+                    nprocs, [f.median for f in found], yerr=errors, color=color, capsize=3, marker="o", label=kind
+                )
+            beyond = [nproc for nproc in nprocs if nproc > available_cores()]
+            if beyond:
+                axis.axvspan(beyond[0] - 0.5, beyond[-1] + 0.5, color="0.93", label="oversubscribed")
+            axis.set_xticks(nprocs)
+            axis.set_ylim(bottom=0)
+            axis.set_xlabel("processes of one thread")
+            axis.set_ylabel(label)
+            axis.set_title(f"{task.net}, {task.precision_name}, global batch {task.batch_size}, n={len(rounds)}")
+        axes[0].legend()
