@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 # The same examples each time, no database of past failures in the tree.
 settings.register_profile("dist_train", deadline=None, database=None, derandomize=True)
 settings.load_profile("dist_train")
+
+# A shell's background job ignores INT and `nohup` HUP, and so would every process that a test starts and signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PREFIXES = ("SLURM_", "ACCELERATE_", "WANDB_", "DIST_TRAIN_", "TORCHELASTIC_", "PET_")

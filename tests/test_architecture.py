@@ -27,7 +27,8 @@ DATA_LAYERS = [
 BENCH_LAYERS = [
     "task", "interval", "harness", "contest", "scaling", "probes", "inside", "startup", "speedrun", "report", "suite",
 ]  # fmt: skip
-INNER = {"data": DATA_LAYERS, "bench": BENCH_LAYERS}
+CLI_LAYERS = ["options", "train", "results", "config", "data", "bench"]
+INNER = {"data": DATA_LAYERS, "bench": BENCH_LAYERS, "cli": CLI_LAYERS}
 PEERS = "bench/peers/"  # what people write without us: they come through any door
 ONLY_DOOR = {
     "wandb": {"tracking"},

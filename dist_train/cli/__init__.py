@@ -1,0 +1,56 @@
+"""The command line. Commands import what they need when they run, so that `--help` needs neither torch nor pydantic."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dist_train import __version__
+from dist_train.cli.bench import bench
+from dist_train.cli.config import config
+from dist_train.cli.data import data
+from dist_train.cli.results import evaluate
+from dist_train.cli.train import launch, train
+from dist_train.errors import DistTrainError
+
+
+class _Reported(click.ClickException):
+    """A DistTrainError as click shows it: one message, its exit code, no traceback."""
+
+    def __init__(self, error: DistTrainError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+    def show(self, file: Any = None) -> None:
+        rank = os.environ.get("RANK")
+        click.echo(f"error{f' [rank {rank}]' if rank else ''}: {self.message}", file=file or sys.stderr)
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DistTrainError as error:
+            raise _Reported(error) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="dist-train")
+def main() -> None:
+    """Data-parallel training whose numbers are exact and whose runs are not lost.
+
+    A run is one config file: dist-train train -c mnist
+    """
+    # User code, package.module:Name, is looked up in the current folder first, however we are started.
+    here = str(Path.cwd())
+    if sys.path[:1] != [here]:
+        sys.path.insert(0, here)
+
+
+for _command in (train, launch, evaluate, bench, config, data):
+    main.add_command(_command)
+

@@ -1,0 +1,34 @@
+"""`bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "growth", "speedrun")
+
+
+@click.command()
+@click.argument("parts", nargs=-1, type=click.Choice(_PARTS), metavar="[PART]...")
+@click.option("--net", "nets", multiple=True, default=("mlp", "bks", "conv"), show_default=True, metavar="NET")
+@click.option("--precision", "precisions", multiple=True, default=("no",), type=click.Choice(["no", "bf16"]))
+@click.option("--batch-size", type=click.IntRange(min=1), help="Default: 64, of scaling 512.")
+@click.option(
+    "--steps", default=937, show_default=True, type=click.IntRange(min=1), help="Warm-up, then as many count."
+)
+@click.option("--nproc", "nprocs", multiple=True, default=(1, 2), show_default=True, type=int, help="Of scaling.")
+@click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--out", default="bench", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER")
+def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
+    """Measure this harness beside the loops that people write: tables, JSON and pictures.
+
+    Parts, all by default: speed, scaling, breakdown, startup, checkpoint, growth, speedrun (four seeds a
+    repetition).
+    """
+    from dist_train.bench.suite import Options, run_part
+
+    for part in parts or _PARTS:
+        click.echo("\n".join([f"{part}:", *run_part(part, Options(**options), out), ""]))
+    click.echo(f"written to {out}/")

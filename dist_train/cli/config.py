@@ -1,0 +1,61 @@
+"""`config ls|show|validate|diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dist_train.cli.options import load, settings_options
+
+
+@click.group()
+def config() -> None:
+    """Look at settings."""
+
+
+@config.command("ls")
+def config_ls() -> None:
+    """The bundled configs."""
+    from dist_train.config_file import bundled_configs
+
+    for name, path in bundled_configs().items():
+        title = next((line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.strip("# ")), "")
+        click.echo(f"{name:20} {title}")
+
+
+@config.command("show")
+@settings_options
+def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...]) -> None:
+    """The settings that result from a file and its overrides, defaults included."""
+    from dist_train.config_file import to_yaml
+
+    click.echo(to_yaml(load(config_name, (*overrides, *settings))), nl=False)
+
+
+@config.command("validate")
+@settings_options
+@click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+def config_validate(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...], nproc: int) -> None:
+    """Check a config, and that its batch can be shared out over N processes."""
+    from dist_train.plan import BatchPlan
+
+    found = load(config_name, (*overrides, *settings))
+    plan = BatchPlan.fit(found.global_batch_size, found.per_device_batch_size, nproc)
+    click.echo(
+        f"{config_name} is fine: global batch {plan.global_batch_size} = {plan.per_device_batch_size} per device "
+        f"x {plan.grad_accum_steps} micro-steps x {plan.world_size} processes"
+    )
+
+
+@config.command("diff")
+@click.argument("first")
+@click.argument("second")
+def config_diff(first: str, second: str) -> None:
+    """The settings in which two configs (files, bundled names or run directories) differ."""
+    mine, theirs = (
+        load(str(Path(name) / "config.yaml") if Path(name).is_dir() else name).flat() for name in (first, second)
+    )
+    for key in mine | theirs:  # a section that is not set has one entry, its own name
+        if mine.get(key) != theirs.get(key):
+            click.echo(f"{key}: {mine.get(key, '-')} | {theirs.get(key, '-')}")

@@ -1,0 +1,33 @@
+"""`data ls|fetch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def data() -> None:
+    """Look at data sets, or fetch one where there is network."""
+
+
+@data.command("ls")
+def data_ls() -> None:
+    """The data sets by name and whether their files are here."""
+    from dist_train.data import available_sets
+
+    for found in available_sets():
+        click.echo(f"{found.name:15} {'here' if found.present else '-':5} {found.path}  {found.note}")
+
+
+@data.command("fetch")
+@click.argument("name")
+@click.option("--root", type=click.Path(path_type=Path), help="As data.root.")
+@click.option("--split", help="As data.split (emnist).")
+def data_fetch(name: str, root: Path | None, split: str | None) -> None:
+    """Put a data set's files in place, for nodes without network."""
+    from dist_train.config import default_data_root
+    from dist_train.data import fetch
+
+    fetch(name, root or default_data_root(), split)
