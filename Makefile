@@ -26,7 +26,7 @@ check: setup     ## format, lint, types, shell scripts
 	ruff format --check .
 	ruff check .
 	mypy
-	shellcheck launch/*.sh .ci/run
+	shellcheck launch/*.sh slurm/*.sbatch .ci/run
 
 fix: setup       ## format, and mend what the linter can
 	ruff check --fix .

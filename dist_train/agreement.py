@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from dist_train.run_dir import RunDir
 from dist_train.stop_request import StopRequest, StopState
 
 if TYPE_CHECKING:
@@ -22,11 +23,20 @@ class Agreement:
     next collective for ever.
     """
 
-    def __init__(self, world: World, request: StopRequest, save_every_s: float = 0.0, interval_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        world: World,
+        request: StopRequest,
+        run_dir: RunDir | None = None,
+        save_every_s: float = 0.0,
+        interval_s: float = 1.0,
+    ) -> None:
+        """`run_dir`: where STOP and SAVE files are looked for, by rank zero."""
         self.stop: StopState | None = None
         self.save_due = False
         self._world = world
         self._request = request
+        self._run_dir = run_dir
         self._save_every_s = save_every_s
         self._interval_s = interval_s
         self._last_save = self._timed_from = time.monotonic()
@@ -56,7 +66,7 @@ class Agreement:
             return
         now = time.monotonic()
         pace = (now - self._timed_from) / self._timed_ticks
-        save = self._world.is_rank_zero and 0 < self._save_every_s <= now - self._last_save
+        save = self._world.is_rank_zero and self._wants_save(now)
         told, save_due, slowest = self._reduce(float(_STATES.index(self._request.told)), float(save), pace)
         self.stop = _STATES[round(told)]
         self.save_due = bool(save_due)
@@ -69,6 +79,16 @@ class Agreement:
         self.save_due = False
         self._last_save = time.monotonic()
         self.start_phase()
+
+    def _wants_save(self, now: float) -> bool:
+        """By the clock, or by the wish of another shell; a wish to stop is passed on too. Rank zero only."""
+        by_clock = 0 < self._save_every_s <= now - self._last_save
+        if self._run_dir is None:
+            return by_clock
+        stop = self._run_dir.pop_wish("STOP")
+        if stop is not None:
+            self._request.tell("PREEMPTED" if stop.strip() == "PREEMPTED" else "INTERRUPT")
+        return self._run_dir.pop_wish("SAVE") is not None or by_clock
 
     def _reduce(self, *values: float) -> list[float]:
         if self._world.size == 1:

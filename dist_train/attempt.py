@@ -24,7 +24,7 @@ from dist_train.data.batches import training_batches
 from dist_train.data.image_set import num_examples
 from dist_train.distributed import World, end_process, is_peer_failure
 from dist_train.environment import Place, find_place
-from dist_train.errors import DistTrainError, LaunchError
+from dist_train.errors import DistTrainError, PeerLost
 from dist_train.facts import bit_changes, collect_facts
 from dist_train.models import build_model, not_invariant
 from dist_train.plan import BatchPlan
@@ -106,7 +106,7 @@ class _Reporting:
         _log.debug("%s", trace)
         code = error.exit_code if isinstance(error, DistTrainError) else 1
         if is_peer_failure(error):
-            error = LaunchError("Another rank is gone and left no error of its own: killed, or its node is lost?")
+            error = PeerLost("Another rank is gone and left no error of its own: killed, or its node is lost?")
         first = True
         if self.run_dir is not None:
             first = note_error(self.run_dir.error, error, self.place.rank, code, trace)
@@ -193,7 +193,7 @@ def _build(
         checkpoints=checkpoints,
         tracker=Tracker(run_dir, config, facts, enabled=world.is_rank_zero),
         screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
-        agreement=Agreement(world, request, save_every_s=save_every.value if save_every.unit == "s" else 0.0),
+        agreement=Agreement(world, request, run_dir, save_every_s=save_every.value if save_every.unit == "s" else 0.0),
         learning_rate=learning_rate,
         steps_per_epoch=sampler.steps_per_epoch,
         started=started,

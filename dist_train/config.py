@@ -194,6 +194,7 @@ class Config(_Settings):
     keep_best: Annotated[NonNegativeInt, Free] = 1  # best checkpoints that stay besides
     keep_every: Annotated[Steps, Free] = Duration(0)  # checkpoints at these steps stay for good; 0 = none
     stall_timeout_s: Annotated[PositiveFloat, Free] = 600.0  # a rank that others wait for longer than this ends the run
+    preempt_signal: Annotated[Literal["USR1", "USR2"], Free] = "USR1"  # save and stop, to be started again later
     final_train_eval: bool = True  # at the end, an exact pass over the training set in eval mode
     runs_dir: Annotated[Path | None, Free] = None  # None: $DIST_TRAIN_RUNS_DIR, else runs
     data: DataConfig = DataConfig()

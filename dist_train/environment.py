@@ -29,10 +29,6 @@ class Place:
     local_world_size: int = 1
     started_by: str = "python"  # python | torchrun | accelerate | srun
 
-    @property
-    def num_nodes(self) -> int:
-        return max(1, self.world_size // max(1, self.local_world_size))
-
 
 def find_place(env: Mapping[str, str]) -> Place:
     """Read this process's place from its environment.
@@ -80,25 +76,36 @@ def _from_rendezvous(env: Mapping[str, str]) -> Place:
 
 def _from_srun(env: Mapping[str, str]) -> Place:
     world_size = _number(env, "SLURM_STEP_NUM_TASKS")
-    nodes = _number(env, "SLURM_STEP_NUM_NODES", 1)
+    tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return Place(
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
         world_size=world_size,
-        local_world_size=world_size // nodes,
+        local_world_size=tasks[_number(env, "SLURM_NODEID")],
         started_by="srun",
     )
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """ "2(x3),1" -> [2, 2, 2, 1]: nodes may have different numbers of tasks."""
+    counts: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not found:
+            raise LaunchError(f'SLURM_STEP_TASKS_PER_NODE="{text}" is no list of numbers. Let srun set it.')
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts
 
 
 def export_rendezvous(place: Place, env: MutableMapping[str, str]) -> None:
     """Give an srun task the variables torch.distributed reads. An explicit MASTER_ADDR or MASTER_PORT wins."""
     if place.started_by != "srun":
         return
-    one_node = place.num_nodes == 1
+    one_node = place.local_world_size == place.world_size
     env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(env.get("SLURM_STEP_NODELIST", "")))
     # From the job and step, so that jobs and steps that share a node do not meet on one port.
     job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
-    env.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 20000))
+    env.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 12000))
     env["RANK"], env["WORLD_SIZE"] = str(place.rank), str(place.world_size)
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(place.local_rank), str(place.local_world_size)
 

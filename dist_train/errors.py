@@ -4,6 +4,7 @@ DistTrainError
   ConfigError       settings wrong or at odds                      exit 2
   DataError         data set missing or not as expected            exit 1
   LaunchError       processes cannot be started, or a lone world   exit 1
+    PeerLost        another rank is gone: killed, or its node    exit 1
   RunDirError       run directory in use, unwritable, not shared   exit 1
   CheckpointError   cannot be written or read                      exit 1
   TrainingDiverged  the loss is not finite                         exit 1
@@ -28,6 +29,10 @@ class DataError(DistTrainError):
 
 
 class LaunchError(DistTrainError):
+    pass
+
+
+class PeerLost(LaunchError):
     pass
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,13 +18,57 @@ from pathlib import Path
 from types import FrameType
 
 from dist_train.environment import LAUNCHER_PID, RUN_DIR, available_cores
-from dist_train.errors import LaunchError
+from dist_train.errors import ConfigError, LaunchError
 from dist_train.run_dir import CLEAN_ENDS, RunDir, read_json
 
+# What torchrun passes on to its ranks; of any other it would die and leave them behind.
+HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 # Ranks get this long to save after a signal before torchrun kills them.
 SHUTDOWN_TIMEOUT_S = 60
 # Ranks whose launcher has died get this long to save and leave.
 ORPHAN_GRACE_S = 3.0
+
+
+_PORT = 29_400  # torchrun's own
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Several machines that train together, each with a launcher of its own."""
+
+    at_least: int
+    at_most: int
+    endpoint: str  # HOST:PORT
+    name: str  # the same on each: what they meet for
+
+    @classmethod
+    def parse(cls, text: str, endpoint: str, name: str) -> Nodes:
+        """`text`: "2" or "1:4".
+
+        Raises:
+            ConfigError: neither.
+            LaunchError: the host of the endpoint has no address.
+        """
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= least <= most:
+            raise ConfigError(f"--nnodes={text} is no number of machines. Write 2, or 1:4 for one to four.")
+        host, _, port = endpoint.partition(":")
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:
+            raise LaunchError(
+                f'--rdzv-endpoint={endpoint}: "{host}" cannot be resolved on {socket.gethostname()}. '
+                f"Write the name or address of one of the machines."
+            ) from None
+        return cls(least, most, f"{host}:{port or _PORT}", name)
+
+    def options(self) -> list[str]:
+        """Of torchrun."""
+        number = f"{self.at_least}" if self.at_least == self.at_most else f"{self.at_least}:{self.at_most}"
+        return [
+            f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={self.name}"
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +78,19 @@ class LaunchSpec:
     arguments: tuple[str, ...]  # of `python -m dist_train`
     run_dir: RunDir
     nproc: int
+    nodes: Nodes | None = None  # None: this machine alone
+    max_restarts: int = 0
 
     def torchrun(self) -> list[str]:
         """The torchrun command line.
 
-        `--standalone` lets torchrun choose a free port. Without `--signals-to-handle` it would die of USR1 and leave
-        its workers behind.
+        `--standalone` lets torchrun choose a free port.
         """
         return [
             sys.executable, "-m", "torch.distributed.run",
-            "--standalone", f"--nproc-per-node={self.nproc}",
-            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
+            *(self.nodes.options() if self.nodes else ["--standalone"]), f"--nproc-per-node={self.nproc}",
+            *([f"--max-restarts={self.max_restarts}"] if self.max_restarts else []),
+            f"--signals-to-handle={HANDLED_SIGNALS}", f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
             "-m", "dist_train", *self.arguments,
         ]  # fmt: skip
 
@@ -125,6 +173,7 @@ class _Forwarding:
         signal.SIGINT: signal.SIGINT,
         signal.SIGHUP: signal.SIGTERM,
         signal.SIGUSR1: signal.SIGUSR1,
+        signal.SIGUSR2: signal.SIGUSR2,
     }
 
     def __init__(self, agent: subprocess.Popen[bytes]) -> None:

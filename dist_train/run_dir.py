@@ -108,7 +108,7 @@ class RunDir:
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
         }
-        for stale in (self.error, self.result):
+        for stale in (self.error, self.result, self.path / "STOP", self.path / "SAVE"):
             stale.unlink(missing_ok=True)
         write_atomically(self.config, to_yaml(config))
         self.set_status(state="STARTING")
@@ -128,6 +128,16 @@ class RunDir:
         self.check_not_superseded()
         self._fields |= fields
         write_json(self.status, self._fields | {"heartbeat": round(time.time(), 3)}, durable=False)
+
+    def pop_wish(self, name: Literal["STOP", "SAVE"]) -> str | None:
+        """What somebody wrote into this file of the run directory, from any other shell; the file is gone after it."""
+        path = self.path / name
+        try:
+            found = path.read_text()
+            path.unlink()
+        except OSError:
+            return None
+        return found
 
     def read_status(self) -> dict[str, Any]:
         return read_json(self.status)

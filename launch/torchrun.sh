@@ -3,5 +3,5 @@
 set -euo pipefail
 # USR1 would kill torchrun and leave its workers behind, were it not told to pass it on.
 exec torchrun --standalone --nproc-per-node "${NPROC:-auto}" \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 60 \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout 60 \
   -m dist_train train "$@"

@@ -15,10 +15,11 @@ PACKAGE = ROOT / "dist_train"
 # From the bottom up: a module imports only what stands before it.
 LAYERS = [
     "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "run_dir", "stop_request",
-    "terminal", "start", "launch", "hardware", "distributed", "agreement", "batching", "vision", "user_code", "unpack",
-    "bundle", "nets", "models", "generators", "data", "metrics", "objective", "optimizers",
-    "rehearsal", "eager_update", "whole_update", "step", "evaluate", "train_state", "checkpoint",
-    "checkpoints", "facts", "tracking", "progress", "train", "attempt", "results", "bench", "cli",
+    "slurm", "terminal", "start", "launch", "batch_script", "hardware", "distributed", "agreement", "batching",
+    "vision", "user_code", "unpack", "bundle", "nets", "models", "generators", "data", "metrics", "objective",
+    "optimizers", "rehearsal", "eager_update", "whole_update", "step", "evaluate", "train_state", "checkpoint",
+    "checkpoints", "facts", "tracking", "progress", "train", "attempt", "results", "submission", "simulate", "bench",
+    "cli",
 ]  # fmt: skip
 DATA_LAYERS = [
     "image_set", "storage", "memory", "idx", "bundled_mnist", "catalog", "download", "named", "image_folder", "user",
@@ -27,12 +28,12 @@ DATA_LAYERS = [
 BENCH_LAYERS = [
     "task", "interval", "harness", "contest", "scaling", "probes", "inside", "startup", "speedrun", "report", "suite",
 ]  # fmt: skip
-CLI_LAYERS = ["options", "train", "results", "config", "data", "bench"]
+CLI_LAYERS = ["options", "train", "results", "slurm", "config", "data", "bench"]
 INNER = {"data": DATA_LAYERS, "bench": BENCH_LAYERS, "cli": CLI_LAYERS}
 PEERS = "bench/peers/"  # what people write without us: they come through any door
 ONLY_DOOR = {
     "wandb": {"tracking"},
-    "subprocess": {"launch"},
+    "subprocess": {"launch", "slurm"},
     "torch.distributed": {"distributed"},
     "torchvision": {"vision"},
 }

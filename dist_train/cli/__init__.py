@@ -14,6 +14,7 @@ from dist_train.cli.bench import bench
 from dist_train.cli.config import config
 from dist_train.cli.data import data
 from dist_train.cli.results import evaluate
+from dist_train.cli.slurm import slurm
 from dist_train.cli.train import launch, train
 from dist_train.errors import DistTrainError
 
@@ -51,6 +52,5 @@ def main() -> None:
         sys.path.insert(0, here)
 
 
-for _command in (train, launch, evaluate, bench, config, data):
+for _command in (train, launch, evaluate, slurm, bench, config, data):
     main.add_command(_command)
-

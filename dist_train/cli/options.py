@@ -12,6 +12,7 @@ from dist_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_train.config import Config
+    from dist_train.start import Start
 
 
 def settings_options(command: Any) -> Any:
@@ -31,6 +32,10 @@ def start_options(command: Any) -> Any:
         click.option("-v", "--verbose", is_flag=True),
         click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only."),
         click.option("--fast-dev-run", is_flag=True, help="Five steps, one evaluation, no W&B: does it all work?"),
+        click.option(
+            "--simulate-world-size", type=click.IntRange(1, 4096), metavar="N",
+            help="Check shards and batches as of N processes, and start nothing.",
+        ),
         click.option("--dry-run", is_flag=True, help="Print what would be started and with which settings."),
         click.option("--run-name", metavar="N", help="Name of the run's directory."),
         click.option("--init-from", type=click.Path(path_type=Path), metavar="RUN", help="Start from its weights."),
@@ -41,6 +46,63 @@ def start_options(command: Any) -> Any:
     ):  # fmt: skip
         command = option(command)
     return settings_options(command)
+
+
+def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
+    """What the options of `train` ask for.
+
+    Raises:
+        ConfigError: no config, or one that is wrong.
+    """
+    from dist_train.config_file import load_config
+    from dist_train.environment import RUN_DIR
+    from dist_train.start import Start
+
+    resume, name = options["resume"], options["config_name"]
+    told = os.environ.get(RUN_DIR)
+    folder = Path(told) if told else None
+    if resume not in ("auto", "never"):
+        folder = Path(resume)
+        if options["run_name"]:
+            raise ConfigError(f"--resume={folder} names the run already. Leave --run-name={options['run_name']} out.")
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"--resume={folder} has no config.yaml, so it is no run. Use auto, never or a run's folder."
+            )
+        name = name or str(folder / "config.yaml")
+    if name is None:
+        raise ConfigError("No config. Name one, for example -c mnist; dist-train config ls lists the bundled ones.")
+    overrides = [*options["overrides"], *options["settings"]]
+    if options["fast_dev_run"]:
+        overrides += [
+            "train_for=5 steps", "log_every=1", "eval_every=0", "save_every=0", "final_train_eval=false",
+            "tracking.wandb=disabled",
+        ]  # fmt: skip
+    start = Start(
+        config_name=Path(name).stem + ("-dev" if options["fast_dev_run"] else ""),
+        run_name=options["run_name"],
+        run_dir=folder,
+        launched=told is not None,
+        resume="never" if resume == "never" else "auto",
+        init_from=options["init_from"],
+        verbosity=-1 if options["quiet"] else int(options["verbose"]),
+    )
+    return load_config(name, overrides), start
+
+
+def arguments_of_train(options: dict[str, Any]) -> tuple[str, ...]:
+    """`train` as each rank gets it; the run directory comes by environment."""
+    arguments = ["train"]
+    if options["config_name"]:
+        arguments += ["-c", options["config_name"]]
+    for override in (*options["overrides"], *options["settings"]):
+        arguments += ["-o", override]
+    if options["resume"] != "auto":
+        arguments.append(f"--resume={options['resume']}")
+    if options["init_from"]:
+        arguments.append(f"--init-from={options['init_from']}")
+    flags = ("fast_dev_run", "quiet", "verbose")
+    return (*arguments, *(f"--{name.replace('_', '-')}" for name in flags if options[name]))
 
 
 def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import end_rank, start_options
+from dist_train.cli.options import arguments_of_train, end_rank, resolve, start_options
 from dist_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_train.config import Config
+    from dist_train.launch import Nodes
     from dist_train.start import Start
     from dist_train.stop_request import StopRequest
 
@@ -32,8 +33,21 @@ def train(nproc: int | None, **options: Any) -> None:
 @click.command()
 @start_options
 @click.option("--nproc", type=click.IntRange(min=1), required=True, metavar="N", help="Processes on this machine.")
+@click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines that train together.")
+@click.option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: one of them, the same for all.")
+@click.option(
+    "--max-restarts",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Start all ranks again after one failed, from the last checkpoint, so many times.",
+)
 def launch(nproc: int, **options: Any) -> None:
-    """Start N processes that train together; prints the torchrun line it runs."""
+    """Start N processes that train together; prints the torchrun line it runs.
+
+    On several nodes: the same command on each, with --nnodes, --rdzv-endpoint and --run-name.
+    """
     _train_or_launch(nproc, options)
 
 
@@ -42,15 +56,22 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
     from dist_train.environment import LAUNCHER_PID, find_place
     from dist_train.launch import watch_launcher
     from dist_train.plan import BatchPlan
+    from dist_train.slurm import judge_term
     from dist_train.stop_request import StopRequest
     from dist_train.terminal import outlive_terminal
 
     outlive_terminal()
     place = find_place(os.environ)
-    request = StopRequest()
+    request = StopRequest(judge_term=lambda: judge_term(os.environ))
     if place.started_by in ("torchrun", "accelerate") or LAUNCHER_PID in os.environ:
         watch_launcher(lambda: request.tell("INTERRUPT"))
-    config, start = _resolve(options)
+    config, start = resolve(options)
+    if options["simulate_world_size"]:
+        from dist_train.simulate import simulate
+
+        for line in simulate(config, options["simulate_world_size"]):
+            click.echo(line)
+        return
     if nproc is not None and place.world_size > 1:
         raise ConfigError(f"--nproc={nproc} inside a world of {place.world_size} processes. Leave --nproc out.")
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or place.world_size)
@@ -62,80 +83,56 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
         _train_here(config, start, request)
 
 
-def _resolve(options: dict[str, Any]) -> tuple[Config, Start]:
-    from dist_train.config_file import load_config
-    from dist_train.environment import RUN_DIR
-    from dist_train.start import Start
-
-    resume, name = options["resume"], options["config_name"]
-    told = os.environ.get(RUN_DIR)
-    folder = Path(told) if told else None
-    if resume not in ("auto", "never"):
-        folder = Path(resume)
-        if options["run_name"]:
-            raise ConfigError(f"--resume={folder} names the run already. Leave --run-name={options['run_name']} out.")
-        if not (folder / "config.yaml").is_file():
-            raise ConfigError(
-                f"--resume={folder} has no config.yaml, so it is no run. Use auto, never or a run's folder."
-            )
-        name = name or str(folder / "config.yaml")
-    if name is None:
-        raise ConfigError("No config. Name one, for example -c mnist; dist-train config ls lists the bundled ones.")
-    overrides = [*options["overrides"], *options["settings"]]
-    if options["fast_dev_run"]:
-        overrides += [
-            "train_for=5 steps", "log_every=1", "eval_every=0", "save_every=0", "final_train_eval=false",
-            "tracking.wandb=disabled",
-        ]  # fmt: skip
-    start = Start(
-        config_name=Path(name).stem + ("-dev" if options["fast_dev_run"] else ""),
-        run_name=options["run_name"],
-        run_dir=folder,
-        launched=told is not None,
-        resume="never" if resume == "never" else "auto",
-        init_from=options["init_from"],
-        verbosity=-1 if options["quiet"] else int(options["verbose"]),
-    )
-    return load_config(name, overrides), start
-
-
 def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -> None:
     """Everything that can be refused is refused here, before any process starts."""
     from dist_train.launch import LaunchSpec, start_ranks
     from dist_train.start import check_start, find_run_dir
 
+    nodes = _nodes(options, nproc, config)
     run_dir = find_run_dir(config, start)
     finished = check_start(run_dir, config, start, create=not options["dry_run"])
-    spec = LaunchSpec(arguments=_arguments_of_ranks(options), run_dir=run_dir, nproc=nproc)
+    spec = LaunchSpec(
+        arguments=arguments_of_train(options),
+        run_dir=run_dir,
+        nproc=nproc,
+        nodes=nodes,
+        max_restarts=options.get("max_restarts", 0),
+    )
     click.echo(str(spec))
     if options["dry_run"]:
         return
     if finished:
         click.echo(f"{run_dir.path} is finished already: nothing to do.")
         return
-    run_dir.lock()  # in use? then say so before any process starts
-    run_dir.unlock()
+    if nodes is None:
+        run_dir.lock()  # in use? then say so before any process starts
+        run_dir.unlock()
     sys.exit(start_ranks(spec))
 
 
-def _arguments_of_ranks(options: dict[str, Any]) -> tuple[str, ...]:
-    """`train` as each rank gets it; the run directory comes by environment."""
-    arguments = ["train"]
-    if options["config_name"]:
-        arguments += ["-c", options["config_name"]]
-    for override in (*options["overrides"], *options["settings"]):
-        arguments += ["-o", override]
-    if options["resume"] != "auto":
-        arguments.append(f"--resume={options['resume']}")
-    if options["init_from"]:
-        arguments.append(f"--init-from={options['init_from']}")
-    flags = ("fast_dev_run", "quiet", "verbose")
-    return (*arguments, *(f"--{name.replace('_', '-')}" for name in flags if options[name]))
+def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
+    """The machines of `launch --nnodes`, None for this one alone. Every number of them is checked that may come up."""
+    from dist_train.launch import Nodes
+    from dist_train.plan import BatchPlan
+
+    text, endpoint = options.get("nnodes", "1"), options.get("rdzv_endpoint")
+    if text == "1" and endpoint is None:
+        return None
+    if endpoint is None or not options["run_name"]:
+        raise ConfigError(
+            f"--nnodes={text} needs --rdzv-endpoint=HOST, where the machines meet, and --run-name=N, so that they "
+            f"train one run: give both, the same on each."
+        )
+    nodes = Nodes.parse(text, endpoint, options["run_name"])
+    for number in range(nodes.at_least, nodes.at_most + 1):
+        BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, number * nproc)
+    return nodes
 
 
 def _train_here(config: Config, start: Start, request: StopRequest) -> None:
     from dist_train.attempt import run_attempt
 
+    request.preempt_signal = signal.Signals[f"SIG{config.preempt_signal}"]
     with request:
         run_attempt(config, start, request, _STARTED)
     end_rank()

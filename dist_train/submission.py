@@ -1,0 +1,70 @@
+"""What would fail hours later is refused before a job is queued."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dist_train.batch_script import BatchScript
+from dist_train.config import Config, default_data_root
+from dist_train.errors import ConfigError, DataError
+from dist_train.plan import BatchPlan
+
+_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
+
+
+def check_submission(script: BatchScript, config: Config, save_s: float = 0.0) -> None:
+    """`save_s`: how long this run's last save took, where it has run before.
+
+    Raises:
+        ConfigError, DataError: with the setting, the arithmetic and the fix.
+    """
+    BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, script.nodes * script.nproc)
+    if config.device == "cuda" and script.gpus_per_node < script.nproc:
+        raise ConfigError(
+            f"device=cuda with {script.nproc} processes and {script.gpus_per_node} GPUs per node. "
+            f"Ask for them with --gpus-per-node={script.nproc}."
+        )
+    limit_s = seconds_of(script.time)
+    if limit_s <= script.lead_s + save_s:
+        raise ConfigError(
+            f"--time={script.time} is {limit_s} s, and the job is told to save --lead-s={script.lead_s} s before its "
+            f"end (a save takes {save_s:.1f} s): it would train nothing. Ask for more time or lower --lead-s."
+        )
+    if save_s > script.lead_s:
+        raise ConfigError(
+            f"The last save of this run took {save_s:.0f} s, longer than --lead-s={script.lead_s}. Raise --lead-s."
+        )
+    folder = Path(script.log).parent
+    if "%" not in str(folder) and not folder.is_dir():
+        raise ConfigError(f"--log={script.log}: there is no folder {folder}, and Slurm makes none. mkdir -p {folder}")
+    _check_data(config)
+
+
+def _check_data(config: Config) -> None:
+    from dist_train.data import available_sets
+
+    if config.data.bundle:
+        return
+    root = config.data.root or default_data_root()
+    for found in available_sets(root):
+        if found.name == config.data.name and not found.present:
+            raise DataError(
+                f"data.name={found.name} is not in {root}, and compute nodes often have no network. "
+                f"Fetch it here first: dist-train data fetch {found.name} --root {root}"
+            )
+
+
+def seconds_of(time: str) -> int:
+    """A time limit as sbatch reads it: minutes, minutes:seconds, H:M:S, days-H, days-H:M, days-H:M:S.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = _TIME.fullmatch(time)
+    if not found:
+        raise ConfigError(f"--time={time} is no time limit. Write minutes, HH:MM:SS or D-HH.")
+    first, second, third = (int(part or 0) for part in (found["a"], found["b"], found["c"]))
+    if found["d"] is not None:
+        return ((int(found["d"]) * 24 + first) * 60 + second) * 60 + third
+    return (first * 60 + second) * 60 + third if found["c"] else first * 60 + second

@@ -1,0 +1,1 @@
+"""Several hosts on one machine, to be cut off and crashed."""

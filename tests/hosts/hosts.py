@@ -1,0 +1,140 @@
+"""Several hosts on one machine: network namespaces with names, addresses and processes of their own, on one switch.
+
+Files are shared, as on a cluster. Nothing is added to the machine's own network, and nothing gets out. Needs root.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+NEEDS = ("ip", "nsenter", "unshare")
+REASON = "needs root and iproute2: apt-get install -y --no-install-recommends iproute2"
+
+
+def can_be_made() -> bool:
+    return os.geteuid() == 0 and all(map(shutil.which, NEEDS))
+
+
+# Process 1 of a host: it reaps what its parent left, and its death ends every process of the host.
+_INIT = """
+hostname "$1"
+mount --bind "$2/hosts" /etc/hosts
+mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
+mount -t tmpfs -o size=1g tmpfs /dev/shm
+: > "$2/ready.$1"
+while :; do sleep 1000 & wait $!; done
+"""
+
+
+class Hosts:
+    """`with Hosts(folder, ["a", "b"]) as hosts`: both are up; all of it is gone after."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder = folder
+        self.names = list(names)
+        self._prefix = f"dt{os.getpid() % 10_000}"  # namespaces are named in one place for the whole machine
+        self._switch = f"{self._prefix}-switch"
+        self._inits: dict[str, subprocess.Popen[bytes]] = {}
+
+    def address(self, name: str) -> str:
+        return f"10.77.0.{self.names.index(name) + 1}"
+
+    def __enter__(self) -> Hosts:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = ["127.0.0.1 localhost", *(f"{self.address(name)} {name}" for name in self.names)]
+        (self.folder / "hosts").write_text("\n".join(lines) + "\n")
+        (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")  # no DNS to wait for
+        try:
+            _ip("netns", "add", self._switch)
+            _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
+            _ip("-n", self._switch, "link", "set", "br0", "up")
+            for name in self.names:
+                space = f"{self._prefix}-{name}"
+                _ip("netns", "add", space)
+                _ip("-n", space, "link", "set", "lo", "up")
+                _ip("-n", self._switch, "link", "add", self._port(name), "type", "veth", "peer", "eth0", "netns", space)
+                _ip("-n", space, "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
+                _ip("-n", space, "link", "set", "eth0", "up")
+                self.heal(name)
+                self.boot(name)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.names:
+            self._halt(name)
+        for space in (*(f"{self._prefix}-{name}" for name in self.names), self._switch):
+            with suppress(subprocess.CalledProcessError):
+                _ip("netns", "del", space)
+
+    # --- what can happen to a host --------------------------------------------------------------------------------
+
+    def cut(self, name: str) -> None:
+        """Packets vanish at the switch; the host itself sees a link that is up."""
+        _ip("-n", self._switch, "link", "set", self._port(name), "nomaster")
+
+    def heal(self, name: str) -> None:
+        _ip("-n", self._switch, "link", "set", self._port(name), "master", "br0", "up")
+
+    def crash(self, name: str) -> None:
+        """Power off: nobody hears a goodbye. It stays cut off until healed."""
+        self.cut(name)
+        self._halt(name)
+
+    def boot(self, name: str) -> None:
+        """An empty host."""
+        ready = self.folder / f"ready.{name}"
+        ready.unlink(missing_ok=True)
+        self._inits[name] = subprocess.Popen(
+            [
+                "nsenter", f"--net=/run/netns/{self._prefix}-{name}",
+                "unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=SIGKILL",
+                "bash", "-c", _INIT, "init", name, str(self.folder),
+            ],
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 10
+        while not ready.exists():
+            assert self._inits[name].poll() is None, f"{name} did not come up"
+            assert time.monotonic() < deadline, f"{name} did not come up in time"
+            time.sleep(0.01)
+
+    # --- processes ------------------------------------------------------------------------------------------------
+
+    def command(self, name: str, *command: object) -> list[str]:
+        """What runs `command` on a host, in the current folder."""
+        outer = self._inits[name].pid
+        inner = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()[0]
+        spaces = ("--net", "--uts", "--mount", "--pid")
+        return ["nsenter", "-t", inner, *spaces, f"--wdns={Path.cwd()}", "--", *map(str, command)]
+
+    def run(
+        self, name: str, *command: object, env: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(name, *command), capture_output=True, text=True, env=os.environ | (env or {}), **options
+        )
+
+    def _port(self, name: str) -> str:
+        return f"port{self.names.index(name) + 1}"
+
+    def _halt(self, name: str) -> None:
+        init = self._inits.pop(name, None)
+        if init is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(init.pid, signal.SIGKILL)
+            init.wait()
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)

@@ -1,0 +1,1 @@
+"""A real Slurm on one machine, and what becomes of trainings on it."""

@@ -1,0 +1,156 @@
+"""A real Slurm on hosts of network namespaces: munged, slurmctld on `head`, a slurmd on each node.
+
+No systemd, no cgroups. Two partitions: `low`, whose jobs are preempted and queued again, and `high`. Accounting is off.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hosts.hosts import Hosts
+from hosts.hosts import can_be_made as hosts_can_be_made
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+REASON = "needs root and Slurm: apt-get install -y --no-install-recommends slurm-wlm munge iproute2"
+PORT = 27_000
+GRACE_S, KILL_WAIT_S, LOST_S = 5, 5, 15  # of a preemption; from TERM to KILL; until a silent node counts as down
+
+
+def can_be_made() -> bool:
+    return hosts_can_be_made() and all(map(shutil.which, DAEMONS))
+
+
+class Cluster(Hosts):
+    """`with Cluster(folder, nodes=2) as cluster`: idle nodes node1, node2, ..."""
+
+    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4) -> None:
+        super().__init__(folder, ["head", *(f"node{number + 1}" for number in range(nodes))])
+        self.nodes = self.names[1:]
+        self.cpus = cpus
+        self.env = {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    def __enter__(self) -> Cluster:
+        for name in ("munge", "state", "spool"):
+            (self.folder / name).mkdir(parents=True, mode=0o755)
+        self.folder.chmod(0o755)
+        super().__enter__()
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()  # every daemon and job on the hosts dies with them
+        with suppress(OSError, ValueError):
+            os.kill(int((self.folder / "munge/pid").read_text()), signal.SIGTERM)
+
+    def _start(self) -> None:
+        key = self.folder / "munge/key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
+        (self.folder / "slurm.conf").write_text(self._config())
+        munge = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        arguments = [f"--{name}={self.folder}/munge/{file}" for name, file in munge.items()]
+        subprocess.run(["munged", "--force", *arguments], check=True, capture_output=True)
+        self.start_controller()
+        for node in self.nodes:
+            self.start_node(node)
+        self.wait_for(lambda: self._idle() == len(self.nodes), "idle nodes", 20)
+
+    def _config(self) -> str:
+        folder, names = self.folder, ",".join(self.nodes)
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={node} NodeAddr={self.address(node)} CPUs={self.cpus} RealMemory=8000"
+            for node in self.nodes
+        )
+        return f"""ClusterName=test
+SlurmctldHost=head({self.address("head")})
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+SlurmctldPort={PORT}
+SlurmdPort={PORT + 1}
+SrunPortRange={PORT + 100}-{PORT + 999}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+MailProg=/bin/true
+ReturnToService=2
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+PropagateResourceLimits=NONE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+KillWait={KILL_WAIT_S}
+MinJobAge=3600
+SlurmdTimeout={LOST_S}
+InactiveLimit=0
+{nodes}
+PartitionName=low Nodes={names} Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE_S}
+PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+    # --- daemons --------------------------------------------------------------------------------------------------
+
+    def start_controller(self) -> None:
+        # Not -c: after a restart the jobs are still known.
+        self._daemon("head", "slurmctld", "-f", self.env["SLURM_CONF"])
+
+    def start_node(self, node: str) -> None:
+        (self.folder / "spool" / node).mkdir(exist_ok=True)
+        self._daemon(node, "slurmd", "-f", self.env["SLURM_CONF"], "-N", node)
+
+    def _daemon(self, host: str, *command: object) -> None:
+        done = self.run(host, *command)
+        assert done.returncode == 0, done.stderr
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def ask(self, *command: object, **options: Any) -> str:
+        """What a command of Slurm or of ours says on the submit host."""
+        done = self.run("head", *command, env=self.env, **options)
+        assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def state(self, job: str) -> str:
+        return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def start_at_once(self, job: str) -> None:
+        """A job that was queued again would wait for two minutes."""
+        self.run("head", "scontrol", "update", f"jobid={job}", "StartTime=now", env=self.env)
+
+    def _idle(self) -> int:
+        done = self.run("head", "sinfo", "--noheader", "-N", "-p", "low", "-o", "%T", env=self.env)
+        return done.stdout.split().count("idle")
+
+    def wait_for(self, condition: Any, what: str, timeout_s: float) -> float:
+        """Seconds until it came true."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < timeout_s, f"no {what} within {timeout_s} s"
+            time.sleep(0.1)
+        return time.monotonic() - began

@@ -1,0 +1,146 @@
+"""sbatch texts, whole; and the decisions that they ask for."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dist_train.batch_script import BUNDLED, BatchScript
+from dist_train.config_file import parse_config
+from dist_train.errors import ConfigError, DataError
+from dist_train.run_dir import RunDir
+from dist_train.slurm import decide_requeue, judge_term
+from dist_train.submission import check_submission, seconds_of
+
+SCRIPTS = Path(__file__).parent.parent / "slurm"
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_scripts_in_slurm_are_what_we_render(name: str) -> None:
+    assert (SCRIPTS / f"{name}.sbatch").read_text() == BUNDLED[name].render()
+
+
+def test_no_other_script_lies_there() -> None:
+    assert {path.stem for path in SCRIPTS.glob("*.sbatch")} == {*BUNDLED}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun", "accelerate"])
+def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> None:
+    """By a stand-in for each command of Slurm: whatever quotes, spaces and dollars do."""
+    arguments = ("-c", "my config.yaml", "-o", "model.args={'a': \"b $HOME `c`\"}", "data.root=/x y", "")
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    say = 'printf "%s\\0" "$@" > seen\n'
+    for name, does in {
+        "srun": 'shift 2; exec "$@"\n', "scontrol": "echo localhost\n", "scancel": "", "getent": "",
+        "python": f'case "$*" in *requeue-check*) {say.strip()}.check; echo ended;; *) {say.strip()};; esac\n',
+    }.items():  # fmt: skip
+        (fake / name).write_text(f"#!/bin/bash\n{does}")
+        (fake / name).chmod(0o755)
+    script = BatchScript(launcher=launcher, arguments=arguments, python=str(fake / "python")).render()  # type: ignore[arg-type]
+    env = {"PATH": f"{fake}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"}
+    done = subprocess.run(
+        ["bash"], input=script, text=True, capture_output=True, cwd=tmp_path, env=env | {"SLURM_NODEID": "0"}
+    )
+    assert done.returncode == 0, done.stderr
+    for seen in ("seen", "seen.check"):
+        assert (tmp_path / seen).read_text().split("\0")[:-1][-len(arguments) :] == [*arguments]
+
+
+def test_what_is_asked_of_slurm() -> None:
+    more = {"options": ("--qos=long",), "setup": ("module load x",)}
+    script = BatchScript(nodes=3, nproc=4, gpus_per_node=4, cpus_per_proc=8, partition="gpu", **more)  # type: ignore[arg-type]
+    lines = script.render().splitlines()
+    for wanted in ("--nodes=3", "--ntasks-per-node=1", "--cpus-per-task=32", "--gpus-per-node=4", "--partition=gpu"):
+        assert f"#SBATCH {wanted}" in lines
+    assert "#SBATCH --qos=long" in lines
+    assert lines.index("module load x") < next(n for n, line in enumerate(lines) if line.startswith("srun"))
+    one_task_a_rank = BatchScript(launcher="srun", nproc=4).render()
+    assert "#SBATCH --ntasks-per-node=4" in one_task_a_rank
+    assert "torch.distributed.run" not in one_task_a_rank
+    assert shlex.split(one_task_a_rank, comments=True)
+
+
+# --- what is to become of the job ------------------------------------------------------------------------------------
+
+
+def run_that(path: Path, state: str | None, error: dict[str, str] | None = None) -> RunDir:
+    run_dir = RunDir(path)
+    run_dir.create()
+    if state:
+        run_dir.status.write_text(json.dumps({"state": state}))
+    if error:
+        run_dir.error.write_text(json.dumps(error))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "decision"),
+    [
+        ("PREEMPTED", None, "requeue"),
+        ("FINISHED", None, "ended"),
+        ("INTERRUPT", None, "ended"),
+        ("ERROR", {"kind": "PeerLost", "message": "gone"}, "requeue"),
+        ("TRAINING", {"kind": "PeerLost", "message": "gone"}, "requeue"),  # rank zero itself was killed
+        ("TRAINING", None, "requeue"),  # all of them were
+        ("ERROR", {"kind": "TrainingDiverged", "message": "not finite"}, "failed"),
+        ("TRAINING", {"kind": "UserCodeError", "message": "of rank 1"}, "failed"),
+        (None, {"kind": "ConfigError", "message": "before it began"}, "failed"),
+        (None, None, "failed"),
+    ],
+)
+def test_by_what_the_run_says_of_itself(
+    state: str | None, error: dict[str, str] | None, decision: str, tmp_path: Path
+) -> None:
+    run_dir = run_that(tmp_path / "run", state, error)
+    assert decide_requeue(run_dir, restarts=2, max_requeues=3)[0] == decision
+    if decision == "requeue":
+        word, why = decide_requeue(run_dir, restarts=3, max_requeues=3)
+        assert word == "failed"
+        assert "--max-requeues=3" in why
+
+
+def test_a_term_outside_of_slurm_is_an_interrupt() -> None:
+    assert judge_term({}) == "INTERRUPT"
+    assert judge_term({"SLURM_JOB_ID": "1"}) == "INTERRUPT"  # in a batch shell, without a step
+
+
+# --- refused before it is queued -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5", 300), ("5:30", 330), ("1:02:03", 3723), ("2-3", 183_600), ("1-0:30", 88_200), ("1-1:1:1", 90_061)],
+)
+def test_time_limits_as_sbatch_reads_them(text: str, seconds: int) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_no_time_limit() -> None:
+    with pytest.raises(ConfigError, match="--time=soon is no time limit"):
+        seconds_of("soon")
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "message"),
+    [
+        (BatchScript(nodes=3), {}, "global_batch_size=64 is not a multiple of world_size=6"),
+        (BatchScript(nproc=4, gpus_per_node=2), {"device": "cuda"}, "4 processes and 2 GPUs"),
+        (BatchScript(time="2"), {}, "--time=2 is 120 s"),
+        (BatchScript(lead_s=10), {}, "took 20 s, longer than --lead-s=10"),
+        (BatchScript(log="nowhere/%j.out"), {}, "mkdir -p nowhere"),
+    ],
+)
+def test_what_would_fail_later(script: BatchScript, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_submission(script, parse_config(settings), save_s=20.0)
+
+
+def test_data_that_no_node_could_fetch(tmp_path: Path) -> None:
+    config = parse_config({"data": {"name": "cifar10", "root": str(tmp_path)}})
+    with pytest.raises(DataError, match="dist-train data fetch cifar10"):
+        check_submission(BatchScript(), config)
