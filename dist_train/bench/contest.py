@@ -37,7 +37,7 @@ def contestants(mode: str) -> list[str]:
 
 def run_rounds(task: Task, names: Sequence[str], repetitions: int) -> Rounds:
     """Each round lets every contestant train once, so that a slow minute of the machine hits all of them."""
-    return [{name: _run(task, name) for name in names} for _ in range(repetitions)]
+    return [{name: _run(replace(task, seed=seed), name) for name in names} for seed in range(repetitions)]
 
 
 def _run(task: Task, name: str) -> Found:

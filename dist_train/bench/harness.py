@@ -16,7 +16,7 @@ def measure(task: Task, mode: str = "eager", nproc: int = 1, threads: int | None
     """One run of `dist-train train`, in processes of its own."""
     lines, result = train(
         {
-            "model.name": task.net, "global_batch_size": task.batch_size, "optimizer.lr": task.lr,
+            "seed": task.seed, "model.name": task.net, "global_batch_size": task.batch_size, "optimizer.lr": task.lr,
             "mixed_precision": task.precision, "step_mode": mode, "train_for": f"{2 * task.steps} steps",
             "log_every": task.steps, "eval_every": f"{task.steps} steps",
         },

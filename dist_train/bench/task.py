@@ -34,6 +34,7 @@ class Task:
     lr: float = 1e-3
     precision: str = "no"  # or bf16
     num_workers: int = 0  # of a DataLoader
+    seed: int = 0  # of weights and order: another one in each round
 
     def __post_init__(self) -> None:
         self.steps = min(self.steps, EXAMPLES // self.batch_size)
@@ -52,7 +53,7 @@ class Task:
         return "fp32" if self.precision == "no" else self.precision
 
     def new_net(self) -> nn.Module:
-        torch.manual_seed(0)
+        torch.manual_seed(self.seed)
         return MODELS[self.net]()
 
     def rounds(self) -> Iterator[int]:

@@ -24,7 +24,8 @@ def main() -> None:
     for steps in task.rounds():
         for batch in order.split(task.batch_size)[:steps]:
             mine = batch[rank::size]
-            loss = cross_entropy(net(images[mine]), labels[mine])
+            with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+                loss = cross_entropy(net(images[mine]), labels[mine])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
