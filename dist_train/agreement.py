@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from dist_train.run_dir import RunDir
-from dist_train.stop_request import StopRequest, StopState
+from dist_train.stop_request import StopRequest, StopState, Wish
 
 if TYPE_CHECKING:
     from dist_train.distributed import World
 
-_STATES: tuple[StopState | None, ...] = (None, "INTERRUPT", "PREEMPTED")
+_WISHES: tuple[Wish | None, ...] = (None, "TERM", "INTERRUPT", "PREEMPTED")
 
 
 class Agreement:
@@ -28,15 +29,17 @@ class Agreement:
         world: World,
         request: StopRequest,
         run_dir: RunDir | None = None,
+        judge_term: Callable[[], StopState] = lambda: "INTERRUPT",
         save_every_s: float = 0.0,
         interval_s: float = 1.0,
     ) -> None:
-        """`run_dir`: where STOP and SAVE files are looked for, by rank zero."""
+        """Rank zero looks into `run_dir` for STOP and SAVE files, and judges what a TERM meant."""
         self.stop: StopState | None = None
         self.save_due = False
         self._world = world
         self._request = request
         self._run_dir = run_dir
+        self._judge_term = judge_term
         self._save_every_s = save_every_s
         self._interval_s = interval_s
         self._last_save = self._timed_from = time.monotonic()
@@ -67,8 +70,9 @@ class Agreement:
         now = time.monotonic()
         pace = (now - self._timed_from) / self._timed_ticks
         save = self._world.is_rank_zero and self._wants_save(now)
-        told, save_due, slowest = self._reduce(float(_STATES.index(self._request.told)), float(save), pace)
-        self.stop = _STATES[round(told)]
+        told, save_due, slowest = self._reduce(float(_WISHES.index(self._request.told)), float(save), pace)
+        wish = _WISHES[round(told)]
+        self.stop = self._world.on_rank_zero(self._judge_term) if wish == "TERM" else wish
         self.save_due = bool(save_due)
         # At most four times further than last time: a first pace may be a lucky one.
         self._distance[phase] = max(1, min(4 * self._distance[phase], int(self._interval_s / max(slowest, 1e-9))))

@@ -31,6 +31,7 @@ from dist_train.plan import BatchPlan
 from dist_train.progress import Screen, set_up_logging
 from dist_train.run_dir import RunDir, State, note_error, read_json, write_json
 from dist_train.schedule import LearningRate
+from dist_train.slurm import judge_term
 from dist_train.start import Start, check_start, find_run_dir
 from dist_train.step import Step
 from dist_train.stop_request import StopRequest
@@ -193,7 +194,13 @@ def _build(
         checkpoints=checkpoints,
         tracker=Tracker(run_dir, config, facts, enabled=world.is_rank_zero),
         screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
-        agreement=Agreement(world, request, run_dir, save_every_s=save_every.value if save_every.unit == "s" else 0.0),
+        agreement=Agreement(
+            world,
+            request,
+            run_dir,
+            judge_term=lambda: judge_term(os.environ),
+            save_every_s=save_every.value if save_every.unit == "s" else 0.0,
+        ),
         learning_rate=learning_rate,
         steps_per_epoch=sampler.steps_per_epoch,
         started=started,

@@ -67,7 +67,8 @@ class Nodes:
         """Of torchrun."""
         number = f"{self.at_least}" if self.at_least == self.at_most else f"{self.at_least}:{self.at_most}"
         return [
-            f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={self.name}"
+            f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={self.name}",
+            "--rdzv-conf=last_call_timeout=10",  # so long a smaller world waits for more machines
         ]  # fmt: skip
 
 

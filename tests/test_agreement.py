@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from dist_train import agreement as module
 from dist_train.agreement import Agreement
 from dist_train.config_file import parse_config
 from dist_train.distributed import World
+from dist_train.run_dir import RunDir
 from dist_train.stop_request import StopRequest
 
 
@@ -109,6 +111,9 @@ class Alone:
 
     size, is_rank_zero, device = 1, True, None
 
+    def on_rank_zero(self, action: Callable[[], Any]) -> Any:
+        return action()
+
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -119,6 +124,35 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def agreement_of(request: StopRequest, **kwargs: Any) -> Agreement:
     return Agreement(Alone(), request, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("meant", ["INTERRUPT", "PREEMPTED"])
+def test_rank_zero_judges_what_a_term_meant(meant: Any) -> None:
+    request = StopRequest()
+    agreement = agreement_of(request, judge_term=lambda: meant, interval_s=0.0)
+    agreement.tick()
+    assert agreement.stop is None
+    request.tell("TERM")
+    agreement.tick()
+    assert agreement.stop == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "state"), [("", "INTERRUPT"), ("please\n", "INTERRUPT"), ("PREEMPTED\n", "PREEMPTED")]
+)
+def test_files_in_the_run_directory_are_wishes(text: str, state: str, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    agreement = agreement_of(StopRequest(), run_dir=run_dir, interval_s=0.0)
+    (tmp_path / "SAVE").touch()
+    agreement.tick()
+    assert (agreement.save_due, agreement.stop) == (True, None)
+    agreement.saved()
+    agreement.tick()
+    assert not agreement.save_due
+    (tmp_path / "STOP").write_text(text)
+    agreement.tick()
+    assert agreement.stop == state
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("step_s", [0.0001, 0.01, 0.3, 3.0])

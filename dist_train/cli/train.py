@@ -56,13 +56,12 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
     from dist_train.environment import LAUNCHER_PID, find_place
     from dist_train.launch import watch_launcher
     from dist_train.plan import BatchPlan
-    from dist_train.slurm import judge_term
     from dist_train.stop_request import StopRequest
     from dist_train.terminal import outlive_terminal
 
     outlive_terminal()
     place = find_place(os.environ)
-    request = StopRequest(judge_term=lambda: judge_term(os.environ))
+    request = StopRequest()
     if place.started_by in ("torchrun", "accelerate") or LAUNCHER_PID in os.environ:
         watch_launcher(lambda: request.tell("INTERRUPT"))
     config, start = resolve(options)

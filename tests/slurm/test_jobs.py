@@ -196,7 +196,7 @@ def test_by_our_own_commands(cluster: Cluster, tmp_path: Path, monkeypatch: pyte
     row = cluster.ask(*ours, "status").splitlines()[1].split()
     assert row[:3] == ["mine", job, "COMPLETED"]
     assert "FINISHED" in row
-    assert "finished" in cluster.ask(*ours, "logs", "runs/mine")
+    assert "ended, state FINISHED" in cluster.ask(*ours, "logs", "runs/mine")
     assert "finished already" in cluster.ask(*ours, "submit", "--run-name=mine", *EXACT)
     refused = cluster.run("head", *ours, "submit", "--partition=gold", *EXACT, env=cluster.env)
     assert refused.returncode == 2

@@ -1,0 +1,82 @@
+"""Two machines without a scheduler: one is powered off, the other goes on; then both again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import train_losses
+from test_launch import SETTINGS
+
+from hosts.hosts import REASON, Hosts, can_be_made
+
+pytestmark = pytest.mark.skipif(not can_be_made(), reason=REASON)
+
+ROOT = Path(__file__).parent.parent.parent
+EXACT = [*SETTINGS, "-o", "dtype=float64", "-o", "save_every=50 steps", "-o", "stall_timeout_s=10"]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    with Hosts(tmp_path / "hosts", ["node1", "node2"]) as made:
+        yield made
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float) -> float:
+    """Seconds until it came true."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout_s, f"no {what} within {timeout_s} s"
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def test_one_is_powered_off_and_comes_back(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"HEAD": "node1", "NPROC": "1", "OMP_NUM_THREADS": "1", "PATH": path}
+    train = [str(ROOT / "launch/restart.sh"), *EXACT, "-o", "train_for=6000 steps", "--run-name=r"]
+    run_dir = tmp_path / "runs/r"
+
+    def start(host: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / f"{host}.log").open("ab") as log:
+            return subprocess.Popen(hosts.command(host, *train), env=env, stdout=log, stderr=log)
+
+    def said() -> str:
+        return "\n".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
+
+    def trains_on(world_size: int, beyond: int) -> bool:
+        status = status_of(run_dir)
+        return (
+            status.get("state") == "TRAINING"
+            and status.get("world_size") == world_size
+            and status.get("step", 0) > beyond
+        )
+
+    one, _two = start("node1"), start("node2")
+    wait_for(lambda: trains_on(2, beyond=100), "training on both", 60)
+    hosts.crash("node2")
+    crashed_at = status_of(run_dir)["step"]
+    off_s = wait_for(lambda: trains_on(1, beyond=crashed_at), "training on one", 90)
+    hosts.heal("node2")
+    hosts.boot("node2")
+    start("node2")
+    back_s = wait_for(lambda: trains_on(2, beyond=crashed_at), "training on both again", 90)
+    print(f"powered off: trained again after {off_s:.1f} s; both again after {back_s:.1f} s")
+    assert one.wait(180) == 0, said()
+    assert status_of(run_dir)["state"] == "FINISHED"
+    alone = [sys.executable, "-m", "dist_train", "train", *EXACT, "-o", "train_for=6000 steps", "--run-name=alone"]
+    subprocess.run(alone, check=True, capture_output=True)
+    assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-8)
