@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup train test check fix exactness bench bench-gpu clean
+.PHONY: help setup train test cluster check fix exactness bench bench-gpu clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -19,8 +19,11 @@ $(VENV)/.done: pyproject.toml constraints.txt
 train: setup     ## the bundled MNIST on two processes
 	dist-train train -c mnist --nproc 2
 
-test: setup      ## the CPU test suite
-	pytest -q -n 2 --dist worksteal
+test: setup      ## the CPU test suite, without a cluster
+	pytest -q -n 2 --dist worksteal -m 'not cluster'
+
+cluster: setup   ## trainings on a real Slurm and on several hosts, made on this machine; needs root, slurm-wlm, iproute2
+	pytest -q -n 2 --dist loadfile -m cluster
 
 check: setup     ## format, lint, types, shell scripts
 	ruff format --check .

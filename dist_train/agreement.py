@@ -89,10 +89,10 @@ class Agreement:
         by_clock = 0 < self._save_every_s <= now - self._last_save
         if self._run_dir is None:
             return by_clock
-        stop = self._run_dir.pop_wish("STOP")
+        stop = self._run_dir.pop_wish(self._run_dir.stop_wish)
         if stop is not None:
             self._request.tell("PREEMPTED" if stop.strip() == "PREEMPTED" else "INTERRUPT")
-        return self._run_dir.pop_wish("SAVE") is not None or by_clock
+        return self._run_dir.pop_wish(self._run_dir.save_wish) is not None or by_clock
 
     def _reduce(self, *values: float) -> list[float]:
         if self._world.size == 1:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from dist_train.environment import LAUNCHER_PID, RUN_DIR, available_cores
 from dist_train.errors import ConfigError, LaunchError
@@ -30,6 +31,7 @@ ORPHAN_GRACE_S = 3.0
 
 
 _PORT = 29_400  # torchrun's own
+_SILENT_S = 30.0  # a run that has written no status for so long is not at work
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,9 @@ class Nodes:
     at_least: int
     at_most: int
     endpoint: str  # HOST:PORT
-    name: str  # the same on each: what they meet for
 
     @classmethod
-    def parse(cls, text: str, endpoint: str, name: str) -> Nodes:
+    def parse(cls, text: str, endpoint: str) -> Nodes:
         """`text`: "2" or "1:4".
 
         Raises:
@@ -61,13 +62,15 @@ class Nodes:
                 f'--rdzv-endpoint={endpoint}: "{host}" cannot be resolved on {socket.gethostname()}. '
                 f"Write the name or address of one of the machines."
             ) from None
-        return cls(least, most, f"{host}:{port or _PORT}", name)
+        return cls(least, most, f"{host}:{port or _PORT}")
 
-    def options(self) -> list[str]:
-        """Of torchrun."""
+    def options(self, run_dir: RunDir) -> list[str]:
+        """Of torchrun. They meet for the next attempt of the run: machines that come late must not join this one."""
+        attempt = run_dir.read_status().get("attempt", 0) + 1
         number = f"{self.at_least}" if self.at_least == self.at_most else f"{self.at_least}:{self.at_most}"
         return [
-            f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={self.name}",
+            f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
+            f"--rdzv-id={run_dir.path.name}.{attempt}",
             "--rdzv-conf=last_call_timeout=10",  # so long a smaller world waits for more machines
         ]  # fmt: skip
 
@@ -89,7 +92,7 @@ class LaunchSpec:
         """
         return [
             sys.executable, "-m", "torch.distributed.run",
-            *(self.nodes.options() if self.nodes else ["--standalone"]), f"--nproc-per-node={self.nproc}",
+            *(self.nodes.options(self.run_dir) if self.nodes else ["--standalone"]), f"--nproc-per-node={self.nproc}",
             *([f"--max-restarts={self.max_restarts}"] if self.max_restarts else []),
             f"--signals-to-handle={HANDLED_SIGNALS}", f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
             "-m", "dist_train", *self.arguments,
@@ -136,6 +139,23 @@ def start_ranks(spec: LaunchSpec) -> int:
         print(f"stopped by {forwarding.told.name} before the training had begun", file=sys.stderr)
         return 128 + forwarding.told
     raise _failure(spec, agent.returncode)
+
+
+def make_room(run_dir: RunDir) -> None:
+    """Before this machine joins a run that others are training: they save and stop, to start again with one more.
+
+    torchrun itself takes in a machine while its ranks run, but then often waits for itself (torch 2.13).
+    """
+    while is_live(run_dir.read_status()):
+        if not run_dir.stop_wish.exists():
+            run_dir.stop_wish.write_text("PREEMPTED\n")
+        time.sleep(0.5)
+    run_dir.stop_wish.unlink(missing_ok=True)
+
+
+def is_live(status: Mapping[str, Any]) -> bool:
+    """Whether ranks have lately said that they are at work."""
+    return status.get("state") not in (None, "ERROR", *CLEAN_ENDS) and time.time() - status["heartbeat"] < _SILENT_S
 
 
 def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:

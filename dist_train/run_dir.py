@@ -45,6 +45,7 @@ class RunDir:
         self.launcher_log = self.logs / "launcher.log"
         self.error = self.path / "error.json"
         self.result = self.path / "result.json"
+        self.stop_wish, self.save_wish = self.path / "STOP", self.path / "SAVE"  # left by any other shell
         self.attempt = 0  # set by begin_attempt
         self._fields: dict[str, Any] = {}
         self._lock = FileLock(self.path / ".lock", timeout=0)
@@ -108,7 +109,7 @@ class RunDir:
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
         }
-        for stale in (self.error, self.result, self.path / "STOP", self.path / "SAVE"):
+        for stale in (self.error, self.result, self.stop_wish, self.save_wish):
             stale.unlink(missing_ok=True)
         write_atomically(self.config, to_yaml(config))
         self.set_status(state="STARTING")
@@ -129,9 +130,8 @@ class RunDir:
         self._fields |= fields
         write_json(self.status, self._fields | {"heartbeat": round(time.time(), 3)}, durable=False)
 
-    def pop_wish(self, name: Literal["STOP", "SAVE"]) -> str | None:
-        """What somebody wrote into this file of the run directory, from any other shell; the file is gone after it."""
-        path = self.path / name
+    def pop_wish(self, path: Path) -> str | None:
+        """What somebody wrote into this file, which is gone after it; None if there is none."""
         try:
             found = path.read_text()
             path.unlink()

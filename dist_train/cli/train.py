@@ -84,7 +84,7 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
 
 def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -> None:
     """Everything that can be refused is refused here, before any process starts."""
-    from dist_train.launch import LaunchSpec, start_ranks
+    from dist_train.launch import LaunchSpec, make_room, start_ranks
     from dist_train.start import check_start, find_run_dir
 
     nodes = _nodes(options, nproc, config)
@@ -97,6 +97,8 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
         nodes=nodes,
         max_restarts=options.get("max_restarts", 0),
     )
+    if nodes is not None and nodes.at_least < nodes.at_most and not options["dry_run"]:
+        make_room(run_dir)
     click.echo(str(spec))
     if options["dry_run"]:
         return
@@ -122,7 +124,7 @@ def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
             f"--nnodes={text} needs --rdzv-endpoint=HOST, where the machines meet, and --run-name=N, so that they "
             f"train one run: give both, the same on each."
         )
-    nodes = Nodes.parse(text, endpoint, options["run_name"])
+    nodes = Nodes.parse(text, endpoint)
     for number in range(nodes.at_least, nodes.at_most + 1):
         BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, number * nproc)
     return nodes

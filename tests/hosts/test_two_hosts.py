@@ -17,7 +17,7 @@ from test_launch import SETTINGS
 
 from hosts.hosts import REASON, Hosts, can_be_made
 
-pytestmark = pytest.mark.skipif(not can_be_made(), reason=REASON)
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
 
 ROOT = Path(__file__).parent.parent.parent
 EXACT = [*SETTINGS, "-o", "dtype=float64", "-o", "save_every=50 steps", "-o", "stall_timeout_s=10"]
@@ -65,17 +65,18 @@ def test_one_is_powered_off_and_comes_back(hosts: Hosts, tmp_path: Path, monkeyp
             and status.get("step", 0) > beyond
         )
 
-    one, _two = start("node1"), start("node2")
+    one, two = start("node1"), start("node2")
     wait_for(lambda: trains_on(2, beyond=100), "training on both", 60)
     hosts.crash("node2")
+    two.wait(10)
     crashed_at = status_of(run_dir)["step"]
     off_s = wait_for(lambda: trains_on(1, beyond=crashed_at), "training on one", 90)
     hosts.heal("node2")
     hosts.boot("node2")
-    start("node2")
+    two = start("node2")
     back_s = wait_for(lambda: trains_on(2, beyond=crashed_at), "training on both again", 90)
     print(f"powered off: trained again after {off_s:.1f} s; both again after {back_s:.1f} s")
-    assert one.wait(180) == 0, said()
+    assert (one.wait(180), two.wait(30)) == (0, 0), said()
     assert status_of(run_dir)["state"] == "FINISHED"
     alone = [sys.executable, "-m", "dist_train", "train", *EXACT, "-o", "train_for=6000 steps", "--run-name=alone"]
     subprocess.run(alone, check=True, capture_output=True)

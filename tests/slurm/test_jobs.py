@@ -18,7 +18,7 @@ from test_launch import SETTINGS
 
 from slurm.cluster import GRACE_S, REASON, Cluster, can_be_made
 
-pytestmark = pytest.mark.skipif(not can_be_made(), reason=REASON)
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
 
 SCRIPTS = Path(__file__).parent.parent.parent / "slurm"
 EXACT = [*SETTINGS, "-o", "train_for=20 steps", "-o", "dtype=float64"]
