@@ -108,11 +108,17 @@ class RunDir:
             "host": socket.gethostname(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
+            **{name: before[name] for name in ("resumed_at", "fruitless_starts") if name in before},
         }
         for stale in (self.error, self.result, self.stop_wish, self.save_wish):
             stale.unlink(missing_ok=True)
         write_atomically(self.config, to_yaml(config))
         self.set_status(state="STARTING")
+
+    def note_resume(self, step: int) -> None:
+        """Where this attempt begins; and how many before it, in a row, have begun there and saved nothing further."""
+        fruitless = self._fields.get("fruitless_starts", 0) + 1 if self._fields.get("resumed_at") == step else 0
+        self.set_status(state="SETUP", resumed_at=step, fruitless_starts=fruitless)
 
     def check_not_superseded(self) -> None:
         """A later attempt of the run owns the directory from its first status on; an older one must not write.

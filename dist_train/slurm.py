@@ -12,6 +12,7 @@ from dist_train.run_dir import RunDir, read_json
 from dist_train.stop_request import StopState
 
 _ANSWER_S = 30.0  # a busy controller may take that long
+_FRUITLESS = 2  # starts that saved nothing new, after which one more has no prospect
 
 
 def judge_term(env: Mapping[str, str]) -> StopState:
@@ -42,6 +43,8 @@ def decide_requeue(run_dir: RunDir, restarts: int, max_requeues: int) -> tuple[D
     if state != "PREEMPTED" and not lost:
         return "failed", error.get("message", f"state {state}")
     why = f"state {state}" if state == "PREEMPTED" else "a rank or its node was lost"
+    if state != "PREEMPTED" and status.get("fruitless_starts", 0) >= _FRUITLESS:
+        return "failed", f"{why}, and so {_FRUITLESS + 1} starts in a row ended without a new checkpoint"
     if restarts >= max_requeues:
         return "failed", f"{why}, but this was start {restarts + 1} and --max-requeues={max_requeues}"
     return "requeue", why

@@ -104,6 +104,18 @@ def test_by_what_the_run_says_of_itself(
         assert "--max-requeues=3" in why
 
 
+def test_a_run_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
+    """Where no start gets to a new checkpoint, the next one has no prospect either."""
+    decisions = []
+    for step in (0, 0, 50, 50, 50, 50):
+        run_dir = RunDir(tmp_path / "run")
+        run_dir.create()
+        run_dir.begin_attempt(parse_config({}), wandb_id="id")
+        run_dir.note_resume(step)
+        decisions.append(decide_requeue(run_dir, restarts=0, max_requeues=100)[0])
+    assert decisions == ["requeue"] * 4 + ["failed"] * 2
+
+
 def test_a_term_outside_of_slurm_is_an_interrupt() -> None:
     assert judge_term({}) == "INTERRUPT"
     assert judge_term({"SLURM_JOB_ID": "1"}) == "INTERRUPT"  # in a batch shell, without a step

@@ -29,9 +29,14 @@ class Contest:
     rounds: Rounds
 
 
-def contestants(mode: str) -> list[str]:
+_IN_FP32 = " fp32"  # how a contestant is called that trains in fp32 while the others train in bf16
+
+
+def contestants(mode: str, precision: str) -> list[str]:
     """Ours, eager and in its faster mode, the floor, on a GPU also captured by hand, and the peers that are here."""
     floors = [FLOOR, CAPTURED] if mode == "graph" else [FLOOR]
+    if precision == "bf16":
+        floors += [FLOOR + _IN_FP32, "dataloader" + _IN_FP32]
     return [OURS, f"{OURS} {mode}", *floors, *(name for name, needs in PEERS.items() if not needs or find_spec(needs))]
 
 
@@ -43,9 +48,12 @@ def run_rounds(task: Task, names: Sequence[str], repetitions: int) -> Rounds:
 def _run(task: Task, name: str) -> Found:
     if name.startswith(OURS):
         return measure(task, mode=name.removeprefix(OURS).strip() or "eager")
-    tasks = [replace(task, num_workers=workers) for workers in ((0, 2) if name in PEERS else (0,))]
+    peer = name.removesuffix(_IN_FP32)
+    if peer != name:
+        task = replace(task, precision="no")
+    tasks = [replace(task, num_workers=workers) for workers in ((0, 2) if peer in PEERS else (0,))]
     found: list[Found] = [
-        json.loads(output_of(f"dist_train.bench.peers.{name}", each.to_argument()).splitlines()[-1]) for each in tasks
+        json.loads(output_of(f"dist_train.bench.peers.{peer}", each.to_argument()).splitlines()[-1]) for each in tasks
     ]
     return max(found, key=lambda each: each["samples_per_s"])
 

@@ -40,8 +40,11 @@ class Part:
 
 def _speed(options: Options) -> list[contest.Contest]:
     tasks = options.tasks(batch_size=64)
-    names = contest.contestants("compile" if tasks[0].on_cpu else "graph")
-    return [contest.Contest(task, contest.run_rounds(task, names, options.repetitions)) for task in tasks]
+    mode = "compile" if tasks[0].on_cpu else "graph"
+    return [
+        contest.Contest(task, contest.run_rounds(task, contest.contestants(mode, task.precision), options.repetitions))
+        for task in tasks
+    ]
 
 
 def _scaling(options: Options) -> list[contest.Contest]:
