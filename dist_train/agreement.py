@@ -14,6 +14,7 @@ from dist_train.stop_request import StopRequest, StopState, Wish
 if TYPE_CHECKING:
     from dist_train.distributed import World
 
+HEARTBEAT_S = 5.0
 _WISHES: tuple[Wish | None, ...] = (None, "TERM", "INTERRUPT", "PREEMPTED")
 
 
@@ -42,7 +43,7 @@ class Agreement:
         self._judge_term = judge_term
         self._save_every_s = save_every_s
         self._interval_s = interval_s
-        self._last_save = self._timed_from = time.monotonic()
+        self._last_save = self._last_beat = self._timed_from = time.monotonic()
         self._ticks = 0  # since the last agreement
         self._timed_ticks = 0  # those of them since `_timed_from`
         self._distance = {"train": 1, "evaluate": 1}
@@ -69,11 +70,11 @@ class Agreement:
             return
         now = time.monotonic()
         pace = (now - self._timed_from) / self._timed_ticks
-        save = self._world.is_rank_zero and self._wants_save(now)
+        save = self._world.is_rank_zero and self._look_around(now)
         told, save_due, slowest = self._reduce(float(_WISHES.index(self._request.told)), float(save), pace)
         wish = _WISHES[round(told)]
         self.stop = self._world.on_rank_zero(self._judge_term) if wish == "TERM" else wish
-        self.save_due = bool(save_due)
+        self.save_due = self.save_due or bool(save_due)
         # At most four times further than last time: a first pace may be a lucky one.
         self._distance[phase] = max(1, min(4 * self._distance[phase], int(self._interval_s / max(slowest, 1e-9))))
         self._ticks = 0
@@ -84,11 +85,14 @@ class Agreement:
         self._last_save = time.monotonic()
         self.start_phase()
 
-    def _wants_save(self, now: float) -> bool:
-        """By the clock, or by the wish of another shell; a wish to stop is passed on too. Rank zero only."""
+    def _look_around(self, now: float) -> bool:
+        """Whether a save is due, by the clock or by another shell's wish; passes on a wish to stop. Rank zero only."""
         by_clock = 0 < self._save_every_s <= now - self._last_save
         if self._run_dir is None:
             return by_clock
+        if now - self._last_beat >= HEARTBEAT_S:
+            self._run_dir.set_status()
+            self._last_beat = now
         stop = self._run_dir.pop_wish(self._run_dir.stop_wish)
         if stop is not None:
             self._request.tell("PREEMPTED" if stop.strip() == "PREEMPTED" else "INTERRUPT")

@@ -41,7 +41,7 @@ class BatchScript:
             [f"#SBATCH {option}" for option in self._options()],
             ["set -euo pipefail"],
             [*self.setup],
-            [f"export PYTHON=${{PYTHON:-{shlex.quote(self.python)}}}"],
+            [f"export PYTHON={self._or_exported('PYTHON', shlex.quote(self.python))}"],
             _MEET.splitlines(),
             _HEAR.splitlines(),
             self._start(),
@@ -59,10 +59,14 @@ class BatchScript:
             "open-mode": "append", "signal": f"B:USR1@{self.lead_s}",
         }  # fmt: skip
         return [
-            *(f"--{name}={value}" for name, value in wanted.items() if value is not None),
+            *(shlex.quote(f"--{name}={value}") for name, value in wanted.items() if value is not None),
             "--requeue",
             *self.options,
         ]
+
+    def _or_exported(self, name: str, value: str) -> str:
+        """In a script of general use the caller's own variable wins; what was asked for by arguments is as asked."""
+        return value if self.arguments is not None else f"${{{name}:-{value}}}"
 
     def _train(self) -> str:
         """The arguments of `train`, as the shell is to read them."""
@@ -70,22 +74,35 @@ class BatchScript:
 
     def _start(self) -> list[str]:
         train = f"-m dist_train train {self._train()} &"
-        ranks = f"export NPROC=${{NPROC:-${{SLURM_GPUS_ON_NODE:-{self.nproc}}}}}  # on each node"
+        nproc = self._or_exported(
+            "NPROC", f"{self.nproc}" if self.arguments is not None else f"${{SLURM_GPUS_ON_NODE:-{self.nproc}}}"
+        )
+        ranks = f"export NPROC={nproc}  # on each node"
         srun = "srun --kill-on-bad-exit=1 --wait=60"
         if self.launcher == "srun":
-            return ["# One task for each rank.", f'{srun} "$PYTHON" {train}']
+            return [
+                "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}",
+                "# One task for each rank.",
+                f'{srun} "$PYTHON" {train}',
+            ]
+        # torchrun and accelerate would set one thread.
+        threads = "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SRUN_CPUS_PER_TASK + NPROC - 1) / NPROC))}"
+        shutdown_s = max(SHUTDOWN_TIMEOUT_S, self.lead_s)
         if self.launcher == "torchrun":
             return [
                 ranks,
+                threads,
                 "# torchrun on each node. It must be told to pass USR1 on, or dies of it and leaves its ranks.",
                 f'{srun} "$PYTHON" -m torch.distributed.run \\',
                 '  --nnodes="$SLURM_NNODES" --nproc-per-node="$NPROC" --rdzv-backend=c10d \\',
                 '  --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \\',
-                f"  --signals-to-handle={HANDLED_SIGNALS} --shutdown-timeout={SHUTDOWN_TIMEOUT_S} \\",
+                f"  --signals-to-handle={HANDLED_SIGNALS} --shutdown-timeout={shutdown_s} \\",
                 f"  {train}",
             ]
         return [
             ranks,
+            threads,
+            f"export TORCHELASTIC_SHUTDOWN_TIMEOUT={shutdown_s}",
             "# accelerate launch on each node. Each has to give its own number: hence the shell.",
             "# shellcheck disable=SC2016",
             f"""{srun} bash -c 'exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --mixed_precision no \\""",
@@ -102,6 +119,9 @@ class BatchScript:
 _MEET = """\
 # srun does not inherit it from the job (since Slurm 22.05).
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+# A member of an array has a number in it; the bare id may mean the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 # Where the ranks meet: the first node, at a port of this job and this start of it.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 if ! getent hosts "$MASTER_ADDR" >/dev/null; then
@@ -113,7 +133,7 @@ export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_C
 
 _HEAR = """\
 # The time limit is near, and Slurm tells this shell alone. TERM for the ranks: they save, and end as PREEMPTED.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'scancel --signal=TERM "$job" || :' USR1
 # In a preemption Slurm sends it to the ranks first; when it comes here, the end of the step is still to be awaited.
 trap : TERM
 """
@@ -124,8 +144,7 @@ until wait "$step"; code=$?; ! kill -0 "$step" 2>/dev/null; do :; done  # a trap
 # torchrun ends with 1 after a signal, also when all is saved: what the run says of itself counts.
 case $({check}) in
   requeue)
-    member=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-    scontrol requeue "${{member:-$SLURM_JOB_ID}}"
+    scontrol requeue "$job"
     sleep 600 & wait  # until Slurm takes this shell away: leaving would end the job
     ;;
   ended) exit 0 ;;

@@ -40,7 +40,7 @@ class Checkpoints:
         self.world = world
         self._keep_last, self._keep_best, self._keep_every = config.keep_last, config.keep_best, keep_every_steps
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[float] | None = None
         self._failure = ""
         self.saved_step = -1
 
@@ -70,13 +70,14 @@ class Checkpoints:
 
         Collective: every rank must call this.
         """
+        started = time.perf_counter()
         snapshot = self.snapshot(state, step)
         self.saved_step = state.step
         if not self.world.is_rank_zero:
             return
         self._await()
         self.run_dir.sync_metrics()
-        self._pending = self._writer.submit(self._commit, snapshot)
+        self._pending = self._writer.submit(self._commit, snapshot, started)
 
     def finish(self) -> None:
         """Wait for the write under way.
@@ -99,7 +100,7 @@ class Checkpoints:
             return
         started = time.perf_counter()
         try:
-            self._pending.result()
+            self.run_dir.set_status(save_s=self._pending.result())
             self._failure = ""
         except (OSError, CheckpointError) as error:
             self._failure = (
@@ -111,11 +112,13 @@ class Checkpoints:
         if (waited := time.perf_counter() - started) > 0.05:
             _log.info("waited %.2f s until a checkpoint was written", waited)
 
-    def _commit(self, snapshot: Snapshot) -> None:
+    def _commit(self, snapshot: Snapshot, started: float) -> float:
+        """The seconds since `started`, from the wish to save until all of it was on the disk."""
         self.run_dir.check_not_superseded()
         write(snapshot, folder_of(self.run_dir, snapshot.state.step), attempt=self.run_dir.attempt)
         self._prune()
         self._link()
+        return round(time.perf_counter() - started, 3)
 
     def describe_last(self) -> str:
         last = next(iter(good(self.run_dir)), None)

@@ -132,12 +132,15 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def slurm_job(env: Mapping[str, str]) -> str | None:
+    """The id of the job we are in; of an array, with the member: the bare id may mean all of them."""
+    if env.get("SLURM_ARRAY_JOB_ID"):
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return env.get("SLURM_JOB_ID") or None
+
+
 def default_run_name(config_name: str, env: Mapping[str, str], now: str) -> str:
     """`<config>-<job id>` under Slurm (a requeue finds it again), `<config>-<run id>` in a sweep, else by time."""
     if env.get("WANDB_SWEEP_ID") and env.get("WANDB_RUN_ID"):
         return f"{config_name}-{env['WANDB_RUN_ID']}"
-    if env.get("SLURM_ARRAY_JOB_ID"):
-        return f"{config_name}-{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
-    if env.get("SLURM_JOB_ID"):
-        return f"{config_name}-{env['SLURM_JOB_ID']}"
-    return f"{config_name}-{now}"
+    return f"{config_name}-{slurm_job(env) or now}"

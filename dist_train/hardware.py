@@ -71,6 +71,6 @@ def keep_freed_memory(environment: Mapping[str, str]) -> None:
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in environment):
         return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if set_option is not None:
-        set_option(_MMAP_THRESHOLD, 2**30)
+    # Older glibc takes no more than 2**25. Without the one the other would do harm: it ends malloc's own tuning.
+    if set_option is not None and (set_option(_MMAP_THRESHOLD, 2**30) or set_option(_MMAP_THRESHOLD, 2**25)):
         set_option(_TRIM_THRESHOLD, 2**31 - 1)

@@ -16,11 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from dist_train.environment import LAUNCHER_PID, RUN_DIR, available_cores
 from dist_train.errors import ConfigError, LaunchError
-from dist_train.run_dir import CLEAN_ENDS, RunDir, read_json
+from dist_train.run_dir import CLEAN_ENDS, RunDir, read_json, write_atomically
 
 # What torchrun passes on to its ranks; of any other it would die and leave them behind.
 HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -31,7 +30,7 @@ ORPHAN_GRACE_S = 3.0
 
 
 _PORT = 29_400  # torchrun's own
-_SILENT_S = 30.0  # a run that has written no status for so long is not at work
+_SILENT_S = 30.0  # a run whose heartbeat, of every 5 s, has not changed for so long is not at work
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,8 @@ def start_ranks(spec: LaunchSpec) -> int:
     a failure the error of the rank that failed first is shown.
     """
     attempt_before = spec.run_dir.read_status().get("attempt", 0)
-    spec.run_dir.error.unlink(missing_ok=True)
+    if spec.nodes is None:  # else another machine may not have read it yet
+        spec.run_dir.error.unlink(missing_ok=True)
     with spec.run_dir.launcher_log.open("ab") as log:
         agent = subprocess.Popen(
             spec.torchrun(),
@@ -146,16 +146,17 @@ def make_room(run_dir: RunDir) -> None:
 
     torchrun itself takes in a machine while its ranks run, but then often waits for itself (torch 2.13).
     """
-    while is_live(run_dir.read_status()):
-        if not run_dir.stop_wish.exists():
-            run_dir.stop_wish.write_text("PREEMPTED\n")
+    seen, seen_at = run_dir.read_status().get("heartbeat"), time.monotonic()
+    while time.monotonic() - seen_at < _SILENT_S:  # by its change alone: the clocks of two machines may differ
+        status = run_dir.read_status()
+        if status.get("state") in (None, "ERROR", *CLEAN_ENDS):
+            break
+        if status.get("heartbeat") != seen:
+            seen, seen_at = status.get("heartbeat"), time.monotonic()
+            if not run_dir.stop_wish.exists():
+                write_atomically(run_dir.stop_wish, "PREEMPTED\n", durable=False)
         time.sleep(0.5)
     run_dir.stop_wish.unlink(missing_ok=True)
-
-
-def is_live(status: Mapping[str, Any]) -> bool:
-    """Whether ranks have lately said that they are at work."""
-    return status.get("state") not in (None, "ERROR", *CLEAN_ENDS) and time.time() - status["heartbeat"] < _SILENT_S
 
 
 def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:

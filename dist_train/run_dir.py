@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from dist_train.config import Config
 from dist_train.config_file import load_config, to_yaml
+from dist_train.environment import slurm_job
 from dist_train.errors import ConfigError, DistTrainError, RunDirError
 
 State = Literal[
@@ -106,7 +107,7 @@ class RunDir:
             "wandb_id": before.get("wandb_id") or wandb_id,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_job_id": slurm_job(os.environ),
             "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
             **{name: before[name] for name in ("resumed_at", "fruitless_starts") if name in before},
         }

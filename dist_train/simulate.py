@@ -16,7 +16,7 @@ from dist_train.models import build_model
 from dist_train.plan import BatchPlan
 
 # Tensors of a weight's size that an optimizer keeps for each weight.
-_STATE = {"adam": 2, "adamw": 2, "sgd": 1, "adadelta": 2, "rmsprop": 2}
+_STATE = {"adam": 2, "adamw": 2, "sgd": 0, "adadelta": 2, "rmsprop": 1}
 
 
 def simulate(config: Config, world_size: int) -> Iterator[str]:
@@ -50,10 +50,11 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
             assert torch.equal(torch.cat(shards).sort().values, torch.arange(total))
             yield f"{name}: {total} examples, each on one process, {' or '.join(map(str, sizes))} on each"
     weights = sum(parameter.nbytes for parameter in build_model(config.model, splits.known, config.seed).parameters())
-    needed = weights * (2 + _STATE[config.optimizer.name])
+    copies = 2 + _STATE[config.optimizer.name] + bool(config.optimizer.momentum) + bool(config.ema_decay)
+    needed = weights * copies
     data = splits.train.images.nbytes if isinstance(splits.train, ImageSet) else 0
     yield (
-        f"memory of a process: {needed / 2**20:.1f} MiB of weights, gradients and optimizer state, "
+        f"memory of a process: {needed / 2**20:.1f} MiB of weights, gradients, optimizer state and averages, "
         f"{data / 2**20:.1f} MiB of resident images, and the activations of {plan.per_device_batch_size} examples"
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dist_train.environment import slurm_job
 from dist_train.errors import LaunchError, PeerLost
 from dist_train.run_dir import RunDir, read_json
 from dist_train.stop_request import StopState
@@ -20,10 +21,11 @@ def judge_term(env: Mapping[str, str]) -> StopState:
 
     A job that ends within the grace of a preemption is not queued again by Slurm itself.
     """
-    if not env.get("SLURM_JOB_ID") or not env.get("SLURM_STEP_ID"):
+    job = slurm_job(env)
+    if job is None or not env.get("SLURM_STEP_ID"):
         return "INTERRUPT"
     try:
-        said = _ask("scontrol", "show", "job", "--oneliner", env["SLURM_JOB_ID"], timeout_s=5.0)
+        said = _ask("scontrol", "show", "job", "--oneliner", job, timeout_s=5.0)
     except LaunchError:
         return "PREEMPTED"  # whoever cancels a job reaches the controller too
     return "PREEMPTED" if "JobState=RUNNING" in said.split() else "INTERRUPT"
@@ -32,16 +34,20 @@ def judge_term(env: Mapping[str, str]) -> StopState:
 Decision = Literal["requeue", "ended", "failed"]
 
 
-def decide_requeue(run_dir: RunDir, restarts: int, max_requeues: int) -> tuple[Decision, str]:
+def decide_requeue(run_dir: RunDir, env: Mapping[str, str], max_requeues: int) -> tuple[Decision, str]:
     """What is to become of a job whose step has ended, and why; by what the run says of itself, not by exit codes."""
     status = run_dir.read_status()
-    state = status.get("state", "not begun")
-    error = read_json(run_dir.error)
-    if state in ("FINISHED", "INTERRUPT"):
-        return "ended", f"state {state}"
-    lost = error.get("kind") == PeerLost.__name__ or (not error and state not in ("not begun", "PREEMPTED", "ERROR"))
-    if state != "PREEMPTED" and not lost:
-        return "failed", error.get("message", f"state {state}")
+    state, error = status.get("state"), read_json(run_dir.error)
+    restarts = int(env.get("SLURM_RESTART_COUNT") or 0)
+    if state == "FINISHED":
+        return "ended", "state FINISHED"
+    if error and error.get("kind") != PeerLost.__name__:
+        return "failed", error["message"]
+    of_this_start = status.get("slurm_job_id"), int(status.get("slurm_restart_count") or 0)
+    if state is None or of_this_start != (slurm_job(env), restarts):
+        return "failed", "this start ended before the training had begun"
+    if state == "INTERRUPT":
+        return "ended", "state INTERRUPT"
     why = f"state {state}" if state == "PREEMPTED" else "a rank or its node was lost"
     if state != "PREEMPTED" and status.get("fruitless_starts", 0) >= _FRUITLESS:
         return "failed", f"{why}, and so {_FRUITLESS + 1} starts in a row ended without a new checkpoint"

@@ -20,9 +20,9 @@ def check_submission(script: BatchScript, config: Config, save_s: float = 0.0) -
         ConfigError, DataError: with the setting, the arithmetic and the fix.
     """
     BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, script.nodes * script.nproc)
-    if config.device == "cuda" and script.gpus_per_node < script.nproc:
+    if (config.device == "cuda" or script.gpus_per_node) and script.gpus_per_node < script.nproc:
         raise ConfigError(
-            f"device=cuda with {script.nproc} processes and {script.gpus_per_node} GPUs per node. "
+            f"{script.nproc} processes and {script.gpus_per_node} GPUs per node, with device={config.device}. "
             f"Ask for them with --gpus-per-node={script.nproc}."
         )
     limit_s = seconds_of(script.time)

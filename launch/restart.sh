@@ -5,12 +5,15 @@
 # A machine that falls silent is noticed after stall_timeout_s. HEAD has to be there: the others meet at it.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export NODES=${NODES:-1:2}
+export HEAD=${HEAD:?is the name of one of the machines} NODES=${NODES:-1:2}
 again=requeue
 while [[ $again == requeue ]]; do
-  "$here/nodes.sh" "$@"
-  code=$?
+  "$here/nodes.sh" "$@" &
+  nodes=$!
+  trap 'kill -TERM "$nodes"' TERM INT
+  until wait "$nodes"; code=$?; ! kill -0 "$nodes" 2>/dev/null; do :; done  # a trap ends one wait
   if ((code == 2 || code > 128)); then exit "$code"; fi  # wrong settings; told to stop
   again=$(python -m dist_train slurm requeue-check "$@")
+  sleep 2
 done
-exit "$code"
+[[ $again == ended ]]

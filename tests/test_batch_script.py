@@ -68,11 +68,14 @@ def test_what_is_asked_of_slurm() -> None:
 # --- what is to become of the job ------------------------------------------------------------------------------------
 
 
+JOB = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}
+
+
 def run_that(path: Path, state: str | None, error: dict[str, str] | None = None) -> RunDir:
     run_dir = RunDir(path)
     run_dir.create()
     if state:
-        run_dir.status.write_text(json.dumps({"state": state}))
+        run_dir.status.write_text(json.dumps({"state": state, "slurm_job_id": "7", "slurm_restart_count": "2"}))
     if error:
         run_dir.error.write_text(json.dumps(error))
     return run_dir
@@ -87,6 +90,8 @@ def run_that(path: Path, state: str | None, error: dict[str, str] | None = None)
         ("ERROR", {"kind": "PeerLost", "message": "gone"}, "requeue"),
         ("TRAINING", {"kind": "PeerLost", "message": "gone"}, "requeue"),  # rank zero itself was killed
         ("TRAINING", None, "requeue"),  # all of them were
+        ("ERROR", None, "requeue"),  # another machine has begun again
+        ("PREEMPTED", {"kind": "DataError", "message": "of a later start"}, "failed"),
         ("ERROR", {"kind": "TrainingDiverged", "message": "not finite"}, "failed"),
         ("TRAINING", {"kind": "UserCodeError", "message": "of rank 1"}, "failed"),
         (None, {"kind": "ConfigError", "message": "before it began"}, "failed"),
@@ -97,11 +102,14 @@ def test_by_what_the_run_says_of_itself(
     state: str | None, error: dict[str, str] | None, decision: str, tmp_path: Path
 ) -> None:
     run_dir = run_that(tmp_path / "run", state, error)
-    assert decide_requeue(run_dir, restarts=2, max_requeues=3)[0] == decision
+    assert decide_requeue(run_dir, JOB, max_requeues=3)[0] == decision
     if decision == "requeue":
-        word, why = decide_requeue(run_dir, restarts=3, max_requeues=3)
+        word, why = decide_requeue(run_dir, JOB, max_requeues=2)
         assert word == "failed"
-        assert "--max-requeues=3" in why
+        assert "--max-requeues=2" in why
+    if decision != "failed" and state != "FINISHED":  # what an earlier start said is no reason
+        for other in ({"SLURM_RESTART_COUNT": "3"}, {"SLURM_JOB_ID": "8"}):
+            assert decide_requeue(run_dir, JOB | other, max_requeues=9)[0] == "failed"
 
 
 def test_a_run_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
@@ -112,7 +120,7 @@ def test_a_run_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
         run_dir.create()
         run_dir.begin_attempt(parse_config({}), wandb_id="id")
         run_dir.note_resume(step)
-        decisions.append(decide_requeue(run_dir, restarts=0, max_requeues=100)[0])
+        decisions.append(decide_requeue(run_dir, {}, max_requeues=100)[0])
     assert decisions == ["requeue"] * 4 + ["failed"] * 2
 
 

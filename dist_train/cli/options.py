@@ -32,10 +32,6 @@ def start_options(command: Any) -> Any:
         click.option("-v", "--verbose", is_flag=True),
         click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only."),
         click.option("--fast-dev-run", is_flag=True, help="Five steps, one evaluation, no W&B: does it all work?"),
-        click.option(
-            "--simulate-world-size", type=click.IntRange(1, 4096), metavar="N",
-            help="Check shards and batches as of N processes, and start nothing.",
-        ),
         click.option("--dry-run", is_flag=True, help="Print what would be started and with which settings."),
         click.option("--run-name", metavar="N", help="Name of the run's directory."),
         click.option("--init-from", type=click.Path(path_type=Path), metavar="RUN", help="Start from its weights."),

@@ -91,7 +91,7 @@ def submit(**options: Any) -> None:
         return
     check_submission(script, config, named.read_status().get("save_s", 0.0) if named is not None else 0.0)
     there = cluster.partitions()
-    if script.partition is not None and script.partition not in there:
+    if script.partition is not None and not set(script.partition.split(",")) <= {*there}:
         raise ConfigError(f"--partition={script.partition} does not exist. Use one of {', '.join(there)}.")
     if options["dry_run"]:
         click.echo(script.render(), nl=False)
@@ -136,10 +136,11 @@ def _job_of(run_dir: RunDir) -> str:
     """The id of the job that the run belongs to."""
     from dist_train.run_dir import read_json
 
-    job = run_dir.read_status().get("slurm_job_id") or read_json(run_dir.path / "slurm.json").get("job")
-    if not job:
+    named = (read_json(run_dir.path / "slurm.json").get("job"), run_dir.read_status().get("slurm_job_id"))
+    found = [str(job) for job in named if job]
+    if not found:
         raise RunDirError(f"{run_dir.path} was not submitted to Slurm: neither slurm.json nor status.json names a job.")
-    return str(job)
+    return max(found, key=lambda job: int(job.partition("_")[0]))  # it may have been submitted again
 
 
 @slurm.command()
@@ -175,6 +176,6 @@ def requeue_check(max_requeues: int, **options: Any) -> None:
     from dist_train.start import find_run_dir
 
     run_dir = find_run_dir(*resolve(options))
-    decision, why = decide_requeue(run_dir, int(os.environ.get("SLURM_RESTART_COUNT") or 0), max_requeues)
+    decision, why = decide_requeue(run_dir, os.environ, max_requeues)
     click.echo(decision)
     click.echo(f"{run_dir.path}: {decision}, {why}", err=True)

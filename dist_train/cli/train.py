@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 _STARTED = time.perf_counter()
 
 
+_simulating = click.option(
+    "--simulate-world-size", type=click.IntRange(1, 4096), metavar="N",
+    help="Check shards and batches as of N processes, and start nothing.",
+)  # fmt: skip
+
+
 @click.command()
 @start_options
+@_simulating
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Start N processes on this machine.")
 def train(nproc: int | None, **options: Any) -> None:
     """Train, or continue, a run. Under torchrun, accelerate launch or srun: as one of its processes."""
@@ -32,6 +39,7 @@ def train(nproc: int | None, **options: Any) -> None:
 
 @click.command()
 @start_options
+@_simulating
 @click.option("--nproc", type=click.IntRange(min=1), required=True, metavar="N", help="Processes on this machine.")
 @click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines that train together.")
 @click.option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: one of them, the same for all.")
