@@ -140,7 +140,12 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
         return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
     def start_at_once(self, job: str) -> None:
-        """A job that was queued again would wait for two minutes."""
+        """A job that was queued again would wait for two minutes.
+
+        Not sooner than after two seconds: Slurm may hear of the end of the former batch shell after it has queued the
+        job again, and if the job runs already, takes that for the job's end.
+        """
+        time.sleep(2)
         self.run("head", "scontrol", "update", f"jobid={job}", "StartTime=now", env=self.env)
 
     def _idle(self) -> int:

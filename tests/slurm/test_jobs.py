@@ -47,6 +47,13 @@ def is_training(run_dir: Path, beyond: int = 0) -> bool:
     return status.get("state") == "TRAINING" and status.get("step", 0) > beyond
 
 
+def trains_again(cluster: Cluster, job: str, run_dir: Path, beyond: int) -> bool:
+    """Started at once whenever it waits: Slurm may set the time to wait for after it was taken back."""
+    if cluster.state(job) == "PENDING":
+        cluster.start_at_once(job)
+    return is_training(run_dir, beyond)
+
+
 def ended(cluster: Cluster, job: str, run_dir: Path) -> bool:
     """Started at once whenever it was queued again."""
     state = cluster.state(job)
@@ -118,13 +125,12 @@ def disturbed(cluster: Cluster, tmp_path: Path, script: str, disturb: Any) -> Pa
     run_dir = tmp_path / f"runs/smoke-{job}"
     beyond = 0
     for attempt in (1, 2):
-        cluster.wait_for(partial(is_training, run_dir, beyond), "training", 60)
+        cluster.wait_for(partial(trains_again, cluster, job, run_dir, beyond), "training", 60)
         disturb(job)
         cluster.wait_for(lambda: status_of(run_dir)["state"] == "PREEMPTED", "agreed stop", 30)
         beyond = status_of(run_dir)["step"]
         assert status_of(run_dir)["attempt"] == attempt
         cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue", 60)
-        cluster.start_at_once(job)
     cluster.wait_for(lambda: ended(cluster, job, run_dir), "end", 120)
     assert status_of(run_dir)["state"] == "FINISHED"
     assert status_of(run_dir)["attempt"] == 3
