@@ -170,8 +170,7 @@ def _build(
     facts = collect_facts(world, plan, world.hosts())
     before = read_json(run_dir.run_json) if state.step else {}
     if world.is_rank_zero:
-        run_dir.set_status(world_size=world.size)
-        run_dir.note_resume(state.step)
+        run_dir.note_resume(state.step, world.size)
         _report(config, run_dir, splits, sampler, net, state, total_steps, facts)
     # A resumed run goes on in the mode that was found best when it began.
     step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)

@@ -13,7 +13,10 @@ Launcher = Literal["torchrun", "srun", "accelerate"]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchScript:
-    """What a job asks Slurm for and what it runs. `arguments` None: those given to the script."""
+    """What a job asks Slurm for and what it runs.
+
+    `arguments` None: those given to the script, one of general use in which the caller's PYTHON and NPROC win.
+    """
 
     launcher: Launcher = "torchrun"
     arguments: tuple[str, ...] | None = None  # of `dist-train train`
@@ -25,7 +28,6 @@ class BatchScript:
     gpus_per_node: int = 0
     time: str = "60"  # as sbatch takes it: minutes, HH:MM:SS, D-HH
     partition: str | None = None
-    account: str | None = None
     array: str | None = None
     log: str = "%x-%j.out"
     lead_s: int = 120  # the job hears this long before its time limit
@@ -41,7 +43,7 @@ class BatchScript:
             [f"#SBATCH {option}" for option in self._options()],
             ["set -euo pipefail"],
             [*self.setup],
-            [f"export PYTHON={self._or_exported('PYTHON', shlex.quote(self.python))}"],
+            [f"export PYTHON={shlex.quote(self.python) if self.arguments is not None else '${PYTHON:-python}'}"],
             _MEET.splitlines(),
             _HEAR.splitlines(),
             self._start(),
@@ -53,7 +55,7 @@ class BatchScript:
         tasks = self.nproc if self.launcher == "srun" else 1
         cpus = self.cpus_per_proc * self.nproc // tasks
         wanted = {
-            "job-name": self.job_name, "partition": self.partition, "account": self.account, "array": self.array,
+            "job-name": self.job_name, "partition": self.partition, "array": self.array,
             "nodes": self.nodes, "ntasks-per-node": tasks, "cpus-per-task": cpus,
             "gpus-per-node": self.gpus_per_node or None, "time": self.time, "output": self.log,
             "open-mode": "append", "signal": f"B:USR1@{self.lead_s}",
@@ -64,19 +66,13 @@ class BatchScript:
             *self.options,
         ]
 
-    def _or_exported(self, name: str, value: str) -> str:
-        """In a script of general use the caller's own variable wins; what was asked for by arguments is as asked."""
-        return value if self.arguments is not None else f"${{{name}:-{value}}}"
-
     def _train(self) -> str:
         """The arguments of `train`, as the shell is to read them."""
         return '"$@"' if self.arguments is None else shlex.join(self.arguments)
 
     def _start(self) -> list[str]:
         train = f"-m dist_train train {self._train()} &"
-        nproc = self._or_exported(
-            "NPROC", f"{self.nproc}" if self.arguments is not None else f"${{SLURM_GPUS_ON_NODE:-{self.nproc}}}"
-        )
+        nproc = f"{self.nproc}" if self.arguments is not None else f"${{NPROC:-${{SLURM_GPUS_ON_NODE:-{self.nproc}}}}}"
         ranks = f"export NPROC={nproc}  # on each node"
         srun = "srun --kill-on-bad-exit=1 --wait=60"
         if self.launcher == "srun":

@@ -116,10 +116,10 @@ class RunDir:
         write_atomically(self.config, to_yaml(config))
         self.set_status(state="STARTING")
 
-    def note_resume(self, step: int) -> None:
+    def note_resume(self, step: int, world_size: int) -> None:
         """Where this attempt begins; and how many before it, in a row, have begun there and saved nothing further."""
         fruitless = self._fields.get("fruitless_starts", 0) + 1 if self._fields.get("resumed_at") == step else 0
-        self.set_status(state="SETUP", resumed_at=step, fruitless_starts=fruitless)
+        self.set_status(state="SETUP", world_size=world_size, resumed_at=step, fruitless_starts=fruitless)
 
     def check_not_superseded(self) -> None:
         """A later attempt of the run owns the directory from its first status on; an older one must not write.

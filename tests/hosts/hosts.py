@@ -125,6 +125,14 @@ class Hosts:
             self.command(name, *command), capture_output=True, text=True, env=os.environ | (env or {}), **options
         )
 
+    def wait_for(self, condition: Any, what: str, timeout_s: float) -> float:
+        """Seconds until it came true."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < timeout_s, f"no {what} within {timeout_s} s"
+            time.sleep(0.1)
+        return time.monotonic() - began
+
     def _port(self, name: str) -> str:
         return f"port{self.names.index(name) + 1}"
 

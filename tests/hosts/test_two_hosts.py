@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ranks import train_losses
 from test_launch import SETTINGS
 
+from dist_train.run_dir import read_json
 from hosts.hosts import REASON, Hosts, can_be_made
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
@@ -27,20 +25,6 @@ EXACT = [*SETTINGS, "-o", "dtype=float64", "-o", "save_every=50 steps", "-o", "s
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     with Hosts(tmp_path / "hosts", ["node1", "node2"]) as made:
         yield made
-
-
-def status_of(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float) -> float:
-    """Seconds until it came true."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout_s, f"no {what} within {timeout_s} s"
-        time.sleep(0.1)
-    return time.monotonic() - began
 
 
 def test_one_is_powered_off_and_comes_back(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +42,7 @@ def test_one_is_powered_off_and_comes_back(hosts: Hosts, tmp_path: Path, monkeyp
         return "\n".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
 
     def trains_on(world_size: int, beyond: int) -> bool:
-        status = status_of(run_dir)
+        status = read_json(run_dir / "status.json")
         return (
             status.get("state") == "TRAINING"
             and status.get("world_size") == world_size
@@ -66,18 +50,18 @@ def test_one_is_powered_off_and_comes_back(hosts: Hosts, tmp_path: Path, monkeyp
         )
 
     one, two = start("node1"), start("node2")
-    wait_for(lambda: trains_on(2, beyond=100), "training on both", 60)
+    hosts.wait_for(lambda: trains_on(2, beyond=100), "training on both", 60)
     hosts.crash("node2")
     two.wait(10)
-    crashed_at = status_of(run_dir)["step"]
-    off_s = wait_for(lambda: trains_on(1, beyond=crashed_at), "training on one", 90)
+    crashed_at = read_json(run_dir / "status.json")["step"]
+    off_s = hosts.wait_for(lambda: trains_on(1, beyond=crashed_at), "training on one", 90)
     hosts.heal("node2")
     hosts.boot("node2")
     two = start("node2")
-    back_s = wait_for(lambda: trains_on(2, beyond=crashed_at), "training on both again", 90)
+    back_s = hosts.wait_for(lambda: trains_on(2, beyond=crashed_at), "training on both again", 90)
     print(f"powered off: trained again after {off_s:.1f} s; both again after {back_s:.1f} s")
     assert (one.wait(180), two.wait(30)) == (0, 0), said()
-    assert status_of(run_dir)["state"] == "FINISHED"
+    assert read_json(run_dir / "status.json")["state"] == "FINISHED"
     alone = [sys.executable, "-m", "dist_train", "train", *EXACT, "-o", "train_for=6000 steps", "--run-name=alone"]
     subprocess.run(alone, check=True, capture_output=True)
     assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-8)

@@ -151,11 +151,3 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
     def _idle(self) -> int:
         done = self.run("head", "sinfo", "--noheader", "-N", "-p", "low", "-o", "%T", env=self.env)
         return done.stdout.split().count("idle")
-
-    def wait_for(self, condition: Any, what: str, timeout_s: float) -> float:
-        """Seconds until it came true."""
-        began = time.monotonic()
-        while not condition():
-            assert time.monotonic() - began < timeout_s, f"no {what} within {timeout_s} s"
-            time.sleep(0.1)
-        return time.monotonic() - began

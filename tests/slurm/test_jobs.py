@@ -16,6 +16,7 @@ import pytest
 from ranks import train_losses
 from test_launch import SETTINGS
 
+from dist_train.run_dir import read_json
 from slurm.cluster import GRACE_S, REASON, Cluster, can_be_made
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
@@ -34,8 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def status_of(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(run_dir / "status.json")
 
 
 def submit(cluster: Cluster, *command: str) -> str:
