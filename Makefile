@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup train test cluster check fix exactness bench bench-gpu clean
+.PHONY: help setup train test faults cluster check fix exactness bench bench-gpu clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -24,6 +24,9 @@ test: setup      ## the CPU test suite, without a cluster
 
 cluster: setup   ## trainings on a real Slurm and on several hosts, made on this machine; needs root, slurm-wlm, iproute2
 	pytest -q -n 2 --dist loadfile -m cluster
+
+faults: setup    ## kills, damages and mutated configs in full; prints the table of docs/faults.md
+	pytest -q -n 2 --dist load --all-faults tests/faults
 
 check: setup     ## format, lint, types, shell scripts
 	ruff format --check .

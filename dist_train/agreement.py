@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from dist_train.errors import DistTrainError
 from dist_train.run_dir import RunDir
 from dist_train.stop_request import StopRequest, StopState, Wish
 
@@ -31,16 +32,23 @@ class Agreement:
         request: StopRequest,
         run_dir: RunDir | None = None,
         judge_term: Callable[[], StopState] = lambda: "INTERRUPT",
+        poll: Callable[[], DistTrainError | None] = lambda: None,
+        on_agreed: Callable[[], None] = lambda: None,
         save_every_s: float = 0.0,
         interval_s: float = 1.0,
     ) -> None:
-        """Rank zero looks into `run_dir` for STOP and SAVE files, and judges what a TERM meant."""
+        """Rank zero looks into `run_dir` for STOP and SAVE files, and judges what a TERM meant.
+
+        `poll` is asked on rank zero for an error that all ranks must end with; `on_agreed` is called on every rank.
+        """
         self.stop: StopState | None = None
         self.save_due = False
         self._world = world
         self._request = request
         self._run_dir = run_dir
         self._judge_term = judge_term
+        self._poll = poll
+        self._on_agreed = on_agreed
         self._save_every_s = save_every_s
         self._interval_s = interval_s
         self._last_save = self._last_beat = self._timed_from = time.monotonic()
@@ -63,6 +71,9 @@ class Agreement:
         about a second and the step does not pay for it.
 
         Collective: every rank must call this.
+
+        Raises:
+            DistTrainError: on every rank, if rank zero has learned of one.
         """
         self._ticks += 1
         self._timed_ticks += 1
@@ -71,7 +82,13 @@ class Agreement:
         now = time.monotonic()
         pace = (now - self._timed_from) / self._timed_ticks
         save = self._world.is_rank_zero and self._look_around(now)
-        told, save_due, slowest = self._reduce(float(_WISHES.index(self._request.told)), float(save), pace)
+        error = self._poll() if self._world.is_rank_zero else None
+        told, save_due, failed, slowest = self._reduce(
+            float(_WISHES.index(self._request.told)), float(save), float(error is not None), pace
+        )
+        if failed:
+            self._world.on_rank_zero(lambda: _raise(error))
+        self._on_agreed()
         wish = _WISHES[round(told)]
         self.stop = self._world.on_rank_zero(self._judge_term) if wish == "TERM" else wish
         self.save_due = self.save_due or bool(save_due)
@@ -104,3 +121,8 @@ class Agreement:
         told = torch.tensor(values, dtype=torch.float32, device=self._world.device)
         result: list[float] = self._world.all_reduce(told, "max").tolist()
         return result
+
+
+def _raise(error: DistTrainError | None) -> None:
+    if error is not None:
+        raise error

@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import traceback
-from contextlib import suppress
+import threading
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from torch import nn
 
+from dist_train import watchdog
 from dist_train.agreement import Agreement
+from dist_train.audit import ShardAudit
 from dist_train.batching import ShardSampler
-from dist_train.checkpoint import find_checkpoint, load_weights
+from dist_train.checkpoint import load_weights
 from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
 from dist_train.config_file import to_yaml
 from dist_train.data import Splits, load_splits
-from dist_train.data.batches import training_batches
-from dist_train.data.image_set import num_examples
-from dist_train.distributed import World, end_process, is_peer_failure
-from dist_train.environment import Place, find_place
-from dist_train.errors import DistTrainError, PeerLost
+from dist_train.distributed import World
+from dist_train.environment import find_place
 from dist_train.facts import bit_changes, collect_facts
-from dist_train.models import build_model, not_invariant
-from dist_train.plan import BatchPlan
+from dist_train.manifest import find_checkpoint
+from dist_train.models import not_invariant
+from dist_train.parts import build_parts
 from dist_train.progress import Screen, set_up_logging
-from dist_train.run_dir import RunDir, State, note_error, read_json, write_json
-from dist_train.schedule import LearningRate
-from dist_train.slurm import judge_term
+from dist_train.reporting import Reporting
+from dist_train.run_dir import RunDir, State
+from dist_train.slurm import check_save_time, judge_term
+from dist_train.small_files import read_json
 from dist_train.start import Start, check_start, find_run_dir
-from dist_train.step import Step
 from dist_train.stop_request import StopRequest
+from dist_train.terminal import print_to
 from dist_train.tracking import Tracker
 from dist_train.train import Run
 from dist_train.train_state import TrainState
@@ -49,12 +48,13 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
     """
     place = find_place(os.environ)
     launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
-    with _Reporting(place, launched_in) as reporting:
+    with Reporting(place, config, launched_in) as reporting:
         # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
         splits = load_splits(config.data, config.seed, place.local_world_size)
+        watchdog.expect_within(config.setup_timeout_s)
         world = World.join(config)
         run_dir = RunDir(Path(world.from_rank_zero(str(find_run_dir(config, start).path))))
-        attempt = world.on_rank_zero(lambda: _open(run_dir, config, start))
+        attempt = world.on_rank_zero(lambda: _open(run_dir, config, start, started))
         if attempt is None:
             if world.is_rank_zero:
                 print(f"{run_dir.path} is finished already: nothing to do.")
@@ -65,6 +65,8 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
         world.check_shared(run_dir.path)
         world.check_same("config", to_yaml(config))
         set_up_logging(run_dir, world.rank, start.verbosity)
+        if not world.is_rank_zero:  # of a hundred nodes one speaks
+            reporting.errors = print_to(run_dir.rank_log(world.rank))
         world = _same_threads(world, run_dir)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
         with _build(config, world, run_dir, splits, start, request, started) as run:
@@ -77,48 +79,13 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
     return state
 
 
-def _open(run_dir: RunDir, config: Config, start: Start) -> int | None:
+def _open(run_dir: RunDir, config: Config, start: Start, started: float) -> int | None:
     """The number of this attempt, None if the run is finished. Rank zero only."""
     if check_start(run_dir, config, start):
         return None
     run_dir.lock()
-    run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8])
+    run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8], started=started)
     return run_dir.attempt
-
-
-class _Reporting:
-    """An error ends up in error.json (of all ranks' the first), in the rank's log, and as state ERROR.
-
-    With other ranks about, the process ends at once: they are waiting in a collective, and the clean way out would
-    wait for them.
-    """
-
-    def __init__(self, place: Place, run_dir: RunDir | None) -> None:
-        self.place = place
-        self.run_dir = run_dir  # None until this start owns one
-
-    def __enter__(self) -> _Reporting:
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if not isinstance(error, Exception):
-            return
-        trace = traceback.format_exc()
-        _log.debug("%s", trace)
-        code = error.exit_code if isinstance(error, DistTrainError) else 1
-        if is_peer_failure(error):
-            error = PeerLost("Another rank is gone and left no error of its own: killed, or its node is lost?")
-        first = True
-        if self.run_dir is not None:
-            first = note_error(self.run_dir.error, error, self.place.rank, code, trace)
-            if self.place.rank == 0 and self.run_dir.attempt:
-                with suppress(DistTrainError, OSError):
-                    self.run_dir.set_status(state="ERROR")
-        if self.place.world_size > 1:
-            if first:
-                text = error if isinstance(error, DistTrainError) else trace
-                print(f"error [rank {self.place.rank}]: {text}", file=sys.stderr)
-            end_process(code)
 
 
 def _same_threads(world: World, run_dir: RunDir) -> World:
@@ -141,23 +108,19 @@ def _build(
     started: float,
 ) -> Run:
     """Collective: every rank must call this."""
-    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world.size)
-    sampler = ShardSampler(num_examples(splits.train), plan, world.rank, config.seed)
-    total_steps = config.train_for.to_steps(sampler.steps_per_epoch)
-    learning_rate = LearningRate(
-        peak=config.optimizer.scaled_lr(config.global_batch_size),
-        total_steps=total_steps,
-        name=config.schedule.name,
-        warmup_steps=config.schedule.warmup.to_steps(sampler.steps_per_epoch),
-        final_ratio=config.schedule.final_ratio,
+    parts = build_parts(config, world, splits)
+    sampler, step, net, learning_rate = parts.sampler, parts.step, parts.step.net, parts.learning_rate
+    total_steps = learning_rate.total_steps
+    checkpoints = Checkpoints(
+        run_dir,
+        world,
+        config,
+        config.keep_every.to_steps(sampler.steps_per_epoch),
+        # In a thread of its own: a stop must not wait for Slurm's answer.
+        on_first_save=lambda save_s: threading.Thread(
+            target=check_save_time, args=(save_s, os.environ), daemon=True
+        ).start(),
     )
-    net = build_model(config.model, splits.known, config.seed)
-    if config.ddp.sync_batchnorm and world.device.type == "cuda" and world.size > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
-    step = Step(config, world, net, batches, plan, learning_rate)
-
-    checkpoints = Checkpoints(run_dir, world, config, config.keep_every.to_steps(sampler.steps_per_epoch))
     # Two checkpoints side by side, each with weights and twice as much of optimizer state.
     size = sum(p.nbytes for p in net.parameters())
     world.on_rank_zero(lambda: run_dir.check_room(6 * size))
@@ -167,7 +130,7 @@ def _build(
         if start.init_from is not None:
             load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
 
-    facts = collect_facts(world, plan, world.hosts())
+    facts = collect_facts(world, sampler.plan, world.hosts()) | {"data": splits.facts}
     before = read_json(run_dir.run_json) if state.step else {}
     if world.is_rank_zero:
         run_dir.note_resume(state.step, world.size)
@@ -181,7 +144,9 @@ def _build(
         cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
         if cut:
             _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
-        write_json(run_dir.run_json, facts)
+        run_dir.write_facts(facts)
+    audit = ShardAudit(sampler, world, state.step)
+    step.eager.batches.on_gather = audit.note
     world.barrier()
     save_every = config.save_every
     return Run(
@@ -199,9 +164,12 @@ def _build(
             request,
             run_dir,
             judge_term=lambda: judge_term(os.environ),
+            poll=checkpoints.poll,
+            on_agreed=lambda: watchdog.expect_within(config.stall_timeout_s),
             save_every_s=save_every.value if save_every.unit == "s" else 0.0,
         ),
         learning_rate=learning_rate,
+        audit=audit,
         steps_per_epoch=sampler.steps_per_epoch,
         started=started,
     )
@@ -251,6 +219,9 @@ def _report(
 def _print_results(run_dir: RunDir) -> None:
     result = read_json(run_dir.result)
     seconds = f"{result['train_s']:.1f} s in training steps, {result['total_s']:.1f} s in all"
+    if run_dir.attempt > 1:
+        ratio = 100 * result["effective_training_time"]
+        seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.attempt} starts went into new steps"
     print(f"finished: {result['step']} steps, {seconds}")
     for split in ("train", "val", "test"):
         if f"{split}/accuracy" in result:

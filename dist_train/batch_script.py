@@ -74,7 +74,7 @@ class BatchScript:
         train = f"-m dist_train train {self._train()} &"
         nproc = f"{self.nproc}" if self.arguments is not None else f"${{NPROC:-${{SLURM_GPUS_ON_NODE:-{self.nproc}}}}}"
         ranks = f"export NPROC={nproc}  # on each node"
-        srun = "srun --kill-on-bad-exit=1 --wait=60"
+        srun = "srun --label --kill-on-bad-exit=1 --wait=60"
         if self.launcher == "srun":
             return [
                 "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}",
@@ -108,8 +108,8 @@ class BatchScript:
         ]
 
     def _end(self) -> str:
-        check = f'"$PYTHON" -m dist_train slurm requeue-check --max-requeues={self.max_requeues} {self._train()}'
-        return _END.format(check=check)
+        options = f"${{told:+--told}} --max-requeues={self.max_requeues}"
+        return _END.format(check=f'"$PYTHON" -m dist_train slurm requeue-check {options} {self._train()}')
 
 
 _MEET = """\
@@ -129,7 +129,7 @@ export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_C
 
 _HEAR = """\
 # The time limit is near, and Slurm tells this shell alone. TERM for the ranks: they save, and end as PREEMPTED.
-trap 'scancel --signal=TERM "$job" || :' USR1
+trap 'told=yes; scancel --signal=TERM "$job" || :' USR1
 # In a preemption Slurm sends it to the ranks first; when it comes here, the end of the step is still to be awaited.
 trap : TERM
 """
@@ -140,8 +140,11 @@ until wait "$step"; code=$?; ! kill -0 "$step" 2>/dev/null; do :; done  # a trap
 # torchrun ends with 1 after a signal, also when all is saved: what the run says of itself counts.
 case $({check}) in
   requeue)
-    scontrol requeue "$job"
-    sleep 600 & wait  # until Slurm takes this shell away: leaving would end the job
+    for _ in {{1..30}}; do  # the controller may be away for a while
+      # Then wait until Slurm takes this shell away: leaving would end the job.
+      if scontrol requeue "$job"; then sleep 600 & wait; break; fi
+      sleep 10
+    done
     ;;
   ended) exit 0 ;;
 esac

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from copy import copy
 from typing import Any, cast
 
@@ -72,6 +72,13 @@ class _Length(Sized):
 
     def __len__(self) -> int:
         return self.length
+
+
+def count_into(counts: Tensor, batches: Sequence[Tensor]) -> None:
+    """One more in `counts` [num_examples] for each index of these batches, on whatever device they lie."""
+    if batches:
+        indices = torch.cat([each.to(counts.device) for each in batches])
+        counts.index_add_(0, indices, torch.ones_like(indices, dtype=counts.dtype))
 
 
 def evaluation_shard(num_examples: int, rank: int, world_size: int) -> Tensor:

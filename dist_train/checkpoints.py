@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from dist_train.checkpoint import (
-    Snapshot,
-    best,
-    folder_of,
-    good,
-    read_manifest,
-    remove,
-    restore,
-    step_folders,
-    write,
-)
+from dist_train.checkpoint import Snapshot, restore, write
 from dist_train.config import Config
 from dist_train.distributed import World
-from dist_train.errors import CheckpointError, TrainingDiverged
+from dist_train.errors import CheckpointError, DistTrainError, TrainingDiverged
+from dist_train.manifest import best, folder_of, good, read_manifest, remove_checkpoint, step_folders
 from dist_train.run_dir import RunDir
 from dist_train.schedule import is_due
 from dist_train.step import Step
@@ -35,13 +27,23 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run. Rank zero writes, in the background, one at a time."""
 
-    def __init__(self, run_dir: RunDir, world: World, config: Config, keep_every_steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        world: World,
+        config: Config,
+        keep_every_steps: int,
+        on_first_save: Callable[[float], None] = lambda save_s: None,
+    ) -> None:
+        """`on_first_save` is told on rank zero how many seconds it took."""
         self.run_dir = run_dir
         self.world = world
         self._keep_last, self._keep_best, self._keep_every = config.keep_last, config.keep_best, keep_every_steps
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[float] | None = None
-        self._failure = ""
+        self._failure = ""  # of the last write, if a later one may succeed
+        self._fatal: DistTrainError | None = None
+        self._on_first_save: Callable[[float], None] | None = on_first_save
         self.saved_step = -1
 
     def snapshot(self, state: TrainState, step: Step) -> Snapshot:
@@ -76,8 +78,18 @@ class Checkpoints:
         if not self.world.is_rank_zero:
             return
         self._await()
-        self.run_dir.sync_metrics()
+        try:
+            self.run_dir.metrics.sync()
+        except OSError as error:
+            self._fail(error)
+            return
         self._pending = self._writer.submit(self._commit, snapshot, started)
+
+    def poll(self) -> DistTrainError | None:
+        """Rank zero only: takes note of a write that has ended. Returns an error that all ranks must end with."""
+        if self._pending is not None and self._pending.done():
+            self._take_note(self._pending)
+        return self._fatal
 
     def finish(self) -> None:
         """Wait for the write under way.
@@ -85,12 +97,10 @@ class Checkpoints:
         Collective: every rank must call this.
 
         Raises:
-            CheckpointError: on every rank, if the last write failed.
+            DistTrainError: on every rank, if the last write failed.
         """
         self._await()
-        failure = self.world.from_rank_zero(self._failure)
-        if failure:
-            raise CheckpointError(failure)
+        self.world.on_rank_zero(self._raise_failure)
 
     def close(self) -> None:
         self._writer.shutdown(wait=True)
@@ -99,26 +109,49 @@ class Checkpoints:
         if self._pending is None:
             return
         started = time.perf_counter()
-        try:
-            self.run_dir.set_status(save_s=self._pending.result())
-            self._failure = ""
-        except (OSError, CheckpointError) as error:
-            self._failure = (
-                f"A checkpoint could not be written to {self.run_dir.checkpoints}: {error}. Make room there; "
-                f"the last good checkpoint is {self.describe_last()}."
-            )
-            _log.warning("%s Training goes on, the next save tries again.", self._failure)
-        self._pending = None
+        self._take_note(self._pending)
         if (waited := time.perf_counter() - started) > 0.05:
             _log.info("waited %.2f s until a checkpoint was written", waited)
+
+    def _take_note(self, write: Future[float]) -> None:
+        """How a write ended, which is waited for."""
+        self._pending = None
+        try:
+            self.run_dir.set_status(save_s=write.result())
+            self._failure = ""
+        except (OSError, CheckpointError) as error:
+            self._fail(error)
+        except DistTrainError as error:
+            self._fatal = error
+        except Exception as error:
+            self._fatal = CheckpointError(f"The thread that writes checkpoints failed: {type(error).__name__}: {error}")
+            self._fatal.__cause__ = error
+
+    def _fail(self, error: OSError | CheckpointError) -> None:
+        self._failure = (
+            f"A checkpoint could not be written to {self.run_dir.checkpoints}: {error}. Make room there; "
+            f"the last good checkpoint is {self.describe_last()}."
+        )
+        _log.warning("%s Training goes on, the next save tries again.", self._failure)
+
+    def _raise_failure(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal
+        if self._failure:
+            raise CheckpointError(self._failure)
 
     def _commit(self, snapshot: Snapshot, started: float) -> float:
         """The seconds since `started`, from the wish to save until all of it was on the disk."""
         self.run_dir.check_not_superseded()
-        write(snapshot, folder_of(self.run_dir, snapshot.state.step), attempt=self.run_dir.attempt)
+        folder = folder_of(self.run_dir, snapshot.state.step)
+        write(snapshot, folder, self.run_dir.attempt, before_rename=self.run_dir.check_not_superseded)
         self._prune()
         self._link()
-        return round(time.perf_counter() - started, 3)
+        save_s = round(time.perf_counter() - started, 3)
+        if self._on_first_save is not None:
+            self._on_first_save(save_s)
+            self._on_first_save = None
+        return save_s
 
     def describe_last(self) -> str:
         last = next(iter(good(self.run_dir)), None)
@@ -137,7 +170,7 @@ class Checkpoints:
         if self._keep_every:
             keep |= {path for path in complete if is_due(manifests[path]["step"], self._keep_every, -1)}
         for path in set(complete) - keep:
-            remove(path)
+            remove_checkpoint(path)
 
     def _link(self) -> None:
         """`last` and `best` for people; the code never reads them."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,6 +22,8 @@ from pydantic import (
     PlainSerializer,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -44,15 +47,32 @@ def _yaml_no(value: object) -> object:
     return "no" if value is False else value  # YAML reads a bare `no` as False
 
 
+def _without_nul(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("no path has a NUL in it")
+    return path
+
+
 _AsText = PlainSerializer(str, when_used="always")
 Steps = Annotated[Duration, BeforeValidator(_clock_free), _AsText]  # steps or epochs
 StepsOrSeconds = Annotated[Duration, BeforeValidator(Duration.parse), _AsText]
 Options = dict[str, JsonValue]  # keyword arguments for a class chosen by name
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+BatchSize = Annotated[int, Field(gt=0, lt=2**31)]
+FilePath = Annotated[Path, AfterValidator(_without_nul)]
+Seconds = Annotated[float, Field(gt=0, lt=2**31)]  # more is no time that a clock of the system can wait for
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and (int in kinds or float in kinds) and bool not in kinds:
+            raise ValueError("write a number, not yes or no")  # max_grad_norm: yes would be 1.0
+        return value
 
 
 class Normalize(_Settings):
@@ -77,21 +97,21 @@ class AugmentConfig(_Settings):
 
 class DataConfig(_Settings):
     name: str = "mnist"  # a data set of `dist-train data ls`, image_folder, or package.module:Name
-    bundle: Path | None = None  # BK.Synapse user code (folder or zip with bks_dataset.py) instead of a name
-    root: Annotated[Path | None, Free] = None  # None: $DIST_TRAIN_DATA_DIR, else the user's cache folder
+    bundle: FilePath | None = None  # BK.Synapse user code (folder or zip with bks_dataset.py) instead of a name
+    root: Annotated[FilePath | None, Free] = None  # None: $DIST_TRAIN_DATA_DIR, else the user's cache folder
     split: str | None = None  # emnist only: balanced, byclass, bymerge, digits, letters or mnist
     image_size: PositiveInt | None = None  # image_folder only: pixels per side
     val_examples: NonNegativeInt = 0  # held out of train for validation; 0: validate on val/ or on the test split
     normalize: Normalize | None = None  # None: pixels / 255, nothing else
     augment: AugmentConfig | None = None  # of training images
-    num_workers: Annotated[NonNegativeInt, Free] = 0  # loader processes per rank, where the set is streamed
+    num_workers: Annotated[int, Field(ge=0, le=1024), Free] = 0  # loader processes per rank, where the set is streamed
     resident: Annotated[bool | None, Free] = None  # whole set on the device; None: when it can be and fits
     args: Options = {}  # keyword arguments of package.module:Name
 
 
 class ModelConfig(_Settings):
     name: str = "mlp"  # mlp, bks, guide, conv, fast, speedrun, torchvision:NAME, timm:NAME or package.module:Class
-    bundle: Path | None = None  # BK.Synapse user code (folder or zip with bks_model.py) instead of a name
+    bundle: FilePath | None = None  # BK.Synapse user code (folder or zip with bks_model.py) instead of a name
     args: Options = {}  # keyword arguments of the net, as in model.args.dropout=0
 
 
@@ -165,7 +185,9 @@ class TrackingConfig(_Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is there, else offline
     project: str = "dist_train"
     entity: str | None = None
-    group: str | None = None
+    name: str | None = None  # None: of the run directory
+    group: str | None = None  # None: the sweep, if it is of one
+    job_type: str = "train"
     tags: list[str] = []
     tensorboard: bool = False
 
@@ -173,12 +195,8 @@ class TrackingConfig(_Settings):
 class Config(_Settings):
     seed: int = Field(0, ge=0, lt=2**63)
     train_for: Steps = Duration(5, "epochs")
-    global_batch_size: Annotated[int, Field(gt=0, lt=2**31)] = (
-        64  # examples per optimizer step, over all ranks and micro-steps
-    )
-    per_device_batch_size: Annotated[PositiveInt, Free] = (
-        1024  # at most this many per forward; lower it when out of memory
-    )
+    global_batch_size: BatchSize = 64  # examples per optimizer step, over all ranks and micro-steps
+    per_device_batch_size: Annotated[BatchSize, Free] = 1024  # at most so many per forward; lower it when out of memory
     mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None  # None: the launcher's, else no
     dtype: Literal["float32", "float64"] = "float32"  # float64: slow; shows that a difference is rounding and no fault
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Free] = "auto"
@@ -193,10 +211,12 @@ class Config(_Settings):
     keep_last: Annotated[PositiveInt, Free] = 2  # newest checkpoints that stay
     keep_best: Annotated[NonNegativeInt, Free] = 1  # best checkpoints that stay besides
     keep_every: Annotated[Steps, Free] = Duration(0)  # checkpoints at these steps stay for good; 0 = none
-    stall_timeout_s: Annotated[PositiveFloat, Free] = 600.0  # a rank that others wait for longer than this ends the run
+    # A rank that others wait for longer than this, or that does not get on for so long, ends the run.
+    stall_timeout_s: Annotated[Seconds, Free] = 600.0
+    setup_timeout_s: Annotated[Seconds, Free] = 1800.0  # until the first step: meeting, restoring, compiling
     preempt_signal: Annotated[Literal["USR1", "USR2"], Free] = "USR1"  # save and stop, to be started again later
     final_train_eval: bool = True  # at the end, an exact pass over the training set in eval mode
-    runs_dir: Annotated[Path | None, Free] = None  # None: $DIST_TRAIN_RUNS_DIR, else runs
+    runs_dir: Annotated[FilePath | None, Free] = None  # None: $DIST_TRAIN_RUNS_DIR, else runs
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -216,9 +236,12 @@ class Config(_Settings):
 
     def result_diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Settings in which the two differ and that can change the result: {name: (mine, other's)}."""
-        mine, theirs = self.flat(), other.flat()
-        differing = {key: (mine.get(key), theirs.get(key)) for key in mine | theirs if mine.get(key) != theirs.get(key)}
-        return {key: values for key, values in differing.items() if not _is_free(key)}
+        mine, theirs = self.result_settings(), other.result_settings()
+        return {key: (mine.get(key), theirs.get(key)) for key in mine | theirs if mine.get(key) != theirs.get(key)}
+
+    def result_settings(self) -> dict[str, Any]:
+        """Those of `flat` that can change the result."""
+        return {key: value for key, value in self.flat().items() if not _is_free(key)}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -227,6 +250,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         nested = isinstance(value, dict) and key != "args"
         pairs += _flatten(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
     return pairs
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The plain types inside an annotation such as `PositiveFloat | None`."""
+    inner = get_args(annotation)
+    return [kind for part in inner for kind in _kinds(part)] if inner else [annotation]
 
 
 def section_of(annotation: Any) -> type[_Settings] | None:

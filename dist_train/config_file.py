@@ -28,7 +28,30 @@ class _Numbers(yaml.resolver.Resolver):
 
 
 class _Loader(_Numbers, yaml.SafeLoader):
-    pass
+    """Refuses two things that SafeLoader lets pass."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """A key that stands there twice: of the two values one would be lost."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """A number that Python will not write, as it has more than 4300 digits; as 0x... it would read it."""
+        try:
+            value = super().construct_yaml_int(node)
+            str(value)
+        except ValueError as error:
+            problem = str(error).partition("; use sys.")[0]
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(_Numbers, yaml.SafeDumper):
@@ -51,17 +74,22 @@ def to_yaml(config: Config) -> str:
 
 
 def bundled_configs() -> dict[str, Path]:
-    """The configs that travel with the package, by name."""
+    """The configs that travel with the package, by name; that of a sweep is W&B's, and no training."""
     here = Path(__file__).resolve().parent
     folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    found = {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    found.pop("sweep", None)
+    return found
 
 
 def find_config(name: str) -> Path:
     """A path as it stands, else the bundled config of that name (`mnist`, or `configs/mnist.yaml` from anywhere)."""
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise ConfigError(f"No config file {_short(name)}: {error.strerror}.") from None
     bundled = bundled_configs()
     if path.stem in bundled and name in (path.stem, f"configs/{path.stem}.yaml"):
         return bundled[path.stem]
@@ -116,6 +144,17 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
+def listed(override: str) -> list[str]:
+    """The overrides that set one item each of the list that this one sets; empty if it sets none, or an empty one."""
+    key, _, text = override.partition("=")
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return []  # for _apply to explain
+    items = node.value if isinstance(node, yaml.SequenceNode) else []
+    return [f"{key}={text[item.start_mark.index : item.end_mark.index]}" for item in items]
+
+
 def _explain(item: Any) -> str:
     """One line for one pydantic error: the key as typed, the value, what is allowed."""
     location = [str(part) for part in item["loc"]]
@@ -135,7 +174,10 @@ def _explain(item: Any) -> str:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    try:
+        text = str(value)
+    except RecursionError:
+        text = "..."
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -20,9 +20,9 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from dist_train.config import Config, Precision
-from dist_train.environment import Place, export_rendezvous, find_place
+from dist_train.environment import Place, export_rendezvous, find_place, threads_per_process
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
-from dist_train.hardware import choose_device, choose_precision, keep_freed_memory, number_of_threads
+from dist_train.hardware import choose_device, choose_precision, keep_freed_memory
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class World:
         _check_accelerate(os.environ)
         device = choose_device(config, place)
         precision = choose_precision(config, device)
-        threads = number_of_threads(place)
+        threads = threads_per_process(place.local_world_size, os.environ)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose one and warn
         torch.set_num_threads(threads)
         if device == "cpu":
@@ -90,9 +90,14 @@ class World:
                 kwargs_handlers=handlers,
             )
         except (RuntimeError, ValueError, dist.DistError) as error:
+            port = os.environ.get("MASTER_PORT")
+            if "EADDRINUSE" in str(error):
+                why = f"MASTER_PORT={port} is taken on {socket.gethostname()}. Unset it, or set another for this job."
+            else:
+                why = first_line(error)
             raise LaunchError(
                 f"Rank {place.rank} of {place.world_size} could not meet the others at "
-                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}"
+                f"{os.environ.get('MASTER_ADDR')}:{port}: {why}"
             ) from error
         if (accelerator.process_index, accelerator.num_processes) != (place.rank, place.world_size):
             raise LaunchError(
@@ -129,16 +134,22 @@ class World:
         dist.all_gather(gathered, values)
         return torch.stack(gathered)
 
+    def gather(self, value: T) -> list[T]:
+        """The object (small, picklable) of every rank.
+
+        Collective: every rank must call this.
+        """
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def hosts(self) -> list[str]:
         """The host of every rank.
 
         Collective: every rank must call this.
         """
-        names = [""] * self.size
-        if self.size == 1:
-            return [socket.gethostname()]
-        dist.all_gather_object(names, socket.gethostname())
-        return names
+        return self.gather(socket.gethostname())
 
     def broadcast(self, values: list[Tensor]) -> None:
         """Rank zero's tensors, on every rank. In place.
@@ -245,6 +256,11 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def backends() -> list[str]:
+    """What this build of torch can speak with other ranks by."""
+    return [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()]
+
+
 def is_peer_failure(error: BaseException) -> bool:
     """Whether a collective broke because another rank is gone: the cause is there, not here."""
     if isinstance(error, dist.DistError):
@@ -259,7 +275,8 @@ def is_peer_failure(error: BaseException) -> bool:
     return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in inside)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of libraries that write many; the kind of an error that says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -10,7 +10,7 @@ from dist_train.config import Config
 from dist_train.data.batches import Batches
 from dist_train.distributed import World
 from dist_train.generators import seeding_for
-from dist_train.metrics import Counts
+from dist_train.metrics import Counts, Overflows
 from dist_train.objective import Objective, count_correct
 from dist_train.optimizers import bare_step, build_optimizer
 from dist_train.plan import BatchPlan
@@ -50,15 +50,16 @@ class EagerUpdate:
         # Already on its device. Asked to place it, Accelerate looks for DTensors and imports sympy for that (0.5 s).
         self.model, prepared = accelerator.prepare(net, optimizer, device_placement=[False, False])
         # The prepared optimizer is needed for a gradient scaler alone and costs 88 us a step.
-        self._scaled = accelerator.scaler is not None
-        self.optimizer = prepared if self._scaled else optimizer
-        self.optimize = self.optimizer.step if self._scaled else bare_step(optimizer)
+        self.overflows = Overflows(accelerator.scaler, world.device) if accelerator.scaler is not None else None
+        self.optimizer = prepared if self.overflows else optimizer
+        self.optimize = self.optimizer.step if self.overflows else bare_step(optimizer)
 
     def __call__(self, step: int) -> None:
         """The update that follows `step` (from 0) others."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate.at(step)
         self.forget_gradients()
+        scale = self.overflows.scale() if self.overflows is not None else None
         micro_steps = self.plan.grad_accum_steps
         for micro_step in range(micro_steps):
             batch = self.batches.at(step, micro_step)
@@ -73,6 +74,8 @@ class EagerUpdate:
         if self.max_grad_norm is not None:
             self.norm = self.world.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimize()
+        if self.overflows is not None and scale is not None:
+            self.overflows.note_update(scale)
 
     def seed_forward(self, step: int, micro_step: int) -> None:
         """Dropout and the like, of the net or of user code, as a function of where we are."""
@@ -91,7 +94,7 @@ class EagerUpdate:
         return float(nn.utils.get_total_norm(gradients))
 
     def _backward(self, loss: Tensor) -> None:
-        if self._scaled:
+        if self.overflows is not None:
             self.world.accelerator.backward(loss)
         else:
             loss.backward()

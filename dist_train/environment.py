@@ -132,6 +132,12 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def threads_per_process(processes: int, env: Mapping[str, str]) -> int:
+    """An explicit OMP_NUM_THREADS, of a list its first, else the cores shared out among this machine's processes."""
+    explicit = re.match(r"\s*0*([1-9]\d*)", env.get("OMP_NUM_THREADS", ""))
+    return int(explicit[1]) if explicit else max(1, available_cores() // processes)
+
+
 def slurm_job(env: Mapping[str, str]) -> str | None:
     """The id of the job we are in; of an array, with the member: the bare id may mean all of them."""
     if env.get("SLURM_ARRAY_JOB_ID"):

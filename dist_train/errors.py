@@ -8,6 +8,7 @@ DistTrainError
   RunDirError       run directory in use, unwritable, not shared   exit 1
   CheckpointError   cannot be written or read                      exit 1
   TrainingDiverged  the loss is not finite                         exit 1
+  OutOfMemory       of the device, or of the machine               exit 1
   UserCodeError     a bundle or a class of the user does not fit   exit 1
 
 A message is one or a few lines: the setting as the user typed it, the arithmetic, and the fix last.
@@ -45,6 +46,10 @@ class CheckpointError(DistTrainError):
 
 
 class TrainingDiverged(DistTrainError):
+    pass
+
+
+class OutOfMemory(DistTrainError):
     pass
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_train.agreement import Agreement
+from dist_train.confusion import Confusion
 from dist_train.data.evaluation_batches import EvaluationBatches
 from dist_train.distributed import World
 from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
@@ -18,6 +20,8 @@ from dist_train.objective import Objective, count_correct
 
 _log = logging.getLogger(__name__)
 
+_ENOUGH = 2**18  # numbers of outputs that are judged together
+
 
 @torch.no_grad()
 def evaluate(
@@ -26,9 +30,11 @@ def evaluate(
     objective: Objective,
     world: World,
     agreement: Agreement | None = None,
+    confusion: Confusion | None = None,
 ) -> dict[str, float] | None:
     """Mean loss (nats), accuracy (0..1), `seen` and the net's own metrics, every example of the split counted once.
 
+    `confusion` is told of each batch that is classified.
     None if the ranks agreed to stop before it was done. `net` is the bare module, not the one wrapped by DDP: shards
     differ by one example, and a wrapped forward is a collective.
 
@@ -41,7 +47,7 @@ def evaluate(
     world.broadcast([buffer for buffer in net.buffers() if buffer.numel()])
     was_training = net.training
     net.eval()
-    counts: Counts | None = None
+    sums = _Sums(objective, world.device, confusion)
     seed_generators = seeding_for(net, training=False)
     stream = iter(batches)
     try:
@@ -51,15 +57,7 @@ def evaluate(
                 seed_generators(batches.seed_of(batch))
                 with world.accelerator.autocast():
                     output = objective.forward(net, batch.inputs)
-                loss = objective.loss(output, batch.targets)
-                own = objective.metrics(output, batch.targets)
-                counts = counts or Counts(world.device, tuple(own))
-                if tuple(own) != counts.names[3:]:
-                    raise UserCodeError(
-                        f"metrics(output, target) returned {', '.join(own) or 'nothing'} for one batch and "
-                        f"{', '.join(counts.names[3:]) or 'nothing'} for another. Return the same keys each time."
-                    )
-                counts.add(loss, count_correct(output, batch.targets), len(batch), *own.values())
+                sums.add(output, batch.targets, len(batch))
             if agreement is not None:
                 agreement.tick("evaluate")
                 if agreement.stop:
@@ -67,6 +65,7 @@ def evaluate(
     finally:
         net.train(was_training)
 
+    counts = sums.counted()
     # A rank without examples knows neither the net's own metrics nor whether it classifies: rank zero always has some.
     names, classifies = world.from_rank_zero((counts.names, counts.classifies) if counts else ((), True))
     totals = (counts or Counts(world.device, names[3:])).totals(world)
@@ -83,3 +82,49 @@ def evaluate(
         _log.warning("left out, since not finite over %d examples: %s", seen, ", ".join(undefined))
     accuracy = {"accuracy": totals["correct"] / seen} if classifies else {}
     return means | accuracy | {"seen": seen}
+
+
+class _Sums:
+    """What a split's outputs come to. Small ones of a classifier are judged together: one operation instead of ten."""
+
+    def __init__(self, objective: Objective, device: torch.device, confusion: Confusion | None) -> None:
+        self._objective = objective
+        self._device = device
+        self._confusion = confusion
+        self._counts: Counts | None = None  # until there was a batch
+        self._waiting: list[tuple[Tensor, Tensor, int]] = []
+        self._num_waiting = 0  # numbers of outputs in there
+
+    def add(self, output: Any, targets: Any, seen: int) -> None:
+        tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)
+        if not (self._objective.is_plain and tensors and output.ndim == 2 and targets.ndim == 1):
+            self._judge(output, targets, seen)
+            return
+        self._waiting.append((output, targets, seen))
+        self._num_waiting += output.numel()
+        if self._num_waiting >= _ENOUGH:
+            self._judge_waiting()
+
+    def counted(self) -> Counts | None:
+        """All of it; None if there was nothing."""
+        self._judge_waiting()
+        return self._counts
+
+    def _judge_waiting(self) -> None:
+        if self._waiting:
+            outputs, targets, seen = zip(*self._waiting, strict=True)
+            self._waiting, self._num_waiting = [], 0
+            self._judge(torch.cat(outputs), torch.cat(targets), sum(seen))
+
+    def _judge(self, output: Any, targets: Any, seen: int) -> None:
+        loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
+        counts = self._counts = self._counts or Counts(self._device, tuple(own))
+        if tuple(own) != counts.names[3:]:
+            raise UserCodeError(
+                f"metrics(output, target) returned {', '.join(own) or 'nothing'} for one batch and "
+                f"{', '.join(counts.names[3:]) or 'nothing'} for another. Return the same keys each time."
+            )
+        correct = count_correct(output, targets)
+        if self._confusion is not None and correct is not None:
+            self._confusion.note(output, targets)
+        counts.add(loss, correct, seen, *own.values())

@@ -24,7 +24,7 @@ def collect_facts(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, 
     cuda = world.device.type == "cuda"
     return {
         "dist_train": __version__,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _PACKAGES}},
         "git_commit": git_commit(Path.cwd()),
         "argv": sys.argv,
         "started_by": world.place.started_by,
@@ -76,7 +76,7 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What one rank computes with: its device, precision, threads and memory."""
+"""What one rank computes with: its device, precision and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from dist_train.config import Config, Precision
-from dist_train.environment import Place, available_cores
+from dist_train.environment import Place
 from dist_train.errors import ConfigError, LaunchError
 
 
@@ -54,9 +54,11 @@ def choose_precision(config: Config, device: str) -> Precision:
     return cast(Precision, precision)
 
 
-def number_of_threads(place: Place) -> int:
-    explicit = os.environ.get("OMP_NUM_THREADS", "")
-    return int(explicit) if explicit.isdigit() else max(1, available_cores() // place.local_world_size)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the machine, had no more to give. On a CPU torch says it in words alone."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of mallopt(3)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TypeAlias
 
-from dist_train.environment import LAUNCHER_PID, RUN_DIR, available_cores
-from dist_train.errors import ConfigError, LaunchError
-from dist_train.run_dir import CLEAN_ENDS, RunDir, read_json, write_atomically
+from dist_train.environment import LAUNCHER_PID, RUN_DIR, threads_per_process
+from dist_train.errors import LaunchError
+from dist_train.nodes import Nodes
+from dist_train.post_mortem import find_cause, how_to_go_on, log_sizes, says_enough
+from dist_train.run_dir import CLEAN_ENDS, RunDir
+from dist_train.small_files import read_json
 
 # What torchrun passes on to its ranks; of any other it would die and leave them behind.
 HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -27,51 +29,6 @@ HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 SHUTDOWN_TIMEOUT_S = 60
 # Ranks whose launcher has died get this long to save and leave.
 ORPHAN_GRACE_S = 3.0
-
-
-_PORT = 29_400  # torchrun's own
-_SILENT_S = 30.0  # a run whose heartbeat, of every 5 s, has not changed for so long is not at work
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Several machines that train together, each with a launcher of its own."""
-
-    at_least: int
-    at_most: int
-    endpoint: str  # HOST:PORT
-
-    @classmethod
-    def parse(cls, text: str, endpoint: str) -> Nodes:
-        """`text`: "2" or "1:4".
-
-        Raises:
-            ConfigError: neither.
-            LaunchError: the host of the endpoint has no address.
-        """
-        found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if not 1 <= least <= most:
-            raise ConfigError(f"--nnodes={text} is no number of machines. Write 2, or 1:4 for one to four.")
-        host, _, port = endpoint.partition(":")
-        try:
-            socket.getaddrinfo(host, None)
-        except OSError:
-            raise LaunchError(
-                f'--rdzv-endpoint={endpoint}: "{host}" cannot be resolved on {socket.gethostname()}. '
-                f"Write the name or address of one of the machines."
-            ) from None
-        return cls(least, most, f"{host}:{port or _PORT}")
-
-    def options(self, run_dir: RunDir) -> list[str]:
-        """Of torchrun. They meet for the next attempt of the run: machines that come late must not join this one."""
-        attempt = run_dir.read_status().get("attempt", 0) + 1
-        number = f"{self.at_least}" if self.at_least == self.at_most else f"{self.at_least}:{self.at_most}"
-        return [
-            f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
-            f"--rdzv-id={run_dir.path.name}.{attempt}",
-            "--rdzv-conf=last_call_timeout=10",  # so long a smaller world waits for more machines
-        ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +56,8 @@ class LaunchSpec:
 
     def environment(self) -> dict[str, str]:
         """What the ranks get besides our own environment. An explicit OMP_NUM_THREADS wins."""
-        threads = max(1, available_cores() // self.nproc)
         return {
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+            "OMP_NUM_THREADS": str(threads_per_process(self.nproc, os.environ)),
             RUN_DIR: str(self.run_dir.path),
             LAUNCHER_PID: str(os.getpid()),
         }
@@ -117,6 +73,7 @@ def start_ranks(spec: LaunchSpec) -> int:
     a failure the error of the rank that failed first is shown.
     """
     attempt_before = spec.run_dir.read_status().get("attempt", 0)
+    logs_before = log_sizes(spec.run_dir)
     if spec.nodes is None:  # else another machine may not have read it yet
         spec.run_dir.error.unlink(missing_ok=True)
     with spec.run_dir.launcher_log.open("ab") as log:
@@ -138,25 +95,28 @@ def start_ranks(spec: LaunchSpec) -> int:
     if forwarding.told and not spec.run_dir.error.exists():
         print(f"stopped by {forwarding.told.name} before the training had begun", file=sys.stderr)
         return 128 + forwarding.told
-    raise _failure(spec, agent.returncode)
+    raise _failure(spec, logs_before)
 
 
-def make_room(run_dir: RunDir) -> None:
-    """Before this machine joins a run that others are training: they save and stop, to start again with one more.
+Training: TypeAlias = subprocess.Popen[bytes]
 
-    torchrun itself takes in a machine while its ranks run, but then often waits for itself (torch 2.13).
+
+def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: str) -> Training:
+    """Begin a training in a process of its own that does not outlive this one; what it prints goes to `log`.
+
+    `group`: for W&B, unless the environment names one.
     """
-    seen, seen_at = run_dir.read_status().get("heartbeat"), time.monotonic()
-    while time.monotonic() - seen_at < _SILENT_S:  # by its change alone: the clocks of two machines may differ
-        status = run_dir.read_status()
-        if status.get("state") in (None, "ERROR", *CLEAN_ENDS):
-            break
-        if status.get("heartbeat") != seen:
-            seen, seen_at = status.get("heartbeat"), time.monotonic()
-            if not run_dir.stop_wish.exists():
-                write_atomically(run_dir.stop_wish, "PREEMPTED\n", durable=False)
-        time.sleep(0.5)
-    run_dir.stop_wish.unlink(missing_ok=True)
+    environment = {
+        "OMP_NUM_THREADS": str(num_threads),
+        LAUNCHER_PID: str(os.getpid()),
+        "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or group,
+    }
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dist_train", "train", *arguments],
+            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=os.environ | environment,
+            start_new_session=True,  # a terminal's Ctrl-C must reach it once, through us
+        )  # fmt: skip
 
 
 def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
@@ -168,22 +128,25 @@ def output_of(module: str, *arguments: str, environment: Mapping[str, str] | Non
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
     if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-15:])
+        tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's own summary alone has 15 and more
         raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")
     return done.stdout
 
 
-def _failure(spec: LaunchSpec, code: int) -> LaunchError:
+def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What `nproc` ranks of it under torchrun print together."""
+    options = ["--standalone", f"--nproc-per-node={nproc}", "-m", module]
+    return output_of("torch.distributed.run", *options, *arguments, environment=environment)
+
+
+def _failure(spec: LaunchSpec, logs_before: Mapping[Path, int]) -> LaunchError:
     first = read_json(spec.run_dir.error)
-    if first:
-        error = LaunchError(f"{first['message']}" + (f"  [rank {first['rank']}]" if spec.nproc > 1 else ""))
-        error.exit_code = int(first.get("exit_code", 1))
-        return error
-    tail = spec.run_dir.launcher_log.read_text(errors="replace").splitlines()[-15:]
-    return LaunchError(
-        "\n".join(tail) + f"\nThe ranks ended with exit code {code} and left no error of their own (killed?). "
-        f"The whole output: {spec.run_dir.launcher_log}."
-    )
+    alone = spec.nproc == 1 and spec.nodes is None
+    error = LaunchError(first["message"] if alone and first else find_cause(spec.run_dir, logs_before))
+    error.exit_code = int(first.get("exit_code", 1))
+    if not says_enough(first.get("kind", "")):
+        error.add_note(how_to_go_on(spec.run_dir, spec.nproc if spec.nodes is None else None))
+    return error
 
 
 class _Forwarding:
@@ -231,7 +194,7 @@ def watch_launcher(on_death: Callable[[], None]) -> None:
     orphaned = parent == 1 and not _launches(parent)  # it died before we could look
 
     def watch() -> None:
-        while not orphaned and os.getppid() == parent and _alive(launcher):
+        while not orphaned and os.getppid() == parent and is_alive(launcher):
             time.sleep(0.25)
         on_death()
         time.sleep(ORPHAN_GRACE_S)
@@ -249,7 +212,7 @@ def _launches(pid: int) -> bool:
     return any(word in command for word in ("torchrun", "torch.distributed", "accelerate"))
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

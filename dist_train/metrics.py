@@ -45,6 +45,34 @@ class Counts:
         return dict(zip(self.names, sums.tolist(), strict=True))
 
 
+class Overflows:
+    """Updates that fp16 left out, as their gradients were not finite. Counted on the device, where the scale lives.
+
+    The optimizer itself cannot tell: a fused one skips the update in its kernel.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler, device: torch.device) -> None:
+        self._scaler = scaler
+        self._one = torch.ones((), device=device)
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # since `pop`, in a row, most in a row since
+
+    def scale(self) -> Tensor:
+        return self._scaler.scale(self._one)
+
+    def note_update(self, scale_before: Tensor) -> None:
+        """Only an overflow makes the scale smaller."""
+        left_out = (self.scale() < scale_before).long()
+        self.counts[0] += left_out
+        self.counts[1] = (self.counts[1] + 1) * left_out
+        self.counts[2] = torch.maximum(self.counts[2], self.counts[1])
+
+    def pop(self) -> tuple[int, int]:
+        """How many since the last call, and the most of them in a row. Waits for the device."""
+        count, _, most = self.counts.tolist()
+        self.counts[0] = self.counts[2] = 0
+        return count, most
+
+
 class Stopwatch:
     """Seconds inside training steps. Read only after the device was synchronised."""
 

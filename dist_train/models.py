@@ -200,6 +200,7 @@ def _cannot_make(config: ModelConfig, error: Exception) -> DistTrainError:
 # --- what depends on the world size ------------------------------------------------------------------------------
 
 _FUNCTIONAL_DROPOUT = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?_?")
+_DROPPING = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # of torchvision: by their `p`
 _RATES = ("dropout", "drop_rate", "drop_prob")  # of torch's attention and recurrent layers, torchvision, timm
 
 
@@ -209,16 +210,18 @@ def not_invariant(model: nn.Module) -> list[str]:
     parts = []
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
         parts.append("BatchNorm (statistics per forward)")
-    if any(_drops(module) for module in modules) or any(_calls_dropout(kind) for kind in {type(m) for m in modules}):
+    drops = any(drop_rates(module) for module in modules)
+    if drops or any(_calls_dropout(kind) for kind in {type(module) for module in modules}):
         parts.append("dropout (drawn per rank and micro-batch)")
     return parts
 
 
-def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
-        return bool(module.p)
-    rates = [getattr(module, name, None) for name in _RATES]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+def drop_rates(module: nn.Module) -> list[str]:
+    """The attributes of a module by which it drops something. Others' `p` may be a power."""
+    kind = type(module)
+    by_p = isinstance(module, nn.modules.dropout._DropoutNd) or kind.__name__ in _DROPPING or _calls_dropout(kind)
+    names = ("p", *_RATES) if by_p else _RATES
+    return [name for name in names if isinstance(rate := getattr(module, name, None), float) and rate > 0]
 
 
 def _calls_dropout(kind: type) -> bool:

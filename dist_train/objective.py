@@ -34,6 +34,11 @@ class Objective:
         required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         self._unpack = len(required) > 2 or any(p.kind is p.VAR_POSITIONAL for p in required)
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing of it is the net's own: over batches put together it is the mean of what it is over each."""
+        return self._own_loss is None and self._own_metrics is None
+
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         """The output for a micro-batch; logits [B, K] of a classifier."""
         return model(*inputs) if self._unpack and isinstance(inputs, (list, tuple)) else model(inputs)

@@ -24,6 +24,11 @@ class BatchPlan:
     def global_batch_size(self) -> int:
         return self.share * self.world_size
 
+    def with_smaller_forwards(self) -> BatchPlan | None:
+        """The same global batch in more micro-steps; None if an example at a time is too much already."""
+        smaller = [d for d in _divisors(self.share) if d < self.per_device_batch_size]
+        return BatchPlan(smaller[-1], self.share // smaller[-1], self.world_size) if smaller else None
+
     @classmethod
     def fit(cls, global_batch_size: int, at_most_per_device: int, world_size: int) -> BatchPlan:
         """The plan with the largest forwards that `at_most_per_device` allows.

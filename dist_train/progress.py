@@ -23,7 +23,7 @@ def set_up_logging(run_dir: RunDir, rank: int, verbosity: int) -> None:
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
-    file = logging.FileHandler(run_dir.rank_log(rank), encoding="utf-8")
+    file = _FileHandler(run_dir.rank_log(rank), encoding="utf-8")
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
     logger.addHandler(file)
     if rank == 0:
@@ -33,6 +33,13 @@ def set_up_logging(run_dir: RunDir, rank: int, verbosity: int) -> None:
     logging.captureWarnings(True)  # Python's warnings go to the log file, not through the bar
     logging.getLogger("py.warnings").handlers = [file]
     logging.getLogger("py.warnings").propagate = False
+
+
+class _FileHandler(logging.FileHandler):
+    """On a full disk a line is lost; it is on the screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 class _ScreenHandler(logging.Handler):
@@ -89,14 +96,21 @@ class Screen:
             self._bar.update(self._task, completed=line["step"], epoch=epoch, numbers=numbers)
         elif self._shown and time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._last_line = time.monotonic()
-            print(f"step {line['step']}/{self.total_steps}  epoch {line['epoch']:.2f}  {numbers}", flush=True)
+            print(describe(line, self.total_steps), flush=True)
 
     def show_evaluation(self, line: dict[str, Any]) -> None:
         if self._shown:
-            text = f"step {line['step']}/{self.total_steps}  epoch {line['epoch']:.2f}  val {_numbers(line, 'val')}"
-            _console().print(
-                f"{text}  epoch time {line['epoch_s']:.1f} s", markup=False, highlight=False, soft_wrap=True
-            )
+            _console().print(describe(line, self.total_steps), markup=False, highlight=False, soft_wrap=True)
+
+
+def describe(line: dict[str, Any], total_steps: int | None) -> str | None:
+    """A line of metrics for people; None for one that has neither training nor evaluation in it."""
+    where = f"step {line['step']}/{total_steps or '?'}  epoch {line['epoch']:.2f}"
+    if "train/loss" in line:
+        return f"{where}  {_numbers(line, 'train')}"
+    if "val/loss" in line:
+        return f"{where}  val {_numbers(line, 'val')}  epoch time {line['epoch_s']:.1f} s"
+    return None
 
 
 def _numbers(line: dict[str, Any], split: str) -> str:

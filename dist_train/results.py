@@ -1,24 +1,50 @@
-"""Use a run afterwards: evaluate a checkpoint of it."""
+"""The metrics of a checkpoint, counted once more."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train.checkpoint import find_checkpoint, load_weights, read_manifest
+from torch import Tensor
+
+from dist_train.checkpoint import load_weights
+from dist_train.config import Config
 from dist_train.config_file import load_config
+from dist_train.confusion import Confusion, class_names
 from dist_train.data import load_splits
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.distributed import World
 from dist_train.environment import find_place
 from dist_train.errors import CheckpointError, DataError
 from dist_train.evaluate import evaluate
+from dist_train.manifest import find_checkpoint, read_manifest
 from dist_train.models import build_model
 from dist_train.objective import Objective
 from dist_train.run_dir import RunDir
 
 
-def evaluate_run(path: Path, which: str, split: str) -> dict[str, float] | None:
+@dataclass(frozen=True)
+class Evaluated:
+    step: int
+    metrics: dict[str, float]
+    confusion: Tensor | None  # int64 [K, K]: of a class (row) so many were taken for another (column)
+    classes: list[str]  # [K]
+
+
+def find_trained(path: Path, which: str) -> tuple[Config, Path]:
+    """The settings of a run and the folder of its checkpoint `which` (last, best or a step).
+
+    Raises:
+        CheckpointError: no such run or checkpoint.
+    """
+    run_dir = RunDir(path)
+    if not run_dir.config.is_file():
+        raise CheckpointError(f"{path} has no config.yaml, so it is no run. Name a run directory.")
+    return load_config(str(run_dir.config)), find_checkpoint(run_dir, which)
+
+
+def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
     """Metrics of checkpoint `which` (last, best or a step) on `split` (val or test); None on ranks other than zero.
 
     Collective: every rank calls this with the same arguments.
@@ -27,11 +53,7 @@ def evaluate_run(path: Path, which: str, split: str) -> dict[str, float] | None:
         CheckpointError: no such run or checkpoint.
         DataError: the data set has no such split.
     """
-    run_dir = RunDir(path)
-    if not run_dir.config.is_file():
-        raise CheckpointError(f"{path} has no config.yaml, so it is no run. Name a run directory.")
-    config = load_config(str(run_dir.config))
-    folder = find_checkpoint(run_dir, which)
+    config, folder = find_trained(path, which)
     splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
     examples = splits.test if split == "test" else splits.val
     if examples is None:
@@ -41,6 +63,11 @@ def evaluate_run(path: Path, which: str, split: str) -> dict[str, float] | None:
     load_weights(net, folder)
     net.to(world.device)
     batches = evaluation_batches(examples, net, world, config)
-    found = evaluate(net, batches, Objective(net, config.label_smoothing), world)
+    confusion = Confusion()
+    found = evaluate(net, batches, Objective(net, config.label_smoothing), world, confusion=confusion)
+    counts = confusion.total(world)
     world.leave()
-    return {"step": read_manifest(folder)["step"], **(found or {})} if world.is_rank_zero else None
+    if not world.is_rank_zero or found is None:
+        return None
+    classes = class_names(splits.facts["classes"], 0 if counts is None else len(counts))
+    return Evaluated(read_manifest(folder)["step"], found, counts, classes)

@@ -1,11 +1,11 @@
-"""The run directory: the names in it, its lock and attempts, status.json, metrics.jsonl.
+"""The run directory: the names in it, its lock and attempts, status.json.
 
 Everything a run knows lies here; W&B mirrors it. Only rank zero writes, the per-rank logs aside.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import shutil
@@ -13,6 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ from dist_train.config import Config
 from dist_train.config_file import load_config, to_yaml
 from dist_train.environment import slurm_job
 from dist_train.errors import ConfigError, DistTrainError, RunDirError
+from dist_train.metrics_file import MetricsFile
+from dist_train.small_files import read_json, write_atomically, write_json
+from dist_train.time_sheet import TimeSheet, Use
 
 State = Literal[
     "CREATED", "STARTING", "SETUP", "TRAINING", "EVALUATING", "EVALUATED", "SAVING",
@@ -29,6 +33,12 @@ State = Literal[
 ]  # fmt: skip
 
 CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
+ENDS = (*CLEAN_ENDS, "ERROR")
+_USES: dict[str | None, Use] = {"TRAINING": "train", "EVALUATING": "evaluate", "EVALUATED": "train", "SAVING": "save"}
+
+_STATUS_S = 1.0  # a write costs a third of a millisecond, as much as half a small step
+
+_log = logging.getLogger(__name__)
 
 
 class RunDir:
@@ -39,16 +49,19 @@ class RunDir:
         self.config = self.path / "config.yaml"
         self.run_json = self.path / "run.json"
         self.status = self.path / "status.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.discarded = self.path / "metrics.discarded.jsonl"
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.launcher_log = self.logs / "launcher.log"
         self.error = self.path / "error.json"
         self.result = self.path / "result.json"
         self.stop_wish, self.save_wish = self.path / "STOP", self.path / "SAVE"  # left by any other shell
-        self.attempt = 0  # set by begin_attempt
+        self.slurm_json = self.path / "slurm.json"  # of `slurm submit`
+        self.attempt = 0  # this and the next are set by begin_attempt
+        self.time_sheet = TimeSheet({}, 0.0, 0, 0.0)
         self._fields: dict[str, Any] = {}
+        self._status_written = -math.inf  # time.monotonic()
+        self._unwritable: set[Path] = set()
         self._lock = FileLock(self.path / ".lock", timeout=0)
 
     def rank_log(self, rank: int) -> Path:
@@ -60,20 +73,28 @@ class RunDir:
             self.logs.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe_{socket.gethostname()}_{os.getpid()}"
             probe.write_text("x")
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another start may have swept it away
         except OSError as error:
-            raise RunDirError(
-                f"Run directory {self.path} cannot be written: {error.strerror}. "
-                f"Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
-            ) from None
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: OSError) -> RunDirError:
+        return RunDirError(
+            f"Run directory {self.path} cannot be written: {error.strerror}. "
+            f"Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
+        )
 
     def check_config(self, config: Config) -> None:
         """Refuse a directory that belongs to another config; nothing is written.
 
         Raises:
             ConfigError: with the settings that differ and what each side has.
+            RunDirError: no such directory can be.
         """
-        if not self.config.exists() or not any(self.checkpoints.glob("*step_*")):
+        try:
+            there = self.config.exists()
+        except OSError as error:  # a name that is too long, say
+            raise self._unusable(error) from None
+        if not there or not any(self.checkpoints.glob("*step_*")):
             return  # nothing of another run could be lost: a start that was refused leaves its name free
         difference = load_config(str(self.config)).result_diff(config)
         if difference:
@@ -84,11 +105,17 @@ class RunDir:
             )
 
     def lock(self) -> None:
-        """Take the directory for this process. Two starts on one host: the second is refused."""
+        """Take the directory for this process. Of two starts the second is refused.
+
+        Not so where the first is an earlier start of our Slurm job: on a node that the controller lost sight of it may
+        live on for a while. From our first status on it is superseded.
+        """
         try:
             self._lock.acquire()
         except (Timeout, OSError):
             status = self.read_status()
+            if _is_earlier_start(status, os.environ):
+                return
             raise RunDirError(
                 f"{self.path} is in use by process {status.get('pid')} on {status.get('host')} "
                 f"(attempt {status.get('attempt')}, state {status.get('state')}). "
@@ -98,12 +125,26 @@ class RunDir:
     def unlock(self) -> None:
         self._lock.release()
 
-    def begin_attempt(self, config: Config, wandb_id: str) -> None:
-        """Number this start of the run and write config.yaml. Needs the lock. `wandb_id` counts on the first one."""
-        before = self.read_status()
+    def begin_attempt(self, config: Config, wandb_id: str, started: float | None = None) -> None:
+        """Number this start of the run and write config.yaml. Needs the lock. `wandb_id` counts on the first one.
+
+        `started`: time.perf_counter() when the process began.
+        """
+        started = time.perf_counter() if started is None else started
+        # A power cut may have taken status.json; run.json is older, and synced.
+        before = self.read_status() or read_json(self.run_json)
         self.attempt = int(before.get("attempt", 0)) + 1
+        last_seen = before.get("heartbeat") or read_json(self.slurm_json).get("submitted") or time.time()
+        reached = max(before.get("reached", 0), before.get("step", 0))  # by any attempt: one may die in its set-up
+        self.time_sheet = TimeSheet(
+            before.get("seconds", {}),
+            down_s=time.time() - (time.perf_counter() - started) - last_seen,
+            reached=reached,
+            started=started,
+        )
         self._fields = {
             "attempt": self.attempt,
+            "reached": reached,
             "wandb_id": before.get("wandb_id") or wandb_id,
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -113,8 +154,17 @@ class RunDir:
         }
         for stale in (self.error, self.result, self.stop_wish, self.save_wish):
             stale.unlink(missing_ok=True)
-        write_atomically(self.config, to_yaml(config))
+        with self._put_off(self.config, unless=True):
+            write_atomically(self.config, to_yaml(config))
         self.set_status(state="STARTING")
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what starts that were killed have left half written."""
+        written = (self.config, self.run_json, self.status, self.metrics.path, self.error, self.result)
+        for pattern in (".probe_*", ".token_*", *(f".*{path.name}.*" for path in written)):
+            for stale in self.path.glob(pattern):
+                stale.unlink(missing_ok=True)
 
     def note_resume(self, step: int, world_size: int) -> None:
         """Where this attempt begins; and how many before it, in a row, have begun there and saved nothing further."""
@@ -127,15 +177,74 @@ class RunDir:
         Raises:
             RunDirError: this attempt was superseded.
         """
-        current = int(self.read_status().get("attempt", 0))
-        if current > self.attempt:
+        if self.is_superseded():
+            current = self.read_status()["attempt"]
             raise RunDirError(f"{self.path}: attempt {self.attempt} was superseded by attempt {current}.")
 
+    def is_superseded(self) -> bool:
+        return 0 < self.attempt < int(self.read_status().get("attempt", 0))
+
     def set_status(self, **fields: Any) -> None:
-        """Update status.json; the heartbeat is now."""
-        self.check_not_superseded()
+        """Update status.json; the heartbeat is now. Without a new state it is written at most once a second.
+
+        Raises:
+            RunDirError: this attempt was superseded; or an end of the run, which others act on, cannot be written.
+        """
         self._fields |= fields
-        write_json(self.status, self._fields | {"heartbeat": round(time.time(), 3)}, durable=False)
+        if "step" in fields:
+            self.time_sheet.note_step(fields["step"], fields.get("data_wait_s", 0.0))
+        if "state" not in fields and time.monotonic() - self._status_written < _STATUS_S:
+            return
+        self._status_written = time.monotonic()
+        self.check_not_superseded()
+        state = self._fields.get("state")
+        if use := _USES.get(fields.get("state")):
+            self.time_sheet.turn_to(use)
+        now = {"seconds": self.time_sheet.totals(), "heartbeat": round(time.time(), 3)}
+        with self._put_off(self.status, unless=state in (*CLEAN_ENDS, "STARTING")):
+            write_json(self.status, self._fields | now, durable=False)
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        self.check_not_superseded()
+        with self._put_off(self.metrics.path):
+            self.metrics.append(line)
+
+    def cut_metrics(self, step: int, *, evaluation_pending: bool) -> int:
+        """As `MetricsFile.cut`.
+
+        Raises:
+            RunDirError: there is no room for it.
+        """
+        with self._put_off(self.metrics.path, unless=True):
+            return self.metrics.cut(step, evaluation_pending=evaluation_pending)
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """run.json: what decides the numbers, and what must outlive a power cut, which may take status.json."""
+        kept = {name: self._fields[name] for name in ("attempt", "wandb_id")}
+        with self._put_off(self.run_json, unless=True):
+            write_json(self.run_json, {**facts, **kept})
+
+    def write_result(self, results: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            RunDirError: it cannot be written.
+        """
+        with self._put_off(self.result, unless=True):
+            write_json(self.result, results)
+
+    @contextmanager
+    def _put_off(self, path: Path, *, unless: bool = False) -> Iterator[None]:
+        """A disk that is full, or read-only, ends no training: it is said once, and each next write tries again."""
+        try:
+            yield
+        except OSError as error:
+            if unless:
+                raise RunDirError(f"{path} cannot be written: {error.strerror}. Make room, then start again.") from None
+            if path not in self._unwritable:
+                _log.warning("%s cannot be written: %s. Training goes on and tries again.", path, error.strerror)
+            self._unwritable.add(path)
+        else:
+            self._unwritable.discard(path)
 
     def pop_wish(self, path: Path) -> str | None:
         """What somebody wrote into this file, which is gone after it; None if there is none."""
@@ -148,42 +257,6 @@ class RunDir:
 
     def read_status(self) -> dict[str, Any]:
         return read_json(self.status)
-
-    # --- metrics.jsonl -----------------------------------------------------------------------------------------
-
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
-
-    def sync_metrics(self) -> None:
-        """Metrics up to a checkpoint are on the disk before the checkpoint is."""
-        if self.metrics.exists():
-            with self.metrics.open("rb") as file:
-                os.fsync(file.fileno())
-
-    def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines in order; a last line that a kill cut short is left out."""
-        text = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
-        yield from map(json.loads, text.split("\n")[:-1])
-
-    def cut_metrics(self, step: int, *, evaluation_pending: bool = False) -> int:
-        """Set aside the lines after `step`, which the resumed run writes again. Returns how many.
-
-        `evaluation_pending`: so is the `val` line of `step` itself, which an earlier resume may have written.
-        """
-        if not self.metrics.exists():
-            return 0
-        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        good = 0  # up to the first line that is later, or no line at all: a kill or a power cut may have left anything
-        while good < len(lines) and _step_of(lines[good]) <= step:
-            if evaluation_pending and _step_of(lines[good]) == step and "val/loss" in json.loads(lines[good]):
-                break
-            good += 1
-        if cut := lines[good:]:
-            with self.discarded.open("a", encoding="utf-8") as file:
-                file.write("".join(cut).rstrip("\n") + "\n")
-            write_atomically(self.metrics, "".join(lines[:good]))
-        return len(cut)
 
     def check_room(self, needed_bytes: int) -> None:
         """See that a first checkpoint fits.
@@ -199,12 +272,10 @@ class RunDir:
             )
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics, infinite if it is not a whole one."""
-    try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _is_earlier_start(status: Mapping[str, Any], env: Mapping[str, str]) -> bool:
+    """Whether `status` was written by an earlier start of the Slurm job that we are in."""
+    job, restarts = slurm_job(env), int(env.get("SLURM_RESTART_COUNT") or 0)
+    return job is not None and status.get("slurm_job_id") == job and int(status["slurm_restart_count"] or 0) < restarts
 
 
 def _where(error: BaseException) -> str:
@@ -213,38 +284,9 @@ def _where(error: BaseException) -> str:
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
-def to_json(value: Any) -> str:
-    """Strict JSON on one line: no NaN, no Infinity."""
-    return json.dumps(value, allow_nan=False)
-
-
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    text = json.dumps(value, allow_nan=False, indent=1)
-    write_atomically(path, text + "\n", durable=durable)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, or {} where there is none yet."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """The old file or the whole new one is there at any moment; `durable` also survives a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def describe_error(found: Mapping[str, Any]) -> str:
+    """What error.json says, and of which rank."""
+    return f"{found['message']}  [rank {found['rank']} on {found['host']}]"
 
 
 def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:
@@ -268,4 +310,5 @@ def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trac
     else:
         return True
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk not even what is not there can be removed
+            temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dist_train.batching import ShardSampler, evaluation_shard
+from dist_train.batching import ShardSampler, count_into, evaluation_shard
 from dist_train.config import Config
 from dist_train.data import load_splits
 from dist_train.data.image_set import ImageSet, num_examples
@@ -64,6 +64,5 @@ def _taken(examples: int, plan: BatchPlan, seed: int) -> Tensor:
     taken = torch.zeros(examples, dtype=torch.int64)
     sampler = ShardSampler(examples, plan, 0, seed)
     for sampler.rank in range(plan.world_size):  # one permutation for all
-        indices = torch.cat([sampler.indices(step) for step in range(sampler.steps_per_epoch)])
-        taken.index_add_(0, indices, torch.ones_like(indices))
+        count_into(taken, [sampler.indices(step) for step in range(sampler.steps_per_epoch)])
     return taken

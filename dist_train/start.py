@@ -32,8 +32,12 @@ def find_run_dir(config: Config, start: Start) -> RunDir:
     if start.run_dir is not None:
         return RunDir(start.run_dir)
     name = start.run_name or default_run_name(start.config_name, os.environ, f"{datetime.now():%Y%m%d-%H%M%S}")
-    parent = config.runs_dir or Path(os.environ.get("DIST_TRAIN_RUNS_DIR") or "runs")
-    return RunDir(parent.expanduser() / name)
+    return RunDir(parent_of_runs(config.runs_dir) / name)
+
+
+def parent_of_runs(runs_dir: Path | None = None) -> Path:
+    """Where run directories lie: as the settings say, else as DIST_TRAIN_RUNS_DIR does, else in `runs`."""
+    return (runs_dir or Path(os.environ.get("DIST_TRAIN_RUNS_DIR") or "runs")).expanduser()
 
 
 def check_start(run_dir: RunDir, config: Config, start: Start, *, create: bool = True) -> bool:

@@ -17,6 +17,7 @@ from dist_train.data.batches import Batches
 from dist_train.distributed import World, is_peer_failure
 from dist_train.eager_update import EagerUpdate
 from dist_train.errors import UserCodeError
+from dist_train.hardware import is_out_of_memory
 from dist_train.objective import Objective
 from dist_train.optimizers import load_state
 from dist_train.plan import BatchPlan
@@ -95,7 +96,7 @@ class Step:
                 batch = eager.batches.at(step, 0)
                 inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
                 eager.seed_forward(step, 0)
-                with explained(type(self.net).__name__, "failed on its first batch", unless=is_peer_failure):
+                with explained(type(self.net).__name__, "failed on its first batch", unless=_not_of_the_net):
                     output = eager.objective.forward(eager.model, inputs)
                     eager.objective.loss(output, batch.targets).backward()
                 self.world.synchronize()
@@ -144,6 +145,7 @@ class Step:
             "optimizer": self.eager.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "overflows": self.eager.overflows.counts if self.eager.overflows is not None else None,
             "window": self.world.all_gather(self.window.sums),  # [world_size, 3]
         }
 
@@ -155,6 +157,8 @@ class Step:
             self.ema.load_state_dict(state["ema"])
         if self.world.accelerator.scaler is not None:
             self.world.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.eager.overflows is not None and state.get("overflows") is not None:
+            self.eager.overflows.counts.copy_(state["overflows"])
         windows: Tensor = state["window"]
         if len(windows) == self.world.size:
             self.window.sums.copy_(windows[self.world.rank])
@@ -199,6 +203,10 @@ class Step:
             self._update, self.mode = update, mode
             _log.info("step_mode=%s: %s", mode, found)
         return why_not
+
+
+def _not_of_the_net(error: BaseException) -> bool:
+    return is_peer_failure(error) or is_out_of_memory(error)
 
 
 def _check_state(net: nn.Module) -> None:

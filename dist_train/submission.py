@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_train.batch_script import BatchScript
 from dist_train.config import Config, default_data_root
 from dist_train.errors import ConfigError, DataError
 from dist_train.plan import BatchPlan
+from dist_train.slurm import Partition
 
 _TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 
@@ -39,6 +41,34 @@ def check_submission(script: BatchScript, config: Config, save_s: float = 0.0) -
     if "%" not in str(folder) and not folder.is_dir():
         raise ConfigError(f"--log={script.log}: there is no folder {folder}, and Slurm makes none. mkdir -p {folder}")
     _check_data(config)
+
+
+def check_partition(script: BatchScript, there: Mapping[str, Partition]) -> None:
+    """Slurm queues a job that its partition can never run, and there it stays.
+
+    Raises:
+        ConfigError: no such partition, or more nodes, CPUs or time than it has.
+    """
+    default = [name for name, each in there.items() if each.is_default]
+    names = script.partition.split(",") if script.partition else default
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise ConfigError(f"--partition={script.partition} does not exist. Use one of {', '.join(sorted(there))}.")
+    if script.partition is None and any(option.startswith(("-p", "--partition")) for option in script.options):
+        return  # sbatch itself knows
+    cpus, asked_s = script.cpus_per_proc * script.nproc, seconds_of(script.time)
+    refusals = []
+    for name in names:
+        has = there[name]
+        if script.nodes > has.nodes:
+            refusals.append(f"--nodes={script.nodes}, and partition {name} has {has.nodes}.")
+        elif cpus > has.cpus:
+            asked = f"--nproc={script.nproc} x --cpus-per-proc={script.cpus_per_proc} = {cpus} CPUs on a node"
+            refusals.append(f"{asked}, and no node of partition {name} has more than {has.cpus}.")
+        elif has.time_limit != "infinite" and asked_s > seconds_of(has.time_limit):
+            refusals.append(f"--time={script.time}, and partition {name} ends jobs after {has.time_limit}.")
+    if names and len(refusals) == len(names):
+        raise ConfigError(f"{' '.join(refusals)} The job would wait for ever: ask for less.")
 
 
 def _check_data(config: Config) -> None:

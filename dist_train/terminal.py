@@ -1,4 +1,4 @@
-"""A training outlives the terminal or pipe that it prints to."""
+"""What a process prints: it outlives the terminal or pipe it prints to, and may go to a file of its own."""
 
 from __future__ import annotations
 
@@ -49,3 +49,17 @@ def outlive_terminal() -> None:
         if stream is None:  # started with the descriptor closed
             stream = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process is)
         setattr(sys, name, _Outliving(stream))
+
+
+def print_to(path: Path) -> TextIO:
+    """From now on what this process prints, from C too, goes to the end of `path`.
+
+    Returns a stream to where its errors went before.
+    """
+    before = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="replace")
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+    os.close(file)
+    return before

@@ -11,16 +11,18 @@ import netrc
 import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from dist_train.config import Config, TrackingConfig
+from dist_train.distributed import first_line
+from dist_train.errors import DistTrainError, RunDirError
 from dist_train.run_dir import RunDir
 
-# The time the mirrors get at the end to deliver what is left. W&B's offline files remain whatever happens.
+# The time the mirrors get at the end to deliver what is left. W&B's files remain whatever happens.
 FINISH_TIMEOUT_S = 60.0
 
 _log = logging.getLogger(__name__)
@@ -57,9 +59,10 @@ class _Mirror:
     """A thread that owns the trackers."""
 
     def __init__(self, run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> None:
+        self._run_dir = run_dir
         self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._summary: Mapping[str, Any] = {}
-        self._thread = threading.Thread(target=self._run, args=(run_dir, config, facts), name="tracking", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(config, facts), name="tracking", daemon=True)
         self._thread.start()
 
     def put(self, line: dict[str, Any]) -> None:
@@ -71,14 +74,17 @@ class _Mirror:
         self._queue.put(None)
         self._thread.join(FINISH_TIMEOUT_S)
         if self._thread.is_alive():
-            _log.warning("W&B did not finish within %.0f s; its offline files remain.", FINISH_TIMEOUT_S)
+            _log.warning(
+                "W&B did not take all within %.0f s. Later: dist-train wandb sync %s",
+                FINISH_TIMEOUT_S, self._run_dir.path,
+            )  # fmt: skip
 
-    def _run(self, run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> None:
+    def _run(self, config: Config, facts: Mapping[str, Any]) -> None:
         sinks: list[Sink] = []
         for start in (_start_wandb, _start_tensorboard):
             # Whatever a tracker raises, the training goes on without it.
             try:
-                sink = start(run_dir, config, facts)
+                sink = start(self._run_dir, config, facts)
             except Exception as error:
                 _log.warning("%s: %s. The run goes on without it.", start.__name__.removeprefix("_start_"), error)
             else:
@@ -95,6 +101,32 @@ class _Mirror:
                 if hasattr(sink, "run"):
                     sink.run.summary.update(dict(self._summary))
                 sink.finish()
+
+
+def sync(runs: Iterable[RunDir]) -> None:
+    """Send to W&B what it has not got of these runs, in the order in which it was recorded.
+
+    Raises:
+        RunDirError: of one of them nothing was recorded.
+        DistTrainError: W&B has not confirmed all of it.
+    """
+    folders: list[Path] = []
+    for run_dir in runs:
+        # Of those recorded online W&B cannot tell which it got whole; what is sent twice is there once.
+        found = [*run_dir.path.glob("wandb/run-*"), *run_dir.path.glob("wandb/offline-run-*")]
+        if not found:
+            raise RunDirError(f"{run_dir.path} has nothing that W&B recorded in {run_dir.path / 'wandb'}.")
+        folders += sorted(found, key=lambda folder: folder.name.removeprefix("offline-"))
+    from wandb.cli.cli import cli
+
+    cli.main(["sync", "--no-skip-online", *map(str, folders)], standalone_mode=False)
+    # Its exit code is 0 whatever became of them; what it has whole it marks.
+    doubtful = [str(folder) for folder in folders if not any(folder.glob("*.synced"))]
+    if doubtful:
+        raise DistTrainError(
+            f"W&B has not confirmed that it has all of {', '.join(doubtful)}. Of a run that was cut off while online "
+            f"it may never do so: its page shows whether the last step is there. Else see above, and sync again."
+        )
 
 
 def wandb_mode(config: TrackingConfig, env: Mapping[str, str]) -> str:
@@ -131,27 +163,48 @@ def _start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> S
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's own telemetry, which may fail
     import wandb
     from accelerate.tracking import WandBTracker
 
     init = {
-        "mode": mode,
         "dir": str(run_dir.path),
         # One W&B run over all attempts.
         "id": os.environ.get("WANDB_RUN_ID") or run_dir.read_status()["wandb_id"],
         "resume": "allow",
-        "name": os.environ.get("WANDB_NAME") or run_dir.path.name,
+        "name": os.environ.get("WANDB_NAME") or settings.name or run_dir.path.name,
         "entity": os.environ.get("WANDB_ENTITY") or settings.entity,
-        "group": os.environ.get("WANDB_RUN_GROUP") or settings.group,
-        "tags": [*settings.tags, f"world_size={facts['world_size']}", str(facts["device"])],
+        "group": os.environ.get("WANDB_RUN_GROUP") or settings.group or os.environ.get("WANDB_SWEEP_ID"),
+        "job_type": os.environ.get("WANDB_JOB_TYPE") or settings.job_type,
+        "tags": _tags(settings, facts),
         "settings": wandb.Settings(console="off", init_timeout=30, x_disable_stats=True),
     }
-    tracker = WandBTracker(os.environ.get("WANDB_PROJECT") or settings.project, **init)
-    tracker.start()
+    project = os.environ.get("WANDB_PROJECT") or settings.project
+    try:
+        tracker = WandBTracker(project, mode=mode, **init)
+        tracker.start()
+    except Exception as error:
+        if mode == "offline":
+            raise
+        _log.warning(
+            "W&B cannot be reached: %s. The run is recorded offline. Later: dist-train wandb sync %s",
+            first_line(error).rstrip("."), run_dir.path,
+        )  # fmt: skip
+        wandb.teardown()  # its service holds on to the run that did not start
+        mode = "offline"
+        tracker = WandBTracker(project, mode=mode, **init)
+        tracker.start()
     tracker.run.config.update({**config.flat(), "facts": dict(facts)}, allow_val_change=True)
+    tracker.run.define_metric("samples")
     tracker.run.define_metric("*", step_metric="step")
     _log.info("W&B: %s, run %s in %s", mode, init["id"], run_dir.path / "wandb")
     return tracker  # type: ignore[no-any-return]
+
+
+def _tags(settings: TrackingConfig, facts: Mapping[str, Any]) -> list[str]:
+    told = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    precision = {"no": "fp32"}.get(facts["mixed_precision"], facts["mixed_precision"])
+    return [*(told or settings.tags), f"world_size={facts['world_size']}", str(precision), str(facts["device"])]
 
 
 def _start_tensorboard(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:

@@ -8,7 +8,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from dist_train import watchdog
 from dist_train.agreement import Agreement
+from dist_train.audit import ShardAudit
 from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
 from dist_train.data import Splits
@@ -17,13 +19,16 @@ from dist_train.data.image_set import Examples
 from dist_train.distributed import World
 from dist_train.errors import TrainingDiverged
 from dist_train.evaluate import evaluate
-from dist_train.metrics import Stopwatch, peak_memory_gib
+from dist_train.metrics import Overflows, Stopwatch, peak_memory_gib
 from dist_train.progress import Screen
-from dist_train.run_dir import RunDir, State, write_json
+from dist_train.run_dir import RunDir, State
 from dist_train.schedule import LearningRate, is_due
 from dist_train.step import Step
+from dist_train.time_sheet import effective_ratio
 from dist_train.tracking import Tracker
 from dist_train.train_state import TrainState
+
+_HOPELESS = 50  # updates in a row that fp16 left out; each has halved the scale
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ class Run:
     screen: Screen
     agreement: Agreement
     learning_rate: LearningRate
+    audit: ShardAudit
     steps_per_epoch: int
     started: float  # time.perf_counter() when the process began
 
@@ -55,6 +61,7 @@ class Run:
         stopping = self.config.early_stop  # a run that had stopped early has not more to do after a resume
         self.early_stopped = stopping is not None and self.state.evaluations_without_gain >= stopping.patience
         self.val = self.batches_of(self.splits.val) if self.splits.val is not None else None
+        self._newest: dict[str, Any] = {}  # of each metric the last value
         self._watch = Stopwatch(self.state.train_s)
         self._evaluated_at = time.perf_counter()
         self._before = self.started - self.state.total_s
@@ -87,6 +94,8 @@ class Run:
             # Only below does the host wait for the device.
             if is_due(state.step, self.log_every, self.total_steps):
                 self.log()
+            if is_due(state.step, self.steps_per_epoch, self.total_steps):
+                self.close_epoch()
             if is_due(state.step, self.eval_every, self.total_steps):
                 self.evaluate()
             if self.save_is_due():
@@ -125,11 +134,40 @@ class Run:
             "perf/data_wait_ms": round(1000 * (self.step.data_wait_s - self._lap_wait_s) / steps, 4),
             "perf/peak_memory_gib": round(peak_memory_gib(self.world.device), 4),
         }
+        if self.step.eager.overflows is not None:
+            line["train/overflows"] = self._count_overflows(self.step.eager.overflows)
         state.logged_step = state.step
         self._reset_lap()
         self.tracker.log(line)
         self.screen.show_training(line)
-        self.set_status(metrics=_metrics_of(line))
+        self._newest |= _metrics_of(line)
+        self.set_status(metrics=self._newest)
+
+    def _count_overflows(self, overflows: Overflows) -> int:
+        count, in_a_row = overflows.pop()
+        if in_a_row >= _HOPELESS:
+            raise TrainingDiverged(
+                f"Between step {self.state.logged_step + 1} and {self.state.step} fp16 left out {in_a_row} updates in "
+                f"a row: their gradients were not finite at any scale. The last good checkpoint is "
+                f"{self.checkpoints.describe_last()}. Lower optimizer.lr, set max_grad_norm, or use "
+                f"mixed_precision=bf16."
+            )
+        return count
+
+    def close_epoch(self) -> None:
+        """One `audit` line: what the epoch, or the part of it that the run ends with, trained on.
+
+        Collective: every rank must call this.
+
+        Raises:
+            DistTrainError: on every rank, if an example was trained on twice.
+        """
+        epoch = math.ceil(self.state.step / self.steps_per_epoch)
+        found = self.audit.close_epoch(epoch)
+        self.tracker.log(self._line() | found)
+        _log.debug(
+            "epoch %d: %d examples, none twice, %d dropped", epoch, found["audit/unique"], found["audit/dropped"]
+        )
 
     def evaluate(self) -> None:
         """One `val` line; a stop agreed meanwhile leaves it to the resumed run.
@@ -163,7 +201,8 @@ class Run:
         self._evaluated_at = now
         self.tracker.log(line)
         self.screen.show_evaluation(line)
-        self.set_status(metrics=_metrics_of(line))
+        self._newest |= _metrics_of(line)
+        self.set_status(metrics=self._newest)
         if self.early_stopped:
             _log.info("no gain in %d evaluations: early stop", self.state.evaluations_without_gain)
 
@@ -195,17 +234,20 @@ class Run:
 
         Collective: every rank must call this.
         """
+        self.enter("SAVING")
+        watchdog.expect_nothing()  # of the write under way; an evaluation after it is watched again
         self.checkpoints.finish()
         results = None if self.agreement.stop else self._final_results()
         if results is None:  # stopped, maybe in the middle of the last evaluations: done again after the resume
             end = self.agreement.stop or "INTERRUPT"
-            self.enter(end)
+            self.world.on_rank_zero(lambda: self.enter(end))
+            watchdog.expect_nothing()
             self.tracker.finish({})
             _log.info("stopped at step %d of %d, state %s", self.state.step, self.total_steps, end)
             return end
-        if self.world.is_rank_zero:
-            write_json(self.run_dir.result, results)
-        self.enter("FINISHED")
+        self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
+        self.world.on_rank_zero(lambda: self.enter("FINISHED"))
+        watchdog.expect_nothing()
         self.tracker.finish(results)  # last: W&B may take its time
         return "FINISHED"
 
@@ -226,6 +268,9 @@ class Run:
                 return None
             found |= {f"{name}/{key}": value for key, value in metrics.items()}
         samples = state.step * self.config.global_batch_size
+        seconds = self.run_dir.time_sheet.totals()  # wall seconds over all attempts, and between them
+        if world.is_rank_zero:
+            _log.debug("seconds by use: %s", ", ".join(f"{use} {spent:.1f}" for use, spent in seconds.items()))
         return {
             "state": "FINISHED",
             "step": state.step,
@@ -241,6 +286,8 @@ class Run:
             "train_s": round(state.train_s, 3),
             "samples_per_s": round(samples / state.train_s, 1) if state.train_s else None,
             "total_s": round(time.perf_counter() - self._before, 3),
+            "seconds": seconds,
+            "effective_training_time": round(effective_ratio(seconds), 4),
             **found,
             **{f"best/{name.removeprefix('val/')}": value for name, value in state.best.items()},
         }
@@ -251,7 +298,10 @@ class Run:
     def set_status(self, **fields: Any) -> None:
         if self.world.is_rank_zero:
             epoch = self.state.step / self.steps_per_epoch
-            self.run_dir.set_status(step=self.state.step, total_steps=self.total_steps, epoch=epoch, **fields)
+            self.run_dir.set_status(
+                step=self.state.step, total_steps=self.total_steps, epoch=epoch,
+                data_wait_s=round(self.step.data_wait_s, 3), best=self.state.best, **fields,
+            )  # fmt: skip
 
     def _line(self) -> dict[str, Any]:
         step = self.state.step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PREFIXES = ("SLURM_", "ACCELERATE_", "WANDB_", "DIST_TRAIN_", "TORCHELASTIC_", "PET_")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-faults", action="store_true", help="All faults of tests/faults, not a tenth of them.")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,3 +89,36 @@ def run_dir(tmp_path: Path) -> RunDir:
     made.create()
     made.begin_attempt(parse_config({}), "id")
     return made
+
+
+# --- the tables of docs/cluster.md and docs/faults.md, printed at the end of a session --------------------------------
+
+_TABLE = "what became of the runs"
+_COLUMNS = ("what happens", "what becomes of it", "seconds", "steps lost", "verified")
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Called with a cell for each column of the table that the test's module names (TABLE, COLUMNS)."""
+    title = getattr(request.module, "TABLE", _TABLE)
+    columns = getattr(request.module, "COLUMNS", _COLUMNS)
+
+    def add(*cells: object) -> None:
+        assert len(cells) == len(columns)
+        record_property("row", [title, list(columns), [str(cell) for cell in cells]])
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.stats.get("passed", [])
+    reports = sorted(reports, key=lambda report: report.location[:2])  # as in the files, whoever ran them
+    tables: dict[str, list[list[str]]] = {}
+    for title, columns, cells in (
+        value for report in reports for name, value in report.user_properties if name == "row"
+    ):
+        tables.setdefault(title, [columns, ["---"] * len(columns)]).append(cells)
+    for title, rows in tables.items():
+        terminalreporter.section(title)
+        for cells in rows:
+            terminalreporter.write_line(f"| {' | '.join(cells)} |")

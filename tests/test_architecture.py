@@ -14,11 +14,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dist_train"
 # From the bottom up: a module imports only what stands before it.
 LAYERS = [
-    "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "run_dir", "stop_request",
-    "slurm", "terminal", "start", "launch", "batch_script", "hardware", "distributed", "agreement", "batching",
-    "vision", "user_code", "unpack", "bundle", "nets", "models", "generators", "data", "metrics", "objective",
-    "optimizers", "rehearsal", "eager_update", "whole_update", "step", "evaluate", "train_state", "checkpoint",
-    "checkpoints", "facts", "tracking", "progress", "train", "attempt", "results", "submission", "simulate", "bench",
+    "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "small_files", "metrics_file",
+    "time_sheet", "run_dir", "manifest", "watchdog", "stop_request", "slurm", "terminal", "start", "nodes",
+    "post_mortem", "launch", "batch_script", "summary", "compare", "sweep", "charts", "page", "hardware",
+    "distributed", "agreement", "batching", "audit", "vision", "user_code", "unpack", "bundle", "nets", "models",
+    "generators", "data", "metrics", "objective", "optimizers", "rehearsal", "eager_update", "whole_update", "step",
+    "confusion", "evaluate", "train_state", "checkpoint", "checkpoints", "facts", "tracking", "progress", "parts",
+    "train", "reporting", "attempt", "results", "saved_net", "submission", "simulate", "doctor", "verify", "bench",
     "cli",
 ]  # fmt: skip
 DATA_LAYERS = [
@@ -28,8 +30,22 @@ DATA_LAYERS = [
 BENCH_LAYERS = [
     "task", "interval", "harness", "contest", "scaling", "probes", "inside", "startup", "speedrun", "report", "suite",
 ]  # fmt: skip
-CLI_LAYERS = ["options", "train", "results", "slurm", "config", "data", "bench"]
-INNER = {"data": DATA_LAYERS, "bench": BENCH_LAYERS, "cli": CLI_LAYERS}
+VERIFY_LAYERS = ["trial", "rank", "suite"]
+CLI_LAYERS = [
+    "options",
+    "train",
+    "results",
+    "runs",
+    "sweep",
+    "slurm",
+    "tracking",
+    "config",
+    "data",
+    "bench",
+    "verify",
+    "doctor",
+]
+INNER = {"data": DATA_LAYERS, "verify": VERIFY_LAYERS, "bench": BENCH_LAYERS, "cli": CLI_LAYERS}
 PEERS = "bench/peers/"  # what people write without us: they come through any door
 ONLY_DOOR = {
     "wandb": {"tracking"},

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from dist_train import slurm
 from dist_train.batch_script import BUNDLED, BatchScript
 from dist_train.config_file import parse_config
 from dist_train.errors import ConfigError, DataError
 from dist_train.run_dir import RunDir
-from dist_train.slurm import decide_requeue, judge_term
-from dist_train.submission import check_submission, seconds_of
+from dist_train.slurm import Partition, decide_requeue, judge_term
+from dist_train.submission import check_partition, check_submission, seconds_of
 
 SCRIPTS = Path(__file__).parent.parent / "slurm"
 
@@ -36,7 +37,7 @@ def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> N
     fake.mkdir()
     say = 'printf "%s\\0" "$@" > seen\n'
     for name, does in {
-        "srun": 'shift 2; exec "$@"\n', "scontrol": "echo localhost\n", "scancel": "", "getent": "",
+        "srun": 'shift 3; exec "$@"\n', "scontrol": "echo localhost\n", "scancel": "", "getent": "",
         "python": f'case "$*" in *requeue-check*) {say.strip()}.check; echo ended;; *) {say.strip()};; esac\n',
     }.items():  # fmt: skip
         (fake / name).write_text(f"#!/bin/bash\n{does}")
@@ -77,7 +78,7 @@ def run_that(path: Path, state: str | None, error: dict[str, str] | None = None)
     if state:
         run_dir.status.write_text(json.dumps({"state": state, "slurm_job_id": "7", "slurm_restart_count": "2"}))
     if error:
-        run_dir.error.write_text(json.dumps(error))
+        run_dir.error.write_text(json.dumps({"rank": 1, "host": "n2"} | error))
     return run_dir
 
 
@@ -110,6 +111,34 @@ def test_by_what_the_run_says_of_itself(
     if decision != "failed" and state != "FINISHED":  # what an earlier start said is no reason
         for other in ({"SLURM_RESTART_COUNT": "3"}, {"SLURM_JOB_ID": "8"}):
             assert decide_requeue(run_dir, JOB | other, max_requeues=9)[0] == "failed"
+
+
+def test_preempted_before_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm knows that it was; the cap holds here too."""
+    run_dir = run_that(tmp_path / "run", None)
+    monkeypatch.setattr(slurm, "_is_preempted", lambda env: True)
+    assert decide_requeue(run_dir, JOB, max_requeues=3)[0] == "requeue"
+    assert decide_requeue(run_dir, JOB, max_requeues=2)[0] == "failed"
+
+
+@pytest.mark.parametrize("state", [None, "PREEMPTED"])
+def test_told_before_it_trained(state: str | None, tmp_path: Path) -> None:
+    """The batch shell heard it, the ranks were too young to; a time limit that never suffices is not tried for ever."""
+    run_dir = run_that(tmp_path / "run", state)  # of start 2, or nothing was ever said
+    begun = 2 if state else -1
+    decisions = {
+        start: decide_requeue(run_dir, JOB | {"SLURM_RESTART_COUNT": f"{start}"}, max_requeues=9, told=True)[0]
+        for start in range(begun + 1, begun + 5)
+    }
+    assert [*decisions.values()] == ["requeue", "requeue", "failed", "failed"]
+
+
+def test_a_partition_of_unlike_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "low*|2|16|1-00:00:00\nlow*|1|64|1-00:00:00\nbig|3|1024|infinite\n"
+    monkeypatch.setattr(slurm, "_ask", lambda *command: said)
+    assert slurm.partitions() == {
+        "low": Partition(3, 64, "1-00:00:00", True), "big": Partition(3, 1024, "infinite", False),
+    }  # fmt: skip
 
 
 def test_a_run_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
@@ -164,3 +193,27 @@ def test_data_that_no_node_could_fetch(tmp_path: Path) -> None:
     config = parse_config({"data": {"name": "cifar10", "root": str(tmp_path)}})
     with pytest.raises(DataError, match="dist-train data fetch cifar10"):
         check_submission(BatchScript(), config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, ""),
+        ({"partition": "big", "nodes": 50}, ""),
+        ({"partition": "low,big", "nodes": 50}, ""),  # one of them can
+        ({"nodes": 5}, "--nodes=5, and partition low has 4."),
+        ({"nproc": 8, "cpus_per_proc": 2}, "--nproc=8 x --cpus-per-proc=2 = 16 CPUs on a node"),
+        ({"time": "2-0"}, "--time=2-0, and partition low ends jobs after 1-00:00:00."),
+        ({"partition": "gold"}, "--partition=gold does not exist. Use one of big, low."),
+        ({"partition": "low,big", "nodes": 500}, "partition big has 100. The job would wait for ever"),
+    ],
+)
+def test_more_than_a_partition_has_is_refused(asked: dict[str, object], said: str) -> None:
+    there = {"low": Partition(4, 8, "1-00:00:00", True), "big": Partition(100, 64, "infinite", False)}
+    script = BatchScript(**asked)  # type: ignore[arg-type]
+    if not said:
+        check_partition(script, there)
+        return
+    with pytest.raises(ConfigError) as refused:
+        check_partition(script, there)
+    assert said in str(refused.value)

@@ -79,6 +79,7 @@ def test_the_table_of_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 PROBED = {
     "breakdown": {"mlp": [{"forward": 1.0, "backward": 2.0, "whole step": 3.0}] * 2},
     "checkpoint": {"50": [{"parameters": 40.0, "stall_ms": 1.0, "worst_stall_ms": 2.0, "write_ms": 9.0}] * 2},
+    "guards": {"mlp": [{"bare_ms": 0.5, "guarded_ms": 0.505, "overhead_percent": 1.0}] * 2},
     "growth": {
         "1": [
             {

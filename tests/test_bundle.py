@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import random
 import shutil
 import stat
 import struct
@@ -373,6 +374,53 @@ def test_two_entries_for_one_place(second: str, tmp_path: Path, cache: Path) -> 
             with pytest.warns(UserWarning, match="Duplicate name"):
                 file.writestr(second, "second")
     assert f"two entries for {second!r}" in refusal(tmp_path / "b.zip", cache)
+
+
+def test_what_is_encrypted_or_has_a_nul_in_its_name(tmp_path: Path, cache: Path) -> None:
+    zipped(write(tmp_path / "b", bks_model=MODEL), tmp_path / "b.zip")
+    content = (tmp_path / "b.zip").read_bytes()
+    encrypted = bytearray(content)
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        encrypted[content.index(signature) + flags] |= 1
+    (tmp_path / "b.zip").write_bytes(encrypted)
+    assert "the entry 'bks_model.py' is encrypted" in refusal(tmp_path / "b.zip", cache)
+    (tmp_path / "b.zip").write_bytes(content.replace(b"bks_model.py", b"bks_mod\0l.py"))
+    assert r"the entry 'bks_mod\x00l.py' is not a plain path" in refusal(tmp_path / "b.zip", cache)
+
+
+def test_a_file_too_big_to_be_code_is_not_even_opened(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpack, "MAX_BYTES", 2**20)
+    (tmp_path / "b.zip").write_bytes(bytes(2**20 + 1))
+    assert "holds more than 1 MiB" in refusal(tmp_path / "b.zip", cache)
+
+
+def test_a_zip_damaged_anywhere_is_refused_or_holds_what_was_packed(tmp_path: Path, cache: Path) -> None:
+    """Names may suffer (they have no checksum), contents not; no other exception, nothing beside the cache."""
+    sources = {"bks_model.py": MODEL, "parts/__init__.py": "", "parts/layers.py": "width = 8\n" * 40}
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name, source in sources.items():
+            file.writestr(name, source)
+    content = (tmp_path / "b.zip").read_bytes()
+    refused = 0
+    for seed in range(300):
+        chance, damaged = random.Random(seed), bytearray(content)
+        for _ in range(chance.choice([1, 1, 4])):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        if chance.random() < 0.3:
+            start = chance.randrange(len(damaged))
+            del damaged[start : start + chance.choice([1, 10, len(damaged)])]
+        (tmp_path / "b.zip").write_bytes(damaged)
+        try:
+            folder = unpack.unpacked(tmp_path / "b.zip", "model.bundle=b.zip")
+        except UserCodeError:
+            refused += 1
+        else:
+            assert {path.read_text() for path in folder.rglob("*") if path.is_file()} <= set(sources.values()), seed
+    assert 150 < refused < 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.zip", "cache"]
+    assert [*(cache / "bundles").glob(".*")] == []  # nothing half unpacked
 
 
 def test_no_zip_and_a_damaged_one(tmp_path: Path, cache: Path) -> None:

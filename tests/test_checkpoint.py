@@ -15,20 +15,11 @@ from tiny_runs import checkpoints_of, new_net, new_step, steps, take, write_at
 from torch import nn
 
 from dist_train import checkpoints as module
-from dist_train.checkpoint import (
-    MODEL,
-    STATE,
-    TRAINING,
-    Snapshot,
-    find_damage,
-    folder_of,
-    load_weights,
-    restore,
-    write,
-)
+from dist_train.checkpoint import Snapshot, load_weights, restore, write
 from dist_train.config_file import parse_config
 from dist_train.distributed import World
 from dist_train.errors import CheckpointError, TrainingDiverged
+from dist_train.manifest import MODEL, STATE, TRAINING, find_damage, folder_of
 from dist_train.run_dir import RunDir
 from dist_train.train_state import TrainState
 

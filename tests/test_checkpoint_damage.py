@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_at
 
-from dist_train.checkpoint import (
+from dist_train.errors import CheckpointError
+from dist_train.manifest import (
     MANIFEST,
     MODEL,
     STATE,
@@ -23,7 +24,6 @@ from dist_train.checkpoint import (
     good,
     read_manifest,
 )
-from dist_train.errors import CheckpointError
 from dist_train.run_dir import RunDir
 
 FILES = [MODEL, TRAINING, STATE, MANIFEST]
@@ -134,7 +134,10 @@ def test_all_damaged_is_none_good(run_dir: RunDir, caplog: pytest.LogCaptureFixt
     for step in (1, 2):
         (folder_of(run_dir, step) / MODEL).write_bytes(b"")
     assert list(good(run_dir, set_aside=True)) == []
-    assert len(caplog.messages) == 2
+    assert [message.rpartition(", ")[2] for message in caplog.messages] == [
+        "the one before is used",
+        "the run begins anew",
+    ]
     with pytest.raises(CheckpointError, match=r"No good checkpoint last in .*\. Steps there: none\."):
         find_checkpoint(run_dir, "last")
 

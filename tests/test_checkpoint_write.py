@@ -9,18 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from mounts import needs_mounts
 from tiny_runs import CONFIG, checkpoints_of, names, new_step, steps, write_at
 
 from dist_train import checkpoint as module
-from dist_train.checkpoint import MANIFEST, MODEL, STATE, TRAINING, folder_of, good
 from dist_train.distributed import World
 from dist_train.errors import CheckpointError, RunDirError
+from dist_train.manifest import MANIFEST, MODEL, STATE, TRAINING, folder_of, good
 from dist_train.run_dir import RunDir
 from dist_train.train_state import TrainState
-
-needs_mounts = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="mounting in a mount namespace needs Linux and root"
-)
 
 
 def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +47,7 @@ def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("rename", STATE),
         ("sync", f".{MANIFEST}.{os.getpid()}"),
         ("rename", MANIFEST),
-        ("sync", ".writing_step_00000001"),
+        ("sync", ".writing_step_00000001_1"),
         ("rename", "step_00000001"),
         ("sync", "checkpoints"),
     ]
@@ -59,7 +56,7 @@ def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["another step", "the same step"])
-@pytest.mark.parametrize("point", ["save_file", "save", "write_json", "_fingerprint", "_sync", "rename", "_digest"])
+@pytest.mark.parametrize("point", ["save_file", "save", "write_json", "fingerprint", "_sync", "rename", "digest"])
 def test_a_failure_anywhere_leaves_the_older_one_and_no_rest(
     point: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +87,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", killed)
-    monkeypatch.setattr(module, "_settle", lambda _: None)  # a kill gives no time for that
+    monkeypatch.setattr(module, "settle", lambda _: None)  # a kill gives no time for that
     with pytest.raises(KeyboardInterrupt):
         write_at(run, 1)
     monkeypatch.undo()
@@ -106,6 +103,32 @@ def test_what_a_kill_left_behind_is_removed(tmp_path: Path) -> None:
     rest.mkdir(parents=True)
     write_at(run, 2)
     assert names(run) == ["step_00000002"]
+
+
+def test_a_kill_while_one_is_pruned_leaves_nothing_for_good(
+    world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
+    unlink = os.unlink
+
+    def killed(path: str, **more: int) -> None:
+        unlink(path, **more)
+        raise KeyboardInterrupt
+
+    for number in (1, 2):
+        checkpoints.save(TrainState(step=number), step)
+        checkpoints.finish()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", killed)
+        checkpoints.save(TrainState(step=3), step)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.finish()
+    assert len(names(run_dir)) == 3
+    checkpoints._pending = None
+    checkpoints.save(TrainState(step=4), step)
+    checkpoints.finish()
+    assert steps(run_dir) == [3, 4]
+    checkpoints.close()
 
 
 # --- in the background -----------------------------------------------------------------------------------------------
@@ -168,7 +191,8 @@ FULL = """
 import sys
 from pathlib import Path
 import torch
-from dist_train.checkpoint import Snapshot, folder_of, good, write
+from dist_train.checkpoint import Snapshot, write
+from dist_train.manifest import folder_of, good
 from dist_train.train_state import TrainState
 from dist_train.errors import CheckpointError
 from dist_train.run_dir import RunDir

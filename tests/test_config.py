@@ -69,7 +69,8 @@ def test_overrides_win_in_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["lr", "=3", "optimizer..lr=3", ".lr=3", "seed=[", "seed=2020-13-45", "seed=!!bool x"]
+    "override",
+    ["lr", "=3", "optimizer..lr=3", ".lr=3", "seed=[", "seed=2020-13-45", "seed=!!bool x", "model.args={a: 1, a: 2}"],
 )
 def test_an_override_that_cannot_be_read_is_quoted(override: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -77,10 +78,21 @@ def test_an_override_that_cannot_be_read_is_quoted(override: str, tmp_path: Path
     assert override in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["- 1", "just words", "a: [", "\0", "seed: 2020-13-45", "[" * 3000, "seed: !!int ''"])
+@pytest.mark.parametrize(
+    "text",
+    ["- 1", "just words", "a: [", "\0", "seed: 2020-13-45", "[" * 3000, "seed: !!int ''", "seed: 0x" + 4000 * "f"],
+)
 def test_a_file_that_is_no_config_is_named(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml "):
         load(text, folder=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nmodel: {}\nseed: 1", "optimizer:\n  lr: 1\n  lr: 1"])
+def test_a_key_that_stands_there_twice_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml is not YAML: (seed|lr) stands there twice in .* line [13], "):
+        load(text, folder=tmp_path)
+    merged = "data: {args: {a: &a {x: 1, y: 1}, b: &b {<<: *a, x: 2}, c: {<<: [*b, *a], y: 3}}}"
+    assert load(merged, folder=tmp_path).data.args["c"] == {"x": 2, "y": 3}
 
 
 def test_bare_numbers_are_steps() -> None:
@@ -108,6 +120,8 @@ def test_an_unknown_config_gets_a_suggestion() -> None:
         load_config("smok")
     with pytest.raises(ConfigError, match="No config file elsewhere/smoke"):
         load_config("elsewhere/smoke.yaml")
+    with pytest.raises(ConfigError, match=r"No config file x{77}\.\.\.: File name too long\."):
+        load_config("x" * 300)
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,22 @@ def test_unknown_settings_get_a_suggestion(tree: dict[str, Any], expected: str) 
         ({"train_for": 0}, "train_for=0 steps trains nothing"),
         ({"data": {"normalize": {"mean": [0], "std": [0]}}}, "data.normalize.std.0=0: input should be greater than 0."),
         ({"data": {"normalize": {"mean": [0], "std": [1, 1]}}}, "data.normalize: mean has 1 channels and std 2;"),
+        ({"max_grad_norm": True}, "max_grad_norm=True: write a number, not yes or no."),
+        ({"early_stop": {"patience": True}}, "early_stop.patience=True: write a number, not yes or no."),
+        ({"runs_dir": "a\0b"}, "runs_dir=a\0b: no path has a NUL in it."),
+        ({"stall_timeout_s": 1e300}, "stall_timeout_s=1e+300: input should be less than 2147483648."),
+        ({"data": {"num_workers": 99999}}, "data.num_workers=99999: input should be less than or equal to 1024."),
         ({"model": 5}, "model=5: input should be a valid dictionary"),
         ({"tracking": {"wandb": "on"}}, "tracking.wandb=on: input should be 'auto', 'online', "),
     ],
 )  # fmt: skip
 def test_wrong_values_name_setting_value_and_what_is_allowed(tree: dict[str, Any], expected: str) -> None:
     assert expected in refusal(tree)
+
+
+def test_what_is_nested_too_deeply_to_be_shown() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.args\.a\."):
+        load_config("smoke", ["model.args." + "a." * 3000 + "b=1"])
 
 
 def test_every_mistake_is_told_at_once() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from mounts import needs_mounts
 
 from dist_train.config import DataConfig
 from dist_train.data import ImageSet, load_splits
@@ -38,10 +39,6 @@ for root in sys.argv[1:]:
     except DataError as error:
         print("DataError", error)
 """
-
-needs_mounts = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="mounting in a mount namespace needs Linux and root"
-)
 
 
 @pytest.fixture(scope="module")

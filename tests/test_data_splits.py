@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from dist_train.config import DataConfig, Normalize
+from dist_train.config import AugmentConfig, DataConfig, Normalize
 from dist_train.data import ImageSet, Splits, check_settings, load_splits, num_examples
 from dist_train.data import splits as module
 from dist_train.errors import ConfigError
@@ -69,6 +69,13 @@ def test_normalize_needs_a_number_per_channel(numbered: ImageSet) -> None:
     load(normalize=Normalize(mean=[0.3], std=[0.3]))
     with pytest.raises(ConfigError, match=r"data\.normalize has 3 channels, the images of .*fashion_mnist have 1"):
         load(normalize=Normalize(mean=[0.3] * 3, std=[0.3] * 3))
+
+
+def test_a_shift_must_leave_something_of_the_image(numbered: ImageSet) -> None:
+    side = numbered.images.shape[-1]
+    load(augment=AugmentConfig(shift=side - 1))
+    with pytest.raises(ConfigError, match=rf"data\.augment\.shift={side} moves images of {side} pixels out of sight"):
+        load(augment=AugmentConfig(shift=side))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.environment import Place, available_cores, default_run_name, export_rendezvous, find_place, first_host
+from dist_train.environment import (
+    Place,
+    available_cores,
+    default_run_name,
+    export_rendezvous,
+    find_place,
+    first_host,
+    threads_per_process,
+)
 from dist_train.errors import LaunchError
 
 TORCHRUN = {
@@ -162,3 +170,12 @@ def test_default_run_name(env: dict[str, str], expected: str) -> None:
 
 def test_cores() -> None:
     assert available_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("explicit", "threads"), [("3", 3), ("03", 3), ("4,2", 4), ("0", None), ("", None), ("many", None)]
+)
+def test_threads(explicit: str, threads: int | None) -> None:
+    """What is no number of threads is no wish; a list is one for each level of nesting."""
+    shared_out = max(1, available_cores() // 2)
+    assert threads_per_process(2, {"OMP_NUM_THREADS": explicit}) == (threads or shared_out)

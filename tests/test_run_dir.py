@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from dist_train import run_dir as module
 from dist_train.config_file import parse_config
 from dist_train.errors import ConfigError, RunDirError
-from dist_train.run_dir import RunDir, to_json, write_json
+from dist_train.run_dir import RunDir
+from dist_train.small_files import to_json, write_json
 
 CONFIG = parse_config({})
 
@@ -63,6 +65,40 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run: RunDir) -> Non
     run.unlock()
 
 
+@pytest.mark.parametrize(
+    ("job", "restart", "refused"), [("7", "1", False), ("7", "0", True), ("8", "1", True), (None, "1", True)]
+)
+def test_a_requeued_job_takes_over_from_its_earlier_start(
+    job: str | None, restart: str, refused: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which lives on where the controller cannot see it, and still holds the lock."""
+    earlier = os.environ | {"SLURM_JOB_ID": "7"}
+    command = [sys.executable, "-c", HOLD, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=earlier) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        if job is not None:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        if refused:
+            with pytest.raises(RunDirError, match="in use"):
+                run.lock()
+        else:
+            run.lock()
+            run.begin_attempt(CONFIG, wandb_id="x")
+            assert run.attempt == 2
+        holder.kill()
+
+
+def test_an_older_attempt_writes_no_metrics(run: RunDir) -> None:
+    run.begin_attempt(CONFIG, wandb_id="x")
+    run.append_metrics({"step": 1})
+    attempt_of(run.path)
+    with pytest.raises(RunDirError, match="superseded"):
+        run.append_metrics({"step": 2})
+    assert list(run.metrics.read()) == [{"step": 1}]
+
+
 def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> None:
     run.begin_attempt(CONFIG, wandb_id="first")
     run.set_status(state="TRAINING", step=3)
@@ -75,6 +111,18 @@ def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> No
     assert run.read_status() == status
     later.set_status(state="TRAINING")
     assert later.read_status()["heartbeat"] >= status["heartbeat"]
+
+
+def test_status_is_written_once_a_second(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost meanwhile; a new state is there at once."""
+    monkeypatch.setattr(module, "_STATUS_S", 1000.0)
+    run.begin_attempt(CONFIG, "id")
+    run.set_status(state="TRAINING", step=1)
+    run.set_status(step=2, metrics={"train/loss": 0.5})
+    assert run.read_status()["step"] == 1
+    monkeypatch.setattr(module, "_STATUS_S", 0.0)
+    run.set_status()
+    assert (run.read_status()["step"], run.read_status()["metrics"]) == (2, {"train/loss": 0.5})
 
 
 def test_an_attempt_clears_the_end_of_the_one_before(run: RunDir) -> None:
@@ -104,19 +152,19 @@ def lines(*steps: int) -> list[dict[str, object]]:
 
 
 def test_metrics_read_back_and_are_cut_at_the_checkpoint(run: RunDir) -> None:
-    assert (list(run.read_metrics()), run.cut_metrics(5)) == ([], 0)
+    assert (list(run.metrics.read()), run.metrics.cut(5)) == ([], 0)
     for line in lines(1, 2, 3, 4):
         run.append_metrics(line)
-    assert list(run.read_metrics()) == lines(1, 2, 3, 4)
-    before = run.metrics.read_bytes()
-    assert run.cut_metrics(4) == 0
-    assert run.metrics.read_bytes() == before
-    assert not run.discarded.exists()
-    assert run.cut_metrics(2) == 2
-    assert list(run.read_metrics()) == lines(1, 2)
-    assert run.metrics.read_bytes() + run.discarded.read_bytes() == before
-    assert run.cut_metrics(1) == 1
-    assert [json.loads(line)["step"] for line in run.discarded.read_text().splitlines()] == [3, 4, 2]
+    assert list(run.metrics.read()) == lines(1, 2, 3, 4)
+    before = run.metrics.path.read_bytes()
+    assert run.metrics.cut(4) == 0
+    assert run.metrics.path.read_bytes() == before
+    assert not run.metrics.discarded.exists()
+    assert run.metrics.cut(2) == 2
+    assert list(run.metrics.read()) == lines(1, 2)
+    assert run.metrics.path.read_bytes() + run.metrics.discarded.read_bytes() == before
+    assert run.metrics.cut(1) == 1
+    assert [json.loads(line)["step"] for line in run.metrics.discarded.read_text().splitlines()] == [3, 4, 2]
 
 
 def test_an_evaluation_that_is_done_again_has_one_line(run: RunDir) -> None:
@@ -124,8 +172,8 @@ def test_an_evaluation_that_is_done_again_has_one_line(run: RunDir) -> None:
     val: list[dict[str, object]] = [{"step": 2, "val/loss": 0.5}]
     for line in (*lines(1, 2), *val, *lines(3)):
         run.append_metrics(line)
-    assert run.cut_metrics(2, evaluation_pending=True) == 2
-    assert list(run.read_metrics()) == lines(1, 2)
+    assert run.metrics.cut(2, evaluation_pending=True) == 2
+    assert list(run.metrics.read()) == lines(1, 2)
 
 
 @pytest.mark.parametrize("left", [1, 9, 20])
@@ -133,13 +181,13 @@ def test_a_torn_last_line_is_left_out_and_cut(left: int, run: RunDir) -> None:
     for line in lines(1, 2):
         run.append_metrics(line)
     torn = (to_json(lines(3)[0]) + "\n")[:left]
-    with run.metrics.open("a") as file:
+    with run.metrics.path.open("a") as file:
         file.write(torn)
-    assert list(run.read_metrics()) == lines(1, 2)
-    run.cut_metrics(2)
+    assert list(run.metrics.read()) == lines(1, 2)
+    run.metrics.cut(2)
     run.append_metrics(lines(3)[0])
-    assert list(run.read_metrics()) == lines(1, 2, 3)
-    assert run.discarded.read_text() == torn + "\n"
+    assert list(run.metrics.read()) == lines(1, 2, 3)
+    assert run.metrics.discarded.read_text() == torn + "\n"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -165,8 +213,22 @@ def test_rubbish_in_the_metrics_is_set_aside(rubbish: str, run: RunDir) -> None:
     """Whatever a power cut left behind, the lines before it stay as they are and the run goes on."""
     for step in (1, 2):
         run.append_metrics({"step": step, "train/loss": 0.1})
-    good = run.metrics.read_text()
-    run.metrics.write_text(good + rubbish)
-    assert run.cut_metrics(2) == 1
-    assert run.metrics.read_text() == good
-    assert [line["step"] for line in run.read_metrics()] == [1, 2]
+    good = run.metrics.path.read_text()
+    run.metrics.path.write_text(good + rubbish)
+    assert run.metrics.cut(2) == 1
+    assert run.metrics.path.read_text() == good
+    assert [line["step"] for line in run.metrics.read()] == [1, 2]
+
+
+def test_lines_wait_for_a_disk_that_is_full(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    """/dev/full takes nothing, as a full disk does. What is put off is written in its order, once."""
+    run_dir.append_metrics({"step": 1})
+    path, run_dir.metrics.path = run_dir.metrics.path, Path("/dev/full")
+    for step in (2, 3):
+        run_dir.append_metrics({"step": step})
+    with pytest.raises(OSError, match="No space left"):
+        run_dir.metrics.sync()
+    run_dir.metrics.path = path
+    run_dir.append_metrics({"step": 4})
+    assert [line["step"] for line in run_dir.metrics.read()] == [1, 2, 3, 4]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from mounts import needs_mounts
 from test_run_dir import contents
 
+from dist_train.config_file import parse_config
 from dist_train.errors import ConfigError, RunDirError
-from dist_train.run_dir import RunDir, note_error, read_json, write_atomically
-
-needs_mounts = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="mounting in a mount namespace needs Linux and root"
-)
-
+from dist_train.run_dir import RunDir, note_error
+from dist_train.small_files import read_json, write_atomically
 
 # --- whole files -------------------------------------------------------------------------------------------------
 
@@ -35,6 +33,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "after")
     assert contents(tmp_path) == {"file": b"before"}
+
+
+def test_the_next_start_removes_what_killed_ones_left(run_dir: RunDir) -> None:
+    before = {path.name for path in run_dir.path.iterdir()}
+    left = [".probe_host_7", ".token_ab12", ".status.json.7", ".metrics.jsonl.7", ".error.json.1.7"]
+    left += ["..error.json.1.7.7"]  # what was to become the one before
+    for name in (*left, ".mine"):
+        (run_dir.path / name).touch()
+    run_dir.begin_attempt(parse_config({}), "id")
+    assert {path.name for path in run_dir.path.iterdir()} == before | {".mine"}
 
 
 def test_unreadable_json_is_an_empty_object(tmp_path: Path) -> None:
@@ -59,7 +67,8 @@ ON_DISKS = """
 import sys
 from pathlib import Path
 from dist_train.errors import RunDirError
-from dist_train.run_dir import RunDir, write_atomically
+from dist_train.run_dir import RunDir
+from dist_train.small_files import write_atomically
 for path in sys.argv[1:]:
     run = RunDir(Path(path) / "run")
     try:
@@ -95,3 +104,8 @@ def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunDirError, match=r"file/run cannot be written: .* runs_dir or DIST_TRAIN_RUNS_DIR"):
         RunDir(tmp_path / "file" / "run").create()
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match=r"x cannot be written: File name too long\. Choose another place"):
+        RunDir(tmp_path / ("x" * 300)).check_config(parse_config({}))

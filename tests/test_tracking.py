@@ -111,9 +111,9 @@ def test_every_line_reaches_the_file_and_the_mirrors(run_dir: RunDir, monkeypatc
     tracker = tracker_with(sink, None, run_dir, monkeypatch)
     for number, line in enumerate(LINES, start=1):
         tracker.log(line)
-        assert len(list(run_dir.read_metrics())) == number  # at once
+        assert len(list(run_dir.metrics.read())) == number  # at once
     tracker.finish({})
-    assert list(run_dir.read_metrics()) == LINES
+    assert list(run_dir.metrics.read()) == LINES
     assert sink.lines == WITHOUT_NONE
     assert sink.finished
 
@@ -127,7 +127,7 @@ def test_a_sink_that_fails_is_left_out(
     for line in LINES:
         tracker.log(line)
     tracker.finish({})
-    assert list(run_dir.read_metrics()) == LINES
+    assert list(run_dir.metrics.read()) == LINES
     assert (len(bad.lines), good.lines) == (fails_at, WITHOUT_NONE)
     assert caplog.messages == ["Recorder failed: no route to host. The run goes on without it."]
 
@@ -160,12 +160,12 @@ def test_a_sink_that_hangs_costs_no_time(
     tracker.finish({})
     assert time.monotonic() - started < 5
     free.set()
-    assert len(list(run_dir.read_metrics())) == 100
-    assert "did not finish within" in caplog.text
+    assert len(list(run_dir.metrics.read())) == 100
+    assert "W&B did not take all within" in caplog.text
 
 
 def test_other_ranks_track_nothing(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = tracker_with(AssertionError("started"), None, run_dir, monkeypatch, enabled=False)
     tracker.log(LINES[0])
     tracker.finish({})
-    assert not run_dir.metrics.exists()
+    assert not run_dir.metrics.path.exists()

@@ -31,7 +31,9 @@ def log_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     join_group("wandb")
     world = World.join(config)  # Accelerate's trackers want its state
     run_dir.begin_attempt(config, wandb_id="of this attempt")
-    tracker = Tracker(run_dir, config, {"world_size": world.size, "device": "cpu"}, enabled=True)
+    tracker = Tracker(
+        run_dir, config, {"world_size": world.size, "device": "cpu", "mixed_precision": "no"}, enabled=True
+    )
     for line in lines:
         tracker.log(line)
     tracker.finish({"test/accuracy": 0.75})
@@ -60,7 +62,8 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
     for records in (attempt(run_dir, FIRST), attempt(run_dir, SECOND)):
         run = of_kind(records, "run")[0]
         assert (run["run_id"], run["project"], run["display_name"]) == ("id", "test", "run")
-        assert set(run["tags"]) == {"a", "world_size=1", "cpu"}
+        assert set(run["tags"]) == {"a", "world_size=1", "fp32", "cpu"}
+        assert run["job_type"] == "train"
         assert any("optimizer.lr" in json.dumps(record) for record in records)
         assert any(record["update"].get("test/accuracy") == 0.75 for record in of_kind(records, "summary"))
         history += [(row["step"]["num"], without_own(row["item"])) for row in of_kind(records, "history")]
@@ -70,4 +73,4 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
         (4, {"step": 4, "train/loss": 0.25, "train/grad_norm": 1.5, "val/accuracy": 0.9}),
         (6, {"step": 6, "train/loss": 0.125}),
     ]
-    assert list(run_dir.read_metrics()) == FIRST + SECOND
+    assert list(run_dir.metrics.read()) == FIRST + SECOND

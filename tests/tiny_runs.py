@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dist_train.checkpoint import Snapshot, folder_of, write
+from dist_train.checkpoint import Snapshot, write
 from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
 from dist_train.config_file import parse_config
 from dist_train.data.batches import Batch
 from dist_train.distributed import World
+from dist_train.manifest import folder_of
 from dist_train.plan import BatchPlan
 from dist_train.run_dir import RunDir
 from dist_train.schedule import LearningRate
@@ -26,6 +28,7 @@ class Numbers:
     """Batches that depend on the step alone."""
 
     wait_s = 0.0
+    on_gather: Callable[[torch.Tensor], object] = staticmethod(lambda indices: None)
 
     def at(self, step: int, micro_step: int) -> Batch:
         generator = torch.Generator().manual_seed(step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
 
 import numpy as np
@@ -50,6 +52,39 @@ class Extra(Mlp):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         pass
+
+
+class _AtCall(Mlp):
+    """Counts its calls, and knows the one, on one rank alone, in which something is to happen."""
+
+    def __init__(self, call: int, rank: int) -> None:
+        super().__init__()
+        self.call, self.rank, self.calls = call, str(rank), 0
+
+    def is_due(self) -> bool:
+        self.calls += 1
+        return self.calls == self.call and os.environ.get("RANK", "0") == self.rank
+
+
+class Failing(_AtCall):
+    """Says hello past Python at its first call and fails at its call number `call`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.calls == 0:
+            os.system("echo hello from rank $RANK")
+        if self.is_due():
+            raise ValueError("no such digit")
+        return super().forward(images)
+
+
+class Hanging(_AtCall):
+    """Waits for ever in its call number `call`, in C and holding the interpreter's lock."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        due = self.is_due()
+        while due:
+            ctypes.PyDLL(None).sleep(1000)
+        return super().forward(images)
 
 
 def negative(train: bool) -> ImageSet:

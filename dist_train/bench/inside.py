@@ -85,6 +85,32 @@ def checkpoint_draw(found: Probed, figure: Any) -> None:
     axis.legend()
 
 
+def guards_table(found: Probed) -> list[str]:
+    """Markdown."""
+    return [
+        f"Batch 64, fp32, eager; n={len(next(iter(found.values())))} processes, each the median of 148 paired blocks.",
+        "",
+        "| net | a step alone, ms | with all guards, ms | overhead, % |",
+        "|---|---|---|---|",
+        *(
+            f"| {net} | {_middle(those, 'bare_ms'):.3f} | {_middle(those, 'guarded_ms'):.3f} "
+            f"| {Interval.of([each['overhead_percent'] for each in those]).text(digits=1)} |"
+            for net, those in found.items()
+        ),
+    ]
+
+
+def guards_draw(found: Probed, figure: Any) -> None:
+    """The overhead of each net."""
+    figure.set_size_inches(4, 3.2)
+    axis = figure.subplots()
+    _points(axis, list(range(len(found))), [[each["overhead_percent"] for each in those] for those in found.values()],
+            "all guards")  # fmt: skip
+    axis.set_xticks(range(len(found)), list(found))
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("% of an eager step, batch 64")
+
+
 def growth_table(found: Probed) -> list[str]:
     """Markdown."""
     n = len(next(iter(found.values())))

@@ -11,8 +11,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from dist_train import watchdog
+from dist_train.agreement import Agreement
+from dist_train.audit import ShardAudit
 from dist_train.batching import ShardSampler
 from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config, default_data_root
@@ -26,8 +31,9 @@ from dist_train.models import build_model
 from dist_train.objective import count_correct
 from dist_train.plan import BatchPlan
 from dist_train.run_dir import RunDir
-from dist_train.schedule import LearningRate
+from dist_train.schedule import LearningRate, is_due
 from dist_train.step import Step
+from dist_train.stop_request import StopRequest
 from dist_train.train_state import TrainState
 
 _STEPS = 200
@@ -83,6 +89,18 @@ def breakdown(net: str) -> dict[str, float]:
     return {part: statistics.median(each[20:]) for part, each in times.items()}
 
 
+@contextmanager
+def _checkpoints(config: Config, world: World) -> Iterator[Checkpoints]:
+    """Of a run in a folder that goes afterwards."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("DIST_TRAIN_RUNS_DIR")) as folder:
+        run_dir = RunDir(Path(folder))
+        run_dir.create()
+        run_dir.begin_attempt(config, "id")
+        checkpoints = Checkpoints(run_dir, world, config, keep_every_steps=0)
+        yield checkpoints
+        checkpoints.close()
+
+
 def stall(hidden: str) -> dict[str, float]:
     """Milliseconds that a save takes from the loop, and that its write takes behind it; mlp with `hidden` units."""
     config = parse_config({"model": {"name": "mlp", "args": {"hidden": int(hidden)}}})
@@ -90,11 +108,7 @@ def stall(hidden: str) -> dict[str, float]:
     step = _step(config, world)
     parameters = sum(parameter.numel() for parameter in step.net.parameters())
     stalls, writes = [], []
-    with tempfile.TemporaryDirectory(dir=os.environ.get("DIST_TRAIN_RUNS_DIR")) as folder:
-        run_dir = RunDir(Path(folder))
-        run_dir.create()
-        run_dir.begin_attempt(config, "id")
-        checkpoints = Checkpoints(run_dir, world, config, keep_every_steps=0)
+    with _checkpoints(config, world) as checkpoints:
         for number in range(20):
             step.take(number)
             started = time.perf_counter()
@@ -102,7 +116,6 @@ def stall(hidden: str) -> dict[str, float]:
             stalls.append(1000 * (time.perf_counter() - started))
             checkpoints.finish()
             writes.append(1000 * (time.perf_counter() - started))
-        checkpoints.close()
     return {
         "parameters": parameters, "stall_ms": statistics.median(stalls[2:]), "worst_stall_ms": max(stalls[2:]),
         "write_ms": statistics.median(writes[2:]),
@@ -141,8 +154,61 @@ def growth(copies: str) -> dict[str, float]:
     }  # fmt: skip
 
 
+# Of steps with guards and without, in turns: short ones and many, as the machine's own speed wanders.
+_BLOCKS, _BLOCK_STEPS = 150, 100
+
+
+def guards(net: str) -> dict[str, float]:
+    """Milliseconds of a step alone, and with all that watches over a run, batch 64; the median of paired ratios.
+
+    Watching are the audit of the examples, the agreement about each second with the heartbeat, the look at files of
+    wishes and at the write under way, and the watchdog; and at each log status.json and whether another start of the
+    run has taken over.
+    """
+    config = parse_config({"model": {"name": net}})
+    world = World.join(config)
+    step = _step(config, world)
+    sampler = ShardSampler(60_000, step.eager.plan, 0, config.seed)
+    with _checkpoints(config, world) as checkpoints:
+        run_dir = checkpoints.run_dir
+        agreement = Agreement(
+            world, StopRequest(), run_dir, poll=checkpoints.poll, on_agreed=lambda: watchdog.expect_within(600)
+        )
+        audit = ShardAudit(sampler, world, 0)
+        ignore = step.eager.batches.on_gather
+
+        def block(first: int, *, guarded: bool) -> float:
+            step.eager.batches.on_gather = audit.note if guarded else ignore
+            world.synchronize()
+            started = time.perf_counter()
+            for number in range(first, first + _BLOCK_STEPS):
+                step.take(number)
+                if guarded:
+                    agreement.tick()
+                    if is_due(number + 1, 100, 10**6):
+                        run_dir.check_not_superseded()  # as before a line of metrics
+                        run_dir.set_status(step=number)
+            world.synchronize()
+            return 1000 * (time.perf_counter() - started) / _BLOCK_STEPS
+
+        # A block of each is of the same steps, and the order changes, lest one profit from a warmer cache.
+        pairs = []
+        for number in range(_BLOCKS):
+            order = (False, True) if number % 2 else (True, False)
+            times = {guarded: block(number * _BLOCK_STEPS, guarded=guarded) for guarded in order}
+            audit = ShardAudit(sampler, world, 0)
+            pairs.append((times[False], times[True]))
+        watchdog.expect_nothing()
+    ratios = [guarded / bare for bare, guarded in pairs[2:]]
+    return {
+        "bare_ms": statistics.median(bare for bare, _ in pairs[2:]),
+        "guarded_ms": statistics.median(guarded for _, guarded in pairs[2:]),
+        "overhead_percent": 100 * (statistics.median(ratios) - 1),
+    }
+
+
 def main() -> None:
-    probe = {"breakdown": breakdown, "stall": stall, "growth": growth}[sys.argv[1]]
+    probe = {"breakdown": breakdown, "stall": stall, "growth": growth, "guards": guards}[sys.argv[1]]
     print(json.dumps(probe(sys.argv[2])), flush=True)
 
 

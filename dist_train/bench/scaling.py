@@ -12,7 +12,7 @@ from dist_train.bench.harness import measure
 from dist_train.bench.interval import Interval
 from dist_train.bench.task import Found, Task
 from dist_train.environment import available_cores
-from dist_train.launch import output_of
+from dist_train.launch import output_of_ranks
 
 OURS, BARE = "dist_train", "bare_ddp"
 
@@ -29,8 +29,8 @@ def run_rounds(task: Task, nprocs: Sequence[int], repetitions: int) -> Rounds:
 
 
 def _bare(task: Task, nproc: int) -> Found:
-    arguments = ["--standalone", f"--nproc-per-node={nproc}", "-m", "dist_train.bench.peers.bare_ddp"]
-    out = output_of("torch.distributed.run", *arguments, task.to_argument(), environment={"OMP_NUM_THREADS": "1"})
+    program = "dist_train.bench.peers.bare_ddp"
+    out = output_of_ranks(nproc, program, task.to_argument(), environment={"OMP_NUM_THREADS": "1"})
     found: Found = json.loads(out.splitlines()[-1])
     return found
 

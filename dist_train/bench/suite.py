@@ -71,6 +71,11 @@ PARTS = {
         speedrun.table,
         speedrun.draw,
     ),
+    "guards": Part(
+        lambda options: inside.probe("guards", options.nets, options.repetitions),
+        inside.guards_table,
+        inside.guards_draw,
+    ),
     "growth": Part(  # MNIST so many times over
         lambda options: inside.probe("growth", (1, 10, 100), options.repetitions),
         inside.growth_table,

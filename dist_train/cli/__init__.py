@@ -13,9 +13,14 @@ from dist_train import __version__
 from dist_train.cli.bench import bench
 from dist_train.cli.config import config
 from dist_train.cli.data import data
-from dist_train.cli.results import evaluate
+from dist_train.cli.doctor import doctor
+from dist_train.cli.results import evaluate, export, predict
+from dist_train.cli.runs import runs
 from dist_train.cli.slurm import slurm
+from dist_train.cli.sweep import sweep
+from dist_train.cli.tracking import wandb
 from dist_train.cli.train import launch, train
+from dist_train.cli.verify import verify
 from dist_train.errors import DistTrainError
 
 
@@ -23,7 +28,7 @@ class _Reported(click.ClickException):
     """A DistTrainError as click shows it: one message, its exit code, no traceback."""
 
     def __init__(self, error: DistTrainError) -> None:
-        super().__init__(str(error))
+        super().__init__("\n".join([str(error), *getattr(error, "__notes__", [])]))
         self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
@@ -52,5 +57,20 @@ def main() -> None:
         sys.path.insert(0, here)
 
 
-for _command in (train, launch, evaluate, slurm, bench, config, data):
+for _command in (
+    train,
+    launch,
+    evaluate,
+    predict,
+    export,
+    runs,
+    sweep,
+    slurm,
+    wandb,
+    verify,
+    doctor,
+    bench,
+    config,
+    data,
+):
     main.add_command(_command)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "growth", "speedrun")
+_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "guards", "growth", "speedrun")
 
 
 @click.command()
@@ -24,7 +24,7 @@ _PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "growth", "s
 def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
     """Measure this harness beside the loops that people write: tables, JSON and pictures.
 
-    Parts, all by default: speed, scaling, breakdown, startup, checkpoint, growth, speedrun (four seeds a
+    Parts, all by default: speed, scaling, breakdown, startup, checkpoint, guards, growth, speedrun (four seeds a
     repetition).
     """
     from dist_train.bench.suite import Options, run_part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
         folder = Path(resume)
         if options["run_name"]:
             raise ConfigError(f"--resume={folder} names the run already. Leave --run-name={options['run_name']} out.")
-        if not (folder / "config.yaml").is_file():
+        if not _holds_config(folder):
             raise ConfigError(
                 f"--resume={folder} has no config.yaml, so it is no run. Use auto, never or a run's folder."
             )
@@ -84,6 +85,13 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
         verbosity=-1 if options["quiet"] else int(options["verbose"]),
     )
     return load_config(name, overrides), start
+
+
+def _holds_config(folder: Path) -> bool:
+    try:
+        return (folder / "config.yaml").is_file()
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def arguments_of_train(options: dict[str, Any]) -> tuple[str, ...]:
@@ -116,3 +124,10 @@ def end_rank() -> None:
 
     if find_place(os.environ).world_size > 1:
         end_process(0)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """As wide as it is: rich would fold it at the width of the terminal, or at 80 in a pipe."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

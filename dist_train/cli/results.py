@@ -1,18 +1,25 @@
-"""What is done with a run afterwards."""
+"""`evaluate`, `predict` and `export`: what is done with a run afterwards."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import end_rank
+from dist_train.cli.options import end_rank, print_table
+
+if TYPE_CHECKING:
+    from dist_train.results import Evaluated
+
+_MATRIX_UP_TO = 12  # classes; more fit on no screen
+_checkpoint = click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP")
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP")
+@_checkpoint
 @click.option("--split", default="test", show_default=True, type=click.Choice(["val", "test"]))
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
@@ -20,10 +27,67 @@ def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
     from dist_train.results import evaluate_run
 
     found = evaluate_run(run, checkpoint, split)
-    if found is not None and as_json:
-        click.echo(json.dumps(found))
-    elif found is not None:
-        click.echo(f"{run}, checkpoint at step {found['step']}, {split} split: {found['seen']} examples")
-        for name in sorted(found.keys() - {"step", "seen"}):
-            click.echo(f"{name} {found[name]:.6f}")
+    if found is not None:
+        _print_json(found) if as_json else _print(found, f"{run}, checkpoint at step {found.step}, {split} split")
     end_rank()
+
+
+def _print(found: Evaluated, what: str) -> None:
+    from dist_train.confusion import accuracy_by_class
+
+    click.echo(f"{what}: {found.metrics['seen']} examples")
+    for name in sorted(found.metrics.keys() - {"seen"}):
+        click.echo(f"{name} {found.metrics[name]:.6f}")
+    if found.confusion is None:
+        return
+    counts = found.confusion.tolist()
+    accuracies = ["-" if each is None else f"{each:.2%}" for each in accuracy_by_class(found.confusion)]
+    click.echo()
+    if len(counts) <= _MATRIX_UP_TO:
+        cells = zip(found.classes, accuracies, counts, strict=True)
+        rows = [[name, accuracy, *map(str, row)] for name, accuracy, row in cells]
+        print_table(["class", "accuracy", *(f"as {name}" for name in found.classes)], rows)
+    else:
+        print_table(["class", "accuracy"], list(zip(found.classes, accuracies, strict=True)))
+
+
+def _print_json(found: Evaluated) -> None:
+    from dist_train.confusion import accuracy_by_class
+
+    line: dict[str, Any] = {"step": found.step, **found.metrics}
+    if found.confusion is not None:
+        line |= {"classes": found.classes, "accuracy_by_class": accuracy_by_class(found.confusion)}
+        line["confusion"] = found.confusion.tolist()
+    click.echo(json.dumps(line))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@_checkpoint
+@click.option("--invert", is_flag=True, help="The pictures are dark on bright, as on paper; those of MNIST are not.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON for each.")
+def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, as_json: bool) -> None:
+    """What pictures show, by a run's net: the three most probable classes. PNG, JPEG, whatever PIL reads."""
+    from dist_train.saved_net import SavedNet
+    from dist_train.saved_net import predict as ask
+
+    for found in ask(SavedNet.open(run, checkpoint), images, invert=invert):
+        pairs = list(zip(found.classes, found.probabilities, strict=True))
+        if as_json:
+            click.echo(json.dumps({"image": str(found.image), "classes": dict(pairs)}))
+        else:
+            click.echo(f"{found.image}: " + ", ".join(f"{name} {value:.1%}" for name, value in pairs))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@_checkpoint
+def export(run: Path, out: Path, checkpoint: str) -> None:
+    """A run's net for use elsewhere, in a new folder OUT: weights, and a program that needs torch alone."""
+    from dist_train.saved_net import SavedNet
+    from dist_train.saved_net import export as write
+
+    for path in write(SavedNet.open(run, checkpoint), out):
+        click.echo(f"written: {path}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import arguments_of_train, resolve, start_options
+from dist_train.cli.options import arguments_of_train, print_table, resolve, start_options
 from dist_train.errors import RunDirError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def _job_options(command: Any) -> Any:
         click.option("--max-requeues", default=100, show_default=True, type=click.IntRange(min=0)),
         click.option("--lead-s", default=120, show_default=True, type=at_least_one, help="Time to save at the limit."),
         click.option("--log", default="%x-%j.out", show_default=True, metavar="FILE"),
-        click.option("--partition", metavar="NAME"),
+        click.option("--partition", envvar="SBATCH_PARTITION", metavar="NAME"),
         click.option("--time", default="60", show_default=True, metavar="LIMIT", help="Minutes, HH:MM:SS or D-HH."),
         click.option("--gpus-per-node", default=0, show_default=True, type=click.IntRange(min=0)),
         click.option("--cpus-per-proc", default=1, show_default=True, type=at_least_one),
@@ -78,10 +79,9 @@ def submit(**options: Any) -> None:
 
     from dist_train import slurm as cluster
     from dist_train.environment import default_run_name
-    from dist_train.errors import ConfigError
-    from dist_train.run_dir import write_json
+    from dist_train.small_files import write_json
     from dist_train.start import check_start, find_run_dir
-    from dist_train.submission import check_submission
+    from dist_train.submission import check_partition, check_submission
 
     config, start = resolve(options)
     script = _script(options, start.config_name)
@@ -90,9 +90,7 @@ def submit(**options: Any) -> None:
         click.echo(f"{named.path} is finished already: nothing to do.")
         return
     check_submission(script, config, named.read_status().get("save_s", 0.0) if named is not None else 0.0)
-    there = cluster.partitions()
-    if script.partition is not None and not set(script.partition.split(",")) <= {*there}:
-        raise ConfigError(f"--partition={script.partition} does not exist. Use one of {', '.join(there)}.")
+    check_partition(script, cluster.partitions())
     if options["dry_run"]:
         click.echo(script.render(), nl=False)
         return
@@ -104,7 +102,7 @@ def submit(**options: Any) -> None:
     named.create()
     (named.path / "job.sbatch").write_text(script.render())
     log = Path(script.log.replace("%x", script.job_name).replace("%j", job)).absolute()
-    write_json(named.path / "slurm.json", {"job": job, "log": str(log)})
+    write_json(named.slurm_json, {"job": job, "log": str(log), "submitted": round(time.time(), 3)})
     click.echo(f"job {job}, run directory {named.path}")
 
 
@@ -114,12 +112,12 @@ def status(runs: tuple[Path, ...]) -> None:
     """What Slurm and the runs themselves say of them; without RUN: of all that were submitted."""
     from dist_train import slurm as cluster
     from dist_train.run_dir import RunDir
+    from dist_train.start import parent_of_runs
 
-    parent = Path(os.environ.get("DIST_TRAIN_RUNS_DIR") or "runs")
-    paths = [*runs] or sorted(path.parent for path in parent.glob("*/slurm.json"))
+    paths = [*runs] or sorted(path.parent for path in parent_of_runs().glob("*/slurm.json"))
     found = {run: _job_of(RunDir(run)) for run in paths}
     states = cluster.jobs(found.values())
-    rows = [("run", "job", "Slurm", "nodes or reason", "run's state", "step", "starts")]
+    rows = []
     for run, job in found.items():
         own = RunDir(run).read_status()
         steps = f"{own['step']}/{own['total_steps']}" if "step" in own else "-"
@@ -127,20 +125,17 @@ def status(runs: tuple[Path, ...]) -> None:
             (run.name, job, states[job].state, states[job].reason or "-", own.get("state", "-"), steps,
              str(own.get("attempt", 0)))
         )  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(("run", "job", "Slurm", "nodes or reason", "run's state", "step", "starts"), rows)
 
 
 def _job_of(run_dir: RunDir) -> str:
     """The id of the job that the run belongs to."""
-    from dist_train.run_dir import read_json
+    from dist_train.summary import summarise
 
-    named = (read_json(run_dir.path / "slurm.json").get("job"), run_dir.read_status().get("slurm_job_id"))
-    found = [str(job) for job in named if job]
-    if not found:
+    job = summarise(run_dir.path).job
+    if job is None:
         raise RunDirError(f"{run_dir.path} was not submitted to Slurm: neither slurm.json nor status.json names a job.")
-    return max(found, key=lambda job: int(job.partition("_")[0]))  # it may have been submitted again
+    return job
 
 
 @slurm.command()
@@ -148,9 +143,10 @@ def _job_of(run_dir: RunDir) -> str:
 @click.option("-n", "count", default=40, show_default=True, type=click.IntRange(min=1), help="So many lines.")
 def logs(run: Path, count: int) -> None:
     """The last lines of a job's log."""
-    from dist_train.run_dir import read_json
+    from dist_train.run_dir import RunDir
+    from dist_train.small_files import read_json
 
-    log = Path(read_json(run / "slurm.json").get("log", ""))
+    log = Path(read_json(RunDir(run).slurm_json).get("log", ""))
     if not log.is_file():
         raise RunDirError(f"{run} has no log of a job yet ({log}): it waits, or it was not submitted from here.")
     with log.open(errors="replace") as file:
@@ -170,12 +166,16 @@ def cancel(run: Path) -> None:
 @slurm.command("requeue-check")
 @start_options
 @click.option("--max-requeues", default=100, show_default=True, type=click.IntRange(min=0))
-def requeue_check(max_requeues: int, **options: Any) -> None:
+@click.option("--told", is_flag=True, help="The batch shell was told that its time is up.")
+def requeue_check(max_requeues: int, told: bool, **options: Any) -> None:
     """For batch scripts, after the step has ended: prints requeue, ended or failed, and on stderr why."""
+    from dist_train.post_mortem import how_to_go_on
     from dist_train.slurm import decide_requeue
     from dist_train.start import find_run_dir
 
     run_dir = find_run_dir(*resolve(options))
-    decision, why = decide_requeue(run_dir, os.environ, max_requeues)
+    decision, why = decide_requeue(run_dir, os.environ, max_requeues, told=told)
     click.echo(decision)
-    click.echo(f"{run_dir.path}: {decision}, {why}", err=True)
+    if decision == "failed" and run_dir.config.exists():
+        click.echo(how_to_go_on(run_dir), err=True)
+    click.echo(f"{run_dir.path}: {decision}, {why}", err=True)  # last: the log's last line says why

@@ -15,7 +15,7 @@ from dist_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_train.config import Config
-    from dist_train.launch import Nodes
+    from dist_train.nodes import Nodes
     from dist_train.start import Start
     from dist_train.stop_request import StopRequest
 
@@ -92,7 +92,8 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
 
 def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -> None:
     """Everything that can be refused is refused here, before any process starts."""
-    from dist_train.launch import LaunchSpec, make_room, start_ranks
+    from dist_train.launch import LaunchSpec, start_ranks
+    from dist_train.nodes import make_room
     from dist_train.start import check_start, find_run_dir
 
     nodes = _nodes(options, nproc, config)
@@ -121,7 +122,7 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
 
 def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
     """The machines of `launch --nnodes`, None for this one alone. Every number of them is checked that may come up."""
-    from dist_train.launch import Nodes
+    from dist_train.nodes import Nodes
     from dist_train.plan import BatchPlan
 
     text, endpoint = options.get("nnodes", "1"), options.get("rdzv_endpoint")

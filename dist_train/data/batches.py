@@ -38,6 +38,7 @@ class Batches(Protocol):
     """The training batches of one rank."""
 
     wait_s: float  # seconds spent waiting for data since the start
+    on_gather: Callable[[Tensor], object]  # told the indices of each batch that is handed out
 
     def at(self, step: int, micro_step: int) -> Batch: ...
 
@@ -54,6 +55,7 @@ class ResidentBatches:
         self.sampler = sampler.on(device)
         self.pixels = pixels
         self.augment = augment
+        self.on_gather: Callable[[Tensor], object] = _ignore
 
     def at(self, step: int, micro_step: int) -> Batch:
         draw = self.draw(step, micro_step)
@@ -63,6 +65,7 @@ class ResidentBatches:
         """What decides the micro-batch, on the device: the indices of its examples, int64 [B], and their shifts."""
         size = self.sampler.plan.per_device_batch_size
         indices = self.sampler.indices(step)[micro_step * size : (micro_step + 1) * size]
+        self.on_gather(indices)
         return (indices, *self.augment.draw(step, micro_step)) if self.augment else (indices,)
 
     def make(self, indices: Tensor, *shifts: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +93,7 @@ class StreamingBatches:
         seed: int,
     ) -> None:
         self.wait_s = 0.0
+        self.on_gather: Callable[[Tensor], object] = _ignore
         self._sampler = sampler
         self._augment = augment
         self._place = Placing(pixels, device)
@@ -104,6 +108,7 @@ class StreamingBatches:
     def at(self, step: int, micro_step: int) -> Batch:
         wanted = (step, micro_step)
         if self._last is not None and self._last[0] == wanted:
+            self.on_gather(self._last[1].indices)
             return self._last[1]
         started = time.perf_counter()
         if self._next != wanted:
@@ -118,6 +123,7 @@ class StreamingBatches:
             self._ready.append(self._fetch(self._next))
         self.wait_s += time.perf_counter() - started
         self._last = wanted, batch
+        self.on_gather(batch.indices)
         return batch
 
     def _fetch(self, place: Place) -> Batch:
@@ -130,6 +136,10 @@ class StreamingBatches:
         step, micro_step = place
         last = micro_step + 1 == self._sampler.plan.grad_accum_steps
         return (step + 1, 0) if last else (step, micro_step + 1)
+
+
+def _ignore(_indices: Tensor) -> None:
+    """Nobody listens yet."""
 
 
 def _hand_over(batch: Batch, side: torch.cuda.Stream) -> None:

@@ -100,8 +100,8 @@ def load_image_folder(
     return {name: split.in_memory() if resident else split for name, split in splits.items()}
 
 
-def decode(path: Path, image_size: int) -> Tensor:
-    """One picture, uint8 [3, S, S].
+def decode(path: Path, image_size: int, channels: int = 3) -> Tensor:
+    """One picture, uint8 [C, S, S] of 3 channels or, in shades of grey, of 1.
 
     Raises:
         DataError: PIL cannot read it, or would lose what is in it.
@@ -110,17 +110,18 @@ def decode(path: Path, image_size: int) -> Tensor:
         with Image.open(path) as picture:
             if picture.mode.split(";")[0] in _DEEP_MODES:
                 raise DataError(f"{path} has more than 8 bits per pixel (mode {picture.mode}). Convert it to 8 bits.")
-            rgb = picture.convert("RGB")
+            converted = picture.convert("RGB" if channels == 3 else "L")
     except DataError:
         raise
     except Exception as error:  # PIL raises many kinds, by format
         raise DataError(f"{path} is not a picture that can be decoded: {error}. Mend or remove it.") from None
-    short = min(rgb.size)
-    width, height = (image_size * side // short for side in rgb.size)
-    resized = rgb.resize((width, height), Image.Resampling.BILINEAR)  # PIL smooths when it shrinks
+    short = min(converted.size)
+    width, height = (image_size * side // short for side in converted.size)
+    resized = converted.resize((width, height), Image.Resampling.BILINEAR)  # PIL smooths when it shrinks
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
     square = resized.crop((left, top, left + image_size, top + image_size))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # from [S, S, 3]
+    pixels = torch.from_numpy(np.array(square)).view(image_size, image_size, channels)
+    return pixels.permute(2, 0, 1).contiguous()
 
 
 def _check_classes(folder: Path, classes: tuple[str, ...], wanted: tuple[str, ...]) -> None:

@@ -52,6 +52,11 @@ def check_pixels(config: DataConfig, train: Examples) -> None:
         if getattr(config, setting) is not None and not yields_pixels(train):
             label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
             raise ConfigError(f"data.{setting} and {label}, which has transforms of its own. Remove data.{setting}.")
+    if config.augment is not None and config.augment.shift >= (side := min(train[0][0].shape[1:])):
+        raise ConfigError(
+            f"data.augment.shift={config.augment.shift} moves images of {side} pixels out of sight. "
+            f"Set it to less than {side}."
+        )
     if config.normalize is None:
         return
     channels, given = train[0][0].shape[0], len(config.normalize.mean)

@@ -15,6 +15,7 @@ from dist_train.config import DataConfig, default_data_root
 from dist_train.data.image_folder import load_image_folder
 from dist_train.data.image_set import Examples, ImageSet, num_examples, part_of
 from dist_train.data.named import load_named
+from dist_train.data.pixels import yields_pixels
 from dist_train.data.settings import check_pixels, check_settings
 from dist_train.data.user import check_map_style, load_user_sets
 from dist_train.errors import ConfigError, UserCodeError
@@ -32,6 +33,13 @@ class Splits:
     def known(self) -> dict[str, int | None]:
         """What a net may need to know of the data; None where the set does not tell."""
         return {"in_channels": self.in_channels, "num_classes": self.num_classes, "image_size": self.image_size}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a net needs to know to be used without the data."""
+        classes = getattr(self.train, "classes", None)
+        named = list(map(str, classes)) if isinstance(classes, (list, tuple)) else None
+        return {**self.known, "classes": named, "pixels": yields_pixels(self.train)}
 
     @property
     def in_channels(self) -> int | None:

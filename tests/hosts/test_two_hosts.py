@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from ranks import train_losses
 from test_launch import SETTINGS
 
-from dist_train.run_dir import read_json
+from dist_train.small_files import read_json
 from hosts.hosts import REASON, Hosts, can_be_made
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
@@ -27,7 +27,9 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield made
 
 
-def test_one_is_powered_off_and_comes_back(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_is_powered_off_and_comes_back(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Callable[..., None]
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"HEAD": "node1", "NPROC": "1", "OMP_NUM_THREADS": "1", "PATH": path}
@@ -55,13 +57,19 @@ def test_one_is_powered_off_and_comes_back(hosts: Hosts, tmp_path: Path, monkeyp
     two.wait(10)
     crashed_at = read_json(run_dir / "status.json")["step"]
     off_s = hosts.wait_for(lambda: trains_on(1, beyond=crashed_at), "training on one", 90)
+    lost = crashed_at - read_json(run_dir / "status.json")["resumed_at"]
     hosts.heal("node2")
     hosts.boot("node2")
     two = start("node2")
     back_s = hosts.wait_for(lambda: trains_on(2, beyond=crashed_at), "training on both again", 90)
-    print(f"powered off: trained again after {off_s:.1f} s; both again after {back_s:.1f} s")
     assert (one.wait(180), two.wait(30)) == (0, 0), said()
     assert read_json(run_dir / "status.json")["state"] == "FINISHED"
     alone = [sys.executable, "-m", "dist_train", "train", *EXACT, "-o", "train_for=6000 steps", "--run-name=alone"]
     subprocess.run(alone, check=True, capture_output=True)
     assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-8)
+    exact = "float64 losses of one process within 1e-8, on 2, 1 and 2 hosts"
+    off = "one of two hosts without Slurm is powered off (`launch/restart.sh`, stall_timeout_s=10)"
+    row(off, "the other goes on alone", f"trains {off_s:.0f}", lost, exact)
+    row(
+        "the host is there again", "the run is asked to save and stop; all meet anew", f"train {back_s:.0f}", "0", exact
+    )

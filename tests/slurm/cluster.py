@@ -1,6 +1,7 @@
 """A real Slurm on hosts of network namespaces: munged, slurmctld on `head`, a slurmd on each node.
 
-No systemd, no cgroups. Two partitions: `low`, whose jobs are preempted and queued again, and `high`. Accounting is off.
+No systemd, no cgroups. Three partitions: `low`, whose jobs are preempted and queued again, `low0`, the same without
+time of grace, and `high`. Accounting is off.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 from hosts.hosts import Hosts
 from hosts.hosts import can_be_made as hosts_can_be_made
 
-DAEMONS = ("munged", "slurmctld", "slurmd")
-REASON = "needs root and Slurm: apt-get install -y --no-install-recommends slurm-wlm munge iproute2"
+NEEDS = ("munged", "slurmctld", "slurmd", "strace")
+REASON = "needs root and Slurm: apt-get install -y --no-install-recommends slurm-wlm munge iproute2 strace"
 PORT = 27_000
 GRACE_S, KILL_WAIT_S, LOST_S = 5, 5, 15  # of a preemption; from TERM to KILL; until a silent node counts as down
 
 
 def can_be_made() -> bool:
-    return hosts_can_be_made() and all(map(shutil.which, DAEMONS))
+    return hosts_can_be_made() and all(map(shutil.which, NEEDS))
 
 
 class Cluster(Hosts):
@@ -111,6 +112,7 @@ SlurmdTimeout={LOST_S}
 InactiveLimit=0
 {nodes}
 PartitionName=low Nodes={names} Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE_S}
+PartitionName=low0 Nodes={names} State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -119,6 +121,20 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
     def start_controller(self) -> None:
         # Not -c: after a restart the jobs are still known.
         self._daemon("head", "slurmctld", "-f", self.env["SLURM_CONF"])
+
+    def stop_controller(self) -> None:
+        """Killed: nothing is put in order."""
+        self.run("head", "bash", "-c", f"kill -KILL $(cat {self.folder}/slurmctld.pid)")
+
+    def repair(self) -> None:
+        """Every node is healed, up and idle."""
+        self.ask("scancel", "--user=root")
+        for node in self.nodes:
+            self.heal(node)
+            if node not in self._inits:
+                self.boot(node)
+                self.start_node(node)
+        self.wait_for(lambda: self._idle() == len(self.nodes), "idle nodes", 90)
 
     def start_node(self, node: str) -> None:
         (self.folder / "spool" / node).mkdir(exist_ok=True)
@@ -138,6 +154,10 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
 
     def state(self, job: str) -> str:
         return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def nodes_of(self, job: str) -> list[str]:
+        names = self.ask("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
+        return self.ask("scontrol", "show", "hostnames", names).split()
 
     def start_at_once(self, job: str) -> None:
         """A job that was queued again would wait for two minutes.

@@ -1,90 +1,41 @@
-"""Trainings as jobs of a real Slurm with two nodes: the same numbers, whatever Slurm does to them."""
+"""Trainings as jobs of a real Slurm: the same numbers as without it, by each of the scripts."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ranks import train_losses
 from test_launch import SETTINGS
 
-from dist_train.run_dir import read_json
-from slurm.cluster import GRACE_S, REASON, Cluster, can_be_made
+from slurm.cluster import Cluster
+from slurm.trainings import SCRIPTS, ended, status_of, submit, train_here
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
+pytestmark = pytest.mark.cluster
 
-SCRIPTS = Path(__file__).parent.parent.parent / "slurm"
-EXACT = [*SETTINGS, "-o", "train_for=20 steps", "-o", "dtype=float64"]
-# Some 20 s on four ranks that share two cores; a save takes 0.1 s.
-LONG = [*SETTINGS, "-o", "train_for=3000 steps", "-o", "log_every=100", "-o", "save_every=10 s"]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as made:
-        made.env |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-        yield made
-
-
-def status_of(run_dir: Path) -> dict[str, Any]:
-    return read_json(run_dir / "status.json")
-
-
-def submit(cluster: Cluster, *command: str) -> str:
-    return cluster.ask("sbatch", "--parsable", *command).strip()
-
-
-def is_training(run_dir: Path, beyond: int = 0) -> bool:
-    status = status_of(run_dir)
-    return status.get("state") == "TRAINING" and status.get("step", 0) > beyond
-
-
-def trains_again(cluster: Cluster, job: str, run_dir: Path, beyond: int) -> bool:
-    """Started at once whenever it waits: Slurm may set the time to wait for after it was taken back."""
-    if cluster.state(job) == "PENDING":
-        cluster.start_at_once(job)
-    return is_training(run_dir, beyond)
-
-
-def ended(cluster: Cluster, job: str, run_dir: Path) -> bool:
-    """Started at once whenever it was queued again."""
-    state = cluster.state(job)
-    if state == "PENDING":
-        cluster.start_at_once(job)
-    assert state in ("PENDING", "RUNNING", "COMPLETING", "COMPLETED"), log_of(cluster, run_dir)
-    return state == "COMPLETED"
-
-
-def log_of(cluster: Cluster, run_dir: Path) -> str:
-    logs = [*run_dir.parent.parent.glob("*.out"), *(run_dir / "logs").glob("*")]
-    return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in logs)
+SHORT = [*SETTINGS, "-o", "train_for=20 steps"]
+EXACT = [*SHORT, "-o", "dtype=float64"]
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 
 def test_srun_without_a_batch_script(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tasks on one node and one on the other, which cannot know it from the totals; the job id names the run."""
     monkeypatch.chdir(tmp_path)
-    train = [sys.executable, "-m", "dist_train", "train", *EXACT]
-    del cluster.env["OMP_NUM_THREADS"]
-    try:
-        cluster.ask("srun", "--nodes=2", "--ntasks=3", *train)
-    finally:
-        cluster.env["OMP_NUM_THREADS"] = "1"
+    monkeypatch.delitem(cluster.env, "OMP_NUM_THREADS")
+    cluster.ask("srun", "--nodes=2", "--ntasks=3", sys.executable, "-m", "dist_train", "train", *EXACT)
     (run_dir,) = (tmp_path / "runs").iterdir()
     result = json.loads((run_dir / "result.json").read_text())
     assert result["world_size"] == 3
     facts = json.loads((run_dir / "run.json").read_text())
     assert facts["started_by"] == "srun"
     assert run_dir.name == f"smoke-{status_of(run_dir)['slurm_job_id']}"
-    alone(tmp_path)
-    assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-10)
+    assert train_losses(run_dir) == pytest.approx(train_losses(train_here(tmp_path, *EXACT)), rel=1e-10)
 
 
 def test_a_batch_shell_is_one_process(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,97 +48,25 @@ def test_a_batch_shell_is_one_process(cluster: Cluster, tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "runs/batch/result.json").read_text())["world_size"] == 1, log
 
 
-def alone(folder: Path) -> None:
-    train = [sys.executable, "-m", "dist_train", "train", *EXACT, "--run-name", "alone"]
-    subprocess.run(train, check=True, capture_output=True, env=os.environ, cwd=folder)
-
-
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("script", ["train", "train_srun", "train_accelerate"])
 def test_two_nodes_of_two_ranks_equal_one_process(
-    script: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str, dtype: str, cluster: Cluster, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    settings = [*SHORT, "-o", f"dtype={dtype}"]
     tasks = ["--ntasks-per-node=2", "--cpus-per-task=1"] if script == "train_srun" else []
-    job = submit(cluster, *tasks, str(SCRIPTS / f"{script}.sbatch"), *EXACT)
-    (run_dir,) = [tmp_path / f"runs/smoke-{job}"]
+    job = submit(cluster, f"--chdir={tmp_path}", *tasks, SCRIPTS / f"{script}.sbatch", *settings)
+    run_dir = tmp_path / f"runs/smoke-{job}"
     cluster.wait_for(lambda: ended(cluster, job, run_dir), "end", 120)
     result = json.loads((run_dir / "result.json").read_text())
     assert result["world_size"] == 4
     facts = json.loads((run_dir / "run.json").read_text())
     assert sorted(set(facts["hosts"])) == ["node1", "node2"]
-    alone(tmp_path)
-    assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-10)
-
-
-def disturbed(cluster: Cluster, tmp_path: Path, script: str, disturb: Any) -> Path:
-    """A run that is disturbed as soon as it trains, twice."""
-    job = submit(cluster, str(SCRIPTS / f"{script}.sbatch"), *LONG)
-    run_dir = tmp_path / f"runs/smoke-{job}"
-    beyond = 0
-    for attempt in (1, 2):
-        cluster.wait_for(partial(trains_again, cluster, job, run_dir, beyond), "training", 60)
-        disturb(job)
-        cluster.wait_for(lambda: status_of(run_dir)["state"] == "PREEMPTED", "agreed stop", 30)
-        beyond = status_of(run_dir)["step"]
-        assert status_of(run_dir)["attempt"] == attempt
-        cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue", 60)
-    cluster.wait_for(lambda: ended(cluster, job, run_dir), "end", 120)
-    assert status_of(run_dir)["state"] == "FINISHED"
-    assert status_of(run_dir)["attempt"] == 3
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    job = cluster.ask("sbatch", "--parsable", f"--chdir={folder}", str(SCRIPTS / "train.sbatch"), *LONG).strip()
-    run_dir = folder / f"runs/smoke-{job}"
-    cluster.wait_for(lambda: ended(cluster, job, run_dir), "end", 120)
-    return run_dir
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    free = ("time", "attempt", "epoch_s")
-    return [{k: v for k, v in line.items() if k not in free and not k.startswith("perf/")} for line in lines]
-
-
-def same_run(one: Path, other: Path) -> None:
-    weights = [sorted((path / "checkpoints").glob("step_*"))[-1] / "model.safetensors" for path in (one, other)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert metrics(one) == metrics(other)
-
-
-def test_preempted_twice(cluster: Cluster, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a job of higher priority that takes both nodes."""
-    monkeypatch.chdir(tmp_path)
-
-    def preempt(_job: str) -> None:
-        submit(cluster, "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", f"--wrap=sleep {GRACE_S}")
-
-    same_run(disturbed(cluster, tmp_path, "train", preempt), undisturbed)
-
-
-def test_the_time_limit_twice(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The signal that announces it, sent by hand: Slurm itself needs a minute for the shortest limit."""
-    monkeypatch.chdir(tmp_path)
-
-    def warn(job: str) -> None:
-        cluster.ask("scancel", "--batch", "--signal=USR1", job)
-
-    same_run(disturbed(cluster, tmp_path, "train", warn), undisturbed)
-
-
-def test_cancelled_is_not_queued_again(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    job = submit(cluster, str(SCRIPTS / "train_srun.sbatch"), *LONG)
-    run_dir = tmp_path / f"runs/smoke-{job}"
-    cluster.wait_for(lambda: is_training(run_dir), "training", 60)
-    cluster.ask("scancel", job)
-    cluster.wait_for(lambda: cluster.state(job) == "CANCELLED", "end", 60)
-    assert status_of(run_dir)["state"] == "INTERRUPT", log_of(cluster, run_dir)
+    ours, alone = train_losses(run_dir), train_losses(train_here(tmp_path, *settings))
+    assert len(ours) == 20
+    assert ours == pytest.approx(alone, rel=TOLERANCE[dtype])
+    worst = max(abs(one - other) / other for one, other in zip(ours, alone, strict=True))
+    row(f"`{script}.sbatch`, {dtype}", "-", "-", "-", f"20 losses of one process within {worst:.0e}")
 
 
 def test_by_our_own_commands(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +78,104 @@ def test_by_our_own_commands(cluster: Cluster, tmp_path: Path, monkeypatch: pyte
     run_dir = tmp_path / "runs/mine"
     assert said == f"job {job}, run directory {run_dir}\n"
     cluster.wait_for(lambda: ended(cluster, job, run_dir), "end", 60)
-    row = cluster.ask(*ours, "status").splitlines()[1].split()
-    assert row[:3] == ["mine", job, "COMPLETED"]
-    assert "FINISHED" in row
+    table = cluster.ask(*ours, "status").splitlines()[1].split()
+    assert table[:3] == ["mine", job, "COMPLETED"]
+    assert "FINISHED" in table
     assert "ended, state FINISHED" in cluster.ask(*ours, "logs", "runs/mine")
     assert "finished already" in cluster.ask(*ours, "submit", "--run-name=mine", *EXACT)
-    refused = cluster.run("head", *ours, "submit", "--partition=gold", *EXACT, env=cluster.env)
-    assert refused.returncode == 2
-    assert "--partition=gold does not exist. Use one of high, low." in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--partition=gold"], "--partition=gold does not exist. Use one of high, low, low0."),
+        (["--nodes=4", "--nproc=1"], "--nodes=4, and partition low has 2. The job would wait for ever: ask for less."),
+        (
+            ["--nproc=8"],
+            "--nproc=8 x --cpus-per-proc=1 = 8 CPUs on a node, and no node of partition low has more than 4.",
+        ),
+        (["--gpus-per-node=2"], "sbatch: error: Invalid generic resource (gres) specification"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(
+    asked: list[str], said: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = cluster.run(
+        "head", sys.executable, "-m", "dist_train", "slurm", "submit", *SHORT, *asked, env=cluster.env
+    )
+    assert refused.returncode in (1, 2)
+    assert said in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_that_is_taken(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MASTER_PORT, left over in the shell that starts a job."""
+    monkeypatch.chdir(tmp_path)
+    listen = (
+        "import socket, time; taken = socket.create_server(('', 23456)); print('taken', flush=True); time.sleep(99)"
+    )
+    other = subprocess.Popen(cluster.command("node1", sys.executable, "-c", listen), stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"taken\n"
+        train = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable, "-m", "dist_train", "train"]
+        done = cluster.run("head", *train, *SHORT, env=cluster.env | {"MASTER_PORT": "23456"}, timeout=60)
+    finally:
+        other.kill()
+        other.communicate()
+    assert done.returncode != 0
+    assert "MASTER_PORT=23456 is taken on node1. Unset it, or set another for this job." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path) -> None:
+    """Each host has a /dev/shm of its own."""
+    own = f"--export=ALL,DIST_TRAIN_RUNS_DIR=/dev/shm/{tmp_path.name}"
+    job = submit(cluster, f"--chdir={tmp_path}", own, SCRIPTS / "train.sbatch", *SHORT)
+    cluster.wait_for(lambda: cluster.state(job) == "FAILED", "end", 60)
+    log = (tmp_path / f"dist-train-{job}.out").read_text()
+    assert "2 of 4 ranks do not see the run directory /dev/shm/" in log
+    assert "Put runs_dir on a file system that all nodes share." in log
+
+
+def test_logs_that_one_can_read(cluster: Cluster, tmp_path: Path) -> None:
+    """Rank zero alone speaks in the job's log, until a rank fails; what the others print is in files of their own."""
+    settings = [
+        "-c", "smoke", "train_for=9000 steps", "log_every=10", "eval_every=0", "tracking.wandb=disabled",
+        "model.name=user_nets:Failing", "model.args.call=2000", "model.args.rank=3",
+    ]  # fmt: skip
+    job = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *settings)
+    cluster.wait_for(lambda: cluster.state(job) == "FAILED", "end", 120)
+    log = (tmp_path / f"dist-train-{job}.out").read_text()
+    spoken = log[: log.index("1: error [rank 3]")].splitlines()
+    assert any(re.match(r"0: step \d+/9000  epoch .*  loss .* samples/s$", line) for line in spoken)
+    assert all(line.startswith("0: ") for line in spoken), log
+    assert [line for line in spoken if "hello" in line] == ["0: hello from rank 0"]
+    assert "[rank 3 on node2]" in log.splitlines()[-1]
+    assert "failed, ValueError: no such digit" in log.splitlines()[-1]
+    for rank in (1, 2, 3):
+        own = (tmp_path / f"runs/smoke-{job}/logs/rank_{rank:05d}.log").read_text()
+        assert f"hello from rank {rank}" in own
+
+
+@pytest.mark.timeout(700)
+def test_jobs_that_share_nodes_do_not_meet_each_other(
+    cluster: Cluster, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty at once, four of them side by side on both nodes; each trains its own run."""
+    options = [f"--chdir={tmp_path}", "--cpus-per-task=1"]
+    monkeypatch.setitem(cluster.env, "NPROC", "1")
+    jobs = [submit(cluster, *options, SCRIPTS / "train.sbatch", *SHORT, f"seed={n}") for n in range(20)]
+    began = {job: tmp_path / f"runs/smoke-{job}" for job in jobs}
+    seconds = cluster.wait_for(lambda: all(ended(cluster, *each) for each in began.items()), "end of all", 600)
+    assert len({tuple(train_losses(run_dir)) for run_dir in began.values()}) == 20
+    assert {status_of(run_dir)["attempt"] for run_dir in began.values()} == {1}
+    row(
+        "20 jobs at once, four at a time on the same two nodes",
+        "all finish",
+        f"{seconds:.0f}",
+        "0",
+        "20 runs, each its own",
+    )

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.bench.task import task_of_this_process
+from dist_train.metrics import peak_memory_gib
 
 
 def main() -> None:
@@ -30,7 +31,8 @@ def main() -> None:
             loss.backward()
             optimizer.step()
     if rank == 0:
-        print(json.dumps({"samples_per_s": task.steps * task.batch_size / task.seconds}), flush=True)
+        speed = task.steps * task.batch_size / task.seconds
+        print(json.dumps({"samples_per_s": speed, "peak_memory_gib": peak_memory_gib(task.device)}), flush=True)
     dist.barrier()
     os._exit(0)  # gloo's destructor can hang
 

@@ -1,0 +1,72 @@
+"""`sweep`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dist_train.cli.options import load, print_table, settings_options
+
+if TYPE_CHECKING:
+    from dist_train.summary import Summary
+
+
+@click.command()
+@settings_options
+@click.option("--name", metavar="N", help="What the names of its runs begin with.  [default: CONFIG-sweep]")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="So many runs at a time.")
+@click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Processes of each run.")
+@click.option("--lines", is_flag=True, help="Only print the settings of each run, for slurm/sweep_array.sbatch.")
+def sweep(
+    config_name: str | None, overrides: tuple[str, ...], settings: tuple[str, ...], name: str | None, jobs: int,
+    nproc: int | None, lines: bool,
+) -> None:  # fmt: skip
+    """Train a run for each combination of listed values: -o 'optimizer.lr=[1e-3,3e-3]' -o 'seed=[0,1,2]'.
+
+    The same command again goes on with what is missing. At the end the runs are compared.
+    """
+    from dist_train.compare import compare, read_run
+    from dist_train.start import parent_of_runs
+    from dist_train.sweep import Grid, Sweep
+
+    load(config_name)
+    assert config_name is not None
+    name = name or f"{Path(config_name).stem}-sweep"
+    grid = Grid.of(name, config_name, [*overrides, *settings])
+    if lines:
+        click.echo("\n".join(grid.lines()))
+        return
+    work = Sweep(grid, parent_of_runs(grid.points[0].config.runs_dir), jobs=jobs, nproc=nproc)
+    done = work.train(_show)
+    finished = [run for run in done if run.state == "FINISHED"]
+    if finished:
+        click.echo()
+        for table in compare([read_run(run.run_dir.path) for run in finished]):
+            print_table(table.columns, table.texts(mark="{} *".format))
+            click.echo()
+    click.echo(f"{len(finished)} of {len(done)} runs are finished.")
+    if len(finished) < len(done):
+        click.echo("The same command goes on with the others.")
+        sys.exit(0 if work.stopped else 1)
+
+
+def _show(run: Summary, ended: bool) -> None:
+    if not ended:
+        click.echo(f"{run.name}: begins" if not run.attempt else f"{run.name}: goes on")
+    elif run.state == "FINISHED":
+        accuracy = "" if run.test_accuracy is None else f", {run.test_accuracy:.2%} on test"
+        click.echo(f"{run.name}: finished{accuracy}")
+    else:
+        click.echo(f"{run.name}: {_why(run)}")
+
+
+def _why(run: Summary) -> str:
+    from dist_train.run_dir import describe_error
+    from dist_train.small_files import read_json
+
+    error: dict[str, Any] = read_json(run.run_dir.error)
+    said = describe_error(error) if error else f"see {run.run_dir.logs / 'sweep.log'}"
+    return f"{run.state}, {said}"

@@ -1,0 +1,22 @@
+"""`wandb sync`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def wandb() -> None:
+    """What W&B recorded on this machine."""
+
+
+@wandb.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def sync(runs: tuple[Path, ...]) -> None:
+    """Send to W&B what it has not got of these runs, recorded offline or cut off while online."""
+    from dist_train.run_dir import RunDir
+    from dist_train.tracking import sync as send
+
+    send([RunDir(run) for run in runs])

@@ -1,0 +1,136 @@
+"""Which checkpoints a run has, and whether they are good: complete, as their manifest says, by checksums.
+
+A checkpoint is `checkpoints/step_00001200/` with
+
+    model.safetensors  the weights that count (averaged ones with ema_decay)
+    training.pt        optimizer, scaler, the raw weights beside averaged ones, window sums; read without executing code
+    state.json         step, best result, clocks
+    manifest.json      step, metrics, and size and SHA-256 of the three and of itself; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import CheckpointError
+from dist_train.run_dir import RunDir
+from dist_train.small_files import read_json
+
+FORMAT = 1
+MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.pt", "state.json", "manifest.json"
+
+_log = logging.getLogger(__name__)
+
+
+def folder_of(run_dir: RunDir, step: int) -> Path:
+    return run_dir.checkpoints / f"step_{step:08d}"
+
+
+def step_folders(run_dir: RunDir) -> list[Path]:
+    """Newest first."""
+    return sorted(run_dir.checkpoints.glob("step_*"), reverse=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """{} where it is missing, unreadable or damaged: its checksum covers all other entries."""
+    manifest = read_json(folder / MANIFEST)
+    return manifest if manifest.pop("sha256", None) == digest(manifest) else {}
+
+
+def find_damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, "" if it is good."""
+    manifest = read_manifest(folder)
+    if not manifest:
+        return f"{MANIFEST} is missing or damaged"
+    if manifest.get("format") != FORMAT:
+        return f"format {manifest.get('format')} is not {FORMAT}"
+    if folder.name != f"step_{manifest.get('step'):08d}" or set(manifest["files"]) != {MODEL, TRAINING, STATE}:
+        return f"{MANIFEST} belongs to another checkpoint"
+    for name, expected in manifest["files"].items():
+        try:
+            found = fingerprint(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != expected:
+            return f"{name} has {found['bytes']} bytes of {expected['bytes']} and another SHA-256 than written"
+    return ""
+
+
+def good(run_dir: RunDir, *, check: bool = True, set_aside: bool = False) -> Iterator[Path]:
+    """The good checkpoints, newest first. `set_aside`: move damaged ones out of the way and say so."""
+    if set_aside:
+        settle(run_dir.checkpoints)  # a kill may have come between the two renames
+    folders = step_folders(run_dir)
+    for folder in folders:
+        damage = find_damage(folder) if check else "" if read_manifest(folder) else "no manifest"
+        if not damage:
+            yield folder
+        elif set_aside:
+            aside = folder.with_name(f"damaged_{folder.name}")
+            remove(aside)
+            folder.rename(aside)
+            then = "the one before is used" if folder != folders[-1] else "none is left, the run begins anew"
+            _log.warning("checkpoint %s is damaged (%s): moved to %s, %s", folder, damage, aside.name, then)
+
+
+def best(run_dir: RunDir) -> Path | None:
+    """The checkpoint with the best score, None where none has one."""
+    scores = {path: read_manifest(path).get("score") for path in step_folders(run_dir)}
+    scored = {path: score for path, score in scores.items() if score is not None}
+    return max(sorted(scored), key=lambda path: scored[path]) if scored else None  # of equal ones the first
+
+
+def find_checkpoint(run_dir: RunDir, which: str) -> Path:
+    """`last`, `best` or a step number.
+
+    Raises:
+        CheckpointError: no such good checkpoint; lists those there are.
+    """
+    there = list(good(run_dir))
+    steps = {read_manifest(path)["step"]: path for path in there}
+    found = {"last": there[0] if there else None, "best": best(run_dir)}.get(which)
+    if which.isdigit():
+        found = steps.get(int(which))
+    if found is None or found not in there:
+        names = ", ".join(map(str, sorted(steps))) or "none"
+        raise CheckpointError(f"No good checkpoint {which} in {run_dir.checkpoints}. Steps there: {names}.")
+    return found
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def settle(parent: Path) -> None:
+    """A checkpoint that was being replaced: away if the new one is there, else back in its place."""
+    for replaced in parent.glob(".replaced_*"):
+        folder = parent / replaced.name.removeprefix(".replaced_")
+        if folder.exists():
+            remove(replaced)
+        else:
+            replaced.rename(folder)
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Renamed first: a kill leaves no half of a checkpoint under its name, which nothing would ever remove."""
+    aside = folder.with_name(f".removing_{folder.name}")
+    remove(aside)
+    with suppress(OSError):
+        folder.rename(aside)
+    remove(aside)

@@ -1,0 +1,1 @@
+"""Faults put in on purpose, and what becomes of the runs."""

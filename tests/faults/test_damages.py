@@ -1,0 +1,321 @@
+"""Checkpoints of a real run, damaged at random: found, named, set aside, never loaded; the newest good one is."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import train_on_ranks
+from test_exactness import assert_bit_identical, assert_equal
+from test_launch import DIST_TRAIN, run
+
+from dist_train import checkpoint, checkpoints
+from dist_train.checkpoints import Checkpoints
+from dist_train.config import Config
+from dist_train.config_file import parse_config
+from dist_train.data import load_splits
+from dist_train.distributed import World
+from dist_train.manifest import MANIFEST, MODEL, STATE, TRAINING, find_damage
+from dist_train.parts import build_parts
+from dist_train.run_dir import RunDir
+from dist_train.step import Step
+
+TABLE = "damages and mutations"
+COLUMNS = ("what", "how many", "outcome")
+
+FILES = [MODEL, TRAINING, STATE, MANIFEST]
+SETTINGS: dict[str, Any] = {
+    "data": {"name": "user_sets:Jittered"}, "model": {"name": "user_sets:WithDropout"}, "global_batch_size": 16,
+    "train_for": "26 steps", "log_every": 1, "eval_every": "8 steps", "save_every": "4 steps", "keep_last": 9,
+    "ema_decay": 0.9, "device": "cpu", "tracking": {"wandb": "disabled"},
+}  # fmt: skip
+STOPPED_AT = 22  # with checkpoints at 4, 8, 12, 16, 20 and 22
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    train_on_ranks(SETTINGS, path, stop_after=STOPPED_AT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    train_on_ranks(SETTINGS, path)
+    return path
+
+
+# --- damages: each changes one checkpoint for certain, and says which of its files it touched ------------------------
+
+Damage = Callable[[Path, list[Path], random.Random], set[str]]  # (checkpoint, other ones, source of chance)
+
+
+def flip_bits(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
+    path = folder / chance.choice(FILES)
+    content = bytearray(path.read_bytes())
+    for place in chance.sample(range(8 * len(content)), chance.choice([1, 1, 1, 2, 8])):
+        content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
+    return {path.name}
+
+
+def truncate(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
+    path = folder / chance.choice(FILES)
+    content = path.read_bytes()
+    path.write_bytes(content[: chance.randrange(len(content) - 1)])  # the last byte of a manifest, "\n", says nothing
+    return {path.name}
+
+
+def append(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
+    path = folder / chance.choice(FILES)
+    with path.open("ab") as file:
+        file.write(bytes([chance.choice([0, 0x30, 0x7D, chance.randrange(33, 256)])]))  # no blank: it says nothing
+    return {path.name}
+
+
+def delete(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
+    gone = chance.sample(FILES, chance.choice([1, 1, 2, 4]))
+    for name in gone:
+        (folder / name).unlink()
+    return set(gone)
+
+
+def empty(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
+    emptied = chance.sample(FILES, chance.choice([1, 1, 2, 4]))
+    for name in emptied:
+        (folder / name).write_bytes(b"")
+    return set(emptied)
+
+
+def zero_a_block(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
+    """As a file system may leave it after a power cut: the length is right, a part was never written."""
+    path = folder / chance.choice(FILES)
+    content = path.read_bytes()
+    start = chance.choice([0, chance.randrange(len(content))])
+    size = chance.choice([512, 4096, len(content)])
+    zeroed = content[:start] + bytes(len(content[start : start + size])) + content[start + size :]
+    path.write_bytes(zeroed if zeroed != content else bytes(len(content)))
+    return {path.name}
+
+
+def exchange_two_files(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
+    one, other = chance.sample(FILES, 2)
+    (folder / one).rename(folder / "between")
+    (folder / other).rename(folder / one)
+    (folder / "between").rename(folder / other)
+    return {one, other}
+
+
+def file_of_another(folder: Path, others: list[Path], chance: random.Random) -> set[str]:
+    name = chance.choice([MODEL, TRAINING, STATE])
+    shutil.copy(chance.choice(others) / name, folder / name)
+    return {name}
+
+
+def manifest_of_another(folder: Path, others: list[Path], chance: random.Random) -> set[str]:
+    shutil.copy(chance.choice(others) / MANIFEST, folder / MANIFEST)
+    return {MANIFEST}
+
+
+def all_of_another(folder: Path, others: list[Path], chance: random.Random) -> set[str]:
+    """Whole and right, under a name that promises more steps."""
+    other = chance.choice(others)
+    for name in FILES:
+        shutil.copy(other / name, folder / name)
+    return {MANIFEST}
+
+
+DAMAGES: dict[str, tuple[Damage, int]] = {
+    "1 to 8 bits flipped, anywhere in a file": (flip_bits, 160),
+    "a file cut off": (truncate, 60),
+    "a byte appended": (append, 40),
+    "1 to 4 files deleted": (delete, 40),
+    "1 to 4 files of zero bytes": (empty, 40),
+    "a block of zeros, or nothing but zeros": (zero_a_block, 40),
+    "two files of a checkpoint exchanged": (exchange_two_files, 40),
+    "a file of another checkpoint": (file_of_another, 40),
+    "the manifest of another checkpoint": (manifest_of_another, 40),
+    "all files of another checkpoint": (all_of_another, 20),
+}
+
+
+def damage_newest(folders: list[Path], damage: Damage, chance: random.Random) -> dict[Path, set[str]]:
+    """Damage the newest checkpoints, mostly one or two, sometimes all; which, and which files of them."""
+    victims = folders[: chance.choice([1, 1, 1, 2, 2, 3, len(folders)])]
+    intact = folders[0].parent.with_name("intact")  # what is taken from another checkpoint, is taken as it was
+    others = {folder: [intact / other.name for other in folders if other != folder] for folder in victims}
+    return {folder: damage(folder, others[folder], chance) for folder in victims}
+
+
+def swap_between_two(folders: list[Path], chance: random.Random) -> dict[Path, set[str]]:
+    """A file, or two, of the newest checkpoint and of an older one change places."""
+    newest, older = folders[0], chance.choice(folders[1:])
+    names = set(chance.sample(FILES, chance.choice([1, 1, 2])))
+    for name in names:
+        (newest / name).rename(newest / "between")
+        (older / name).rename(newest / name)
+        (newest / "between").rename(older / name)
+    return {newest: names, older: names}
+
+
+# --- in this process, through what a resume calls --------------------------------------------------------------------
+
+
+class Resumes:
+    """What a start of the run does with its checkpoints, over and over."""
+
+    def __init__(self, stopped: Path, folder: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config: Config = parse_config(SETTINGS)
+        self.world, self.folder = world, folder
+        self.step: Step = build_parts(self.config, world, load_splits(self.config.data, 0)).step
+        shutil.copytree(stopped / "checkpoints", folder / "intact", symlinks=True)
+        self.loaded: list[Path] = []
+        restore = checkpoint.restore
+
+        def noting(path: Path, step: Step) -> Any:
+            self.loaded.append(path)
+            return restore(path, step)
+
+        monkeypatch.setattr(checkpoints, "restore", noting)
+        self.contents = {path.name: self._contents_of(path.name) for path in self.new_folders()}
+        assert len(self.contents) == 6
+
+    def new_folders(self) -> list[Path]:
+        """The run's checkpoints as they were, newest first."""
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        shutil.copytree(self.folder / "intact", self.folder / "checkpoints", symlinks=True)
+        return sorted((self.folder / "checkpoints").glob("step_*"), reverse=True)
+
+    def restore(self) -> int | None:
+        """The step that a start would go on from, None if from the beginning."""
+        self.loaded.clear()
+        with torch.no_grad():
+            for parameter in (*self.step.net.parameters(), *self.step.evaluated_net.parameters()):
+                parameter.fill_(7.0)  # so that what was there before cannot pass for what was loaded
+        opened = Checkpoints(RunDir(self.folder), self.world, self.config, 0)
+        state = opened.restore_latest(self.step)
+        opened.close()
+        return state.step if state is not None else None
+
+    def _contents_of(self, name: str) -> Any:
+        for folder in self.new_folders():
+            if folder.name > name:
+                shutil.rmtree(folder)
+        assert self.restore() == int(name.removeprefix("step_"))
+        return copy.deepcopy(self.step.state_dict())
+
+
+@pytest.fixture
+def resumes(stopped: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Resumes:
+    return Resumes(stopped, tmp_path, world, monkeypatch)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check(resumes: Resumes, folders: list[Path], damaged: dict[Path, set[str]], messages: list[str]) -> Path | None:
+    """Everything that is promised of one resume; the checkpoint that was loaded."""
+    for folder in folders:
+        found = find_damage(folder)
+        assert bool(found) == (folder in damaged), f"{folder.name}: {found or 'nothing found'}"
+        assert not found or any(name in found for name in damaged[folder]), f"{found}: not {damaged[folder]}"
+    expected = next((folder for folder in folders if folder not in damaged), None)
+    passed = folders[: folders.index(expected)] if expected else folders  # the damaged ones before it
+    before = {folder: files_of(folder) for folder in folders}
+
+    step = resumes.restore()
+    if expected is None:
+        assert step is None
+        assert resumes.loaded == []
+    else:
+        assert resumes.loaded == [expected]
+        assert step == int(expected.name.removeprefix("step_"))
+        assert_equal(resumes.step.state_dict(), resumes.contents[expected.name])
+    for folder in folders:
+        aside = folder.with_name(f"damaged_{folder.name}")
+        assert (aside.exists(), folder.exists()) == (folder in passed, folder not in passed), folder.name
+        assert files_of(aside if folder in passed else folder) == before[folder]  # nothing is thrown away
+    assert len(messages) == len(passed)
+    for folder, message in zip(passed, messages, strict=True):
+        assert str(folder) in message
+        assert f"damaged_{folder.name}" in message
+        assert any(name in message for name in damaged[folder]), message
+        assert message.endswith("the run begins anew" if folder == folders[-1] else "the one before is used")
+    return expected
+
+
+def try_all(resumes: Resumes, put_in: Callable[[list[Path], random.Random], Any], what: str, how_many: int) -> str:
+    """Put in so many faults, one after the other; what became of them, in a few words."""
+    caught: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: caught.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("dist_train")
+    logger.addHandler(handler)
+    set_aside = none_left = 0
+    try:
+        for number in range(how_many):
+            chance, folders = random.Random(f"{what} {number}"), resumes.new_folders()
+            damaged = put_in(folders, chance)
+            caught.clear()
+            try:
+                none_left += check(resumes, folders, damaged, caught) is None
+            except AssertionError as error:
+                touched = {folder.name: sorted(names) for folder, names in damaged.items()}
+                raise AssertionError(f'Damage "{what} {number}" of {touched}: {error}') from error
+            set_aside += len(caught)
+    finally:
+        logger.removeHandler(handler)
+    return (
+        f"{set_aside} checkpoints found, named and set aside; the right older one loaded {how_many - none_left} times, "
+        f"none left {none_left} times"
+    )
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_checkpoint_is_never_loaded(
+    what: str, resumes: Resumes, count: Callable[[int], int], row: Callable[..., None]
+) -> None:
+    damage, full = DAMAGES[what]
+    outcome = try_all(resumes, lambda folders, chance: damage_newest(folders, damage, chance), what, count(full))
+    row(what, count(full), outcome)
+
+
+def test_files_swapped_between_two_checkpoints(
+    resumes: Resumes, count: Callable[[int], int], row: Callable[..., None]
+) -> None:
+    what = "1 or 2 files swapped between two checkpoints"
+    row(what, count(60), try_all(resumes, swap_between_two, what, count(60)))
+
+
+# --- the whole of it, as a user starts it again ----------------------------------------------------------------------
+
+
+def test_resumed_after_a_damage_as_if_nothing_had_been(
+    stopped: Path, undisturbed: Path, tmp_path: Path, count: Callable[[int], int], row: Callable[..., None]
+) -> None:
+    damages = [flip_bits, truncate, manifest_of_another, delete, zero_a_block]
+    shutil.copytree(stopped / "checkpoints", tmp_path / "run" / "intact", symlinks=True)
+    for number, damage in enumerate(damages[: count(len(damages))]):
+        path = tmp_path / "run" / f"{number}"
+        shutil.copytree(stopped, path, symlinks=True)
+        folders = sorted((path / "checkpoints").glob("step_*"), reverse=True)[: 1 + number % 2]
+        others = [tmp_path / "run" / "intact" / "step_00000004"]
+        for folder in folders:
+            damage(folder, others, random.Random(f"{damage.__name__} {number}"))
+        done = run([*DIST_TRAIN, "train", "-q", "--resume", str(path)], tmp_path)
+        assert done.returncode == 0, f"{damage.__name__} {number}: {done.stdout}{done.stderr}"
+        assert done.stdout.count("is damaged") == len(folders)
+        assert {folder.name for folder in folders} == {
+            aside.name.removeprefix("damaged_") for aside in (path / "checkpoints").glob("damaged_*")
+        }
+        assert_bit_identical(path, undisturbed)
+    row("`dist-train train` started again after one of these", count(len(damages)), "weights and metrics to the bit")

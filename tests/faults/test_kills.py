@@ -1,0 +1,149 @@
+"""kill -9 at any moment, of any process: the run goes on and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from test_exactness import assert_bit_identical
+from test_launch import DIST_TRAIN, alive, run, started, wait_until
+
+from dist_train.small_files import read_json
+from faults.kill_plan import ANYWHERE, PHASES, RANK_ZERO, SAVE, Chain, Kill, plan, sample
+
+TABLE = "kills"
+COLUMNS = ("phase", "point, occurrence", "killed", "processes", "all gone after")
+
+KILLER = Path(__file__).parent / "killer"
+# Averages, micro-steps, dropout, a streamed set with random transforms: all that a checkpoint has to bring back.
+SETTINGS = """
+data: {name: "user_sets:Jittered"}
+model: {name: "user_sets:WithDropout"}
+global_batch_size: 12
+per_device_batch_size: 4
+train_for: 240 steps
+eval_every: 20 steps
+log_every: 5
+save_every: 10 steps
+optimizer: {lr: 1e-2}
+schedule: {name: cosine, warmup: 10 steps}
+max_grad_norm: 1.0
+ema_decay: 0.9
+"""
+GONE_WITHIN_S = 20.0
+# A rank that waits for the others to meet hears no TERM: torchrun kills it after 30 s.
+NOT_MET_S = 45.0
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "chain" in metafunc.fixturenames:
+        chains = plan() if metafunc.config.getoption("--all-faults") else sample()
+        metafunc.parametrize("chain", list(chains), ids=str)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run on so many processes that nobody kills; one for all workers of pytest."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "undisturbed"
+
+    def made(nproc: int) -> Path:
+        folder.mkdir(exist_ok=True)
+        with FileLock(folder / f".lock_{nproc}"):
+            if not (folder / f"runs/{nproc}/result.json").exists():
+                done = run(command(folder, nproc, str(nproc)), folder)
+                assert done.returncode == 0, done.stderr
+        return folder / "runs" / str(nproc)
+
+    return made
+
+
+def command(folder: Path, nproc: int, name: str) -> list[str]:
+    settings = folder / f"settings_{name}.yaml"
+    settings.write_text(SETTINGS)
+    return [*DIST_TRAIN, "launch", "--nproc", str(nproc), "-q", "-c", settings.name, "--run-name", name]
+
+
+def test_the_plan_has_it_all() -> None:
+    chains = list(plan())
+    kills = [kill for chain in chains for kill in chain.kills]
+    assert len(kills) >= 100
+    assert 3 * sum(len(chain.kills) for chain in chains if chain.nproc == 3) >= len(kills)
+    assert min(Counter(kill.phase for kill in kills)[phase] for phase in PHASES) >= 5
+    assert min(Counter(kill.target for kill in kills).values()) >= 10
+    for phase in (*ANYWHERE, *RANK_ZERO):
+        assert {kill.target for kill in kills if kill.phase == phase} >= {"rank 0", "another rank", "all"}
+    sampled = [kill for chain in sample() for kill in chain.kills]
+    assert len(sampled) >= len(kills) // 10
+    assert {kill.phase for kill in sampled} >= {*SAVE, "before FINISHED", "replace"}
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_run_is_the_one_never_killed(
+    chain: Chain, undisturbed: Callable[[int], Path], tmp_path: Path, row: Callable[..., None]
+) -> None:
+    run_dir = tmp_path / "runs/r"
+    start = command(tmp_path, chain.nproc, "r")
+    # Some with a helper process that has to go too.
+    mode = "offline" if chain.number % 6 == 2 else "disabled"
+    begun = 0
+    for number, kill in enumerate(chain.kills):
+        seconds = kill_one(start, kill, tmp_path, tmp_path / f"pids_{number}", mode)
+        attempt = read_json(run_dir / "status.json").get("attempt", 0)
+        if kill.begun is None:
+            assert attempt in (begun, begun + 1)
+        else:
+            assert attempt == begun + kill.begun, kill
+        begun = attempt
+        row(kill.phase, f"{kill.point}, {kill.nth}", kill.target, chain.nproc, f"{seconds:.1f} s")
+    finished = chain.kills[-1].phase == "after FINISHED"
+    done = run(start, tmp_path, WANDB_MODE=mode)
+    assert done.returncode == 0, done.stderr
+    assert ("finished already" in done.stdout) == finished
+    status = read_json(run_dir / "status.json")
+    assert (status["state"], status["attempt"]) == ("FINISHED", begun + (not finished))
+    assert_same_run(run_dir, undisturbed(chain.nproc))
+
+
+def kill_one(start: list[str], kill: Kill, folder: Path, pids: Path, mode: str) -> float:
+    """One start and its kill. The seconds until no process of it was left."""
+    pids.mkdir()
+    asked = ("point", "nth", "role", "victims", "hold")
+    fault = json.dumps({name: getattr(kill, name) for name in asked} | {"folder": str(pids)})
+    path = os.pathsep.join([str(KILLER), os.environ["PYTHONPATH"]])
+    with started(start, folder, FAULT=fault, PYTHONPATH=path, WANDB_MODE=mode) as process:
+        wait_until(lambda: (pids / "hit").exists() or process.poll() is not None, f"{kill}", 100)
+        hit = monotonic()
+        assert (pids / "hit").exists(), f"ended before {kill}: {process.communicate()}"
+        assert (pids / "hit").read_text() == kill.point
+        limit = NOT_MET_S if kill.phase == "start-up" else GONE_WITHIN_S
+        wait_until(lambda: alive(folder) == [], f"gone after {kill}", limit)
+    return monotonic() - hit
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer state, metrics and results to the bit, and the same files: no rests."""
+    assert_bit_identical(one, other)
+    assert results(one) == results(other)
+    assert files(one) == files(other)
+    for weights in (one / "checkpoints").glob("step_*/model.safetensors"):
+        assert weights.read_bytes() == (other / weights.relative_to(one)).read_bytes()
+
+
+def results(run_dir: Path) -> dict[str, Any]:
+    times = ("attempt", "samples_per_s", "seconds", "effective_training_time")
+    found = read_json(run_dir / "result.json")
+    return {name: value for name, value in found.items() if name not in times and not name.endswith("_s")}
+
+
+def files(run_dir: Path) -> set[str]:
+    """What lies there besides the lines that were made again, and a W&B run for each attempt."""
+    found = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*")}
+    return {name for name in found if name != "metrics.discarded.jsonl" and not name.startswith("wandb")}

@@ -1,0 +1,194 @@
+"""What a training lives in goes bad under it: the disk, the memory, one of its ranks. Real disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from mounts import needs_mounts
+from ranks import same_run
+from test_launch import alive, run, started, step_of, wait_until
+
+from faults.trainings import train
+
+CLOCK = Path(__file__).parent / "clock"
+TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[None]:
+    folder.mkdir()
+    subprocess.run(["mount", *options, str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Not one byte is left."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (2**16, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                pass
+    return filler
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+
+
+@needs_mounts
+def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+    """Saves fail and lines of metrics wait, training goes on; when there is room again nothing is missing."""
+    runs = tmp_path / "runs"
+    with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        with started(train(), tmp_path) as process:
+            wait_until(lambda: step_of(runs / "r") >= 200, "training")
+            filler = fill(runs)
+            time.sleep(2)
+            filler.unlink()
+            out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "A checkpoint could not be written" in out
+        assert "Training goes on" in out
+        assert out.count("metrics.jsonl cannot be written") == 1  # said once, not a hundred times
+        assert "Traceback" not in out + err
+        same_run(runs / "r", undisturbed)
+        assert json.loads((runs / "r/result.json").read_text())["attempt"] == 1
+    row("the disk is full for 2 s, in the middle of saves", "goes on, warns, tries again", "-", "to the bit")
+
+
+@needs_mounts
+def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+    """The last state cannot be saved: exit 1 and what to do; with room again it goes on from the last good one."""
+    runs = tmp_path / "runs"
+    with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        with started(train(), tmp_path) as process:
+            wait_until(lambda: step_of(runs / "r") >= 200, "training")
+            filler = fill(runs)
+            out, err = process.communicate(timeout=120)
+        assert process.returncode == 1, out + err
+        assert re.search(r"error \[rank 0\]: .*could not be written.*Make room there", out), out
+        assert "Traceback" not in out + err
+        filler.unlink()
+        again = run(train(), tmp_path)
+        assert again.returncode == 0, again.stderr
+        same_run(runs / "r", undisturbed)
+    row("the disk is full to the end", "exit 1, `Make room there`; goes on after it", "-", "to the bit, resumed")
+
+
+@needs_mounts
+def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+    """As ext4 does after an error: files that are open cannot be written any more either."""
+    runs, image = tmp_path / "runs", tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(64 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    with mounted(runs, "-o", "loop", str(image)):
+        with started(train(), tmp_path) as process:
+            wait_until(lambda: step_of(runs / "r") >= 200, "training")
+            subprocess.run(["mount", "-o", "remount,abort", str(runs)], check=True)
+            began = time.monotonic()
+            out, err = process.communicate(timeout=120)
+            seconds = time.monotonic() - began
+        assert process.returncode == 1, out + err
+        assert "Training goes on" in out
+        assert re.search(r"error \[rank 0\]: .*Read-only file system", out), out
+        assert "Traceback" not in out + err
+    subprocess.run(["fsck.ext4", "-p", str(image)], check=False, capture_output=True)
+    runs.rmdir()
+    with mounted(runs, "-o", "loop", str(image)):
+        again = run(train(), tmp_path)
+        assert again.returncode == 0, again.stderr
+        same_run(runs / "r", undisturbed)
+    row(
+        "the run directory turns read-only", "trains to the end, exit 1 as nothing could be saved; goes on after it",
+        f"{seconds:.0f}", "to the bit, resumed",
+    )  # fmt: skip
+
+
+# --- a rank ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
+    """In C, with the interpreter's lock: no Python of that rank runs any more."""
+    net = ["model.name=user_nets:Hanging", "model.args.call=150", f"model.args.rank={rank}", "stall_timeout_s=4"]
+    code = str(Path(__file__).parent.parent)
+    with started(train(*net, nproc=nproc), tmp_path, PYTHONPATH=code) as process:
+        metrics = tmp_path / "runs/r/metrics.jsonl"  # status.json is a second behind, and stays so
+        wait_until(lambda: metrics.exists() and '"step": 140,' in metrics.read_text(), "training")
+        began = time.monotonic()
+        _out, err = process.communicate(timeout=60)
+        seconds = time.monotonic() - began
+    assert process.returncode == 1
+    assert f"rank {rank} did not get on any more" in err
+    assert re.search(r"hung:\n  File \".*/user_nets.py\", line \d+ in forward\n", err), err
+    assert "The last good checkpoint is" in err
+    assert f"dist-train train --resume {tmp_path}/runs/r" in err
+    assert not alive(tmp_path)
+    row(
+        f"rank {rank} of {nproc} hangs (stall_timeout_s=4)", "exit 1, its stack, the command to resume",
+        f"{seconds:.0f}", "no process left",
+    )  # fmt: skip
+
+
+def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
+    """It cannot even end itself; the others do not wait for it."""
+    with started(train("stall_timeout_s=4"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
+        wait_until(lambda: step_of(tmp_path / "runs/r") >= 100, "training")
+        (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()
+                  and b"dist_train" in (Path("/proc") / f"{pid}/cmdline").read_bytes()]  # fmt: skip
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        _out, err = process.communicate(timeout=100)
+        seconds = time.monotonic() - began
+    assert process.returncode == 1
+    assert "did not answer within stall_timeout_s=4" in err or "rank 1 was killed by SIGKILL" in err
+    assert not alive(tmp_path)
+    row("rank 1 of 2 is frozen (SIGSTOP)", "exit 1; torchrun kills it", f"{seconds:.0f}", "no process left")
+
+
+def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+    """Saves by the clock, agreements and the sheet of seconds go by one that cannot be set."""
+    with started(train("save_every=1 s"), tmp_path, PYTHONPATH=str(CLOCK)) as process:
+        _out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    same_run(tmp_path / "runs/r", undisturbed)
+    lines = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
+    times = [line["time"] for line in lines]
+    seconds = json.loads((tmp_path / "runs/r/result.json").read_text())["seconds"]
+    assert max(times) - times[0] > 300 * 86_400 > 0 > times[-1] - times[0], "it was not set in mid-run"
+    assert min(seconds.values()) >= 0
+    assert sum(seconds.values()) < 100
+    last_but_one = sorted((tmp_path / "runs/r/checkpoints").glob("step_*"))[-2]
+    set_back = next(line for line, later in pairwise(lines) if later["time"] < line["time"])
+    assert int(last_but_one.name.removeprefix("step_")) > set_back["step"], "no save by the clock after it was set back"
+    row("the clock is set a year ahead, then a day back", "ends as always", "-", "to the bit")
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_memory_runs_out(nproc: int, tmp_path: Path, row: Callable[..., None]) -> None:
+    """The error names a setting with which it works, and that gives the same result."""
+    net = ["model.name=conv", "global_batch_size=60000", "per_device_batch_size=60000", "train_for=1 steps"]
+    limited = ["prlimit", f"--as={4 * 10**9}", *train(*net, nproc=nproc)]
+    done = run(limited, tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    smaller = 60_000 // nproc // 2
+    assert f"Out of memory with per_device_batch_size={2 * smaller}" in done.stderr
+    assert f"per_device_batch_size={smaller} needs less" in done.stderr
+    assert "Traceback" not in done.stderr
+    row(f"memory runs out, {nproc} processes", f"exit 1, names per_device_batch_size={smaller}", "-", "-")

@@ -1,0 +1,102 @@
+"""W&B's server goes bad: the run does not. The client is the real one, the server a stand-in."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import same_run
+from test_launch import DIST_TRAIN, run, started, step_of, wait_until
+from wandb_server import Manner, WandbServer
+
+from faults.trainings import STEPS, train
+
+TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
+AT_THE_START: list[Manner | None] = [None, "hangs", "refuses the key"]
+IN_MID_RUN: list[Manner | None] = [None, "hangs", "fails"]  # None: nobody listens any more
+
+
+def sync(folder: Path, history_of: Path, *, cut_off: bool = False) -> None:
+    """What W&B recorded of the run is delivered: every line of its metrics, those of one step together.
+
+    Of a run that was `cut_off` while online W&B confirms it sometimes, as it goes.
+    """
+    command = [*DIST_TRAIN, "wandb", "sync", "runs/r"]
+    with WandbServer("refuses the key") as server:
+        refused = run(command, folder, **server.env)
+        assert refused.returncode == 1
+        assert "has not confirmed" in refused.stderr
+    with WandbServer() as server:
+        done = run(command, folder, **server.env)
+        assert done.returncode in ((0, 1) if cut_off else (0,)), done.stdout + done.stderr
+        same_history(server, history_of)
+
+
+def same_history(server: WandbServer, run_dir: Path) -> None:
+    wanted: dict[int, dict[str, object]] = {}
+    for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        wanted.setdefault(line["step"], {}).update({key: value for key, value in line.items() if value is not None})
+    found = [{key: value for key, value in row.items() if not key.startswith("_")} for row in server.history]
+    assert found == list(wanted.values())
+
+
+@pytest.mark.parametrize("manner", AT_THE_START)
+def test_wandb_does_not_answer(
+    manner: Manner | None, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+) -> None:
+    with WandbServer(manner or "answers") as server:
+        if manner is None:
+            server.die()
+        began = time.monotonic()
+        done = run(train(), tmp_path, **server.env)
+        seconds = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "W&B cannot be reached" in done.stdout
+    same_run(tmp_path / "runs/r", undisturbed)
+    sync(tmp_path, tmp_path / "runs/r")
+    what = f"W&B {manner}" if manner else "nobody listens at W&B's port"
+    row(what, "ends as always, recorded offline, delivered later", f"{seconds:.0f}", "to the bit")
+
+
+def test_wandb_goes_away_in_mid_run(
+    count: Callable[[int], int], undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+) -> None:
+    for number, manner in enumerate(IN_MID_RUN[: count(len(IN_MID_RUN))]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with WandbServer() as server, started(train(), folder, None, **server.env) as process:
+            began = time.monotonic()
+            wait_until(lambda server=server, folder=folder: server.runs and step_of(folder / "runs/r") > 0, "training")
+            if manner is None:
+                server.die()
+            else:
+                server.manner = manner
+            out, err = process.communicate(timeout=150)
+            seconds = time.monotonic() - began
+        assert process.returncode == 0, err
+        assert "Traceback" not in out + err
+        assert f"dist-train wandb sync {folder / 'runs/r'}" in out
+        same_run(folder / "runs/r", undisturbed)
+        sync(folder, folder / "runs/r", cut_off=True)
+        what = f"W&B {manner} from mid-run on" if manner else "W&B's server dies in mid-run"
+        row(what, "ends as always, waits 60 s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
+
+
+def test_wandb_gets_a_run_once(tmp_path: Path) -> None:
+    """Online, stopped and resumed: one run there, each line once."""
+    with WandbServer() as server:
+        with started(train(), tmp_path, None, **server.env) as process:
+            wait_until(lambda: step_of(tmp_path / "runs/r") > 300, "training")
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+        half = len(server.history)
+        done = run(train(), tmp_path, **server.env)
+        assert done.returncode == 0, done.stderr
+        assert half < STEPS // 10
+        assert len(server.runs) == 1
+        same_history(server, tmp_path / "runs/r")

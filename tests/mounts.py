@@ -1,0 +1,12 @@
+"""Disks of a test's own: full, read-only, small."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+needs_mounts = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounting in a mount namespace needs Linux and root"
+)

@@ -1,0 +1,41 @@
+"""A rank of `dist-train verify` with a fault in it, named by FAULT."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from dist_train.batching import ShardSampler, evaluation_shard
+from dist_train.data import evaluation_batches
+from dist_train.eager_update import EagerUpdate
+from dist_train.objective import Objective
+from dist_train.step import Step
+from dist_train.verify import rank
+
+_indices, _loss = ShardSampler.indices, Objective.loss
+
+
+def doubled_shard(sampler: ShardSampler, step: int) -> Any:
+    """Every rank trains on rank zero's examples."""
+    mine, sampler.rank = sampler.rank, 0
+    try:
+        return _indices(sampler, step)
+    finally:
+        sampler.rank = mine
+
+
+def everybody_evaluates_the_first_shard(total: int, rank: int, world_size: int) -> Any:
+    return evaluation_shard(total, 0, world_size)
+
+
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "a doubled shard": (ShardSampler, "indices", doubled_shard),
+    "a doubled evaluation": (evaluation_batches, "evaluation_shard", everybody_evaluates_the_first_shard),
+    "a mean per rank": (EagerUpdate, "_sync_gradients", lambda self, when: self.world.accelerator.no_sync(self.model)),
+    "a sum for a mean": (Objective, "loss", lambda self, output, targets: _loss(self, output, targets) * len(targets)),
+    "a missing warm-up": (Step, "warm_up", lambda self, step, wanted="eager": None),
+}
+
+if __name__ == "__main__":
+    setattr(*FAULTS[os.environ["FAULT"]])
+    rank.main()

@@ -1,0 +1,174 @@
+"""Ranks, nodes, the controller or the shared folder fail: the run goes on from its last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from ranks import same_run
+
+from slurm.cluster import GRACE_S, KILL_WAIT_S, LOST_S, Cluster
+from slurm.trainings import (
+    end_well,
+    is_training,
+    log_of,
+    pids_of_rank,
+    status_of,
+    steps_lost,
+    submit,
+    submit_long,
+    trains_again,
+)
+
+pytestmark = pytest.mark.cluster
+CLUSTER = {"nodes": 3}  # one to spare
+
+
+@pytest.fixture(autouse=True)
+def _all_nodes_up(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.repair()
+
+
+def train_until(cluster: Cluster, folder: Path, step: int, *options: str) -> tuple[str, Path]:
+    job, run_dir = submit_long(cluster, folder, *options)
+    cluster.wait_for(lambda: is_training(run_dir, beyond=step), "training", 90)
+    return job, run_dir
+
+
+def come_back(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, int]:
+    """The seconds until Slurm has noticed, until the next attempt trains; and the steps that are made again."""
+    reached, began = status_of(run_dir)["step"], time.monotonic()
+    cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "notice", 90)
+    noticed_s = time.monotonic() - began
+    cluster.wait_for(partial(trains_again, cluster, job, run_dir, 2), "training again", 120)
+    return noticed_s, time.monotonic() - began, steps_lost(run_dir, reached)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_is_killed(
+    rank: int, cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+) -> None:
+    job, run_dir = train_until(cluster, tmp_path, 500)
+    (pid,) = pids_of_rank(job, rank)
+    os.kill(pid, signal.SIGKILL)
+    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+    end_well(cluster, job, run_dir, 2)
+    same_run(run_dir, undisturbed)
+    row(
+        f"rank {rank} is killed", "queued again by the script", f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost,
+        "weights and metrics to the bit",
+    )  # fmt: skip
+
+
+def test_a_node_crashes(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+    job, run_dir = train_until(cluster, tmp_path, 500)
+    _first, second = cluster.nodes_of(job)
+    cluster.crash(second)
+    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+    assert second not in cluster.nodes_of(job)
+    end_well(cluster, job, run_dir, 2)
+    same_run(run_dir, undisturbed)
+    row(
+        f"a node crashes (SlurmdTimeout={LOST_S})", "queued again by Slurm, on another node",
+        f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
+    )  # fmt: skip
+
+
+def test_a_node_is_cut_off_and_healed(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+) -> None:
+    """The node of rank zero, whose old process lives on beside the new one and sees the same files."""
+    job, run_dir = train_until(cluster, tmp_path, 500)
+    first, _second = cluster.nodes_of(job)
+    cluster.cut(first)
+    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+    assert first not in cluster.nodes_of(job)
+    assert len(pids_of_rank(job, 0)) == 2
+    cluster.heal(first)
+    gone_s = cluster.wait_for(lambda: len(pids_of_rank(job, 0)) < 2, "end of the old attempt", 60)
+    assert status_of(run_dir)["attempt"] == 2
+    end_well(cluster, job, run_dir, 2, 3)  # should the old srun be heard again: it ends the step by its number
+    same_run(run_dir, undisturbed)
+    row(
+        f"the node of rank 0 is cut off (SlurmdTimeout={LOST_S}), and healed while the run goes on elsewhere",
+        f"queued again by Slurm, on another node; the old processes were gone {gone_s:.0f} s after the healing",
+        f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost,
+        "weights and metrics to the bit: the old attempt wrote nothing",
+    )  # fmt: skip
+
+
+def test_an_old_attempt_that_trains_on(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All four ranks are on the node that is cut off: they lack nothing, and write where the new ones write."""
+    monkeypatch.setitem(cluster.env, "NPROC", "4")
+    job, run_dir = train_until(cluster, tmp_path, 100, "--nodes=1", "--cpus-per-task=4")
+    (node,) = cluster.nodes_of(job)
+    cluster.cut(node)
+    old = [pid for rank in range(4) for pid in pids_of_rank(job, rank)]
+    for pid in old:  # else it would be at its end before Slurm has noticed
+        os.kill(pid, signal.SIGSTOP)
+    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+    for pid in old:
+        os.kill(pid, signal.SIGCONT)
+    gone_s = cluster.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old", 60)
+    assert "attempt 1 was superseded by attempt 2" in log_of(run_dir)
+    cluster.heal(node)
+    end_well(cluster, job, run_dir, 2, 3)  # as above
+    same_run(run_dir, undisturbed)
+    row(
+        "the only node of a job is cut off, and its ranks train on beside those of the requeued job",
+        f"they notice that they are superseded and end after {gone_s:.0f} s",
+        f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
+    )  # fmt: skip
+
+
+def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+    """From before the job stops until after it has first asked to be queued again."""
+    job, run_dir = train_until(cluster, tmp_path, 500)
+    cluster.stop_controller()
+    (run_dir / "STOP").write_text("PREEMPTED\n")
+    began = time.monotonic()
+    cluster.wait_for(lambda: "requeue, state PREEMPTED" in log_of(run_dir), "wish to be queued again", 120)
+    time.sleep(3)
+    cluster.start_controller()
+    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue", 60)
+    cluster.wait_for(partial(trains_again, cluster, job, run_dir, 2), "training again", 90)
+    again_s = time.monotonic() - began
+    end_well(cluster, job, run_dir, 2)
+    same_run(run_dir, undisturbed)
+    row(
+        "the controller is killed, and away while the job stops", "the script asks again until it is queued",
+        f"trains {again_s:.0f}", "0", "weights and metrics to the bit",
+    )  # fmt: skip
+
+
+def test_the_shared_folder_is_slow(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fsync takes two seconds, a save longer than a preemption leaves time for: that is said, and survived."""
+    slow = tmp_path / "python"
+    tracing = "strace -DDD -f --seccomp-bpf -qq -o /dev/null -e trace=fsync -e inject=fsync:delay_exit=2000000"
+    slow.write_text(f'#!/bin/sh\nexec {tracing} {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setitem(cluster.env, "PYTHON", str(slow))
+    job, run_dir = submit_long(cluster, tmp_path)
+    cluster.wait_for(lambda: status_of(run_dir).get("save_s", 0) > GRACE_S + KILL_WAIT_S, "slow save", 120)
+    warning = f"leaves a preempted job {GRACE_S + KILL_WAIT_S} s"
+    cluster.wait_for(lambda: warning in log_of(run_dir), "warning", 20)
+    submit(cluster, "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+    end_well(cluster, job, run_dir, 2)
+    same_run(run_dir, undisturbed)
+    row(
+        f"the shared folder takes 2 s for each fsync, and a preemption leaves {GRACE_S + KILL_WAIT_S} s",
+        "warned that a save takes longer; killed while it saved, queued again by Slurm",
+        f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
+    )  # fmt: skip

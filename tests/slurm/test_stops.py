@@ -1,0 +1,145 @@
+"""Slurm takes the nodes away, or the time is over: the run saves, comes back, and ends as if never stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from ranks import same_run
+
+from slurm.cluster import GRACE_S, KILL_WAIT_S, Cluster
+from slurm.trainings import (
+    LONG,
+    SCRIPTS,
+    disturb_twice,
+    end_well,
+    ended,
+    is_training,
+    log_of,
+    pids_of_rank,
+    status_of,
+    submit,
+    submit_long,
+    train_here,
+    trains_again,
+)
+
+pytestmark = pytest.mark.cluster
+
+
+def preempt(cluster: Cluster, _job: str) -> None:
+    """By a job of higher priority that takes both nodes."""
+    submit(cluster, "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", f"--wrap=sleep {GRACE_S}")
+
+
+def test_preempted_twice(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+    same_run(disturb_twice(cluster, tmp_path, partial(preempt, cluster)), undisturbed)
+    row(
+        f"preempted twice, GraceTime={GRACE_S}", "saved at the first TERM, PREEMPTED, queued again by the script", "-",
+        "0", "weights and metrics to the bit; one W&B run",
+    )  # fmt: skip
+
+
+def test_preempted_twice_without_grace(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+) -> None:
+    """Slurm queues the job again itself, and lets KillWait pass between TERM and KILL."""
+    run_dir = disturb_twice(cluster, tmp_path, partial(preempt, cluster), "--partition=low0", state="INTERRUPT")
+    same_run(run_dir, undisturbed)
+    row(
+        f"preempted twice, GraceTime=0, KillWait={KILL_WAIT_S}", "saved at the TERM, queued again by Slurm", "-", "0",
+        "weights and metrics to the bit; one W&B run",
+    )  # fmt: skip
+
+
+def test_the_time_limit_twice(cluster: Cluster, tmp_path: Path, row: Callable[..., None]) -> None:
+    """A real limit of a minute; Slurm announces it some seconds sooner than it was asked to."""
+    longer = "train_for=4000 steps"
+    options = ["--time=1", "--signal=B:USR1@20", f"--chdir={tmp_path}"]
+    job = submit(cluster, *options, SCRIPTS / "train.sbatch", *LONG, longer)
+    run_dir = tmp_path / f"runs/smoke-{job}"
+    for attempt in (1, 2):
+        cluster.wait_for(partial(trains_again, cluster, job, run_dir, attempt), "training", 90)
+        cluster.wait_for(lambda: status_of(run_dir)["state"] == "PREEMPTED", "stop at the announcement", 60)
+        cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue", 60)
+    end_well(cluster, job, run_dir, 3, 4, 5, 6)  # more often on a slow machine
+    same_run(run_dir, train_here(tmp_path, *LONG, longer, "--nproc=4"))
+    row(
+        "ran into its time limit (1 minute) at least twice",
+        "saved at the announcement, PREEMPTED, queued again by the script", "-", "0",
+        "weights and metrics to the bit; one W&B run",
+    )  # fmt: skip
+
+
+def tell(cluster: Cluster, job: str) -> None:
+    """As at the time limit, or by whoever wants the nodes."""
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)
+
+
+@pytest.mark.parametrize("disturb", [preempt, tell])
+def test_stopped_before_it_trains(
+    disturb: Callable[[Cluster, str], None], cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Nothing can be saved yet, and the job ends within its time of grace: it has to come back all the same."""
+    job, run_dir = submit_long(cluster, tmp_path)
+    cluster.wait_for(lambda: pids_of_rank(job, 0), "start", 30)
+    disturb(cluster, job)
+    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue", 60)
+    end_well(cluster, job, run_dir, 1, 2)  # two where the training began within the time of grace
+    same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("script", ["train", "train_srun", "train_accelerate"])
+def test_cancelled_is_not_queued_again(script: str, cluster: Cluster, tmp_path: Path) -> None:
+    tasks = ["--ntasks-per-node=2", "--cpus-per-task=1"] if script == "train_srun" else []
+    job, run_dir = submit_long(cluster, tmp_path, *tasks, script=script)
+    cluster.wait_for(lambda: is_training(run_dir), "training", 60)
+    cluster.ask("scancel", job)
+    cluster.wait_for(lambda: cluster.state(job) == "CANCELLED", "end", 60)
+    assert status_of(run_dir)["state"] == "INTERRUPT", log_of(run_dir)
+    assert status_of(run_dir)["step"] == int((run_dir / "checkpoints/last").resolve().name.removeprefix("step_"))
+
+
+def test_told_by_a_file(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+    """SAVE and STOP, from a shell that has nothing but the run directory; submitted again it goes on."""
+    job, run_dir = submit_long(cluster, tmp_path)
+    cluster.wait_for(lambda: is_training(run_dir), "training", 60)
+    (run_dir / "SAVE").touch()
+    cluster.wait_for(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save", 20)
+    (run_dir / "STOP").touch()
+    seconds = cluster.wait_for(lambda: ended(cluster, job, run_dir), "end", 60)
+    assert status_of(run_dir)["state"] == "INTERRUPT"
+    again = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *LONG, f"--run-name={run_dir.name}")
+    end_well(cluster, again, run_dir, 2)
+    same_run(run_dir, undisturbed)
+    row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "submitted again: to the bit")
+
+
+def test_one_member_of_an_array(cluster: Cluster, tmp_path: Path, row: Callable[..., None]) -> None:
+    """Each member trains its own line; the one that runs out of time comes back, the others go on meanwhile."""
+    (tmp_path / "lines").write_text("seed=1\nseed=2 optimizer.lr=2e-3\nseed=3\n")
+    script = SCRIPTS / "sweep_array.sbatch"
+    array = submit(cluster, f"--chdir={tmp_path}", "--array=1-3", script, "lines", *LONG, "train_for=1000 steps")
+    runs = {f"{array}_{member}": tmp_path / f"runs/smoke-{array}_{member}" for member in (1, 2, 3)}
+    second = f"{array}_2"
+    cluster.wait_for(lambda: is_training(runs[second]), "training", 90)
+    cluster.ask("scancel", "--batch", "--signal=USR1", second)
+    cluster.wait_for(lambda: status_of(runs[second])["state"] == "PREEMPTED", "agreed stop", 30)
+    cluster.wait_for(lambda: all(ended(cluster, job, run) for job, run in runs.items()), "end of all", 180)
+    assert {job: status_of(run)["attempt"] for job, run in runs.items()} == {
+        f"{array}_1": 1,
+        second: 2,
+        f"{array}_3": 1,
+    }
+    assert {status_of(run)["state"] for run in runs.values()} == {"FINISHED"}
+    assert "lr: 0.002" in (runs[second] / "config.yaml").read_text()
+    assert "seed: 3" in (runs[f"{array}_3"] / "config.yaml").read_text()
+    row(
+        "the time limit of one member of an array",
+        "it alone is queued again",
+        "-",
+        "0",
+        "three runs, each its own settings",
+    )

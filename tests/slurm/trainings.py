@@ -1,0 +1,112 @@
+"""Trainings as jobs of the cluster: submit them, watch them, disturb them, compare them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from test_launch import SETTINGS
+
+from dist_train.small_files import read_json
+from slurm.cluster import Cluster
+
+SCRIPTS = Path(__file__).parent.parent.parent / "slurm"
+# Some 15 s on four ranks that share two cores; a save takes 0.1 s.
+LONG = [*SETTINGS, "-o", "train_for=2000 steps", "-o", "log_every=100", "-o", "save_every=10 s"]
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    return read_json(run_dir / "status.json")
+
+
+def submit(cluster: Cluster, *command: object) -> str:
+    return cluster.ask("sbatch", "--parsable", *command).strip()
+
+
+def submit_long(cluster: Cluster, folder: Path, *options: str, script: str = "train") -> tuple[str, Path]:
+    """The job and the run directory of a LONG training, unless otherwise asked on two nodes of two ranks."""
+    job = submit(cluster, f"--chdir={folder}", *options, SCRIPTS / f"{script}.sbatch", *LONG)
+    return job, folder / f"runs/smoke-{job}"
+
+
+def is_training(run_dir: Path, beyond: int = 0) -> bool:
+    status = status_of(run_dir)
+    return status.get("state") == "TRAINING" and status.get("step", 0) > beyond
+
+
+def trains_again(cluster: Cluster, job: str, run_dir: Path, attempt: int, beyond: int = 0) -> bool:
+    """Started at once whenever it waits: Slurm may set the time to wait for after it was taken back."""
+    if cluster.state(job) == "PENDING":
+        cluster.start_at_once(job)
+    return status_of(run_dir).get("attempt") == attempt and is_training(run_dir, beyond)
+
+
+def ended(cluster: Cluster, job: str, run_dir: Path) -> bool:
+    """Started at once whenever it was queued again."""
+    state = cluster.state(job)
+    if state == "PENDING":
+        cluster.start_at_once(job)
+    assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "COMPLETED"), log_of(run_dir)
+    return state == "COMPLETED"
+
+
+def end_well(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
+    """Wait for the end; the run is finished, as one W&B run, in so many attempts (or so many)."""
+    cluster.wait_for(lambda: ended(cluster, job, run_dir), "end", 180)
+    status = status_of(run_dir)
+    assert status["state"] == "FINISHED", log_of(run_dir)
+    assert status["attempt"] in attempts, log_of(run_dir)
+    segments = [path.name.rpartition("-")[2] for path in run_dir.glob("wandb/offline-run-*")]
+    assert segments == [status["wandb_id"]] * status["attempt"]
+
+
+def disturb_twice(
+    cluster: Cluster, folder: Path, disturb: Callable[[str], None], *options: str, state: str = "PREEMPTED"
+) -> Path:
+    """The directory of a LONG run that was disturbed as soon as it trained, in each of its first two attempts."""
+    job, run_dir = submit_long(cluster, folder, *options)
+    beyond = 0
+    for attempt in (1, 2):
+        cluster.wait_for(partial(trains_again, cluster, job, run_dir, attempt, beyond), "training", 90)
+        disturb(job)
+        cluster.wait_for(lambda: status_of(run_dir)["state"] == state, "agreed stop", 60)
+        beyond = status_of(run_dir)["step"]
+        assert status_of(run_dir)["attempt"] == attempt
+        cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue", 60)
+    end_well(cluster, job, run_dir, 3)
+    return run_dir
+
+
+def train_here(folder: Path, *arguments: str) -> Path:
+    """The directory of a run on this machine, without Slurm."""
+    train = [sys.executable, "-m", "dist_train", "train", *arguments, "--run-name=here"]
+    subprocess.run(train, check=True, capture_output=True, env=os.environ, cwd=folder)
+    return folder / "runs/here"
+
+
+def steps_lost(run_dir: Path, reached: int) -> int:
+    """Steps that the present attempt has to make again."""
+    return max(0, reached - int(status_of(run_dir)["resumed_at"]))
+
+
+def pids_of_rank(job: str, rank: int) -> list[int]:
+    """The living processes of this rank, on whatever node and of whatever attempt."""
+    wanted = {f"SLURM_JOB_ID={job}", f"RANK={rank}"}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            environment = set((process / "environ").read_text(errors="replace").split("\0"))
+            if wanted <= environment and b"dist_train" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+def log_of(run_dir: Path) -> str:
+    logs = [*run_dir.parent.parent.glob("*.out"), *(run_dir / "logs").glob("*")]
+    return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in logs)
