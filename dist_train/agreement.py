@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -31,13 +32,14 @@ class Agreement:
         world: World,
         request: StopRequest,
         run_dir: RunDir | None = None,
+        batch_stop_file: Path | None = None,
         judge_term: Callable[[], StopState] = lambda: "INTERRUPT",
         poll: Callable[[], DistTrainError | None] = lambda: None,
         on_agreed: Callable[[], None] = lambda: None,
         save_every_s: float = 0.0,
         interval_s: float = 1.0,
     ) -> None:
-        """Rank zero looks into `run_dir` for STOP and SAVE files, and judges what a TERM meant.
+        """Rank zero looks for STOP and SAVE in `run_dir` and for `batch_stop_file`, and judges what a TERM meant.
 
         `poll` is asked on rank zero for an error that all ranks must end with; `on_agreed` is called on every rank.
         """
@@ -46,6 +48,7 @@ class Agreement:
         self._world = world
         self._request = request
         self._run_dir = run_dir
+        self._batch_stop_file = batch_stop_file
         self._judge_term = judge_term
         self._poll = poll
         self._on_agreed = on_agreed
@@ -110,6 +113,8 @@ class Agreement:
         if now - self._last_beat >= HEARTBEAT_S:
             self._run_dir.set_status()
             self._last_beat = now
+        if self._batch_stop_file is not None and self._batch_stop_file.exists():
+            self._request.tell("PREEMPTED")
         stop = self._run_dir.pop_wish(self._run_dir.stop_wish)
         if stop is not None:
             self._request.tell("PREEMPTED" if stop.strip() == "PREEMPTED" else "INTERRUPT")

@@ -21,7 +21,7 @@ from dist_train.config import Config
 from dist_train.config_file import to_yaml
 from dist_train.data import Splits, load_splits
 from dist_train.distributed import World
-from dist_train.environment import find_place
+from dist_train.environment import batch_stop_file, find_place
 from dist_train.facts import bit_changes, collect_facts
 from dist_train.manifest import find_checkpoint
 from dist_train.models import not_invariant
@@ -163,6 +163,7 @@ def _build(
             world,
             request,
             run_dir,
+            batch_stop_file(os.environ),
             judge_term=lambda: judge_term(os.environ),
             poll=checkpoints.poll,
             on_agreed=lambda: watchdog.expect_within(config.stall_timeout_s),

@@ -42,11 +42,13 @@ class BatchScript:
             ["#!/usr/bin/env bash", *(f"# {line}" for line in self.usage.splitlines())],
             [f"#SBATCH {option}" for option in self._options()],
             ["set -euo pipefail"],
+            _HEAR.splitlines(),
             [*self.setup],
             [f"export PYTHON={shlex.quote(self.python) if self.arguments is not None else '${PYTHON:-python}'}"],
             _MEET.splitlines(),
-            _HEAR.splitlines(),
-            self._start(),
+            ["code=1", "if [[ -z ${told:-} ]]; then  # else the time was over before anything began"],
+            [f"  {line}" for line in [*self._start(), *_WAIT.splitlines()]],
+            ["fi"],
             self._end().splitlines(),
         ]
         return "\n".join("\n".join(part) for part in parts if part) + "\n"
@@ -115,9 +117,6 @@ class BatchScript:
 _MEET = """\
 # srun does not inherit it from the job (since Slurm 22.05).
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-# A member of an array has a number in it; the bare id may mean the whole array.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
 # Where the ranks meet: the first node, at a port of this job and this start of it.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 if ! getent hosts "$MASTER_ADDR" >/dev/null; then
@@ -128,15 +127,26 @@ export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_C
 """
 
 _HEAR = """\
-# The time limit is near, and Slurm tells this shell alone. TERM for the ranks: they save, and end as PREEMPTED.
-trap 'told=yes; scancel --signal=TERM "$job" || :' USR1
+# A member of an array has a number in it; the bare id may mean the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+# The time limit is near, and Slurm tells this shell alone. TERM for the ranks: they save, and end as PREEMPTED. A step
+# that is only just beginning does not get it; rank 0 looks for the file too.
+export DIST_TRAIN_STOP_FILE=$PWD/.stop-$job
+trap 'told=yes; touch "$DIST_TRAIN_STOP_FILE" || :; scancel --signal=TERM "$job" || :' USR1
+rm -f "$DIST_TRAIN_STOP_FILE"
 # In a preemption Slurm sends it to the ranks first; when it comes here, the end of the step is still to be awaited.
 trap : TERM
 """
 
-_END = """\
+_WAIT = """\
 step=$!
 until wait "$step"; code=$?; ! kill -0 "$step" 2>/dev/null; do :; done  # a trap ends one wait
+"""
+
+_END = """\
+trap : USR1
+rm -f "$DIST_TRAIN_STOP_FILE"
 # torchrun ends with 1 after a signal, also when all is saved: what the run says of itself counts.
 case $({check}) in
   requeue)

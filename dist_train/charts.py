@@ -1,18 +1,25 @@
-"""Learning curves of runs, as a picture."""
+"""Pictures: learning curves of runs, what a classifier takes for what, what it gets wrong."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from dist_train.compare import Axis, Trained, group_seeds
 from dist_train.errors import DistTrainError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
 AXES: tuple[Axis, ...] = get_args(Axis)
 _PANELS = ("val/accuracy", "val/loss", "train/loss")
 _NAMES = {"step": "step", "samples": "examples trained on", "seconds": "seconds, while it ran"}
 _IN_LEGEND = 12  # experiments; more of them are coloured, and not named
+_COUNTED, _NAMED = 20, 60  # classes; of more of them the counts, and the names, could not be read
+_IN_ROW = 6  # mistakes
 
 
 def learning_curves(runs: Sequence[Trained], axis: Axis = "step") -> bytes:
@@ -21,14 +28,10 @@ def learning_curves(runs: Sequence[Trained], axis: Axis = "step") -> bytes:
     Raises:
         DistTrainError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError:
-        raise DistTrainError('Pictures need matplotlib: pip install "dist-train[plot]".') from None
-
     panels = [key for key in _PANELS if any(run.curve(key, axis)[0] for run in runs)] or [_PANELS[0]]
-    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained", dpi=120)
+    figure = _figure(4.6 * len(panels), 3.6)
+    from matplotlib.ticker import LogLocator
+
     groups = group_seeds(runs)
     for key, panel in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for number, group in enumerate(groups):
@@ -49,9 +52,7 @@ def learning_curves(runs: Sequence[Trained], axis: Axis = "step") -> bytes:
         labels = [*found][:_IN_LEGEND]
         figure.legend([found[label] for label in labels], labels, loc="outside lower center",
                       ncols=min(3, len(labels)), fontsize="small")  # fmt: skip
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return _png(figure)
 
 
 def _draw(panel: Any, group: Sequence[Trained], key: str, axis: Axis, colour: str) -> None:
@@ -68,3 +69,73 @@ def _draw(panel: Any, group: Sequence[Trained], key: str, axis: Axis, colour: st
     if len(common) > 1:
         values = [dict(zip(x, y, strict=True)) for x, y in curves]
         panel.plot(common, [sum(each[x] for each in values) / len(values) for x in common], color=colour, linewidth=2)
+
+
+def confusion_matrix(
+    counts: Sequence[Sequence[int]], accuracies: Sequence[float | None], classes: Sequence[str], title: str
+) -> bytes:
+    """A PNG: of each class (row) the share that was taken for each (column), and beside it the accuracy of each class.
+
+    Raises:
+        DistTrainError: matplotlib is not installed.
+    """
+    number = len(classes)
+    side = min(4.0 + 0.32 * number, 12.0)  # inches
+    figure = _figure(1.6 * side, side + 0.5)
+    matrix, dots = figure.subplots(1, 2, width_ratios=[3, 1], sharey=True)
+    shares = [[count / (sum(row) or 1) for count in row] for row in counts]
+    matrix.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if number <= _COUNTED:
+        for label, row in enumerate(counts):
+            for taken, count in enumerate(row):
+                colour = "white" if shares[label][taken] > 0.5 else "black"
+                if count:
+                    matrix.text(taken, label, f"{count}", ha="center", va="center", fontsize="small", color=colour)
+    matrix.set_xlabel("taken for")
+    matrix.set_ylabel("class")
+    dots.plot([math.nan if each is None else each for each in accuracies], range(number), "o")
+    dots.set_xlabel("accuracy")
+    dots.grid(alpha=0.3)
+    ticks = range(number) if number <= _NAMED else ()
+    names = [_short(name) for name in classes] if ticks else []
+    matrix.set_xticks(ticks, names, rotation=90 if max(map(len, names), default=0) > 3 else 0)
+    matrix.set_yticks(ticks, names)
+    figure.suptitle(title)
+    return _png(figure)
+
+
+def mistakes(pictures: Sequence[np.ndarray[Any, Any]], captions: Sequence[str], title: str) -> bytes:
+    """A PNG: a grid of pictures (uint8 [H, W, C]), each under its caption.
+
+    Raises:
+        DistTrainError: matplotlib is not installed.
+    """
+    rows = -(-len(pictures) // _IN_ROW)
+    figure = _figure(1.8 * _IN_ROW, 2.1 * rows + 0.4)
+    panels = [*figure.subplots(rows, _IN_ROW, squeeze=False).flat]
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, picture, caption in zip(panels, pictures, captions, strict=False):
+        panel.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        panel.set_title(caption, fontsize="small")
+    figure.suptitle(title)
+    return _png(figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:15]}…"
+
+
+def _figure(width: float, height: float) -> Figure:
+    """In inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DistTrainError('Pictures need matplotlib: pip install "dist-train[plot]".') from None
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

@@ -190,6 +190,8 @@ class TrackingConfig(_Settings):
     job_type: str = "train"
     tags: list[str] = []
     tensorboard: bool = False
+    pictures: bool = True  # of a finished run: curves, confusion matrix, mistakes; in pictures/ and in W&B
+    artifact: bool = False  # the best checkpoint's weights to W&B, as an artifact
 
 
 class Config(_Settings):

@@ -10,11 +10,14 @@ import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dist_train.errors import LaunchError
 
 RUN_DIR = "DIST_TRAIN_RUN_DIR"  # our launcher -> its ranks: the run directory it chose
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"  # our launcher -> its ranks: whose death they must not outlive
+
+_STOP_FILE = "DIST_TRAIN_STOP_FILE"  # the batch shell -> rank zero: there once the job has to make room
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -143,6 +146,11 @@ def slurm_job(env: Mapping[str, str]) -> str | None:
     if env.get("SLURM_ARRAY_JOB_ID"):
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
     return env.get("SLURM_JOB_ID") or None
+
+
+def batch_stop_file(env: Mapping[str, str]) -> Path | None:
+    """Made by the batch shell of our job when its time is up: a signal may come before a step can hear it."""
+    return Path(env[_STOP_FILE]) if slurm_job(env) and env.get(_STOP_FILE) else None
 
 
 def default_run_name(config_name: str, env: Mapping[str, str], now: str) -> str:

@@ -57,7 +57,7 @@ def evaluate(
                 seed_generators(batches.seed_of(batch))
                 with world.accelerator.autocast():
                     output = objective.forward(net, batch.inputs)
-                sums.add(output, batch.targets, len(batch))
+                sums.add(output, batch.targets, batch.indices)
             if agreement is not None:
                 agreement.tick("evaluate")
                 if agreement.stop:
@@ -92,15 +92,15 @@ class _Sums:
         self._device = device
         self._confusion = confusion
         self._counts: Counts | None = None  # until there was a batch
-        self._waiting: list[tuple[Tensor, Tensor, int]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_waiting = 0  # numbers of outputs in there
 
-    def add(self, output: Any, targets: Any, seen: int) -> None:
+    def add(self, output: Any, targets: Any, indices: Tensor) -> None:
         tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)
         if not (self._objective.is_plain and tensors and output.ndim == 2 and targets.ndim == 1):
-            self._judge(output, targets, seen)
+            self._judge(output, targets, indices)
             return
-        self._waiting.append((output, targets, seen))
+        self._waiting.append((output, targets, indices))
         self._num_waiting += output.numel()
         if self._num_waiting >= _ENOUGH:
             self._judge_waiting()
@@ -112,11 +112,11 @@ class _Sums:
 
     def _judge_waiting(self) -> None:
         if self._waiting:
-            outputs, targets, seen = zip(*self._waiting, strict=True)
+            outputs, targets, indices = zip(*self._waiting, strict=True)
             self._waiting, self._num_waiting = [], 0
-            self._judge(torch.cat(outputs), torch.cat(targets), sum(seen))
+            self._judge(torch.cat(outputs), torch.cat(targets), torch.cat(indices))
 
-    def _judge(self, output: Any, targets: Any, seen: int) -> None:
+    def _judge(self, output: Any, targets: Any, indices: Tensor) -> None:
         loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
         counts = self._counts = self._counts or Counts(self._device, tuple(own))
         if tuple(own) != counts.names[3:]:
@@ -126,5 +126,5 @@ class _Sums:
             )
         correct = count_correct(output, targets)
         if self._confusion is not None and correct is not None:
-            self._confusion.note(output, targets)
-        counts.add(loss, correct, seen, *own.values())
+            self._confusion.note(output, targets, indices)
+        counts.add(loss, correct, len(indices), *own.values())

@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dist_train.run_dir import RunDir
 
 _LINE_EVERY_S = 5.0  # of plain progress lines; those of evaluations are always printed
+# Of the table above the live bar, which grows with each evaluation. It fits 80 columns.
+_COLUMNS = ("epoch", "step", "train loss", "accuracy", "val loss", "accuracy", "seconds")
+_ROW = "{:>7}{:>12}{:>12}{:>11}{:>11}{:>11}{:>10}"
 
 
 def set_up_logging(run_dir: RunDir, rank: int, verbosity: int) -> None:
@@ -43,11 +46,9 @@ class _FileHandler(logging.FileHandler):
 
 
 class _ScreenHandler(logging.Handler):
-    """Above the live bar if there is one."""
-
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        _console().print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+        _print(prefix + record.getMessage())
 
 
 _shared_console: Console | None = None
@@ -68,6 +69,8 @@ class Screen:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self._shown = shown
         self._last_line = time.monotonic()
+        self._trained: dict[str, Any] = {}  # the newest line of training
+        self._has_head = False  # the table
         self._bar: Progress | None = None
         if shown and _console().is_terminal:
             self._bar = Progress(
@@ -90,8 +93,9 @@ class Screen:
             self._bar.stop()
 
     def show_training(self, line: dict[str, Any]) -> None:
-        numbers = _numbers(line, "train")
+        self._trained = line
         if self._bar is not None:
+            numbers = _numbers(line, "train")
             epoch = f"{min(line['epoch'], self.total_steps / self.steps_per_epoch):.2f}"
             self._bar.update(self._task, completed=line["step"], epoch=epoch, numbers=numbers)
         elif self._shown and time.monotonic() - self._last_line >= _LINE_EVERY_S:
@@ -99,8 +103,25 @@ class Screen:
             print(describe(line, self.total_steps), flush=True)
 
     def show_evaluation(self, line: dict[str, Any]) -> None:
-        if self._shown:
-            _console().print(describe(line, self.total_steps), markup=False, highlight=False, soft_wrap=True)
+        if self._bar is not None:
+            if not self._has_head:
+                _print(_ROW.format(*_COLUMNS))
+            self._has_head = True
+            _print(self._row(line))
+        elif self._shown:
+            print(describe(line, self.total_steps), flush=True)
+
+    def _row(self, line: dict[str, Any]) -> str:
+        cells = [f"{line['epoch']:.2f}", f"{line['step']}"]
+        for source, split in ((self._trained, "train"), (line, "val")):
+            loss, accuracy = source.get(f"{split}/loss"), source.get(f"{split}/accuracy")
+            cells += ["-" if loss is None else f"{loss:.4f}", "-" if accuracy is None else f"{accuracy:.2%}"]
+        return _ROW.format(*cells, f"{line['epoch_s']:.1f}")
+
+
+def _print(text: str) -> None:
+    """Above the live bar if there is one."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(line: dict[str, Any], total_steps: int | None) -> str | None:
@@ -117,6 +138,8 @@ def _numbers(line: dict[str, Any], split: str) -> str:
     parts = [f"loss {line[f'{split}/loss']:.4f}"]
     if f"{split}/accuracy" in line:
         parts.append(f"accuracy {100 * line[f'{split}/accuracy']:.2f} %")
+    if "train/lr" in line:
+        parts.append(f"lr {line['train/lr']:.2e}")
     if "perf/samples_per_s" in line:
         parts.append(f"{line['perf/samples_per_s']:,.0f} samples/s")
     return "  ".join(parts)

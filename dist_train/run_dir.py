@@ -55,6 +55,7 @@ class RunDir:
         self.launcher_log = self.logs / "launcher.log"
         self.error = self.path / "error.json"
         self.result = self.path / "result.json"
+        self.pictures = self.path / "pictures"
         self.stop_wish, self.save_wish = self.path / "STOP", self.path / "SAVE"  # left by any other shell
         self.slurm_json = self.path / "slurm.json"  # of `slurm submit`
         self.attempt = 0  # this and the next are set by begin_attempt
@@ -231,6 +232,13 @@ class RunDir:
         """
         with self._put_off(self.result, unless=True):
             write_json(self.result, results)
+
+    def write_pictures(self, pictures: Mapping[str, bytes]) -> None:
+        """PNGs by name."""
+        with self._put_off(self.pictures):
+            self.pictures.mkdir(exist_ok=True)
+            for name, picture in pictures.items():
+                (self.pictures / f"{name}.png").write_bytes(picture)
 
     @contextmanager
     def _put_off(self, path: Path, *, unless: bool = False) -> Iterator[None]:

@@ -6,6 +6,7 @@ slow, absent or broken cannot stop or slow the training, it is named in the log 
 
 from __future__ import annotations
 
+import io
 import logging
 import netrc
 import os
@@ -17,9 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
+import numpy as np
+from PIL import Image
+
 from dist_train.config import Config, TrackingConfig
 from dist_train.distributed import first_line
 from dist_train.errors import DistTrainError, RunDirError
+from dist_train.manifest import MODEL, best, read_manifest
 from dist_train.run_dir import RunDir
 
 # The time the mirrors get at the end to deliver what is left. W&B's files remain whatever happens.
@@ -33,7 +38,11 @@ class Sink(Protocol):
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None: ...
 
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None: ...
+
     def finish(self) -> None: ...
+
+    name: str  # wandb, tensorboard
 
 
 class Tracker:
@@ -50,9 +59,10 @@ class Tracker:
             self._run_dir.append_metrics(line)
             self._mirror.put(line)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Any], pictures: Mapping[str, bytes] | None = None) -> None:
+        """`summary`: the final results, empty where there are none yet; `pictures`: PNGs by name."""
         if self._mirror is not None:
-            self._mirror.finish(summary)
+            self._mirror.finish(summary, pictures or {})
 
 
 class _Mirror:
@@ -61,7 +71,9 @@ class _Mirror:
     def __init__(self, run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> None:
         self._run_dir = run_dir
         self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._artifact = config.tracking.artifact
         self._summary: Mapping[str, Any] = {}
+        self._pictures: Mapping[str, bytes] = {}
         self._thread = threading.Thread(target=self._run, args=(config, facts), name="tracking", daemon=True)
         self._thread.start()
 
@@ -69,8 +81,8 @@ class _Mirror:
         if self._thread.is_alive():
             self._queue.put(line)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        self._summary = summary
+    def finish(self, summary: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+        self._summary, self._pictures = summary, pictures
         self._queue.put(None)
         self._thread.join(FINISH_TIMEOUT_S)
         if self._thread.is_alive():
@@ -97,10 +109,38 @@ class _Mirror:
                     _log.warning("%s failed: %s. The run goes on without it.", type(sink).__name__, error)
                     sinks.remove(sink)
         for sink in sinks:
+            try:
+                self._log_end(sink)
+            except Exception as error:
+                _log.warning("%s took not all of the end: %s", type(sink).__name__, error)
             with suppress(Exception):
-                if hasattr(sink, "run"):
-                    sink.run.summary.update(dict(self._summary))
                 sink.finish()
+
+    def _log_end(self, sink: Sink) -> None:
+        for name, picture in self._pictures.items():
+            # As a batch of one, which is how Accelerate's trackers take pictures.
+            pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[None]
+            if sink.name == "tensorboard":  # channels first
+                pixels = pixels.transpose(0, 3, 1, 2)
+            sink.log_images({f"pictures/{name}": pixels}, step=self._summary["step"])
+        run = getattr(sink, "run", None)  # W&B's own
+        if run is not None:
+            run.summary.update(dict(self._summary))
+            folder = best(self._run_dir) if self._artifact and self._summary else None
+            if folder is not None:
+                _log_artifact(run, folder)
+
+
+def _log_artifact(run: Any, folder: Path) -> None:
+    import wandb
+
+    manifest = read_manifest(folder)
+    artifact = wandb.Artifact(
+        f"{run.id}-best", type="model", metadata={name: manifest[name] for name in ("step", "score")}
+    )
+    # Not copied: an offline run is sent from where it lies.
+    artifact.add_file(str(folder / MODEL), policy="immutable")
+    run.log_artifact(artifact, aliases=["best"])
 
 
 def sync(runs: Iterable[RunDir]) -> None:

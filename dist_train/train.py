@@ -13,12 +13,14 @@ from dist_train.agreement import Agreement
 from dist_train.audit import ShardAudit
 from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
+from dist_train.confusion import Confusion
 from dist_train.data import Splits
 from dist_train.data.evaluation_batches import EvaluationBatches, evaluation_batches
 from dist_train.data.image_set import Examples
 from dist_train.distributed import World
 from dist_train.errors import TrainingDiverged
 from dist_train.evaluate import evaluate
+from dist_train.final_passes import FinalPasses, draw, final_passes
 from dist_train.metrics import Overflows, Stopwatch, peak_memory_gib
 from dist_train.progress import Screen
 from dist_train.run_dir import RunDir, State
@@ -206,10 +208,11 @@ class Run:
         if self.early_stopped:
             _log.info("no gain in %d evaluations: early stop", self.state.evaluations_without_gain)
 
-    def evaluate_split(self, batches: EvaluationBatches) -> dict[str, float] | None:
+    def evaluate_split(self, batches: EvaluationBatches, confusion: Confusion | None = None) -> dict[str, float] | None:
         """Collective: every rank must call this."""
         self.agreement.start_phase()
-        return evaluate(self.step.evaluated_net, batches, self.step.evaluation_objective, self.world, self.agreement)
+        net, objective = self.step.evaluated_net, self.step.evaluation_objective
+        return evaluate(net, batches, objective, self.world, self.agreement, confusion)
 
     def batches_of(self, examples: Examples) -> EvaluationBatches:
         return evaluation_batches(examples, self.step.net, self.world, self.config)
@@ -237,36 +240,47 @@ class Run:
         self.enter("SAVING")
         watchdog.expect_nothing()  # of the write under way; an evaluation after it is watched again
         self.checkpoints.finish()
-        results = None if self.agreement.stop else self._final_results()
-        if results is None:  # stopped, maybe in the middle of the last evaluations: done again after the resume
+        final = None if self.agreement.stop else self._final_passes()
+        if final is None:  # stopped, maybe in the middle of the last evaluations: done again after the resume
             end = self.agreement.stop or "INTERRUPT"
             self.world.on_rank_zero(lambda: self.enter(end))
             watchdog.expect_nothing()
             self.tracker.finish({})
             _log.info("stopped at step %d of %d, state %s", self.state.step, self.total_steps, end)
             return end
+        results = self._results(final)
+        pictures = self.world.on_rank_zero(lambda: self._draw(final))
         self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
         self.world.on_rank_zero(lambda: self.enter("FINISHED"))
         watchdog.expect_nothing()
-        self.tracker.finish(results)  # last: W&B may take its time
+        self.tracker.finish(results, pictures)  # last: W&B may take its time
         return "FINISHED"
 
-    def _final_results(self) -> dict[str, Any] | None:
-        """The exact pass over train and test; None if the ranks agreed to stop meanwhile."""
-        state, world, splits = self.state, self.world, self.splits
+    def _final_passes(self) -> FinalPasses | None:
+        """Collective: every rank must call this."""
         self.enter("EVALUATING")
-        found: dict[str, Any] = {name: value for name, value in state.val.items() if name != "step"}
-        passes = {"test": splits.test, "train": splits.train if self.config.final_train_eval else None}
-        for name, examples in passes.items():
-            if examples is None:
-                continue
-            if name == "test" and splits.val is splits.test and state.val.get("step") == state.step:
-                metrics: dict[str, float] | None = {k.removeprefix("val/"): v for k, v in found.items()}
-            else:
-                metrics = self.evaluate_split(self.batches_of(examples))
-            if metrics is None:
-                return None
-            found |= {f"{name}/{key}": value for key, value in metrics.items()}
+        return final_passes(
+            self.splits,
+            lambda examples, confusion: self.evaluate_split(self.batches_of(examples), confusion),
+            self.world,
+            with_train=self.config.final_train_eval,
+        )
+
+    def _draw(self, final: FinalPasses) -> dict[str, bytes]:
+        """A run does not fail for its pictures."""
+        if not self.config.tracking.pictures:
+            return {}
+        try:
+            pictures = draw(final, self.run_dir)
+        except Exception as error:
+            _log.warning("no pictures: %s", error)
+            return {}
+        self.run_dir.write_pictures(pictures)
+        return pictures
+
+    def _results(self, final: FinalPasses) -> dict[str, Any]:
+        """What result.json says."""
+        state, world = self.state, self.world
         samples = state.step * self.config.global_batch_size
         seconds = self.run_dir.time_sheet.totals()  # wall seconds over all attempts, and between them
         if world.is_rank_zero:
@@ -280,7 +294,7 @@ class Run:
             "global_batch_size": self.config.global_batch_size,
             "mixed_precision": world.mixed_precision,
             "early_stopped": self.early_stopped,
-            "val_source": splits.val_source,
+            "val_source": self.splits.val_source,
             "step_mode": self.step.mode,
             "warm_up_s": round(self.step.warm_up_s, 3),  # of this attempt, compiling included
             "train_s": round(state.train_s, 3),
@@ -288,7 +302,8 @@ class Run:
             "total_s": round(time.perf_counter() - self._before, 3),
             "seconds": seconds,
             "effective_training_time": round(effective_ratio(seconds), 4),
-            **found,
+            **{name: value for name, value in state.val.items() if name != "step"},
+            **final.metrics,
             **{f"best/{name.removeprefix('val/')}": value for name, value in state.best.items()},
         }
 

@@ -156,6 +156,18 @@ def test_files_in_the_run_directory_are_wishes(text: str, state: str, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_file_of_the_batch_shell_is_left_to_it(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    told = tmp_path / ".stop-7"
+    agreement = agreement_of(StopRequest(), run_dir=run_dir, batch_stop_file=told, interval_s=0.0)
+    agreement.tick()
+    assert agreement.stop is None
+    told.touch()
+    agreement.tick()
+    assert agreement.stop == "PREEMPTED"
+    assert told.exists()
+
+
 @pytest.mark.parametrize("step_s", [0.0001, 0.01, 0.3, 3.0])
 def test_a_wish_is_noticed_within_about_a_second_or_a_step(step_s: float, now: list[float]) -> None:
     """Whatever the pace, and when it drops by ten meanwhile; and fast steps agree seldom."""

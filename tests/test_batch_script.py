@@ -52,6 +52,34 @@ def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> N
         assert (tmp_path / seen).read_text().split("\0")[:-1][-len(arguments) :] == [*arguments]
 
 
+@pytest.mark.parametrize("told", ["in its setup", "in its step", "never"])
+def test_told_at_any_moment(told: str, tmp_path: Path) -> None:
+    """By a stand-in for each command of Slurm: no step begins for nothing, and what began can see the file."""
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    tell = "kill -USR1 $SHELL_PID; sleep 1; "
+    step = f'ls -A "$PWD"/.stop-* > seen.before; {tell if told == "in its step" else ""}ls -A "$PWD"/.stop-* > seen'
+    for name, does in {
+        "srun": f"{step}\nexit 0\n", "scontrol": "echo localhost\n", "scancel": "echo $* > cancelled\n", "getent": "",
+        "python": 'echo "$*" > check; echo ended\n',
+    }.items():  # fmt: skip
+        (fake / name).write_text(f"#!/bin/bash\n{does}")
+        (fake / name).chmod(0o755)
+    (tmp_path / ".stop-7").touch()  # of an earlier start
+    setup = (f"export SHELL_PID=$$; {tell if told == 'in its setup' else ''}",)
+    script = BatchScript(arguments=("-c", "mnist"), python=str(fake / "python"), setup=setup).render()
+    env = {"PATH": f"{fake}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"}
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen").exists() == (told != "in its setup")
+    if told != "in its setup":
+        assert (tmp_path / "seen.before").read_text() == ""
+        assert (tmp_path / "seen").read_text() == (f"{tmp_path}/.stop-7\n" if told == "in its step" else "")
+    assert ("--told" in (tmp_path / "check").read_text()) == (told != "never")
+    assert (tmp_path / "cancelled").exists() == (told != "never")
+    assert not (tmp_path / ".stop-7").exists()
+
+
 def test_what_is_asked_of_slurm() -> None:
     more = {"options": ("--qos=long",), "setup": ("module load x",)}
     script = BatchScript(nodes=3, nproc=4, gpus_per_node=4, cpus_per_proc=8, partition="gpu", **more)  # type: ignore[arg-type]
@@ -59,7 +87,7 @@ def test_what_is_asked_of_slurm() -> None:
     for wanted in ("--nodes=3", "--ntasks-per-node=1", "--cpus-per-task=32", "--gpus-per-node=4", "--partition=gpu"):
         assert f"#SBATCH {wanted}" in lines
     assert "#SBATCH --qos=long" in lines
-    assert lines.index("module load x") < next(n for n, line in enumerate(lines) if line.startswith("srun"))
+    assert lines.index("module load x") < next(n for n, line in enumerate(lines) if line.lstrip().startswith("srun"))
     one_task_a_rank = BatchScript(launcher="srun", nproc=4).render()
     assert "#SBATCH --ntasks-per-node=4" in one_task_a_rank
     assert "torch.distributed.run" not in one_task_a_rank

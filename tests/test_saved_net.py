@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -147,14 +148,20 @@ def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest
 def confusion_on_ranks() -> None:
     join_group("confusion")
     world = World.join(parse_config({"device": "cpu"}))
-    confusion = Confusion()
-    logits, labels = torch.eye(3)[[0, 1, 2, 2]], torch.tensor([0, 1, 1, 2])
+    confusion = Confusion(most_mistakes=3)
+    sure = torch.tensor([1.0, 1.0, 2.0, 1.0, 3.0, 1.0])
+    logits, labels = torch.eye(3)[[0, 1, 2, 2, 0, 1]] * sure[:, None], torch.tensor([0, 1, 1, 2, 2, 0])
     if world.rank < 2:  # one rank has no examples
-        confusion.note(logits[world.rank :: 2], labels[world.rank :: 2])
+        mine = torch.arange(world.rank, 6, 2)
+        for rows in (mine[:1], mine[1:]):
+            confusion.note(logits[rows], labels[rows], rows)
     total = confusion.total(world)
     assert total is not None
-    assert total.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
+    assert total.tolist() == [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
     assert Confusion().total(world) is None
+    mistakes = confusion.mistakes(world)
+    assert [(each.index, each.label, each.prediction) for each in mistakes] == [(4, 2, 0), (2, 1, 2), (5, 0, 1)]
+    assert mistakes[0].probability == pytest.approx(math.exp(3) / (math.exp(3) + 2))
 
 
 def test_confusion_over_ranks() -> None:
@@ -163,14 +170,15 @@ def test_confusion_over_ranks() -> None:
 
 def test_labels_that_are_no_class(world: World) -> None:
     """Of nets with a loss of their own; and labels of few bits do not overflow."""
-    confusion = Confusion()
+    confusion = Confusion(most_mistakes=9)
     logits = torch.eye(20)[[19, 18, 0, 0]]
-    confusion.note(logits, torch.tensor([19, 19, 200, 0], dtype=torch.uint8))
-    confusion.note(logits[:1], torch.tensor([-100]))
+    confusion.note(logits, torch.tensor([19, 19, 200, 0], dtype=torch.uint8), torch.arange(4))
+    confusion.note(logits[:1], torch.tensor([-100]), torch.tensor([4]))
     total = confusion.total(world)
     assert total is not None
     assert int(total.sum()) == 3
     assert total[19, 19] == total[19, 18] == total[0, 0] == 1
+    assert [each.index for each in confusion.mistakes(world)] == [1]
 
 
 def test_names_only_if_they_fit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import time
 
 import numpy as np
 import torch
@@ -21,6 +22,15 @@ class Drawing(Mlp):
     def forward(self, images: Tensor) -> Tensor:
         noise = random.random() + float(np.random.rand()) + torch.rand(())
         return super().forward(images * (1 + noise) if self.training else images)
+
+
+class Slow(Mlp):
+    """Each step of training takes SLOW_S seconds longer; the numbers are those of a fast one."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(float(os.environ.get("SLOW_S", "0")))
+        return super().forward(images)
 
 
 class Masked(Mlp):

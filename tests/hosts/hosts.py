@@ -19,6 +19,9 @@ NEEDS = ("ip", "nsenter", "unshare")
 REASON = "needs root and iproute2: apt-get install -y --no-install-recommends iproute2"
 
 
+PATIENCE_S = 300  # with what a busy machine makes slow; the seconds that things took are in the table
+
+
 def can_be_made() -> bool:
     return os.geteuid() == 0 and all(map(shutil.which, NEEDS))
 
@@ -43,6 +46,7 @@ class Hosts:
         self._prefix = f"dt{os.getpid() % 10_000}"  # namespaces are named in one place for the whole machine
         self._switch = f"{self._prefix}-switch"
         self._inits: dict[str, subprocess.Popen[bytes]] = {}
+        self._cut: set[str] = set()
 
     def address(self, name: str) -> str:
         return f"10.77.0.{self.names.index(name) + 1}"
@@ -82,9 +86,11 @@ class Hosts:
     def cut(self, name: str) -> None:
         """Packets vanish at the switch; the host itself sees a link that is up."""
         _ip("-n", self._switch, "link", "set", self._port(name), "nomaster")
+        self._cut.add(name)
 
     def heal(self, name: str) -> None:
         _ip("-n", self._switch, "link", "set", self._port(name), "master", "br0", "up")
+        self._cut.discard(name)
 
     def crash(self, name: str) -> None:
         """Power off: nobody hears a goodbye. It stays cut off until healed."""
@@ -125,11 +131,11 @@ class Hosts:
             self.command(name, *command), capture_output=True, text=True, env=os.environ | (env or {}), **options
         )
 
-    def wait_for(self, condition: Any, what: str, timeout_s: float) -> float:
+    def wait_for(self, condition: Any, what: str, patience_s: float = PATIENCE_S) -> float:
         """Seconds until it came true."""
         began = time.monotonic()
         while not condition():
-            assert time.monotonic() - began < timeout_s, f"no {what} within {timeout_s} s"
+            assert time.monotonic() - began < patience_s, f"no {what} within {patience_s} s"
             time.sleep(0.1)
         return time.monotonic() - began
 

@@ -36,6 +36,7 @@ class Cluster(Hosts):
         self.nodes = self.names[1:]
         self.cpus = cpus
         self.env = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.log = folder / "slurmctld.log"
 
     def __enter__(self) -> Cluster:
         for name in ("munge", "state", "spool"):
@@ -66,7 +67,7 @@ class Cluster(Hosts):
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
-        self.wait_for(lambda: self._idle() == len(self.nodes), "idle nodes", 20)
+        self.wait_for(lambda: self._idle() == len(self.nodes), "idle nodes")
 
     def _config(self) -> str:
         folder, names = self.folder, ",".join(self.nodes)
@@ -87,7 +88,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
+SlurmctldLogFile={self.log}
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -134,7 +135,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
             if node not in self._inits:
                 self.boot(node)
                 self.start_node(node)
-        self.wait_for(lambda: self._idle() == len(self.nodes), "idle nodes", 90)
+        self.wait_for(lambda: self._idle() == len(self.nodes), "idle nodes")
 
     def start_node(self, node: str) -> None:
         (self.folder / "spool" / node).mkdir(exist_ok=True)
@@ -160,13 +161,22 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
         return self.ask("scontrol", "show", "hostnames", names).split()
 
     def start_at_once(self, job: str) -> None:
-        """A job that was queued again would wait for two minutes.
+        """A job that was queued again would wait for two minutes. One that waits for others goes on waiting.
 
-        Not sooner than after two seconds: Slurm may hear of the end of the former batch shell after it has queued the
-        job again, and if the job runs already, takes that for the job's end.
+        Not until its former start has gone for two seconds: Slurm may hear of the end of the former batch shell after
+        it has queued the job again, and if the job runs already, takes that for the job's end.
         """
+        if self.ask("squeue", "--noheader", f"--jobs={job}", "--format=%r").strip() != "BeginTime":
+            return
+        self.wait_for(lambda: not self._has_steps(job), f"end of job {job}'s former start")
         time.sleep(2)
         self.run("head", "scontrol", "update", f"jobid={job}", "StartTime=now", env=self.env)
+
+    def _has_steps(self, job: str) -> bool:
+        """Whether a process of Slurm's own still looks after a step of it, on a node that can be heard of."""
+        number = self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A").strip()
+        nodes = [node for node in self.nodes if node in self._inits and node not in self._cut]
+        return any(self.run(node, "pgrep", "-f", rf"^slurmstepd: \[{number}\.").returncode == 0 for node in nodes)
 
     def _idle(self) -> int:
         done = self.run("head", "sinfo", "--noheader", "-N", "-p", "low", "-o", "%T", env=self.env)

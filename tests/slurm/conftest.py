@@ -23,6 +23,26 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield made
 
 
+@pytest.fixture(autouse=True)
+def _leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test finds all nodes idle. Of one that fails, the ends of its jobs' logs and the controller's are shown."""
+    cluster: Cluster = request.getfixturevalue("cluster")
+    seen = cluster.log.stat().st_size
+    yield
+    cluster.repair()
+    folder = request.getfixturevalue("tmp_path")
+    for log in sorted(folder.glob("*.out")):
+        print(f"--- {log.name}", *_told_by_us(log.read_text(errors="replace"))[-15:], sep="\n")
+    with cluster.log.open() as file:
+        file.seek(seen)
+        print("--- the controller", *[line for line in file.read().splitlines() if "JobId=" in line][-30:], sep="\n")
+
+
+def _told_by_us(log: str) -> list[str]:
+    """Without the stacks of torchrun, which fill a screen after each signal."""
+    return [line[:200] for line in log.splitlines() if "torch/distributed" not in line and "^^^^" not in line]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LONG run on four ranks of this machine, without Slurm."""

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,24 +30,18 @@ pytestmark = pytest.mark.cluster
 CLUSTER = {"nodes": 3}  # one to spare
 
 
-@pytest.fixture(autouse=True)
-def _all_nodes_up(cluster: Cluster) -> Iterator[None]:
-    yield
-    cluster.repair()
-
-
 def train_until(cluster: Cluster, folder: Path, step: int, *options: str) -> tuple[str, Path]:
     job, run_dir = submit_long(cluster, folder, *options)
-    cluster.wait_for(lambda: is_training(run_dir, beyond=step), "training", 90)
+    cluster.wait_for(lambda: is_training(run_dir, beyond=step), "training")
     return job, run_dir
 
 
 def come_back(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, int]:
     """The seconds until Slurm has noticed, until the next attempt trains; and the steps that are made again."""
     reached, began = status_of(run_dir)["step"], time.monotonic()
-    cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "notice", 90)
+    cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "notice")
     noticed_s = time.monotonic() - began
-    cluster.wait_for(partial(trains_again, cluster, job, run_dir, 2), "training again", 120)
+    cluster.wait_for(partial(trains_again, cluster, job, run_dir, 2), "training again")
     return noticed_s, time.monotonic() - began, steps_lost(run_dir, reached)
 
 
@@ -56,7 +50,7 @@ def test_a_rank_is_killed(
     rank: int, cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     job, run_dir = train_until(cluster, tmp_path, 500)
-    (pid,) = pids_of_rank(job, rank)
+    (pid,) = pids_of_rank(cluster, job, rank)
     os.kill(pid, signal.SIGKILL)
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     end_well(cluster, job, run_dir, 2)
@@ -90,9 +84,9 @@ def test_a_node_is_cut_off_and_healed(
     cluster.cut(first)
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     assert first not in cluster.nodes_of(job)
-    assert len(pids_of_rank(job, 0)) == 2
+    assert len(pids_of_rank(cluster, job, 0)) == 2
     cluster.heal(first)
-    gone_s = cluster.wait_for(lambda: len(pids_of_rank(job, 0)) < 2, "end of the old attempt", 60)
+    gone_s = cluster.wait_for(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
     assert status_of(run_dir)["attempt"] == 2
     end_well(cluster, job, run_dir, 2, 3)  # should the old srun be heard again: it ends the step by its number
     same_run(run_dir, undisturbed)
@@ -112,13 +106,13 @@ def test_an_old_attempt_that_trains_on(
     job, run_dir = train_until(cluster, tmp_path, 100, "--nodes=1", "--cpus-per-task=4")
     (node,) = cluster.nodes_of(job)
     cluster.cut(node)
-    old = [pid for rank in range(4) for pid in pids_of_rank(job, rank)]
+    old = [pid for rank in range(4) for pid in pids_of_rank(cluster, job, rank)]
     for pid in old:  # else it would be at its end before Slurm has noticed
         os.kill(pid, signal.SIGSTOP)
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     for pid in old:
         os.kill(pid, signal.SIGCONT)
-    gone_s = cluster.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old", 60)
+    gone_s = cluster.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old")
     assert "attempt 1 was superseded by attempt 2" in log_of(run_dir)
     cluster.heal(node)
     end_well(cluster, job, run_dir, 2, 3)  # as above
@@ -136,11 +130,11 @@ def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: P
     cluster.stop_controller()
     (run_dir / "STOP").write_text("PREEMPTED\n")
     began = time.monotonic()
-    cluster.wait_for(lambda: "requeue, state PREEMPTED" in log_of(run_dir), "wish to be queued again", 120)
+    cluster.wait_for(lambda: "requeue, state PREEMPTED" in log_of(run_dir), "wish to be queued again")
     time.sleep(3)
     cluster.start_controller()
-    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue", 60)
-    cluster.wait_for(partial(trains_again, cluster, job, run_dir, 2), "training again", 90)
+    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue")
+    cluster.wait_for(partial(trains_again, cluster, job, run_dir, 2), "training again")
     again_s = time.monotonic() - began
     end_well(cluster, job, run_dir, 2)
     same_run(run_dir, undisturbed)
@@ -160,9 +154,9 @@ def test_the_shared_folder_is_slow(
     slow.chmod(0o755)
     monkeypatch.setitem(cluster.env, "PYTHON", str(slow))
     job, run_dir = submit_long(cluster, tmp_path)
-    cluster.wait_for(lambda: status_of(run_dir).get("save_s", 0) > GRACE_S + KILL_WAIT_S, "slow save", 120)
+    cluster.wait_for(lambda: status_of(run_dir).get("save_s", 0) > GRACE_S + KILL_WAIT_S, "slow save")
     warning = f"leaves a preempted job {GRACE_S + KILL_WAIT_S} s"
-    cluster.wait_for(lambda: warning in log_of(run_dir), "warning", 20)
+    cluster.wait_for(lambda: warning in log_of(run_dir), "warning")
     submit(cluster, "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     end_well(cluster, job, run_dir, 2)

@@ -1,0 +1,95 @@
+"""What a net comes to at its run's end: exact passes over test and train, and pictures of what it gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_train import charts
+from dist_train.compare import read_run
+from dist_train.confusion import Confusion, Mistake, accuracy_by_class, class_names
+from dist_train.data import Splits
+from dist_train.data.image_set import Examples
+from dist_train.distributed import World
+from dist_train.run_dir import RunDir
+
+_SHOWN = 30  # mistakes
+
+Evaluate = Callable[[Examples, Confusion | None], dict[str, float] | None]
+
+
+@dataclass(frozen=True)
+class FinalPasses:
+    metrics: dict[str, float | dict[str, float | None]]  # keys test/..., train/...
+    judged: str  # the split that the rest is of: test, or val where there is none
+    examples: Examples | None
+    classes: list[str]  # [K]
+    confusion: Tensor | None  # int64 [K, K], as `Confusion.total`
+    mistakes: list[Mistake]  # those that the net is surest of
+
+
+def final_passes(splits: Splits, evaluate: Evaluate, world: World, *, with_train: bool) -> FinalPasses | None:
+    """None if the ranks agreed to stop before it was done.
+
+    Collective: every rank must call this.
+    """
+    judged, examples = ("val", splits.val) if splits.test is None else ("test", splits.test)
+    confusion = Confusion(_SHOWN)
+    metrics: dict[str, float | dict[str, float | None]] = {}
+    for name, part, counted in (
+        (judged, examples, confusion),
+        ("train", splits.train if with_train else None, None),
+    ):
+        if part is None:
+            continue
+        found = evaluate(part, counted)
+        if found is None:
+            return None
+        metrics |= {f"{name}/{key}": value for key, value in found.items()}
+    counts, mistakes = confusion.total(world), confusion.mistakes(world)
+    classes = class_names(splits.facts["classes"], 0 if counts is None else len(counts))
+    if counts is not None:
+        metrics[f"{judged}/accuracy_by_class"] = dict(zip(classes, accuracy_by_class(counts), strict=True))
+    return FinalPasses(metrics, judged, examples, classes, counts, mistakes)
+
+
+def draw(final: FinalPasses, run_dir: RunDir) -> dict[str, bytes]:
+    """PNGs by name: learning curves, confusion matrix with the accuracy of each class, mistakes.
+
+    Raises:
+        DistTrainError: matplotlib is not installed.
+    """
+    pictures = {"curves": charts.learning_curves([read_run(run_dir.path)])}
+    if final.confusion is None:
+        return pictures
+    accuracy = final.metrics[f"{final.judged}/accuracy"]
+    title = f"{run_dir.path.name}: {final.judged} accuracy {accuracy:.2%}"
+    pictures["confusion"] = charts.confusion_matrix(
+        final.confusion.tolist(), accuracy_by_class(final.confusion), final.classes, title
+    )
+    shown = [(each, _pixels(final.examples, each.index)) for each in final.mistakes]
+    grid = [(each, pixels) for each, pixels in shown if pixels is not None]
+    if grid:
+        pictures["mistakes"] = charts.mistakes(
+            [pixels.numpy() for _, pixels in grid],
+            [
+                f"{final.classes[each.label]}, taken for\n{final.classes[each.prediction]} ({each.probability:.0%})"
+                for each, _ in grid
+            ],
+            f"{run_dir.path.name}: the mistakes on {final.judged} that it is surest of",
+        )
+    return pictures
+
+
+def _pixels(examples: Examples | None, index: int) -> Tensor | None:
+    """uint8 [H, W, C], or [H, W] if it is grey; None for what is no picture."""
+    image = examples[index][0] if examples is not None else None
+    if not isinstance(image, Tensor) or image.ndim != 3 or len(image) not in (1, 3):
+        return None
+    if image.dtype != torch.uint8:  # as the user's transforms have left it
+        low, high = image.min(), image.max()
+        image = (255 * (image - low) / (high - low).clamp(min=1e-9)).to(torch.uint8)
+    return image[0] if len(image) == 1 else image.permute(1, 2, 0)
