@@ -95,7 +95,7 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
     from dist_train.stop_request import StopRequest
 
     join_group(f"{run_dir.name}_{_count()}")
-    config = parse_config({"tracking": {"wandb": "disabled"}, **settings})
+    config = parse_config({"tracking": {"wandb": "disabled", "pictures": False}, **settings})
     request = StopRequest()
     told = min(1, int(os.environ["WORLD_SIZE"]) - 1)  # one rank alone knows of it
     take, original = step.Step.take, agreement.Agreement.__init__

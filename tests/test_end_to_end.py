@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from ranks import metrics, train_losses, train_on_ranks, weights
 from test_launch import DIST_TRAIN, ROOT, run
 
@@ -27,8 +28,9 @@ RESULT_KEYS = {
 
 
 def test_a_run_leaves_everything(tmp_path: Path) -> None:
-    """Two processes: result, metrics, checkpoint, logs, an offline W&B run with the same metrics, exact counts."""
-    done = run([*DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "--run-name", "r"], tmp_path, WANDB_MODE="offline")
+    """Two processes: result, metrics, checkpoint, logs, pictures, an offline W&B run with all of it, exact counts."""
+    command = [*DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "--run-name", "r"]
+    done = run([*command, "tracking.pictures=true", "tracking.artifact=true"], tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "test accuracy" in done.stdout
@@ -47,10 +49,36 @@ def test_a_run_leaves_everything(tmp_path: Path) -> None:
     assert all((run_dir / f"logs/rank_{rank:05d}.log").read_text() for rank in range(2))
     (offline,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
     assert offline.stem == f"run-{json.loads((run_dir / 'status.json').read_text())['wandb_id']}"
-    recorded = offline.read_bytes()
-    for name in (b"train/loss", b"val/accuracy", b"perf/samples_per_s"):
-        assert name in recorded
+    check_recorded(offline.parent, run_dir, result)
     assert not [path for path in run_dir.rglob(".*") if path.name != ".lock"], "temporary files left behind"
+
+
+def check_recorded(offline: Path, run_dir: Path, result: dict[str, Any]) -> None:
+    """What W&B itself reads in its file."""
+    said = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)], run_dir).stdout
+    records = [json.loads(line) for line in said.splitlines()]
+    history = [each["history"]["item"] for each in records if each["type"] == "history"]
+    mirrored = {(key, line["step"]): value for line in history for key, value in line.items() if "/" in key}
+    ours = {(key, line["step"]): value for line in metrics(run_dir) for key, value in line.items() if "/" in key}
+    assert {name: value for name, value in mirrored.items() if not name[0].startswith("pictures/")} == ours
+    # Each picture is there to the pixel, in its last line of history too.
+    for name in ("curves", "confusion", "mistakes"):
+        (media,) = offline.glob(f"files/media/images/pictures/{name}_200_*.png")
+        with Image.open(media) as theirs, Image.open(run_dir / f"pictures/{name}.png") as mine:
+            assert theirs.convert("RGB").tobytes() == mine.convert("RGB").tobytes()
+        assert mirrored[f"pictures/{name}.filenames", 200] == [str(media.relative_to(offline / "files"))]
+    summary: dict[str, Any] = {}
+    for each in records:
+        summary |= each.get("summary", {}).get("update", {})
+    assert summary["test/accuracy"] == result["test/accuracy"]
+    assert summary["best/step"] == result["best/step"]
+    by_class = summary["test/accuracy_by_class"]
+    assert by_class == result["test/accuracy_by_class"]
+    assert by_class.keys() == set("0123456789")
+    (artifact,) = [each["artifact"] for each in records if each["type"] == "artifact"]
+    assert (artifact["type"], artifact["aliases"][-1]) == ("model", "best")
+    (best,) = artifact["manifest"]["contents"]
+    assert Path(best["local_path"]) == (run_dir / "checkpoints/best").resolve() / "model.safetensors"
 
 
 def test_the_bundle_of_the_tutorial_runs_unchanged(tmp_path: Path) -> None:
@@ -84,7 +112,19 @@ def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
     text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
     assert "60/60" in text
     assert "samples/s" in text
-    assert "val loss" in text
+    rows = [line.split() for line in text.splitlines() if re.fullmatch(r" +(epoch|\d\.\d\d) .*", line.rstrip())]
+    assert " ".join(rows[0]) == "epoch step train loss accuracy val loss accuracy seconds"
+    lines: dict[int, dict[str, Any]] = {30: {}, 60: {}}
+    for line in metrics(tmp_path / "runs/r"):
+        lines.get(line["step"], {}).update(line)
+    assert [row[1:6] for row in rows[1:]] == [
+        [
+            f"{step}",
+            f"{line['train/loss']:.4f}", f"{line['train/accuracy']:.2%}",
+            f"{line['val/loss']:.4f}", f"{line['val/accuracy']:.2%}",
+        ]
+        for step, line in lines.items()
+    ]  # fmt: skip
     logs = "".join(path.read_text() for path in (tmp_path / "runs/r/logs").glob("*.log"))
     assert "\x1b" not in logs
 

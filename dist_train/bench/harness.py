@@ -44,7 +44,8 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         path, run_dir = Path(folder) / "bench.yaml", RunDir(Path(folder) / "run")
         path.write_text(f"data: {{normalize: {{mean: [{MEAN}], std: [{STD}]}}}}\n")
-        settings = {"runs_dir": folder, "final_train_eval": False, "tracking.wandb": "disabled"} | settings
+        alone = {"final_train_eval": False, "tracking.wandb": "disabled", "tracking.pictures": False}
+        settings = {"runs_dir": folder} | alone | settings
         overrides = [f"{key}={value}" for key, value in settings.items()]
         processes = ["--nproc", str(nproc)] if nproc > 1 else []
         command = ["train", "-q", "-c", config or str(path), "--run-name", "run", *processes, *overrides]

@@ -24,14 +24,12 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(autouse=True)
-def _leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+def _leave_nothing(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
     """Each test finds all nodes idle. Of one that fails, the ends of its jobs' logs and the controller's are shown."""
-    cluster: Cluster = request.getfixturevalue("cluster")
     seen = cluster.log.stat().st_size
     yield
     cluster.repair()
-    folder = request.getfixturevalue("tmp_path")
-    for log in sorted(folder.glob("*.out")):
+    for log in sorted(tmp_path.glob("*.out")):
         print(f"--- {log.name}", *_told_by_us(log.read_text(errors="replace"))[-15:], sep="\n")
     with cluster.log.open() as file:
         file.seek(seen)
