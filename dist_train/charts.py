@@ -111,13 +111,18 @@ def mistakes(pictures: Sequence[np.ndarray[Any, Any]], captions: Sequence[str], 
         DistTrainError: matplotlib is not installed.
     """
     rows = -(-len(pictures) // _IN_ROW)
-    figure = _figure(1.8 * _IN_ROW, 2.1 * rows + 0.4)
-    panels = [*figure.subplots(rows, _IN_ROW, squeeze=False).flat]
-    for panel in panels:
-        panel.set_axis_off()
-    for panel, picture, caption in zip(panels, pictures, captions, strict=False):
-        panel.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        panel.set_title(caption, fontsize="small")
+    figure = _figure(1.8 * _IN_ROW, 2.2 * rows + 0.4)
+    panel = figure.subplots()  # one for all: thirty of them take a second
+    panel.set_axis_off()
+    panel.set_aspect("equal")
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        row, column = divmod(number, _IN_ROW)
+        height, width = (side / max(picture.shape[:2]) for side in picture.shape[:2])
+        left, bottom = 1.05 * column, -1.3 * row
+        panel.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(left, left + width, bottom, bottom + height))
+        panel.text(left + width / 2, bottom + height + 0.03, caption, fontsize="small", ha="center", va="bottom")
+    panel.set_xlim(0, 1.05 * _IN_ROW - 0.05)
+    panel.set_ylim(-1.3 * (rows - 1), 1.25)
     figure.suptitle(title)
     return _png(figure)
 

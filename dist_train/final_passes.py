@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from dist_train.data import Splits
 from dist_train.data.image_set import Examples
 from dist_train.distributed import World
 from dist_train.run_dir import RunDir
+
+_log = logging.getLogger(__name__)
 
 _SHOWN = 30  # mistakes
 
@@ -57,11 +60,18 @@ def final_passes(splits: Splits, evaluate: Evaluate, world: World, *, with_train
 
 
 def draw(final: FinalPasses, run_dir: RunDir) -> dict[str, bytes]:
-    """PNGs by name: learning curves, confusion matrix with the accuracy of each class, mistakes.
+    """PNGs by name, which lie in the run directory then. A run does not fail for its pictures. Rank zero only."""
+    try:
+        pictures = _draw(final, run_dir)
+    except Exception as error:
+        _log.warning("no pictures: %s", error)
+        return {}
+    run_dir.write_pictures(pictures)
+    return pictures
 
-    Raises:
-        DistTrainError: matplotlib is not installed.
-    """
+
+def _draw(final: FinalPasses, run_dir: RunDir) -> dict[str, bytes]:
+    """Learning curves, confusion matrix with the accuracy of each class, mistakes."""
     pictures = {"curves": charts.learning_curves([read_run(run_dir.path)])}
     if final.confusion is None:
         return pictures

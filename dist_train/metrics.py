@@ -73,12 +73,13 @@ class Overflows:
         return count, most
 
 
-class Stopwatch:
-    """Seconds inside training steps. Read only after the device was synchronised."""
+class Pace:
+    """Seconds inside training steps, and how fast the last of them were. Read it when the device was synchronised."""
 
     def __init__(self, total_s: float = 0.0) -> None:
         self.total_s = total_s
         self._started: float | None = None
+        self.lap(0, 0.0)
 
     def start(self) -> None:
         """Go on, or just run on."""
@@ -86,12 +87,24 @@ class Stopwatch:
             self._started = time.perf_counter()
 
     def stop(self) -> None:
-        if self._started is not None:
-            self.total_s += time.perf_counter() - self._started
-            self._started = None
+        self.total_s = self._now_s()
+        self._started = None
 
-    def lap(self) -> float:
-        """Seconds up to now, without stopping."""
+    def lap(self, step: int, data_wait_s: float) -> None:
+        """What `measure` measures begins here."""
+        self._lap = self._now_s(), step, data_wait_s
+
+    def measure(self, step: int, data_wait_s: float, global_batch_size: int) -> dict[str, float]:
+        """perf/... since the last lap."""
+        since_s, since_step, since_wait_s = self._lap
+        seconds, steps = self._now_s() - since_s, step - since_step
+        return {
+            "perf/samples_per_s": round(steps * global_batch_size / seconds, 1),
+            "perf/step_time_ms": round(1000 * seconds / steps, 4),
+            "perf/data_wait_ms": round(1000 * (data_wait_s - since_wait_s) / steps, 4),
+        }
+
+    def _now_s(self) -> float:
         return self.total_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from itertools import islice, takewhile
 from pathlib import Path
 
+from dist_train.error_file import describe_error
 from dist_train.errors import CheckpointError, ConfigError, PeerLost, TrainingDiverged
 from dist_train.manifest import good
-from dist_train.run_dir import RunDir, describe_error
+from dist_train.run_dir import RunDir
 from dist_train.small_files import read_json
 
 # What they need is another setting, more room or other weights; of the checkpoint they speak themselves.

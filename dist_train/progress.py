@@ -57,8 +57,11 @@ _shared_console: Console | None = None
 def _console() -> Console:
     """One console for bar and lines, so that they do not write over each other."""
     global _shared_console
-    if _shared_console is None or _shared_console.file is not sys.stdout:
-        _shared_console = Console(file=sys.stdout)
+    stdout = getattr(
+        sys.stdout, "rich_proxied_file", sys.stdout
+    )  # while the bar is shown it stands in for the real one
+    if _shared_console is None or _shared_console.file is not stdout:
+        _shared_console = Console(file=stdout)
     return _shared_console
 
 
@@ -75,7 +78,7 @@ class Screen:
         if shown and _console().is_terminal:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(),
+                BarColumn(bar_width=10),  # all of it in 80 columns
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
@@ -95,9 +98,8 @@ class Screen:
     def show_training(self, line: dict[str, Any]) -> None:
         self._trained = line
         if self._bar is not None:
-            numbers = _numbers(line, "train")
             epoch = f"{min(line['epoch'], self.total_steps / self.steps_per_epoch):.2f}"
-            self._bar.update(self._task, completed=line["step"], epoch=epoch, numbers=numbers)
+            self._bar.update(self._task, completed=line["step"], epoch=epoch, numbers=_in_short(line))
         elif self._shown and time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._last_line = time.monotonic()
             print(describe(line, self.total_steps), flush=True)
@@ -122,6 +124,11 @@ class Screen:
 def _print(text: str) -> None:
     """Above the live bar if there is one."""
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _in_short(line: dict[str, Any]) -> str:
+    accuracy = f"  {line['train/accuracy']:.2%}" if "train/accuracy" in line else ""
+    return f"loss {line['train/loss']:.4f}{accuracy}  lr {line['train/lr']:.1e}  {line['perf/samples_per_s']:,.0f}/s"
 
 
 def describe(line: dict[str, Any], total_steps: int | None) -> str | None:

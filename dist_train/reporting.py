@@ -12,11 +12,12 @@ from dist_train import watchdog
 from dist_train.config import Config
 from dist_train.distributed import end_process, first_line, is_peer_failure
 from dist_train.environment import Place
+from dist_train.error_file import note_error
 from dist_train.errors import DistTrainError, OutOfMemory, PeerLost
 from dist_train.hardware import is_out_of_memory
 from dist_train.plan import BatchPlan
 from dist_train.post_mortem import how_to_go_on, says_enough
-from dist_train.run_dir import RunDir, note_error
+from dist_train.run_dir import RunDir
 
 _log = logging.getLogger(__name__)
 

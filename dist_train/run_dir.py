@@ -11,9 +11,8 @@ import os
 import shutil
 import socket
 import time
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 from dist_train.config import Config
 from dist_train.config_file import load_config, to_yaml
 from dist_train.environment import slurm_job
-from dist_train.errors import ConfigError, DistTrainError, RunDirError
+from dist_train.errors import ConfigError, RunDirError
 from dist_train.metrics_file import MetricsFile
 from dist_train.small_files import read_json, write_atomically, write_json
 from dist_train.time_sheet import TimeSheet, Use
@@ -284,39 +283,3 @@ def _is_earlier_start(status: Mapping[str, Any], env: Mapping[str, str]) -> bool
     """Whether `status` was written by an earlier start of the Slurm job that we are in."""
     job, restarts = slurm_job(env), int(env.get("SLURM_RESTART_COUNT") or 0)
     return job is not None and status.get("slurm_job_id") == job and int(status["slurm_restart_count"] or 0) < restarts
-
-
-def _where(error: BaseException) -> str:
-    """The innermost line of code that an unforeseen error comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-
-
-def describe_error(found: Mapping[str, Any]) -> str:
-    """What error.json says, and of which rank."""
-    return f"{found['message']}  [rank {found['rank']} on {found['host']}]"
-
-
-def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:
-    """Write `error.json` unless a rank was first; True if this rank is the first to fail.
-
-    Linked into place, so that of several failing ranks just one can be first: the others mostly report that a peer
-    is gone.
-    """
-    temporary = path.with_name(f".{path.name}.{rank}.{os.getpid()}")
-    try:
-        own = isinstance(error, DistTrainError)
-        message = str(error) if own else f"{type(error).__name__}: {error}{_where(error)}"
-        write_json(
-            temporary,
-            {"rank": rank, "kind": type(error).__name__, "message": message, "exit_code": exit_code,
-             "host": socket.gethostname(), "time": round(time.time(), 3), "traceback": trace},
-        )  # fmt: skip
-        os.link(temporary, path)
-    except OSError:
-        return not path.exists()
-    else:
-        return True
-    finally:
-        with suppress(OSError):  # on a read-only disk not even what is not there can be removed
-            temporary.unlink(missing_ok=True)

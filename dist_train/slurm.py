@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dist_train.environment import slurm_job
+from dist_train.error_file import describe_error
 from dist_train.errors import LaunchError, PeerLost
-from dist_train.run_dir import RunDir, describe_error
+from dist_train.run_dir import RunDir
 from dist_train.small_files import read_json
 from dist_train.stop_request import StopState
 

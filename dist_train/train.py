@@ -21,7 +21,7 @@ from dist_train.distributed import World
 from dist_train.errors import TrainingDiverged
 from dist_train.evaluate import evaluate
 from dist_train.final_passes import FinalPasses, draw, final_passes
-from dist_train.metrics import Overflows, Stopwatch, peak_memory_gib
+from dist_train.metrics import Overflows, Pace, peak_memory_gib
 from dist_train.progress import Screen
 from dist_train.run_dir import RunDir, State
 from dist_train.schedule import LearningRate, is_due
@@ -64,7 +64,7 @@ class Run:
         self.early_stopped = stopping is not None and self.state.evaluations_without_gain >= stopping.patience
         self.val = self.batches_of(self.splits.val) if self.splits.val is not None else None
         self._newest: dict[str, Any] = {}  # of each metric the last value
-        self._watch = Stopwatch(self.state.train_s)
+        self._pace = Pace(self.state.train_s)
         self._evaluated_at = time.perf_counter()
         self._before = self.started - self.state.total_s
 
@@ -87,7 +87,7 @@ class Run:
             if state.is_best:
                 self.save()
         self.enter("TRAINING")
-        self._reset_lap()
+        self._lap()
         while state.step < self.total_steps and not agreement.stop and not self.early_stopped:
             step.take(state.step)
             state.step += 1
@@ -123,7 +123,6 @@ class Run:
                 f"The loss is not finite between step {state.logged_step + 1} and {state.step}. The last good "
                 f"checkpoint is {self.checkpoints.describe_last()}. Lower optimizer.lr or set max_grad_norm."
             )
-        seconds, steps = self._watch.lap() - self._lap_s, state.step - self._lap_step
         line = self._line()
         line["train/loss"] = totals["loss"] / totals["seen"]
         if self.step.window.classifies:
@@ -131,15 +130,13 @@ class Run:
         line |= {
             "train/lr": self.learning_rate.at(state.step - 1),
             "train/grad_norm": _finite(self.step.grad_norm()),
-            "perf/samples_per_s": round(steps * self.config.global_batch_size / seconds, 1),
-            "perf/step_time_ms": round(1000 * seconds / steps, 4),
-            "perf/data_wait_ms": round(1000 * (self.step.data_wait_s - self._lap_wait_s) / steps, 4),
+            **self._pace.measure(state.step, self.step.data_wait_s, self.config.global_batch_size),
             "perf/peak_memory_gib": round(peak_memory_gib(self.world.device), 4),
         }
         if self.step.eager.overflows is not None:
             line["train/overflows"] = self._count_overflows(self.step.eager.overflows)
         state.logged_step = state.step
-        self._reset_lap()
+        self._lap()
         self.tracker.log(line)
         self.screen.show_training(line)
         self._newest |= _metrics_of(line)
@@ -224,7 +221,7 @@ class Run:
     def save(self) -> None:
         """Collective: every rank must call this."""
         self._pause()
-        self.state.train_s = self._watch.total_s
+        self.state.train_s = self._pace.total_s
         self.state.total_s = time.perf_counter() - self._before
         self.enter("SAVING")
         self.checkpoints.save(self.state, self.step)
@@ -249,7 +246,7 @@ class Run:
             _log.info("stopped at step %d of %d, state %s", self.state.step, self.total_steps, end)
             return end
         results = self._results(final)
-        pictures = self.world.on_rank_zero(lambda: self._draw(final))
+        pictures = draw(final, self.run_dir) if self.world.is_rank_zero and self.config.tracking.pictures else {}
         self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
         self.world.on_rank_zero(lambda: self.enter("FINISHED"))
         watchdog.expect_nothing()
@@ -265,18 +262,6 @@ class Run:
             self.world,
             with_train=self.config.final_train_eval,
         )
-
-    def _draw(self, final: FinalPasses) -> dict[str, bytes]:
-        """A run does not fail for its pictures."""
-        if not self.config.tracking.pictures:
-            return {}
-        try:
-            pictures = draw(final, self.run_dir)
-        except Exception as error:
-            _log.warning("no pictures: %s", error)
-            return {}
-        self.run_dir.write_pictures(pictures)
-        return pictures
 
     def _results(self, final: FinalPasses) -> dict[str, Any]:
         """What result.json says."""
@@ -328,20 +313,19 @@ class Run:
             "time": round(time.time(), 3),
         }
 
-    # --- clocks: train_s counts what happens between _go_on and _pause -----------------------------------------------
+    # --- the pace: train_s counts what happens between _go_on and _pause ----------------------------------------------
 
     def _pause(self) -> None:
         self.world.synchronize()
-        self._watch.stop()
+        self._pace.stop()
 
     def _go_on(self) -> None:
         self.agreement.start_phase()
-        self._watch.start()
+        self._pace.start()
 
-    def _reset_lap(self) -> None:
-        self._watch.start()
-        self._lap_s, self._lap_step = self._watch.lap(), self.state.step
-        self._lap_wait_s = self.step.data_wait_s
+    def _lap(self) -> None:
+        self._pace.start()
+        self._pace.lap(self.state.step, self.step.data_wait_s)
 
 
 def _finite(value: float) -> float | None:

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dist_train"
 # From the bottom up: a module imports only what stands before it.
 LAYERS = [
-    "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "small_files", "metrics_file",
-    "time_sheet", "run_dir", "manifest", "watchdog", "stop_request", "slurm", "terminal", "start", "nodes",
-    "post_mortem", "launch", "batch_script", "summary", "compare", "sweep", "charts", "page", "hardware",
+    "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "small_files", "error_file",
+    "metrics_file", "time_sheet", "run_dir", "manifest", "watchdog", "stop_request", "slurm", "terminal", "start",
+    "nodes", "post_mortem", "launch", "batch_script", "summary", "compare", "sweep", "charts", "page", "hardware",
     "distributed", "agreement", "batching", "audit", "vision", "user_code", "unpack", "bundle", "nets", "models",
     "generators", "data", "metrics", "objective", "optimizers", "rehearsal", "eager_update", "whole_update", "step",
     "confusion", "evaluate", "train_state", "checkpoint", "checkpoints", "facts", "tracking", "progress", "parts",

@@ -111,7 +111,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
     assert process.wait() == 0
     text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
     assert "60/60" in text
-    assert "samples/s" in text
+    assert re.search(r"epoch 0\.10 \S+ 60/60 loss \d\.\d{4}  [\d.]+%  lr 1\.0e-03  [\d,]+/s 0:00:00", text)
     rows = [line.split() for line in text.splitlines() if re.fullmatch(r" +(epoch|\d\.\d\d) .*", line.rstrip())]
     assert " ".join(rows[0]) == "epoch step train loss accuracy val loss accuracy seconds"
     lines: dict[int, dict[str, Any]] = {30: {}, 60: {}}

@@ -68,9 +68,9 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
 def show(run: Path) -> None:
     """All about one run."""
     from dist_train.compare import read_run
+    from dist_train.error_file import describe_error
     from dist_train.manifest import good
     from dist_train.post_mortem import how_to_go_on
-    from dist_train.run_dir import describe_error
     from dist_train.small_files import read_json
     from dist_train.time_sheet import effective_ratio
 

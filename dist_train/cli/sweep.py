@@ -64,7 +64,7 @@ def _show(run: Summary, ended: bool) -> None:
 
 
 def _why(run: Summary) -> str:
-    from dist_train.run_dir import describe_error
+    from dist_train.error_file import describe_error
     from dist_train.small_files import read_json
 
     error: dict[str, Any] = read_json(run.run_dir.error)
