@@ -134,7 +134,7 @@ job=${job:-$SLURM_JOB_ID}
 # that is only just beginning does not get it; rank 0 looks for the file too.
 export DIST_TRAIN_STOP_FILE=$PWD/.stop-$job
 trap 'told=yes; touch "$DIST_TRAIN_STOP_FILE" || :; scancel --signal=TERM "$job" || :' USR1
-rm -f "$DIST_TRAIN_STOP_FILE"
+rm -f "$DIST_TRAIN_STOP_FILE" || :
 # In a preemption Slurm sends it to the ranks first; when it comes here, the end of the step is still to be awaited.
 trap : TERM
 """
@@ -146,7 +146,7 @@ until wait "$step"; code=$?; ! kill -0 "$step" 2>/dev/null; do :; done  # a trap
 
 _END = """\
 trap : USR1
-rm -f "$DIST_TRAIN_STOP_FILE"
+rm -f "$DIST_TRAIN_STOP_FILE" || :
 # torchrun ends with 1 after a signal, also when all is saved: what the run says of itself counts.
 case $({check}) in
   requeue)

@@ -58,7 +58,7 @@ def learning_curves(runs: Sequence[Trained], axis: Axis = "step") -> bytes:
 def _draw(panel: Any, group: Sequence[Trained], key: str, axis: Axis, colour: str) -> None:
     """The runs of one experiment."""
     curves = [curve for run in group if (curve := run.curve(key, axis))[0]]
-    name = group[0].name if len(group) == 1 else f"{group[0].name} ({len(group)} seeds)"
+    name = _plain(group[0].name) if len(group) == 1 else f"{_plain(group[0].name)} ({len(group)} seeds)"
     line = {"linewidth": 2.0} if len(curves) == 1 else {"linewidth": 0.8, "alpha": 0.5}
     for number, (x, y) in enumerate(curves):
         marker = "." if len(x) == 1 else ""
@@ -83,7 +83,7 @@ def confusion_matrix(
     side = min(4.0 + 0.32 * number, 12.0)  # inches
     figure = _figure(1.6 * side, side + 0.5)
     matrix, dots = figure.subplots(1, 2, width_ratios=[3, 1], sharey=True)
-    shares = [[count / (sum(row) or 1) for count in row] for row in counts]
+    shares = [[count / total for count in row] for row in counts if (total := sum(row) or 1)]
     matrix.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     if number <= _COUNTED:
         for label, row in enumerate(counts):
@@ -97,15 +97,15 @@ def confusion_matrix(
     dots.set_xlabel("accuracy")
     dots.grid(alpha=0.3)
     ticks = range(number) if number <= _NAMED else ()
-    names = [_short(name) for name in classes] if ticks else []
+    names = [_plain(name, 16) for name in classes] if ticks else []
     matrix.set_xticks(ticks, names, rotation=90 if max(map(len, names), default=0) > 3 else 0)
     matrix.set_yticks(ticks, names)
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     return _png(figure)
 
 
-def mistakes(pictures: Sequence[np.ndarray[Any, Any]], captions: Sequence[str], title: str) -> bytes:
-    """A PNG: a grid of pictures (uint8 [H, W, C]), each under its caption.
+def mistakes(pictures: Sequence[np.ndarray[Any, Any]], judged: Sequence[tuple[str, str, float]], title: str) -> bytes:
+    """A PNG: a grid of pictures (uint8 [H, W, C] or [H, W]); above each its class, what it was taken for, how surely.
 
     Raises:
         DistTrainError: matplotlib is not installed.
@@ -115,20 +115,22 @@ def mistakes(pictures: Sequence[np.ndarray[Any, Any]], captions: Sequence[str], 
     panel = figure.subplots()  # one for all: thirty of them take a second
     panel.set_axis_off()
     panel.set_aspect("equal")
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for number, (picture, (label, taken, sure)) in enumerate(zip(pictures, judged, strict=True)):
         row, column = divmod(number, _IN_ROW)
         height, width = (side / max(picture.shape[:2]) for side in picture.shape[:2])
         left, bottom = 1.05 * column, -1.3 * row
         panel.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(left, left + width, bottom, bottom + height))
+        caption = f"{_plain(label, 12)}, taken for\n{_plain(taken, 12)} ({sure:.0%})"
         panel.text(left + width / 2, bottom + height + 0.03, caption, fontsize="small", ha="center", va="bottom")
     panel.set_xlim(0, 1.05 * _IN_ROW - 0.05)
     panel.set_ylim(-1.3 * (rows - 1), 1.25)
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     return _png(figure)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:15]}…"
+def _plain(text: str, length: int = 80) -> str:
+    """Cut to so many characters; a dollar sign begins no formula."""
+    return (text if len(text) <= length else f"{text[: length - 1]}…").replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -45,12 +45,12 @@ class Confusion:
         # A net with a loss of its own may have labels that stand for no class.
         known = (labels >= 0) & (labels < classes)
         self._counts += torch.bincount(cells[known], minlength=classes * classes)
-        if self._most_mistakes:
+        if self._most_mistakes and len(indices) == len(output):  # not so where an example has several outputs
             self._note_mistakes(output.softmax(dim=1, dtype=torch.float32), torch.where(known, labels, -1), indices)
 
     def _note_mistakes(self, probabilities: Tensor, labels: Tensor, indices: Tensor) -> None:
         sure, predictions = probabilities.max(dim=1)
-        sure = torch.where((labels >= 0) & (predictions != labels), sure, -1)
+        sure = torch.where((labels >= 0) & (predictions != labels), sure.nan_to_num(-1), -1)
         # Stable: of equal ones the first, for any number of ranks.
         sure, order = sure.sort(descending=True, stable=True)
         rows = order[: self._most_mistakes]
@@ -84,8 +84,9 @@ class Confusion:
 
 
 def class_names(known: Sequence[str] | None, count: int) -> list[str]:
-    """Those of the data set, if they are as many as the net tells apart; else numbers."""
-    return list(known) if known is not None and len(known) == count else [str(number) for number in range(count)]
+    """Those of the data set, if they are as many as the net tells apart, and each another; else numbers."""
+    fit = known is not None and len(known) == len(set(known)) == count
+    return list(known) if known is not None and fit else [str(number) for number in range(count)]
 
 
 def accuracy_by_class(counts: Tensor) -> list[float | None]:

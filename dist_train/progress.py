@@ -14,7 +14,7 @@ from dist_train.run_dir import RunDir
 
 _LINE_EVERY_S = 5.0  # of plain progress lines; those of evaluations are always printed
 # Of the table above the live bar, which grows with each evaluation. It fits 80 columns.
-_COLUMNS = ("epoch", "step", "train loss", "accuracy", "val loss", "accuracy", "seconds")
+_COLUMNS = ("epoch", "step", "train loss", "train acc", "val loss", "val acc", "seconds")
 _ROW = "{:>7}{:>12}{:>12}{:>11}{:>11}{:>11}{:>10}"
 
 
@@ -57,9 +57,8 @@ _shared_console: Console | None = None
 def _console() -> Console:
     """One console for bar and lines, so that they do not write over each other."""
     global _shared_console
-    stdout = getattr(
-        sys.stdout, "rich_proxied_file", sys.stdout
-    )  # while the bar is shown it stands in for the real one
+    # While the bar is shown sys.stdout is a stand-in of rich's.
+    stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
     if _shared_console is None or _shared_console.file is not stdout:
         _shared_console = Console(file=stdout)
     return _shared_console

@@ -233,11 +233,14 @@ class RunDir:
             write_json(self.result, results)
 
     def write_pictures(self, pictures: Mapping[str, bytes]) -> None:
-        """PNGs by name."""
-        with self._put_off(self.pictures):
-            self.pictures.mkdir(exist_ok=True)
-            for name, picture in pictures.items():
-                (self.pictures / f"{name}.png").write_bytes(picture)
+        """PNGs by name; those that there is no room for are left out."""
+        for name, picture in pictures.items():
+            path = self.pictures / f"{name}.png"
+            try:
+                self.pictures.mkdir(exist_ok=True)
+                write_atomically(path, picture, durable=False)
+            except OSError as error:
+                _log.warning("%s cannot be written: %s", path, error.strerror)
 
     @contextmanager
     def _put_off(self, path: Path, *, unless: bool = False) -> Iterator[None]:

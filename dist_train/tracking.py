@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
 import numpy as np
@@ -24,7 +24,7 @@ from PIL import Image
 from dist_train.config import Config, TrackingConfig
 from dist_train.distributed import first_line
 from dist_train.errors import DistTrainError, RunDirError
-from dist_train.manifest import MODEL, best, read_manifest
+from dist_train.manifest import MODEL, best, good, read_manifest
 from dist_train.run_dir import RunDir
 
 # The time the mirrors get at the end to deliver what is left. W&B's files remain whatever happens.
@@ -42,7 +42,10 @@ class Sink(Protocol):
 
     def finish(self) -> None: ...
 
-    name: str  # wandb, tensorboard
+
+@runtime_checkable
+class _WandbSink(Sink, Protocol):
+    run: Any  # W&B's own
 
 
 class Tracker:
@@ -109,38 +112,39 @@ class _Mirror:
                     _log.warning("%s failed: %s. The run goes on without it.", type(sink).__name__, error)
                     sinks.remove(sink)
         for sink in sinks:
-            try:
-                self._log_end(sink)
-            except Exception as error:
-                _log.warning("%s took not all of the end: %s", type(sink).__name__, error)
+            for part in (self._log_summary, self._log_artifact, self._log_pictures):
+                try:
+                    part(sink)
+                except Exception as error:
+                    _log.warning("%s failed at the end: %s", type(sink).__name__, first_line(error))
             with suppress(Exception):
                 sink.finish()
 
-    def _log_end(self, sink: Sink) -> None:
+    def _log_summary(self, sink: Sink) -> None:
+        if isinstance(sink, _WandbSink):
+            sink.run.summary.update(dict(self._summary))
+
+    def _log_artifact(self, sink: Sink) -> None:
+        if not (self._artifact and self._summary and isinstance(sink, _WandbSink)):
+            return
+        import wandb
+
+        found = {"best": best(self._run_dir), "last": next(iter(good(self._run_dir, check=False)), None)}
+        alias, folder = next((alias, folder) for alias, folder in found.items() if folder is not None)
+        manifest = read_manifest(folder)
+        about = {name: manifest[name] for name in ("step", "score")}
+        artifact = wandb.Artifact(f"{sink.run.id}-model", type="model", metadata=about)
+        # Not copied: an offline run is sent from where it lies.
+        artifact.add_file(str(folder / MODEL), policy="immutable")
+        sink.run.log_artifact(artifact, aliases=[alias])
+
+    def _log_pictures(self, sink: Sink) -> None:
         for name, picture in self._pictures.items():
             # As a batch of one, which is how Accelerate's trackers take pictures.
             pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[None]
-            if sink.name == "tensorboard":  # channels first
-                pixels = pixels.transpose(0, 3, 1, 2)
+            if not isinstance(sink, _WandbSink):
+                pixels = pixels.transpose(0, 3, 1, 2)  # TensorBoard wants the channels first
             sink.log_images({f"pictures/{name}": pixels}, step=self._summary["step"])
-        run = getattr(sink, "run", None)  # W&B's own
-        if run is not None:
-            run.summary.update(dict(self._summary))
-            folder = best(self._run_dir) if self._artifact and self._summary else None
-            if folder is not None:
-                _log_artifact(run, folder)
-
-
-def _log_artifact(run: Any, folder: Path) -> None:
-    import wandb
-
-    manifest = read_manifest(folder)
-    artifact = wandb.Artifact(
-        f"{run.id}-best", type="model", metadata={name: manifest[name] for name in ("step", "score")}
-    )
-    # Not copied: an offline run is sent from where it lies.
-    artifact.add_file(str(folder / MODEL), policy="immutable")
-    run.log_artifact(artifact, aliases=["best"])
 
 
 def sync(runs: Iterable[RunDir]) -> None:

@@ -246,11 +246,11 @@ class Run:
             _log.info("stopped at step %d of %d, state %s", self.state.step, self.total_steps, end)
             return end
         results = self._results(final)
-        pictures = draw(final, self.run_dir) if self.world.is_rank_zero and self.config.tracking.pictures else {}
         self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
         self.world.on_rank_zero(lambda: self.enter("FINISHED"))
-        watchdog.expect_nothing()
-        self.tracker.finish(results, pictures)  # last: W&B may take its time
+        watchdog.expect_nothing()  # what is left may take its time, and takes nothing away
+        draws = self.world.is_rank_zero and self.config.tracking.pictures
+        self.tracker.finish(results, draw(final, self.run_dir) if draws else {})
         return "FINISHED"
 
     def _final_passes(self) -> FinalPasses | None:

@@ -76,7 +76,7 @@ def check_recorded(offline: Path, run_dir: Path, result: dict[str, Any]) -> None
     assert by_class == result["test/accuracy_by_class"]
     assert by_class.keys() == set("0123456789")
     (artifact,) = [each["artifact"] for each in records if each["type"] == "artifact"]
-    assert (artifact["type"], artifact["aliases"][-1]) == ("model", "best")
+    assert (artifact["type"], set(artifact["aliases"])) == ("model", {"latest", "best"})
     (best,) = artifact["manifest"]["contents"]
     assert Path(best["local_path"]) == (run_dir / "checkpoints/best").resolve() / "model.safetensors"
 
@@ -113,7 +113,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
     assert "60/60" in text
     assert re.search(r"epoch 0\.10 \S+ 60/60 loss \d\.\d{4}  [\d.]+%  lr 1\.0e-03  [\d,]+/s 0:00:00", text)
     rows = [line.split() for line in text.splitlines() if re.fullmatch(r" +(epoch|\d\.\d\d) .*", line.rstrip())]
-    assert " ".join(rows[0]) == "epoch step train loss accuracy val loss accuracy seconds"
+    assert " ".join(rows[0]) == "epoch step train loss train acc val loss val acc seconds"
     lines: dict[int, dict[str, Any]] = {30: {}, 60: {}}
     for line in metrics(tmp_path / "runs/r"):
         lines.get(line["step"], {}).update(line)

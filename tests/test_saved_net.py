@@ -181,9 +181,17 @@ def test_labels_that_are_no_class(world: World) -> None:
     assert [each.index for each in confusion.mistakes(world)] == [1]
 
 
+def test_outputs_that_say_nothing_of_one_example(world: World) -> None:
+    """NaN, and several for one: they are counted, and are no mistakes that could be shown."""
+    confusion = Confusion(most_mistakes=1)
+    confusion.note(torch.tensor([[float("nan")] * 2, [0.0, 1.0]]), torch.tensor([1, 0]), torch.arange(2))
+    confusion.note(torch.eye(2), torch.tensor([1, 0]), torch.arange(1))
+    assert [each.index for each in confusion.mistakes(world)] == [1]
+
+
 def test_names_only_if_they_fit() -> None:
     assert class_names(("a", "b"), 2) == ["a", "b"]
-    assert class_names(("a", "b"), 3) == class_names(None, 3) == ["0", "1", "2"]
+    assert class_names(("a", "b"), 3) == class_names(None, 3) == class_names(("a", "b", "a"), 3) == ["0", "1", "2"]
 
 
 def test_accuracy_by_class() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from faults.trainings import train
 from ranks import join_group, run_on_ranks
+from test_launch import alive, command_of, run, started, wait_until
 
 from dist_train.config_file import parse_config
 from dist_train.distributed import World
@@ -44,9 +48,18 @@ def attempt(run_dir: RunDir, lines: list[dict[str, Any]]) -> list[dict[str, Any]
     before = set(run_dir.path.glob("wandb/offline-run-*"))
     run_on_ranks(log_lines, run_dir.path, lines, world_size=1)
     (made,) = set(run_dir.path.glob("wandb/offline-run-*")) - before
-    argv = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(made)]
+    return read(made)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """By W&B's own reader."""
+    argv = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     said = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
     return [json.loads(line) for line in said.splitlines()]
+
+
+def steps_of(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {row["step"]["num"]: without_own(row["item"]) for row in of_kind(records, "history")}
 
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -74,3 +87,47 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
         (6, {"step": 6, "train/loss": 0.125}),
     ]
     assert list(run_dir.metrics.read()) == FIRST + SECOND
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -> None:
+    """One id. After an agreed stop no gaps and no repeats; after a kill what is done again comes to the same values."""
+    run_dir = tmp_path / "runs/r"
+    command = train("save_every=200 steps", "model.name=user_nets:Slow")
+
+    def has_begun() -> bool:
+        """W&B is there and has got some lines: it takes as long to start as such a run."""
+        return any(max(steps_of(read(folder)), default=0) > 300 for folder in run_dir.glob("wandb/offline-run-*"))
+
+    with started(command, tmp_path, None, WANDB_MODE="offline", SLOW_S="0.02") as process:
+        wait_until(has_begun, "record")
+        if end == signal.SIGTERM:
+            process.send_signal(end)
+        else:
+            for pid in alive(tmp_path):
+                if "dist_train" in command_of(pid):
+                    os.kill(pid, end)
+        process.communicate(timeout=60)
+        wait_until(lambda: not alive(tmp_path), "end of W&B's own process, which writes what it has")
+    assert run(command, tmp_path, WANDB_MODE="offline").returncode == 0
+    segments = sorted(run_dir.glob("wandb/offline-run-*"))
+    assert len({path.name.rpartition("-")[2] for path in segments}) == 1
+    first, second = (steps_of(read(path)) for path in segments)
+
+    again = first.keys() & second.keys()
+    assert bool(again) == (end == signal.SIGKILL)
+    for step in again:
+        mine, theirs = (
+            {key: value for key, value in rows[step].items() if not is_time(key)} for rows in (first, second)
+        )
+        assert mine == theirs
+    once: dict[int, dict[str, Any]] = {}
+    for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        row = once.setdefault(line["step"], {})
+        assert row.keys().isdisjoint(key for key in line if "/" in key), "a line is there twice"
+        row |= {key: value for key, value in line.items() if value is not None}
+    assert first | second == once
+
+
+def is_time(key: str) -> bool:
+    return key.startswith("perf/") or key in ("attempt", "epoch_s", "time")

@@ -21,7 +21,7 @@ from hosts.hosts import can_be_made as hosts_can_be_made
 NEEDS = ("munged", "slurmctld", "slurmd", "strace")
 REASON = "needs root and Slurm: apt-get install -y --no-install-recommends slurm-wlm munge iproute2 strace"
 PORT = 27_000
-GRACE_S, KILL_WAIT_S, LOST_S = 5, 5, 15  # of a preemption; from TERM to KILL; until a silent node counts as down
+GRACE_S, KILL_WAIT_S, LOST_S = 15, 15, 15  # of a preemption; from TERM to KILL; until a silent node counts as down
 
 
 def can_be_made() -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ranks import same_run
 
-from slurm.cluster import GRACE_S, KILL_WAIT_S, LOST_S, Cluster
+from slurm.cluster import KILL_WAIT_S, LOST_S, Cluster
 from slurm.trainings import (
     end_well,
     is_training,
@@ -147,22 +147,22 @@ def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: P
 def test_the_shared_folder_is_slow(
     cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each fsync takes two seconds, a save longer than a preemption leaves time for: that is said, and survived."""
+    """Each fsync takes four seconds, a save longer than a preemption leaves time for: that is said, and survived."""
     slow = tmp_path / "python"
-    tracing = "strace -DDD -f --seccomp-bpf -qq -o /dev/null -e trace=fsync -e inject=fsync:delay_exit=2000000"
+    tracing = "strace -DDD -f --seccomp-bpf -qq -o /dev/null -e trace=fsync -e inject=fsync:delay_exit=4000000"
     slow.write_text(f'#!/bin/sh\nexec {tracing} {sys.executable} "$@"\n')
     slow.chmod(0o755)
     monkeypatch.setitem(cluster.env, "PYTHON", str(slow))
-    job, run_dir = submit_long(cluster, tmp_path)
-    cluster.wait_for(lambda: status_of(run_dir).get("save_s", 0) > GRACE_S + KILL_WAIT_S, "slow save")
-    warning = f"leaves a preempted job {GRACE_S + KILL_WAIT_S} s"
+    job, run_dir = submit_long(cluster, tmp_path, "--partition=low0")
+    cluster.wait_for(lambda: status_of(run_dir).get("save_s", 0) > KILL_WAIT_S, "slow save")
+    warning = f"leaves a preempted job {KILL_WAIT_S} s"
     cluster.wait_for(lambda: warning in log_of(run_dir), "warning")
     submit(cluster, "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     end_well(cluster, job, run_dir, 2)
     same_run(run_dir, undisturbed)
     row(
-        f"the shared folder takes 2 s for each fsync, and a preemption leaves {GRACE_S + KILL_WAIT_S} s",
+        f"the shared folder takes 4 s for each fsync, and a preemption leaves {KILL_WAIT_S} s",
         "warned that a save takes longer; killed while it saved, queued again by Slurm",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip

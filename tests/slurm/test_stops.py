@@ -23,7 +23,6 @@ from slurm.trainings import (
     submit,
     submit_long,
     train_here,
-    trains_again,
 )
 
 pytestmark = pytest.mark.cluster
@@ -65,11 +64,8 @@ def test_the_time_limit_twice(
     monkeypatch.setitem(cluster.env, "SLOW_S", "0.06")
     job = submit(cluster, "--time=1", "--signal=B:USR1@1", f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *steps)
     run_dir = tmp_path / f"runs/smoke-{job}"
-    for attempt in (1, 2):
-        cluster.wait_for(partial(trains_again, cluster, job, run_dir, attempt), "training")
-        cluster.wait_for(lambda: status_of(run_dir)["state"] == "PREEMPTED", "stop at the announcement")
-        cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue")
-    end_well(cluster, job, run_dir, *range(3, 9))  # the more, the slower the machine
+    end_well(cluster, job, run_dir, *range(3, 20))  # the more, the slower the machine
+    assert log_of(run_dir).count("requeue, state PREEMPTED") >= 2
     same_run(run_dir, train_here(tmp_path, *steps, "--nproc=4"))
     row(
         "ran into its time limit (1 minute) at least twice",
