@@ -72,7 +72,7 @@ class Screen:
         self._shown = shown
         self._last_line = time.monotonic()
         self._trained: dict[str, Any] = {}  # the newest line of training
-        self._has_head = False  # the table
+        self._has_head = False  # the table of evaluations
         self._bar: Progress | None = None
         if shown and _console().is_terminal:
             self._bar = Progress(

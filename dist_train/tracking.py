@@ -18,9 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
-import numpy as np
-from PIL import Image
-
 from dist_train.config import Config, TrackingConfig
 from dist_train.distributed import first_line
 from dist_train.errors import DistTrainError, RunDirError
@@ -139,6 +136,9 @@ class _Mirror:
         sink.run.log_artifact(artifact, aliases=[alias])
 
     def _log_pictures(self, sink: Sink) -> None:
+        import numpy as np
+        from PIL import Image
+
         for name, picture in self._pictures.items():
             # As a batch of one, which is how Accelerate's trackers take pictures.
             pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[None]
