@@ -134,7 +134,8 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "yes or no": (
         ["final_train_eval", "ddp.find_unused_parameters", "ddp.sync_batchnorm", "tracking.tensorboard",
-         "data.augment.flip", "data.resident", "optimizer.nesterov", "optimizer.amsgrad", "optimizer.centered"],
+         "tracking.pictures", "tracking.artifact", "data.augment.flip",
+         "data.resident", "optimizer.nesterov", "optimizer.amsgrad", "optimizer.centered"],
         ["maybe", "2", "[yes]", "{a: 1}", "0.5", "ja", "''"],
     ),
     "texts": (
