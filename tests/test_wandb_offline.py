@@ -99,8 +99,8 @@ def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -
         """W&B is there and has got some lines: it takes as long to start as such a run."""
         return any(max(steps_of(read(folder)), default=0) > 300 for folder in run_dir.glob("wandb/offline-run-*"))
 
-    with started(command, tmp_path, None, WANDB_MODE="offline", SLOW_S="0.02") as process:
-        wait_until(has_begun, "record")
+    with started(command, tmp_path, None, WANDB_MODE="offline", SLOW_S="0.04") as process:
+        wait_until(has_begun, "record", 120)
         if end == signal.SIGTERM:
             process.send_signal(end)
         else:
