@@ -95,6 +95,7 @@ def confusion_matrix(
     matrix.set_ylabel("class")
     dots.plot([math.nan if each is None else each for each in accuracies], range(number), "o")
     dots.set_xlabel("accuracy")
+    dots.locator_params(axis="x", nbins=3)
     dots.grid(alpha=0.3)
     ticks = range(number) if number <= _NAMED else ()
     names = [_plain(name, 16) for name in classes] if ticks else []
