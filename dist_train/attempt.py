@@ -73,8 +73,8 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
             state = run.train()
     if world.is_rank_zero:
         run_dir.unlock()
-        if state == "FINISHED" and start.verbosity >= 0:
-            _print_results(run_dir)
+        if state == "FINISHED":
+            _report_results(run_dir)
     world.leave()
     return state
 
@@ -217,15 +217,15 @@ def _report(
         _log.info("resumed at step %d of %d", state.step, total_steps)
 
 
-def _print_results(run_dir: RunDir) -> None:
+def _report_results(run_dir: RunDir) -> None:
     result = read_json(run_dir.result)
     seconds = f"{result['train_s']:.1f} s in training steps, {result['total_s']:.1f} s in all"
     if run_dir.attempt > 1:
         ratio = 100 * result["effective_training_time"]
         seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.attempt} starts went into new steps"
-    print(f"finished: {result['step']} steps, {seconds}")
+    _log.info("finished: %d steps, %s", result["step"], seconds)
     for split in ("train", "val", "test"):
         if f"{split}/accuracy" in result:
             seen, accuracy = result[f"{split}/seen"], result[f"{split}/accuracy"]
-            print(f"{split} accuracy {100 * accuracy:.2f} % ({round(accuracy * seen)} / {seen})")
-    print(f"everything is in {run_dir.path}", flush=True)
+            _log.info("%s accuracy %.2f %% (%d / %d)", split, 100 * accuracy, round(accuracy * seen), seen)
+    _log.info("everything is in %s", run_dir.path)

@@ -58,17 +58,18 @@ def learning_curves(runs: Sequence[Trained], axis: Axis = "step") -> bytes:
 def _draw(panel: Any, group: Sequence[Trained], key: str, axis: Axis, colour: str) -> None:
     """The runs of one experiment."""
     curves = [curve for run in group if (curve := run.curve(key, axis))[0]]
-    name = _plain(group[0].name) if len(group) == 1 else f"{_plain(group[0].name)} ({len(group)} seeds)"
+    name = _plain(group[0].name) if len(group) == 1 else f"{_plain(group[0].name)} ({len(group)} runs)"
     line = {"linewidth": 2.0} if len(curves) == 1 else {"linewidth": 0.8, "alpha": 0.5}
-    for number, (x, y) in enumerate(curves):
-        marker = "." if len(x) == 1 else ""
-        label = name if number == 0 else None
-        panel.plot(x, y, color=colour, marker=marker, label=label, **line)
     # Where all have values. By the clock two runs are at the same place by chance alone.
     common = sorted(set.intersection(*(set(x) for x, _ in curves))) if len(curves) > 1 and axis != "seconds" else []
     if len(common) > 1:
         values = [dict(zip(x, y, strict=True)) for x, y in curves]
-        panel.plot(common, [sum(each[x] for each in values) / len(values) for x in common], color=colour, linewidth=2)
+        mean = [sum(each[x] for each in values) / len(values) for x in common]
+        panel.plot(common, mean, color=colour, linewidth=2, label=name)
+    for number, (x, y) in enumerate(curves):
+        marker = "." if len(x) == 1 else ""
+        label = name if number == 0 and len(common) < 2 else None
+        panel.plot(x, y, color=colour, marker=marker, label=label, **line)
 
 
 def confusion_matrix(
@@ -84,11 +85,14 @@ def confusion_matrix(
     figure = _figure(1.6 * side, side + 0.5)
     matrix, dots = figure.subplots(1, 2, width_ratios=[3, 1], sharey=True)
     shares = [[count / total for count in row] for row in counts if (total := sum(row) or 1)]
-    matrix.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    from matplotlib.colors import PowerNorm
+
+    scale = PowerNorm(0.4, vmin=0, vmax=1)  # one mistake in a thousand is to be seen
+    matrix.imshow(shares, cmap="Blues", norm=scale, aspect="auto")
     if number <= _COUNTED:
         for label, row in enumerate(counts):
             for taken, count in enumerate(row):
-                colour = "white" if shares[label][taken] > 0.5 else "black"
+                colour = "white" if scale(shares[label][taken]) > 0.6 else "black"
                 if count:
                     matrix.text(taken, label, f"{count}", ha="center", va="center", fontsize="small", color=colour)
     matrix.set_xlabel("taken for")

@@ -19,6 +19,8 @@ from dist_train.summary import Summary, is_run, summarise
 
 Axis = Literal["step", "samples", "seconds"]
 
+_BESIDE = ("runs_dir", "tracking.")
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -208,10 +210,13 @@ def _table(title: str, columns: list[str], rows: list[list[Cell]]) -> Table:
 
 
 def differing_settings(runs: Sequence[Trained]) -> dict[str, list[Cell]]:
-    """The settings that are not the same in all runs, with the value of each run; None where one has not got it."""
+    """The settings that are not the same in all runs, with the value of each run; None where one has not got it.
+
+    Without those of where a run lies and who is told of it.
+    """
     flat = [run.config.flat() if run.config else {} for run in runs]
     known = [settings for settings in flat if settings]
-    names = dict.fromkeys(name for settings in known for name in settings)
+    names = dict.fromkeys(name for settings in known for name in settings if not name.startswith(_BESIDE))
     differing = [name for name in names if any(settings.get(name) != known[0].get(name) for settings in known)]
     return {name: [_cell(settings.get(name)) for settings in flat] for name in differing}
 

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dist_train.run_dir import RunDir
 
+_log = logging.getLogger(__name__)
+
 _LINE_EVERY_S = 5.0  # of plain progress lines; those of evaluations are always printed
 # Of the table above the live bar, which grows with each evaluation. It fits 80 columns.
 _COLUMNS = ("epoch", "step", "train loss", "train acc", "val loss", "val acc", "seconds")
@@ -109,8 +111,7 @@ class Screen:
                 _print(_ROW.format(*_COLUMNS))
             self._has_head = True
             _print(self._row(line))
-        elif self._shown:
-            print(describe(line, self.total_steps), flush=True)
+        _log.log(logging.INFO if self._bar is None else logging.DEBUG, "%s", describe(line, self.total_steps))
 
     def _row(self, line: dict[str, Any]) -> str:
         cells = [f"{line['epoch']:.2f}", f"{line['step']}"]

@@ -30,10 +30,15 @@ _CPU = torch.device("cpu")
 PROGRAM = "model.pt2"
 # What the folder of an export says of itself.
 _LOADER = """\
+from pathlib import Path
+
 import torch
 
-net = torch.export.load("{program}").module()
-logits = net(images)  # uint8 [B, {channels}, {size}, {size}] -> {logits}
+net = torch.export.load(Path(__file__).with_name("{program}")).module()
+images = torch.zeros(1, {channels}, {size}, {size}, dtype=torch.uint8)  # yours, as many as you like
+logits = net(images)  # {logits}
+classes = {classes}
+print([classes[index] for index in logits.argmax(dim=1).tolist()])
 """
 
 
@@ -119,13 +124,16 @@ def export(saved: SavedNet, out: Path) -> list[Path]:
     except Exception as error:  # whatever torch finds to say of a user's net
         reason = str(error).strip().split("\n")[0]
         raise UserCodeError(f"torch.export cannot export {type(saved.net).__name__}: {reason}") from error
-    text = _LOADER.format(program=PROGRAM, channels=channels, size=size, logits=f"float [B, {shape[1]}]")
+    text = _LOADER.format(
+        program=PROGRAM, channels=channels, size=size, logits=f"float [B, {shape[1]}]",
+        classes=class_names(saved.classes, shape[1]),
+    )  # fmt: skip
     made = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         made.mkdir(parents=True)
         shutil.copyfile(saved.folder / MODEL, made / MODEL)
         torch.export.save(program, made / PROGRAM)
-        (made / "load.py").write_text(f"{text}classes = {class_names(saved.classes, shape[1])}\n")
+        (made / "load.py").write_text(text)
         made.rename(out)
     except (OSError, RuntimeError) as error:  # the latter by torch's writer
         shutil.rmtree(made, ignore_errors=True)

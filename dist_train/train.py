@@ -243,7 +243,10 @@ class Run:
             self.world.on_rank_zero(lambda: self.enter(end))
             watchdog.expect_nothing()
             self.tracker.finish({})
-            _log.info("stopped at step %d of %d, state %s", self.state.step, self.total_steps, end)
+            _log.info(
+                "saved and stopped at step %d of %d, state %s. To go on: the same command with --run-name=%s",
+                self.state.step, self.total_steps, end, self.run_dir.path.name,
+            )  # fmt: skip
             return end
         results = self._results(final)
         self.world.on_rank_zero(lambda: self.run_dir.write_result(results))

@@ -99,13 +99,16 @@ def test_what_is_no_picture(trained: Path, tmp_path: Path) -> None:
         said = call("predict", trained, tmp_path / name)
         assert said.exit_code == 1
         assert name in said.output
+    assert "There is no picture" in said.output
 
 
 USE = """
 import sys, torch
 sys.modules["dist_train"] = None
-images = torch.load("images.pt")
-exec(open("load.py").read())
+text = open("load.py").read()
+mine = [line if not line.startswith("images = ") else "images = torch.load('images.pt')" for line in text.splitlines()]
+__file__ = "load.py"
+exec("\\n".join(mine))
 torch.save(logits, "logits.pt")
 assert classes == list("0123456789")
 """
@@ -120,10 +123,23 @@ def test_an_export_needs_torch_alone(trained: Path, test_set: ImageSet, tmp_path
         subprocess.run([sys.executable, "-I", "-c", USE], cwd=out, check=True)
         logits = torch.load(out / "logits.pt")
         torch.testing.assert_close(logits, logits_of(trained, test_set.images[:count]), atol=1e-5, rtol=1e-5)
+    as_it_is = subprocess.run([sys.executable, out / "load.py"], capture_output=True, text=True, check=True).stdout
+    assert as_it_is.strip()[1:-1].strip("'") in set("0123456789")
     assert (out / "model.safetensors").read_bytes() == (trained / "checkpoints/last/model.safetensors").read_bytes()
     again = call("export", trained, out)
     assert again.exit_code == 1
     assert "exists already" in again.output
+
+
+def test_a_run_by_its_name(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `runs ls` prints it."""
+    monkeypatch.setenv("DIST_TRAIN_RUNS_DIR", str(trained.parent))
+    for command in (("runs", "show"), ("runs", "tail"), ("runs", "compare"), ("evaluate",), ("train", "--resume")):
+        said = run([*DIST_TRAIN, *command, trained.name], tmp_path, DIST_TRAIN_RUNS_DIR=str(trained.parent))
+        assert said.returncode == 0, (command, said.stderr)
+    assert "is not running: FINISHED" in call("runs", "stop", trained.name).output
+    missing = call("runs", "stop", "no-such-run")
+    assert "no-such-run is no run" in missing.output
 
 
 def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,24 @@ if TYPE_CHECKING:
     from dist_train.start import Start
 
 
+class RunPath(click.Path):
+    """A run's directory, or the name of one that lies where runs do."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return find_run(Path(os.fsdecode(super().convert(value, param, ctx))))
+
+
+def find_run(path: Path) -> Path:
+    from dist_train.start import parent_of_runs
+    from dist_train.summary import is_run
+
+    named = parent_of_runs() / path
+    return named if not is_run(path) and is_run(named) else path
+
+
 def settings_options(command: Any) -> Any:
     """The options that make a config."""
     command = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
@@ -35,7 +53,7 @@ def start_options(command: Any) -> Any:
         click.option("--fast-dev-run", is_flag=True, help="Five steps, one evaluation, no W&B: does it all work?"),
         click.option("--dry-run", is_flag=True, help="Print what would be started and with which settings."),
         click.option("--run-name", metavar="N", help="Name of the run's directory."),
-        click.option("--init-from", type=click.Path(path_type=Path), metavar="RUN", help="Start from its weights."),
+        click.option("--init-from", type=RunPath(), metavar="RUN", help="Start from its weights."),
         click.option(
             "--resume", default="auto", metavar="auto|never|DIR", show_default=True,
             help="Continue what lies in the run directory.",
@@ -59,7 +77,7 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
     told = os.environ.get(RUN_DIR)
     folder = Path(told) if told else None
     if resume not in ("auto", "never"):
-        folder = Path(resume)
+        folder = find_run(Path(resume))
         if options["run_name"]:
             raise ConfigError(f"--resume={folder} names the run already. Leave --run-name={options['run_name']} out.")
         if not _holds_config(folder):

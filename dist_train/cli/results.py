@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import end_rank, print_table
+from dist_train.cli.options import RunPath, end_rank, print_table
 
 if TYPE_CHECKING:
     from dist_train.results import Evaluated
@@ -18,12 +18,15 @@ _checkpoint = click.option("--checkpoint", default="last", show_default=True, me
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 @_checkpoint
 @click.option("--split", default="test", show_default=True, type=click.Choice(["val", "test"]))
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
-    """Loss and accuracy of a run's checkpoint, every example counted once. Any world size."""
+    """Loss and accuracy of a run's checkpoint, every example counted once.
+
+    On several processes: torchrun --standalone --nproc-per-node 2 -m dist_train evaluate RUN
+    """
     from dist_train.results import evaluate_run
 
     found = evaluate_run(run, checkpoint, split)
@@ -62,7 +65,7 @@ def _print_json(found: Evaluated) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
 @_checkpoint
 @click.option("--invert", is_flag=True, help="The pictures are dark on bright, as on paper; those of MNIST are not.")
@@ -81,7 +84,7 @@ def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, 
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 @click.argument("out", type=click.Path(path_type=Path))
 @_checkpoint
 def export(run: Path, out: Path, checkpoint: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import print_table
+from dist_train.cli.options import RunPath, print_table
 from dist_train.errors import ConfigError, LaunchError, RunDirError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dist_train.summary import Summary
 
 _SORTS = ("name", "age", "progress", "accuracy", "speed", "state")
-_run = click.argument("run", type=click.Path(path_type=Path))
+_run = click.argument("run", type=RunPath())
 
 
 @click.group()
@@ -130,9 +130,9 @@ def tail(run: Path, count: int) -> None:
 @_run
 def stop(run: Path) -> None:
     """Ask a run to save and stop. Any machine that sees its directory may."""
-    from dist_train.summary import summarise
+    from dist_train.compare import read_run
 
-    summary = summarise(run)
+    summary = read_run(run).summary
     if not summary.goes_on:
         raise RunDirError(f"{run} is not running: {summary.state}.")
     try:
@@ -143,7 +143,7 @@ def stop(run: Path) -> None:
 
 
 @runs.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("paths", nargs=-1, required=True, type=RunPath(), metavar="RUN...")
 @click.option("--out", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Write it to a .md, .csv, .json, .png or .html file.")  # fmt: skip
 @click.option("--by", "axis", default="step", show_default=True, type=click.Choice(["step", "samples", "seconds"]),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import arguments_of_train, print_table, resolve, start_options
+from dist_train.cli.options import RunPath, arguments_of_train, print_table, resolve, start_options
 from dist_train.errors import RunDirError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def submit(**options: Any) -> None:
 
 
 @slurm.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+@click.argument("runs", nargs=-1, type=RunPath(), metavar="[RUN]...")
 def status(runs: tuple[Path, ...]) -> None:
     """What Slurm and the runs themselves say of them; without RUN: of all that were submitted."""
     from dist_train import slurm as cluster
@@ -139,7 +139,7 @@ def _job_of(run_dir: RunDir) -> str:
 
 
 @slurm.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 @click.option("-n", "count", default=40, show_default=True, type=click.IntRange(min=1), help="So many lines.")
 def logs(run: Path, count: int) -> None:
     """The last lines of a job's log."""
@@ -154,7 +154,7 @@ def logs(run: Path, count: int) -> None:
 
 
 @slurm.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 def cancel(run: Path) -> None:
     """End a run's job. It saves first if it is running."""
     from dist_train import slurm as cluster

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from dist_train.cli.options import RunPath
+
 
 @click.group()
 def wandb() -> None:
@@ -13,7 +15,7 @@ def wandb() -> None:
 
 
 @wandb.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=RunPath())
 def sync(runs: tuple[Path, ...]) -> None:
     """Send to W&B what it has not got of these runs, recorded offline or cut off while online."""
     from dist_train.run_dir import RunDir

@@ -113,6 +113,8 @@ def decode(path: Path, image_size: int, channels: int = 3) -> Tensor:
             converted = picture.convert("RGB" if channels == 3 else "L")
     except DataError:
         raise
+    except FileNotFoundError:
+        raise DataError(f"There is no picture {path}.") from None
     except Exception as error:  # PIL raises many kinds, by format
         raise DataError(f"{path} is not a picture that can be decoded: {error}. Mend or remove it.") from None
     short = min(converted.size)
