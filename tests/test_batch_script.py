@@ -29,19 +29,24 @@ def test_no_other_script_lies_there() -> None:
     assert {path.stem for path in SCRIPTS.glob("*.sbatch")} == {*BUNDLED}
 
 
+def stand_ins(folder: Path, commands: dict[str, str]) -> Path:
+    """A folder for PATH with these commands, each of what it does in bash."""
+    folder.mkdir()
+    for name, does in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{does}")
+        (folder / name).chmod(0o755)
+    return folder
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "srun", "accelerate"])
 def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> None:
     """By a stand-in for each command of Slurm: whatever quotes, spaces and dollars do."""
     arguments = ("-c", "my config.yaml", "-o", "model.args={'a': \"b $HOME `c`\"}", "data.root=/x y", "")
-    fake = tmp_path / "bin"
-    fake.mkdir()
     say = 'printf "%s\\0" "$@" > seen\n'
-    for name, does in {
+    fake = stand_ins(tmp_path / "bin", {
         "srun": 'shift 3; exec "$@"\n', "scontrol": "echo localhost\n", "scancel": "", "getent": "",
         "python": f'case "$*" in *requeue-check*) {say.strip()}.check; echo ended;; *) {say.strip()};; esac\n',
-    }.items():  # fmt: skip
-        (fake / name).write_text(f"#!/bin/bash\n{does}")
-        (fake / name).chmod(0o755)
+    })  # fmt: skip
     script = BatchScript(launcher=launcher, arguments=arguments, python=str(fake / "python")).render()  # type: ignore[arg-type]
     env = {"PATH": f"{fake}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"}
     done = subprocess.run(
@@ -55,16 +60,12 @@ def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("told", ["in its setup", "in its step", "never"])
 def test_told_at_any_moment(told: str, tmp_path: Path) -> None:
     """By a stand-in for each command of Slurm: no step begins for nothing, and what began can see the file."""
-    fake = tmp_path / "bin"
-    fake.mkdir()
     tell = "kill -USR1 $SHELL_PID; sleep 1; "
     step = f'ls -A "$PWD"/.stop-* > seen.before; {tell if told == "in its step" else ""}ls -A "$PWD"/.stop-* > seen'
-    for name, does in {
+    fake = stand_ins(tmp_path / "bin", {
         "srun": f"{step}\nexit 0\n", "scontrol": "echo localhost\n", "scancel": "echo $* > cancelled\n", "getent": "",
         "python": 'echo "$*" > check; echo ended\n',
-    }.items():  # fmt: skip
-        (fake / name).write_text(f"#!/bin/bash\n{does}")
-        (fake / name).chmod(0o755)
+    })  # fmt: skip
     (tmp_path / ".stop-7").touch()  # of an earlier start
     setup = (f"export SHELL_PID=$$; {tell if told == 'in its setup' else ''}",)
     script = BatchScript(arguments=("-c", "mnist"), python=str(fake / "python"), setup=setup).render()
