@@ -37,7 +37,7 @@ def look_at(page: Path, folder: Path) -> dict[str, Any]:
     watched.write_text(page.read_text().replace("</body>", f"{_LOOK}</body>"))
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile", "--dump-dom")
     command = ["unshare", "--net", CHROMIUM, *options, "--virtual-time-budget=5000", watched.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r'data-seen="([^"]+)"', done.stdout)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     seen: dict[str, Any] = json.loads(base64.b64decode(found[1]))

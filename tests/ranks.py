@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_S
+
 # Forked from a server that has imported torch once: a rank is there in 0.1 s instead of 4.
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["dist_train.attempt", "ranks", "torch._dynamo"])
 
 
-def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = 120) -> None:
+def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = PATIENCE_S) -> None:
     """Run `function(*args)` on `world_size` CPU processes with the environment torchrun would give them.
 
     Raises AssertionError with the traceback of the rank that failed *first*: the others only report that their peer
@@ -135,7 +137,7 @@ def train_on_ranks(
     run_dir: Path,
     world_size: int = 1,
     stop_after: int | None = None,
-    timeout_s: float = 120,
+    timeout_s: float = PATIENCE_S,
 ) -> None:
     """A training, or one attempt of it, on fresh ranks."""
     run_on_ranks(_train, settings, run_dir, stop_after, world_size=world_size, timeout_s=timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -31,13 +32,11 @@ def on_one_rank_alone(told: int, at: int, phase: Literal["train", "evaluate"], s
     for tick in range(1, 2000):
         if world.rank == told and tick == at:
             request.tell("PREEMPTED" if told else "INTERRUPT")
-            (folder / "told_at").write_text(str(time.monotonic()))
         time.sleep(step_s * (1 + world.rank))  # of different pace
         agreement.tick(phase)
         if agreement.stop:
             break
-    late_s = time.monotonic() - float((folder / "told_at").read_text())
-    (folder / f"rank_{world.rank}").write_text(f"{tick} {agreement.stop} {late_s < 1.0}")
+    (folder / f"rank_{world.rank}").write_text(f"{tick} {agreement.stop}")
     world.leave()
 
 
@@ -46,19 +45,21 @@ def test_all_ranks_stop_at_the_same_tick(world_size: int, told: int, phase: str,
     run_on_ranks(on_one_rank_alone, told, 150, phase, 0.001, tmp_path, world_size=world_size)
     stops = {path.read_text() for path in tmp_path.glob("rank_*")}
     assert len(stops) == 1
-    tick, state, soon = stops.pop().split()
-    assert int(tick) >= 150
-    assert (state, soon) == ("PREEMPTED" if told else "INTERRUPT", "True")
+    tick, state = stops.pop().split()
+    assert 150 <= int(tick) <= 200  # of the slowest rank 50 at most, of 2 ms, fit into the 0.1 s between agreements
+    assert state == ("PREEMPTED" if told else "INTERRUPT")
 
 
 def saves_by_the_clock(folder: Path) -> None:
     world = joined()
+    now = [0.0]
+    vars(module)["time"] = Clock(now)
     agreement = Agreement(world, StopRequest(), save_every_s=0.3, interval_s=0.01)
     if world.rank:
         agreement._last_save -= 1000.0  # another clock than rank zero's decides nothing
     saves = []
     for tick in range(150):
-        time.sleep(0.005)
+        now[0] += 0.005
         agreement.tick()
         if agreement.save_due:
             saves.append(tick)
@@ -71,9 +72,9 @@ def saves_by_the_clock(folder: Path) -> None:
 def test_saves_by_the_clock_are_agreed(tmp_path: Path) -> None:
     run_on_ranks(saves_by_the_clock, tmp_path, world_size=2)
     (saves,) = {path.read_text() for path in tmp_path.glob("rank_*")}
-    ticks = [int(tick) for tick in saves.strip("[]").split(", ")]
-    assert 1 <= len(ticks) <= 30
-    assert ticks[0] >= 10  # not at once
+    first, second = json.loads(saves)
+    assert 59 <= first <= 61
+    assert 59 <= second - first <= 61
 
 
 def slow_rank_sets_the_pace(folder: Path) -> None:

@@ -93,7 +93,7 @@ def said_about(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         exec "$0" -c "$2" "$1/complete" "$1/without_marker" "$1/empty" "$1/full"
     """
     argv = ["unshare", "-m", "sh", "-euc", mounting, sys.executable, str(top), UNPACK]
-    said = subprocess.run(argv, input="\n", capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run(argv, input="\n", capture_output=True, text=True, check=True).stdout
     roots = [top / name for name in ("complete", "without_marker", "empty", "full")]
     parts = said.split("== root")[1:]
     return {root.name: (root, part.splitlines()[1:]) for root, part in zip(roots, parts, strict=True)}
@@ -208,7 +208,7 @@ def test_two_processes_at_once_unpack_once(tmp_path: Path) -> None:
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=60)[0] for process in both]
+    said = [process.communicate()[0] for process in both]
     assert [text.splitlines()[-1] for text in said] == [f"done {raw(tmp_path)}"] * 2, said
     assert "".join(said).count("Unpacked") == len(FILES)
     assert {name: md5(raw(tmp_path) / name) for name in FILES} == {name: file.md5 for name, file in FILES.items()}

@@ -95,7 +95,7 @@ def test_read_only_and_full_disks_are_one_line(tmp_path: Path) -> None:
     """
     paths = [str(tmp_path / "read_only"), str(tmp_path / "small")]
     argv = ["unshare", "-m", "sh", "-euc", mounting, sys.executable, *paths, ON_DISKS]
-    said = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
     assert said[0].startswith(f"Run directory {paths[0]}/run cannot be written: Read-only file system. Choose another ")
     assert said[1].startswith(f"A checkpoint needs 4.0 MiB and {paths[1]}/run has 2.0 MiB free. Make room, or ")
     assert said[2:] == ["No space left on device ['logs']"]

@@ -70,7 +70,7 @@ def test_the_third_signal_ends_the_process_at_once(last: int) -> None:
             process.send_signal(signal.SIGTERM)
             assert line_of(process) == f"{int(signal.SIGTERM)} TERM"
         process.send_signal(last)
-        assert process.wait(10) == 128 + last
+        assert process.wait() == 128 + last
 
 
 def test_a_second_signal_after_the_echo_ends_the_process() -> None:
@@ -78,7 +78,7 @@ def test_a_second_signal_after_the_echo_ends_the_process() -> None:
         process.send_signal(signal.SIGUSR1)
         assert line_of(process) == f"{int(signal.SIGUSR1)} PREEMPTED"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 143
+        assert process.wait() == 143
 
 
 class Clock:
@@ -116,7 +116,7 @@ def test_ctrl_c_twice_at_a_terminal_ends_the_process() -> None:
             process.send_signal(signal.SIGINT)
             assert line_of(process) == f"{int(signal.SIGINT)} INTERRUPT"
             process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 130
+            assert process.wait() == 130
     finally:
         os.close(ours)
         os.close(theirs)

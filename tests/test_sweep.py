@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_launch import DIST_TRAIN, alive, run, started, wait_until
+from patience import wait_until
+from test_launch import DIST_TRAIN, alive, run, started
 from wandb_server import WandbServer
 
 from dist_train.cli import main
@@ -95,10 +96,10 @@ def results(folder: Path) -> dict[str, tuple[int, int, float]]:
 def test_a_sweep_goes_on_with_what_is_missing(how: signal.Signals, tmp_path: Path) -> None:
     """Ended when two of six are finished and the next one trains."""
     with started([*COMMAND, "--jobs", "2"], tmp_path) as process:
-        wait_until(lambda: len(results(tmp_path)) >= 2 and "TRAINING" in states(tmp_path).values(), "two runs", 120)
+        wait_until(lambda: len(results(tmp_path)) >= 2 and "TRAINING" in states(tmp_path).values(), "two runs")
         os.kill(process.pid, how)
-        out, _err = process.communicate(timeout=60)
-        wait_until(lambda: not alive(tmp_path), "end of its runs", 20)  # they do not outlive it
+        out, _err = process.communicate()
+        wait_until(lambda: not alive(tmp_path), "end of its runs")  # they do not outlive it
     before = results(tmp_path)
     assert 2 <= len(before) < 6
     if how == signal.SIGTERM:

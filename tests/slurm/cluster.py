@@ -17,6 +17,7 @@ from typing import Any
 
 from hosts.hosts import Hosts
 from hosts.hosts import can_be_made as hosts_can_be_made
+from patience import wait_until
 
 NEEDS = ("munged", "slurmctld", "slurmd", "strace")
 REASON = "needs root and Slurm: apt-get install -y --no-install-recommends slurm-wlm munge iproute2 strace"
@@ -67,7 +68,7 @@ class Cluster(Hosts):
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
-        self.wait_for(lambda: self._idle() == len(self.nodes), "idle nodes")
+        wait_until(lambda: self._idle() == len(self.nodes), "idle nodes")
 
     def _config(self) -> str:
         folder, names = self.folder, ",".join(self.nodes)
@@ -135,7 +136,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
             if node not in self._inits:
                 self.boot(node)
                 self.start_node(node)
-        self.wait_for(lambda: self._idle() == len(self.nodes), "idle nodes")
+        wait_until(lambda: self._idle() == len(self.nodes), "idle nodes")
 
     def start_node(self, node: str) -> None:
         (self.folder / "spool" / node).mkdir(exist_ok=True)
@@ -168,7 +169,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
         """
         if self.ask("squeue", "--noheader", f"--jobs={job}", "--format=%r").strip() != "BeginTime":
             return
-        self.wait_for(lambda: not self._has_steps(job), f"end of job {job}'s former start")
+        wait_until(lambda: not self._has_steps(job), f"end of job {job}'s former start")
         time.sleep(2)
         self.run("head", "scontrol", "update", f"jobid={job}", "StartTime=now", env=self.env)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from patience import wait_until
 from ranks import train_losses
 from test_launch import SETTINGS
 
@@ -57,7 +58,7 @@ def test_two_nodes_of_two_ranks_equal_one_process(
     tasks = ["--ntasks-per-node=2", "--cpus-per-task=1"] if script == "train_srun" else []
     job = submit(cluster, f"--chdir={tmp_path}", *tasks, SCRIPTS / f"{script}.sbatch", *settings)
     run_dir = tmp_path / f"runs/smoke-{job}"
-    cluster.wait_for(lambda: ended(cluster, job, run_dir), "end")
+    wait_until(lambda: ended(cluster, job, run_dir), "end")
     result = json.loads((run_dir / "result.json").read_text())
     assert result["world_size"] == 4
     facts = json.loads((run_dir / "run.json").read_text())
@@ -77,7 +78,7 @@ def test_by_our_own_commands(cluster: Cluster, tmp_path: Path, monkeypatch: pyte
     job = said.split()[1].rstrip(",")
     run_dir = tmp_path / "runs/mine"
     assert said == f"job {job}, run directory {run_dir}\n"
-    cluster.wait_for(lambda: ended(cluster, job, run_dir), "end")
+    wait_until(lambda: ended(cluster, job, run_dir), "end")
     table = cluster.ask(*ours, "status").splitlines()[1].split()
     assert table[:3] == ["mine", job, "COMPLETED"]
     assert "FINISHED" in table
@@ -134,7 +135,7 @@ def test_a_run_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path) ->
     """Each host has a /dev/shm of its own."""
     own = f"--export=ALL,DIST_TRAIN_RUNS_DIR=/dev/shm/{tmp_path.name}"
     job = submit(cluster, f"--chdir={tmp_path}", own, SCRIPTS / "train.sbatch", *SHORT)
-    cluster.wait_for(lambda: cluster.state(job) == "FAILED", "end")
+    wait_until(lambda: cluster.state(job) == "FAILED", "end")
     log = (tmp_path / f"dist-train-{job}.out").read_text()
     assert "2 of 4 ranks do not see the run directory /dev/shm/" in log
     assert "Put runs_dir on a file system that all nodes share." in log
@@ -147,7 +148,7 @@ def test_logs_that_one_can_read(cluster: Cluster, tmp_path: Path) -> None:
         "model.name=user_nets:Failing", "model.args.call=2000", "model.args.rank=3",
     ]  # fmt: skip
     job = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *settings)
-    cluster.wait_for(lambda: cluster.state(job) == "FAILED", "end")
+    wait_until(lambda: cluster.state(job) == "FAILED", "end")
     log = (tmp_path / f"dist-train-{job}.out").read_text()
     spoken = log[: log.index("1: error [rank 3]")].splitlines()
     assert any(re.match(r"0: step \d+/9000  epoch .*  loss .* samples/s$", line) for line in spoken)
@@ -168,7 +169,7 @@ def test_jobs_that_share_nodes_do_not_meet_each_other(
     monkeypatch.setitem(cluster.env, "NPROC", "1")
     jobs = [submit(cluster, *options, SCRIPTS / "train.sbatch", *SHORT, f"seed={n}") for n in range(20)]
     began = {job: tmp_path / f"runs/smoke-{job}" for job in jobs}
-    seconds = cluster.wait_for(lambda: all(ended(cluster, *each) for each in began.items()), "end of all", 1200)
+    seconds = wait_until(lambda: all(ended(cluster, *each) for each in began.items()), "end of all", 1200)
     assert len({tuple(train_losses(run_dir)) for run_dir in began.values()}) == 20
     assert {status_of(run_dir)["attempt"] for run_dir in began.values()} == {1}
     row(

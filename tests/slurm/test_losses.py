@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from patience import wait_until
 from ranks import same_run
 
 from slurm.cluster import KILL_WAIT_S, LOST_S, Cluster
@@ -32,16 +33,16 @@ CLUSTER = {"nodes": 3}  # one to spare
 
 def train_until(cluster: Cluster, folder: Path, step: int, *options: str) -> tuple[str, Path]:
     job, run_dir = submit_long(cluster, folder, *options)
-    cluster.wait_for(lambda: is_training(run_dir, beyond=step), "training")
+    wait_until(lambda: is_training(run_dir, beyond=step), "training")
     return job, run_dir
 
 
 def come_back(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, int]:
     """The seconds until Slurm has noticed, until the next attempt trains; and the steps that are made again."""
     reached, began = status_of(run_dir)["step"], time.monotonic()
-    cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "notice")
+    wait_until(lambda: cluster.state(job) != "RUNNING", "notice")
     noticed_s = time.monotonic() - began
-    cluster.wait_for(partial(trains_again, cluster, job, run_dir, 2), "training again")
+    wait_until(partial(trains_again, cluster, job, run_dir, 2), "training again")
     return noticed_s, time.monotonic() - began, steps_lost(run_dir, reached)
 
 
@@ -86,7 +87,7 @@ def test_a_node_is_cut_off_and_healed(
     assert first not in cluster.nodes_of(job)
     assert len(pids_of_rank(cluster, job, 0)) == 2
     cluster.heal(first)
-    gone_s = cluster.wait_for(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
+    gone_s = wait_until(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
     assert status_of(run_dir)["attempt"] == 2
     end_well(cluster, job, run_dir, 2, 3)  # should the old srun be heard again: it ends the step by its number
     same_run(run_dir, undisturbed)
@@ -112,7 +113,7 @@ def test_an_old_attempt_that_trains_on(
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     for pid in old:
         os.kill(pid, signal.SIGCONT)
-    gone_s = cluster.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old")
+    gone_s = wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old")
     assert "attempt 1 was superseded by attempt 2" in log_of(run_dir)
     cluster.heal(node)
     end_well(cluster, job, run_dir, 2, 3)  # as above
@@ -130,11 +131,11 @@ def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: P
     cluster.stop_controller()
     (run_dir / "STOP").write_text("PREEMPTED\n")
     began = time.monotonic()
-    cluster.wait_for(lambda: "requeue, state PREEMPTED" in log_of(run_dir), "wish to be queued again")
+    wait_until(lambda: "requeue, state PREEMPTED" in log_of(run_dir), "wish to be queued again")
     time.sleep(3)
     cluster.start_controller()
-    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue")
-    cluster.wait_for(partial(trains_again, cluster, job, run_dir, 2), "training again")
+    wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
+    wait_until(partial(trains_again, cluster, job, run_dir, 2), "training again")
     again_s = time.monotonic() - began
     end_well(cluster, job, run_dir, 2)
     same_run(run_dir, undisturbed)
@@ -154,9 +155,9 @@ def test_the_shared_folder_is_slow(
     slow.chmod(0o755)
     monkeypatch.setitem(cluster.env, "PYTHON", str(slow))
     job, run_dir = submit_long(cluster, tmp_path, "--partition=low0")
-    cluster.wait_for(lambda: status_of(run_dir).get("save_s", 0) > KILL_WAIT_S, "slow save")
+    wait_until(lambda: status_of(run_dir).get("save_s", 0) > KILL_WAIT_S, "slow save")
     warning = f"leaves a preempted job {KILL_WAIT_S} s"
-    cluster.wait_for(lambda: warning in log_of(run_dir), "warning")
+    wait_until(lambda: warning in log_of(run_dir), "warning")
     submit(cluster, "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     end_well(cluster, job, run_dir, 2)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from patience import wait_until
 from ranks import same_run
 
 from slurm.cluster import GRACE_S, KILL_WAIT_S, Cluster
@@ -85,9 +86,9 @@ def test_stopped_before_it_trains(
 ) -> None:
     """Nothing can be saved yet, and the job ends within its time of grace: it has to come back all the same."""
     job, run_dir = submit_long(cluster, tmp_path)
-    cluster.wait_for(lambda: pids_of_rank(cluster, job, 0), "start")
+    wait_until(lambda: pids_of_rank(cluster, job, 0), "start")
     disturb(cluster, job)
-    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue")
+    wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
     end_well(cluster, job, run_dir, 1, 2)  # two where the training began within the time of grace
     same_run(run_dir, undisturbed)
 
@@ -96,9 +97,9 @@ def test_stopped_before_it_trains(
 def test_cancelled_is_not_queued_again(script: str, cluster: Cluster, tmp_path: Path) -> None:
     tasks = ["--ntasks-per-node=2", "--cpus-per-task=1"] if script == "train_srun" else []
     job, run_dir = submit_long(cluster, tmp_path, *tasks, script=script)
-    cluster.wait_for(lambda: is_training(run_dir), "training")
+    wait_until(lambda: is_training(run_dir), "training")
     cluster.ask("scancel", job)
-    cluster.wait_for(lambda: cluster.state(job) == "CANCELLED", "end")
+    wait_until(lambda: cluster.state(job) == "CANCELLED", "end")
     assert status_of(run_dir)["state"] == "INTERRUPT", log_of(run_dir)
     assert status_of(run_dir)["step"] == int((run_dir / "checkpoints/last").resolve().name.removeprefix("step_"))
 
@@ -106,11 +107,11 @@ def test_cancelled_is_not_queued_again(script: str, cluster: Cluster, tmp_path: 
 def test_told_by_a_file(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """SAVE and STOP, from a shell that has nothing but the run directory; submitted again it goes on."""
     job, run_dir = submit_long(cluster, tmp_path)
-    cluster.wait_for(lambda: is_training(run_dir), "training")
+    wait_until(lambda: is_training(run_dir), "training")
     (run_dir / "SAVE").touch()
-    cluster.wait_for(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
+    wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
     (run_dir / "STOP").touch()
-    seconds = cluster.wait_for(lambda: ended(cluster, job, run_dir), "end")
+    seconds = wait_until(lambda: ended(cluster, job, run_dir), "end")
     assert status_of(run_dir)["state"] == "INTERRUPT"
     again = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *LONG, f"--run-name={run_dir.name}")
     end_well(cluster, again, run_dir, 2)
@@ -125,10 +126,10 @@ def test_one_member_of_an_array(cluster: Cluster, tmp_path: Path, row: Callable[
     array = submit(cluster, f"--chdir={tmp_path}", "--array=1-3", script, "lines", *LONG, "train_for=1000 steps")
     runs = {f"{array}_{member}": tmp_path / f"runs/smoke-{array}_{member}" for member in (1, 2, 3)}
     second = f"{array}_2"
-    cluster.wait_for(lambda: is_training(runs[second]), "training")
+    wait_until(lambda: is_training(runs[second]), "training")
     cluster.ask("scancel", "--batch", "--signal=USR1", second)
-    cluster.wait_for(lambda: status_of(runs[second])["state"] == "PREEMPTED", "agreed stop")
-    cluster.wait_for(lambda: all(ended(cluster, job, run) for job, run in runs.items()), "end of all")
+    wait_until(lambda: status_of(runs[second])["state"] == "PREEMPTED", "agreed stop")
+    wait_until(lambda: all(ended(cluster, job, run) for job, run in runs.items()), "end of all")
     assert {job: status_of(run)["attempt"] for job, run in runs.items()} == {
         f"{array}_1": 1,
         second: 2,

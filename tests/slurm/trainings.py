@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from patience import wait_until
 from test_launch import SETTINGS
 
 from dist_train.small_files import read_json
@@ -58,7 +59,7 @@ def ended(cluster: Cluster, job: str, run_dir: Path) -> bool:
 
 def end_well(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
     """Wait for the end; the run is finished, as one W&B run, in so many attempts (or so many)."""
-    cluster.wait_for(lambda: ended(cluster, job, run_dir), "end", 1200)
+    wait_until(lambda: ended(cluster, job, run_dir), "end", 1200)
     status = status_of(run_dir)
     assert status["state"] == "FINISHED"
     assert status["attempt"] in attempts
@@ -73,12 +74,12 @@ def disturb_twice(
     job, run_dir = submit_long(cluster, folder, *options)
     beyond = 0
     for attempt in (1, 2):
-        cluster.wait_for(partial(trains_again, cluster, job, run_dir, attempt, beyond), "training")
+        wait_until(partial(trains_again, cluster, job, run_dir, attempt, beyond), "training")
         disturb(job)
-        cluster.wait_for(lambda: status_of(run_dir)["state"] == state, "agreed stop")
+        wait_until(lambda: status_of(run_dir)["state"] == state, "agreed stop")
         beyond = status_of(run_dir)["step"]
         assert status_of(run_dir)["attempt"] == attempt
-        cluster.wait_for(lambda: cluster.state(job) == "PENDING", "requeue")
+        wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
     end_well(cluster, job, run_dir, 3)
     return run_dir
 
