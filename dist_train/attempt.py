@@ -23,6 +23,7 @@ from dist_train.data import Splits, load_splits
 from dist_train.distributed import World
 from dist_train.environment import batch_stop_file, find_place
 from dist_train.facts import bit_changes, collect_facts
+from dist_train.journal import Journal
 from dist_train.manifest import find_checkpoint
 from dist_train.models import not_invariant
 from dist_train.parts import build_parts
@@ -152,13 +153,22 @@ def _build(
     return Run(
         config=config,
         world=world,
-        run_dir=run_dir,
         splits=splits,
         step=step,
         state=state,
         checkpoints=checkpoints,
-        tracker=Tracker(run_dir, config, facts, enabled=world.is_rank_zero),
-        screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
+        journal=Journal(
+            config=config,
+            world=world,
+            run_dir=run_dir,
+            step=step,
+            state=state,
+            tracker=Tracker(run_dir, config, facts, enabled=world.is_rank_zero),
+            screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
+            total_steps=total_steps,
+            steps_per_epoch=sampler.steps_per_epoch,
+            started=started,
+        ),
         agreement=Agreement(
             world,
             request,
@@ -172,7 +182,6 @@ def _build(
         learning_rate=learning_rate,
         audit=audit,
         steps_per_epoch=sampler.steps_per_epoch,
-        started=started,
     )
 
 
