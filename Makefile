@@ -23,7 +23,7 @@ test: setup      ## the CPU test suite, without a cluster
 	pytest -q -n 2 --dist worksteal -m 'not cluster'
 
 cluster: setup   ## trainings on a real Slurm and on several hosts, made on this machine; needs root, slurm-wlm, iproute2
-	pytest -q -n 2 --dist loadfile --timeout 1500 -m cluster
+	pytest -q -n 2 --dist loadfile --timeout 3600 -m cluster
 
 faults: setup    ## kills, damages and mutated configs in full; prints the table of docs/faults.md
 	pytest -q -n 2 --dist load --all-faults tests/faults

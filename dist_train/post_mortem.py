@@ -21,6 +21,7 @@ _LINES = 12  # of a log or of a stack
 # Where a rank waits for the others; DDP exchanges gradients in the backward pass.
 _WAITING = re.compile(r"torch/(distributed|autograd)/")
 # In torchrun's summary.
+_SUMMARY = re.compile(r"^[EW]\d{4} .* torch/distributed/elastic/", re.MULTILINE)  # where it begins
 _ENDED = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+)")
 
 
@@ -52,7 +53,8 @@ def find_cause(run_dir: RunDir, before: Mapping[Path, int]) -> str:
             return f"rank {rank} was killed by {name}{hint}.{_tail_of(of_rank.get(int(rank)), said)}"
     if first:
         return describe_error(first)
-    tail = launcher.splitlines()[-_LINES:]
+    by_ranks = _SUMMARY.split(launcher, maxsplit=1)[0] or launcher  # as where an import failed: a traceback of Python's
+    tail = by_ranks.splitlines()[-_LINES:]
     return "\n".join([*tail, f"The ranks left no error.json. All they said is above and in {run_dir.logs}."])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from ranks import join_group, run_on_ranks
 
 from dist_train.audit import ShardAudit
 from dist_train.batching import ShardSampler
@@ -65,6 +65,7 @@ def test_an_example_twice_is_an_error(world: World) -> None:
 
 
 def _on_two_ranks(same: bool) -> None:
+    join_group("audit")
     world = World.join(parse_config({"device": "cpu"}))
     sampler = sampler_of(2, 0 if same else world.rank)
     audit = ShardAudit(sampler, world, 0)

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 import torch
-from ranks import run_on_ranks
+from ranks import join_group, run_on_ranks
 
 from dist_train.config_file import parse_config
 from dist_train.distributed import World
@@ -15,6 +15,7 @@ PAGES = 12_288  # 48 MiB: more than malloc keeps if it is not told to
 
 
 def count_page_faults(out: Path) -> None:
+    join_group("hardware")
     World.join(parse_config({"device": "cpu"}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(50):

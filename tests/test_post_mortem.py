@@ -102,6 +102,17 @@ def test_the_first_error(failed: RunDir) -> None:
     assert cause.endswith("its last words")
 
 
+def test_a_rank_that_fails_before_it_can_say_so(failed: RunDir) -> None:
+    """Its own words, as those of an import that fails, not torchrun's summary after them."""
+    before = log_sizes(failed)
+    report = "W1126 02:21:21.49 99 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 7 a signal\n"
+    add(failed.launcher_log, "ImportError: no libcudart\n" + report + SUMMARY.format(code=-15))
+    assert find_cause(failed, before).startswith("ImportError: no libcudart\nThe ranks left no error.json.")
+    before = log_sizes(failed)
+    add(failed.launcher_log, report)
+    assert find_cause(failed, before).startswith("W1126")
+
+
 def test_how_to_go_on(run_dir: RunDir) -> None:
     assert how_to_go_on(run_dir, 2) == "There is no checkpoint yet."
     write_at(run_dir, 3)

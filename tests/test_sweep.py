@@ -22,8 +22,9 @@ from dist_train.sweep import Grid
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = shlex.split("-c smoke -o log_every=10 -o eval_every=0 -o final_train_eval=false -o 'train_for=400 steps'")
+SLOW = ["model.name=user_nets:Slow", "model.args.slow_s=0.005"]
 GRID = ["optimizer.lr=[1e-3, 3e-3, 1e-2]", "seed=[0,1]"]
-COMMAND = [*DIST_TRAIN, "sweep", *SETTINGS, *GRID, "--name", "s"]
+COMMAND = [*DIST_TRAIN, "sweep", *SETTINGS, *SLOW, *GRID, "--name", "s"]
 
 
 def test_lists_are_axes() -> None:

@@ -94,13 +94,14 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
 def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -> None:
     """One id. After an agreed stop no gaps and no repeats; after a kill what is done again comes to the same values."""
     run_dir = tmp_path / "runs/r"
-    command = train("save_every=200 steps", "model.name=user_nets:Slow")
+    command = train("save_every=400 steps", "model.args.slow_s=0.04")
 
     def has_begun() -> bool:
         """W&B is there and has got some lines: it takes as long to start as such a run."""
-        return any(max(steps_of(read(folder)), default=0) > 300 for folder in run_dir.glob("wandb/offline-run-*"))
+        records = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+        return any(max(steps_of(read(record.parent)), default=0) > 420 for record in records)
 
-    with started(command, tmp_path, None, WANDB_MODE="offline", SLOW_S="0.04") as process:
+    with started(command, tmp_path, None, WANDB_MODE="offline") as process:
         wait_until(has_begun, "record")
         if end == signal.SIGTERM:
             process.send_signal(end)

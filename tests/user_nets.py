@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from user_sets import mnist_part
 
+from dist_train import launch
 from dist_train.data import ImageSet
 from dist_train.nets import Mlp
 
@@ -25,12 +26,27 @@ class Drawing(Mlp):
 
 
 class Slow(Mlp):
-    """Each step of training takes SLOW_S seconds longer; the numbers are those of a fast one."""
+    """Each step of training takes `slow_s` seconds longer; the numbers are those of a fast one.
+
+    A run that is to be disturbed must not be over before, however fast the machine.
+    """
+
+    def __init__(self, slow_s: float = 0.0) -> None:
+        super().__init__()
+        self.slow_s = slow_s
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
-            time.sleep(float(os.environ.get("SLOW_S", "0")))
+            time.sleep(self.slow_s)
         return super().forward(images)
+
+
+class Unhurried(Mlp):
+    """When its launcher has died it may take a minute to save and end, not 3 s: a busy machine may need them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        launch.ORPHAN_GRACE_S = 60.0
 
 
 class Masked(Mlp):
@@ -64,11 +80,11 @@ class Extra(Mlp):
         pass
 
 
-class _AtCall(Mlp):
+class _AtCall(Slow):
     """Counts its calls, and knows the one, on one rank alone, in which something is to happen."""
 
-    def __init__(self, call: int, rank: int) -> None:
-        super().__init__()
+    def __init__(self, call: int, rank: int, slow_s: float = 0.0) -> None:
+        super().__init__(slow_s)
         self.call, self.rank, self.calls = call, str(rank), 0
 
     def is_due(self) -> bool:

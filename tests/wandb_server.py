@@ -31,13 +31,17 @@ class WandbServer:
         self._http = _Http(("127.0.0.1", 0), _Handler)
         self._http.stand_in = self
         self._over = threading.Event()
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
     def __enter__(self) -> WandbServer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.die()
+
+    @property
+    def is_dead(self) -> bool:
+        return self._over.is_set()
 
     @property
     def runs(self) -> set[str]:
@@ -150,6 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         code, answer = self.server.stand_in.answer(self.path, body)
+        if self.server.stand_in.is_dead:
+            self.close_connection = True
+            return
         text = json.dumps(answer).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")

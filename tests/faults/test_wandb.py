@@ -54,7 +54,8 @@ def test_wandb_does_not_answer(
         if manner is None:
             server.die()
         began = time.monotonic()
-        done = run(train(), tmp_path, **server.env)
+        # It trains while W&B tries to begin, which has a minute from the end of the training on.
+        done = run(train("model.args.slow_s=0.02"), tmp_path, **server.env)
         seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr

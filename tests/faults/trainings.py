@@ -9,5 +9,6 @@ STEPS = 1500
 
 def train(*settings: str, nproc: int = 2) -> list[str]:
     """In the current folder, as `runs/r`."""
-    own = [f"train_for={STEPS} steps", "log_every=10", "save_every=50 steps"]
+    own = ["model.name=user_nets:Slow", "model.args.slow_s=0.004", f"train_for={STEPS} steps", "log_every=10",
+           "save_every=50 steps"]  # fmt: skip
     return [*DIST_TRAIN, "train", *SETTINGS, *own, *settings, "--run-name", "r", f"--nproc={nproc}"]

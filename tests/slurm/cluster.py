@@ -22,7 +22,7 @@ from patience import wait_until
 NEEDS = ("munged", "slurmctld", "slurmd", "strace")
 REASON = "needs root and Slurm: apt-get install -y --no-install-recommends slurm-wlm munge iproute2 strace"
 PORT = 27_000
-GRACE_S, KILL_WAIT_S, LOST_S = 15, 15, 15  # of a preemption; from TERM to KILL; until a silent node counts as down
+GRACE_S, KILL_WAIT_S, LOST_S = 15, 15, 30  # of a preemption; from TERM to KILL; until a silent node counts as down
 
 
 def can_be_made() -> bool:
@@ -111,6 +111,8 @@ JobRequeue=1
 KillWait={KILL_WAIT_S}
 MinJobAge=3600
 SlurmdTimeout={LOST_S}
+MessageTimeout=20
+BatchStartTimeout=60
 InactiveLimit=0
 {nodes}
 PartitionName=low Nodes={names} Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE_S}
@@ -164,13 +166,13 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
     def start_at_once(self, job: str) -> None:
         """A job that was queued again would wait for two minutes. One that waits for others goes on waiting.
 
-        Not until its former start has gone for two seconds: Slurm may hear of the end of the former batch shell after
+        Not until its former start has gone for five seconds: Slurm may hear of the end of the former batch shell after
         it has queued the job again, and if the job runs already, takes that for the job's end.
         """
         if self.ask("squeue", "--noheader", f"--jobs={job}", "--format=%r").strip() != "BeginTime":
             return
         wait_until(lambda: not self._has_steps(job), f"end of job {job}'s former start")
-        time.sleep(2)
+        time.sleep(5)
         self.run("head", "scontrol", "update", f"jobid={job}", "StartTime=now", env=self.env)
 
     def _has_steps(self, job: str) -> bool:

@@ -115,14 +115,14 @@ def test_a_port_that_is_taken(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
     """MASTER_PORT, left over in the shell that starts a job."""
     monkeypatch.chdir(tmp_path)
     listen = (
-        "import socket, time; taken = socket.create_server(('', 23456)); print('taken', flush=True); time.sleep(99)"
+        "import socket, signal; taken = socket.create_server(('', 23456)); print('taken', flush=True); signal.pause()"
     )
     other = subprocess.Popen(cluster.command("node1", sys.executable, "-c", listen), stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"taken\n"
         train = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable, "-m", "dist_train", "train"]
-        done = cluster.run("head", *train, *SHORT, env=cluster.env | {"MASTER_PORT": "23456"}, timeout=60)
+        done = cluster.run("head", *train, *SHORT, env=cluster.env | {"MASTER_PORT": "23456"})
     finally:
         other.kill()
         other.communicate()
@@ -145,7 +145,7 @@ def test_logs_that_one_can_read(cluster: Cluster, tmp_path: Path) -> None:
     """Rank zero alone speaks in the job's log, until a rank fails; what the others print is in files of their own."""
     settings = [
         "-c", "smoke", "train_for=9000 steps", "log_every=10", "eval_every=0", "tracking.wandb=disabled",
-        "model.name=user_nets:Failing", "model.args.call=2000", "model.args.rank=3",
+        "model.name=user_nets:Failing", "model.args.call=2000", "model.args.rank=3", "model.args.slow_s=0.005",
     ]  # fmt: skip
     job = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *settings)
     wait_until(lambda: cluster.state(job) == "FAILED", "end")
@@ -169,7 +169,7 @@ def test_jobs_that_share_nodes_do_not_meet_each_other(
     monkeypatch.setitem(cluster.env, "NPROC", "1")
     jobs = [submit(cluster, *options, SCRIPTS / "train.sbatch", *SHORT, f"seed={n}") for n in range(20)]
     began = {job: tmp_path / f"runs/smoke-{job}" for job in jobs}
-    seconds = wait_until(lambda: all(ended(cluster, *each) for each in began.items()), "end of all", 1200)
+    seconds = wait_until(lambda: all(ended(cluster, *each) for each in began.items()), "end of all", 2400)
     assert len({tuple(train_losses(run_dir)) for run_dir in began.values()}) == 20
     assert {status_of(run_dir)["attempt"] for run_dir in began.values()} == {1}
     row(

@@ -192,15 +192,15 @@ def _step(module: ModuleType) -> None:
     _watch(module.Step, "warm_up")
 
 
-def _train(module: ModuleType) -> None:
-    enter = module.Run.enter
+def _journal(module: ModuleType) -> None:
+    enter = module.Journal.enter
 
     def watched(self: Any, state: str) -> None:
         at(f"before {state}")
         enter(self, state)
         at(f"after {state}")
 
-    module.Run.enter = watched
+    module.Journal.enter = watched
 
 
 _WATCHED: dict[str, Callable[[ModuleType], None]] = {
@@ -210,7 +210,7 @@ _WATCHED: dict[str, Callable[[ModuleType], None]] = {
     "dist_train.run_dir": lambda module: _watch(module.RunDir, "begin_attempt"),
     "dist_train.agreement": _agreement,
     "dist_train.step": _step,
-    "dist_train.train": _train,
+    "dist_train.journal": _journal,
     "dist_train.objective": lambda module: _watch(module.Objective, "forward"),
     "dist_train.distributed": lambda module: _watch(module.World, "join", of_class=True),
     "dist_train.checkpoints": _checkpoints,
