@@ -104,6 +104,7 @@ def plan(seed: int = 0) -> Iterator[Chain]:
 def sample(seed: int = 0) -> Iterator[Chain]:
     """A tenth of them: one in each phase of a save, and at the end of the run; the longer run on two processes."""
     yield from _round(2, 2, [*SAVE], random.Random(seed))
+    yield Chain(6, 2, (_at_the_end("after FINISHED", FINISHED, 0, 2, "rank 0"),))
 
 
 def _round(number: int, runs: int, phases: list[str], draw: random.Random) -> Iterator[Chain]:
