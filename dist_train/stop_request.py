@@ -12,22 +12,22 @@ from typing import Literal
 StopState = Literal["INTERRUPT", "PREEMPTED"]
 Wish = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # TERM may mean either: Slurm sends it for both
 
-# Slurm and torchrun both deliver a signal; the second copy within this time is no second wish.
+# Slurm and torchrun both deliver a signal, and torchrun again when it gets its own copy twice: a preemption without time
+# of grace is up to four TERMs within 20 ms. Copies within this time are no second wish.
 ECHO_S = 10.0
 
 
 class StopRequest:
     """The wish of this process alone; what follows from it is agreed by all ranks.
 
-    While inside, TERM, INT, HUP and the preemption signal ask for a stop instead of ending the process. A second signal
-    within ECHO_S is the echo of the first; a third one, or Ctrl-C twice at a terminal, ends the process at once.
+    While inside, TERM, INT, HUP and the preemption signal ask for a stop instead of ending the process. Signals within
+    ECHO_S are echoes of the first; one after that, or Ctrl-C twice at a terminal, ends the process at once.
     """
 
     def __init__(self, preempt_signal: signal.Signals = signal.SIGUSR1) -> None:
         self.preempt_signal = preempt_signal
         self.told: Wish | None = None
         self._first_at: float | None = None
-        self._count = 0
 
     def tell(self, wish: Wish) -> None:
         """Safe in a signal handler and from any thread."""
@@ -46,12 +46,11 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        self._count += 1
         if self._first_at is None:
             self._first_at = now
             wishes: dict[int, Wish] = {signal.SIGTERM: "TERM", self.preempt_signal: "PREEMPTED"}
             self.tell(wishes.get(number, "INTERRUPT"))
             return
         at_terminal = number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
-        if self._count > 2 or at_terminal or now - self._first_at > ECHO_S:
+        if at_terminal or now - self._first_at > ECHO_S:
             os._exit(128 + number)

@@ -114,17 +114,19 @@ def test_what_cannot_be_had_is_refused(
 def test_a_port_that_is_taken(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MASTER_PORT, left over in the shell that starts a job."""
     monkeypatch.chdir(tmp_path)
+    # What we could kill is nsenter alone; the listener ends when its stdin is closed.
     listen = (
-        "import socket, signal; taken = socket.create_server(('', 23456)); print('taken', flush=True); signal.pause()"
+        "import socket, sys; taken = socket.create_server(('', 23456)); print('taken', flush=True); sys.stdin.read()"
     )
-    other = subprocess.Popen(cluster.command("node1", sys.executable, "-c", listen), stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        cluster.command("node1", sys.executable, "-c", listen), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"taken\n"
         train = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable, "-m", "dist_train", "train"]
         done = cluster.run("head", *train, *SHORT, env=cluster.env | {"MASTER_PORT": "23456"})
     finally:
-        other.kill()
         other.communicate()
     assert done.returncode != 0
     assert "MASTER_PORT=23456 is taken on node1. Unset it, or set another for this job." in done.stderr
