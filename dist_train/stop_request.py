@@ -12,8 +12,8 @@ from typing import Literal
 StopState = Literal["INTERRUPT", "PREEMPTED"]
 Wish = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # TERM may mean either: Slurm sends it for both
 
-# Slurm and torchrun both deliver a signal, and torchrun again when it gets its own copy twice: a preemption without time
-# of grace is up to four TERMs within 20 ms. Copies within this time are no second wish.
+# Slurm and torchrun both deliver a signal, and torchrun again when it gets its own copy twice: a preemption without
+# time of grace is up to four TERMs within 20 ms. Copies within this time are no second wish.
 ECHO_S = 10.0
 
 
