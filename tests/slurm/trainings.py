@@ -75,6 +75,8 @@ def end_well(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
     assert status["attempt"] in attempts
     found = segments(run_dir)
     assert set(found) == {status["wandb_id"]}
+    if len(attempts) == 1:  # each was disturbed when it was seen to train, and to be recorded
+        assert len(found) == status["attempt"]
     assert len(found) <= status["attempt"]  # one that was ended in its set-up has none
 
 
