@@ -52,7 +52,7 @@ def write(snapshot: Snapshot, folder: Path, attempt: int, before_rename: Callabl
         torch.save(snapshot.training, aside / TRAINING)
         write_json(aside / STATE, asdict(state), durable=False)
         for name in (MODEL, TRAINING, STATE):
-            _sync(aside / name)
+            sync(aside / name)
         manifest = {
             "format": FORMAT,
             "step": state.step,
@@ -63,12 +63,12 @@ def write(snapshot: Snapshot, folder: Path, attempt: int, before_rename: Callabl
             "files": {name: fingerprint(aside / name) for name in (MODEL, TRAINING, STATE)},
         }
         write_json(aside / MANIFEST, {**manifest, "sha256": digest(manifest)})
-        _sync(aside)
+        sync(aside)
         before_rename()
         if folder.exists():  # a run resumed there and stopped before its next step saves the same step again
             folder.rename(folder.with_name(f".replaced_{folder.name}"))
         aside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         raise CheckpointError(str(error)) from error
     finally:
@@ -109,7 +109,7 @@ def load_weights(net: nn.Module, folder: Path) -> None:
         raise CheckpointError(f"{folder / MODEL} does not fit {type(net).__name__}: {error}") from None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

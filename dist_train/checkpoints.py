@@ -145,7 +145,7 @@ class Checkpoints:
         self.run_dir.check_not_superseded()
         folder = folder_of(self.run_dir, snapshot.state.step)
         write(snapshot, folder, self.run_dir.attempt, before_rename=self.run_dir.check_not_superseded)
-        self._prune()
+        self.prune()
         self._link()
         save_s = round(time.perf_counter() - started, 3)
         if self._on_first_save is not None:
@@ -159,7 +159,7 @@ class Checkpoints:
 
     # --- keeping -------------------------------------------------------------------------------------------------
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
         """Delete what no rule keeps. The one just written is good, so an older one may go."""
         manifests = {path: read_manifest(path) for path in step_folders(self.run_dir)}  # newest first
         complete = [path for path, manifest in manifests.items() if manifest]

@@ -64,7 +64,7 @@ class EagerUpdate:
         for micro_step in range(micro_steps):
             batch = self.batches.at(step, micro_step)
             self.seed_forward(step, micro_step)
-            with self._sync_gradients(when=micro_step == micro_steps - 1):
+            with self.sync_gradients(when=micro_step == micro_steps - 1):
                 output = self.objective.forward(self.model, batch.inputs)  # [B, K]
                 loss = self.objective.loss(output, batch.targets)
                 # Micro-batches are equal parts of the rank's share, shares are equal and DDP averages them: the sum
@@ -99,7 +99,7 @@ class EagerUpdate:
         else:
             loss.backward()
 
-    def _sync_gradients(self, when: bool) -> AbstractContextManager[None]:
+    def sync_gradients(self, when: bool) -> AbstractContextManager[None]:
         """One all-reduce per step: only the last micro-step's backward exchanges gradients."""
         return nullcontext() if when else self.world.accelerator.no_sync(self.model)
 

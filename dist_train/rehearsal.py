@@ -64,7 +64,7 @@ def rehearse(
         for number in range(_COMPARED):
             eager(step + number)
         wanted = [tensor.clone() for tensor in state]
-        eager_s = _median_time(eager, step, synchronize)
+        eager_s = median_time(eager, step, synchronize)
     with unchanged(state):
         started = time.perf_counter()
         fast = prepare()
@@ -74,7 +74,7 @@ def rehearse(
         for number in range(_COMPARED):
             fast(step + number)
         distance = _distance(before, wanted, state)
-        fast_s = _median_time(fast, step, synchronize)
+        fast_s = median_time(fast, step, synchronize)
     return fast, Rehearsal(preparation_s, eager_s, fast_s, distance)
 
 
@@ -90,7 +90,7 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
                 tensor.copy_(value)
 
 
-def _median_time(update: Update, step: int, synchronize: Callable[[], None]) -> float:
+def median_time(update: Update, step: int, synchronize: Callable[[], None]) -> float:
     """Seconds of one update in a row of them, the device waited for only at the row's end, as between two logs."""
     one = _time_of_row(update, step, 1, synchronize)
     length = max(1, min(20, round(_ROW_S / one)))

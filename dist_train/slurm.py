@@ -51,9 +51,9 @@ def check_save_time(save_s: float, env: Mapping[str, str]) -> None:
         return
     with suppress(LaunchError):
         found = dict(
-            word.partition("=")[::2] for word in _ask("scontrol", "show", "partition", partition, timeout_s=5.0).split()
+            word.partition("=")[::2] for word in ask("scontrol", "show", "partition", partition, timeout_s=5.0).split()
         )
-        kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", _ask("scontrol", "show", "config", timeout_s=5.0), re.MULTILINE)
+        kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config", timeout_s=5.0), re.MULTILINE)
         if found.get("PreemptMode", "OFF") == "OFF" or kill_wait is None:
             return
         grace_s, kill_wait_s = int(found.get("GraceTime", 0)), int(kill_wait[1])
@@ -85,7 +85,7 @@ def decide_requeue(
     of_this_start = status.get("slurm_job_id"), int(status.get("slurm_restart_count") or 0)
     if state is None or of_this_start != (slurm_job(env), restarts):
         state, why = "PREEMPTED", "told to stop before the training had begun"
-        if not _is_preempted(env):
+        if not is_preempted(env):
             if not told:
                 return "failed", "this start ended before the training had begun"
             unbegun = restarts - of_this_start[1] if of_this_start[0] == slurm_job(env) else restarts + 1
@@ -102,7 +102,7 @@ def decide_requeue(
     return "requeue", why
 
 
-def _is_preempted(env: Mapping[str, str]) -> bool:
+def is_preempted(env: Mapping[str, str]) -> bool:
     """Whether a job of higher priority has asked for the nodes of this one."""
     with suppress(LaunchError):
         said = _describe(slurm_job(env) or "")
@@ -116,7 +116,7 @@ def _describe(job: str) -> list[str]:
     Raises:
         LaunchError: it does not answer, or has forgotten the job.
     """
-    return _ask("scontrol", "show", "job", "--oneliner", job, timeout_s=5.0).split()
+    return ask("scontrol", "show", "job", "--oneliner", job, timeout_s=5.0).split()
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def submit(script: str) -> str:
         LaunchError: no sbatch, or what Slurm has against the job.
     """
     env = {name: value for name, value in os.environ.items() if name not in _SAID_BY_SCRIPT}
-    said = _ask("sbatch", "--parsable", text=script, env=env)
+    said = ask("sbatch", "--parsable", text=script, env=env)
     return said.strip().partition(";")[0]
 
 
@@ -143,14 +143,14 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     """The state of each job. Works where accounting is off, for as long as the controller remembers them."""
     wanted = list(ids)
     found = dict.fromkeys(wanted, Job("UNKNOWN"))
-    for line in _ask("squeue", "--noheader", "--states=all", "--format=%i|%T|%R|%M").splitlines():
+    for line in ask("squeue", "--noheader", "--states=all", "--format=%i|%T|%R|%M").splitlines():
         job, state, reason, time = line.split("|", 3)
         if job in found:
             found[job] = Job(state, reason, time)
     missing = [job for job, each in found.items() if each.state == "UNKNOWN"]
     if missing:
         try:
-            said = _ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobID,State,NodeList,Elapsed")
+            said = ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobID,State,NodeList,Elapsed")
         except LaunchError:
             said = ""  # accounting is off
         for line in said.splitlines():
@@ -171,7 +171,7 @@ class Partition:
 
 def partitions() -> dict[str, Partition]:
     found: dict[str, Partition] = {}
-    kinds = _ask("sinfo", "--exact", "--noconvert", "--noheader", "--format=%P|%D|%c|%l")
+    kinds = ask("sinfo", "--exact", "--noconvert", "--noheader", "--format=%P|%D|%c|%l")
     for line in kinds.splitlines():  # one for each kind of node in it
         name, nodes, cpus, limit = line.split("|")
         former = found.get(name.rstrip("*"), Partition(0, 0, limit, name.endswith("*")))
@@ -185,14 +185,14 @@ def installed_version() -> str:
     Raises:
         LaunchError: it is not here.
     """
-    return _ask("sinfo", "--version").strip()
+    return ask("sinfo", "--version").strip()
 
 
 def cancel(job: str) -> None:
-    _ask("scancel", job)
+    ask("scancel", job)
 
 
-def _ask(
+def ask(
     *command: str, text: str | None = None, timeout_s: float = _ANSWER_S, env: Mapping[str, str] | None = None
 ) -> str:
     """What a command of Slurm prints.

@@ -93,12 +93,12 @@ class _Mirror:
 
     def _run(self, config: Config, facts: Mapping[str, Any]) -> None:
         sinks: list[Sink] = []
-        for start in (_start_wandb, _start_tensorboard):
+        for start in (start_wandb, start_tensorboard):
             # Whatever a tracker raises, the training goes on without it.
             try:
                 sink = start(self._run_dir, config, facts)
             except Exception as error:
-                _log.warning("%s: %s. The run goes on without it.", start.__name__.removeprefix("_start_"), error)
+                _log.warning("%s: %s. The run goes on without it.", start.__name__.removeprefix("start_"), error)
             else:
                 sinks += [sink] if sink else []
         while (line := self._queue.get()) is not None:
@@ -201,7 +201,7 @@ def _has_key(env: Mapping[str, str]) -> bool:
         return False
 
 
-def _start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:
+def start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:
     settings = config.tracking
     mode = wandb_mode(settings, os.environ)
     if mode == "disabled":
@@ -251,7 +251,7 @@ def _tags(settings: TrackingConfig, facts: Mapping[str, Any]) -> list[str]:
     return [*(told or settings.tags), f"world_size={facts['world_size']}", str(precision), str(facts["device"])]
 
 
-def _start_tensorboard(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:
+def start_tensorboard(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:
     if not config.tracking.tensorboard:
         return None
     from accelerate.tracking import TensorBoardTracker

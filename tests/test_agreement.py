@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from ranks import join_group, run_on_ranks
 
 from dist_train import agreement as module
 from dist_train.agreement import Agreement
@@ -18,6 +16,8 @@ from dist_train.config_file import parse_config
 from dist_train.distributed import World
 from dist_train.run_dir import RunDir
 from dist_train.stop_request import StopRequest
+from support.clock import Clock
+from support.ranks import join_group, run_on_ranks
 
 
 def joined() -> World:
@@ -52,14 +52,14 @@ def test_all_ranks_stop_at_the_same_tick(world_size: int, told: int, phase: str,
 
 def saves_by_the_clock(folder: Path) -> None:
     world = joined()
-    now = [0.0]
-    vars(module)["time"] = Clock(now)
+    clock = vars(module)["time"] = Clock()
     agreement = Agreement(world, StopRequest(), save_every_s=0.3, interval_s=0.01)
     if world.rank:
-        agreement._last_save -= 1000.0  # another clock than rank zero's decides nothing
+        clock.now += 1000.0  # another clock than rank zero's decides nothing
+        agreement.start_phase()
     saves = []
     for tick in range(150):
-        now[0] += 0.005
+        clock.now += 0.005
         agreement.tick()
         if agreement.save_due:
             saves.append(tick)
@@ -78,30 +78,21 @@ def test_saves_by_the_clock_are_agreed(tmp_path: Path) -> None:
 
 
 def slow_rank_sets_the_pace(folder: Path) -> None:
-    world = joined()
-    agreement = Agreement(world, StopRequest(), interval_s=1.0)
-    agreement._distance["train"] = 4
-    now = [0.0]
-    vars(module)["time"] = Clock(now)
-    agreement.start_phase()
-    for _ in range(4):
-        now[0] += 0.125 if world.rank else 0.001
+    world, clock, agreed, tick = joined(), Clock(), list[int](), 0
+    vars(module)["time"] = clock
+    agreement = Agreement(world, StopRequest(), interval_s=1.0, on_agreed=lambda: agreed.append(tick))
+    while tick < 30:
+        tick += 1
+        clock.now += 0.125 if world.rank else 0.001
         agreement.tick()
-    (folder / f"rank_{world.rank}").write_text(str(agreement._distance))
-    os._exit(0)
-
-
-class Clock:
-    def __init__(self, now: list[float]) -> None:
-        self._now = now
-
-    def monotonic(self) -> float:
-        return self._now[0]
+    (folder / f"rank_{world.rank}").write_text(str(agreed))
+    world.leave()
 
 
 def test_the_slowest_rank_sets_the_pace(tmp_path: Path) -> None:
+    """Of 0.125 s a step: every 8 steps, once the pace is known."""
     run_on_ranks(slow_rank_sets_the_pace, tmp_path, world_size=2)
-    assert {path.read_text() for path in tmp_path.glob("rank_*")} == {"{'train': 8, 'evaluate': 1}"}
+    assert {path.read_text() for path in tmp_path.glob("rank_*")} == {"[1, 5, 13, 21, 29]"}
 
 
 # --- alone ---------------------------------------------------------------------------------------------------------
@@ -117,9 +108,9 @@ class Alone:
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    found = [0.0]
-    monkeypatch.setattr(module, "time", Clock(found))
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(module, "time", found)
     return found
 
 
@@ -170,37 +161,29 @@ def test_the_file_of_the_batch_shell_is_left_to_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step_s", [0.0001, 0.01, 0.3, 3.0])
-def test_a_wish_is_noticed_within_about_a_second_or_a_step(step_s: float, now: list[float]) -> None:
+def test_a_wish_is_noticed_within_about_a_second_or_a_step(step_s: float, clock: Clock) -> None:
     """Whatever the pace, and when it drops by ten meanwhile; and fast steps agree seldom."""
     request = StopRequest()
-    agreement = agreement_of(request)
-    agreements = 0
-    reduce = agreement._reduce
-
-    def counted(*values: float) -> list[float]:
-        nonlocal agreements
-        agreements += 1
-        return reduce(*values)
-
-    agreement._reduce = counted  # type: ignore[method-assign]
-    while now[0] < 30 * max(1.0, step_s):
-        now[0] += step_s
+    agreed = list[float]()
+    agreement = agreement_of(request, on_agreed=lambda: agreed.append(clock.now))
+    while clock.now < 30 * max(1.0, step_s):
+        clock.now += step_s
         agreement.tick()
-    assert agreements <= 42  # one a second, or a step, and more at first while the pace is not known
+    assert len(agreed) <= 42  # one a second, or a step, and more at first while the pace is not known
     request.tell("INTERRUPT")
-    told_at = now[0]
+    told_at = clock.now
     while agreement.stop is None:
-        now[0] += step_s
+        clock.now += step_s
         agreement.tick()
-    assert now[0] - told_at <= max(1.01, step_s * 1.01)
+    assert clock.now - told_at <= max(1.01, step_s * 1.01)
 
 
-def test_saves_more_frequent_than_agreements_do_not_put_them_off(now: list[float]) -> None:
+def test_saves_more_frequent_than_agreements_do_not_put_them_off(clock: Clock) -> None:
     """Epochs of ten fast steps, with a save and an evaluation after each."""
     request = StopRequest()
     agreement = agreement_of(request)
     for step in range(1, 2000):
-        now[0] += 0.01
+        clock.now += 0.01
         agreement.tick()
         if step == 1000:
             request.tell("INTERRUPT")
@@ -213,24 +196,24 @@ def test_saves_more_frequent_than_agreements_do_not_put_them_off(now: list[float
     assert 1000 < step <= 1000 + 100
 
 
-def test_set_up_and_saves_say_nothing_about_the_pace(now: list[float]) -> None:
-    agreement = agreement_of(StopRequest())
-    now[0] += 500.0
+def test_set_up_and_saves_say_nothing_about_the_pace(clock: Clock) -> None:
+    agreed, tick = list[int](), 0
+    agreement = agreement_of(StopRequest(), on_agreed=lambda: agreed.append(tick))
+    clock.now += 500.0
     agreement.start_phase()
-    now[0] += 0.01
-    agreement.tick()
-    assert agreement._distance["train"] == 4  # at most four times further than last time
-    now[0] += 500.0
-    agreement.saved()
-    for _ in range(4):
-        now[0] += 0.01
+    while tick < 30:
+        tick += 1
+        clock.now += 0.01
         agreement.tick()
-    assert agreement._distance["train"] == 16
+        if tick == 1:
+            clock.now += 500.0
+            agreement.saved()
+    assert agreed == [1, 1 + 4, 1 + 4 + 16]  # at most four times further than last time
 
 
-def test_without_an_interval_nothing_is_saved_by_the_clock(now: list[float]) -> None:
+def test_without_an_interval_nothing_is_saved_by_the_clock(clock: Clock) -> None:
     agreement = agreement_of(StopRequest())
     for _ in range(100):
-        now[0] += 100.0
+        clock.now += 100.0
         agreement.tick()
         assert not agreement.save_due

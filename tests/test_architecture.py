@@ -28,7 +28,8 @@ DATA_LAYERS = [
     "pixels", "settings", "splits", "loader", "batches", "evaluation_batches",
 ]  # fmt: skip
 BENCH_LAYERS = [
-    "task", "interval", "harness", "contest", "scaling", "probes", "inside", "startup", "speedrun", "report", "suite",
+    "task", "interval", "rounds", "harness", "contest", "scaling", "probes", "inside", "startup", "speedrun",
+    "report", "suite",
 ]  # fmt: skip
 VERIFY_LAYERS = ["trial", "rank", "suite"]
 CLI_LAYERS = [

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_launch import DIST_TRAIN, run
 from torch import Tensor
 
 from dist_train.batching import ShardSampler
@@ -15,6 +14,7 @@ from dist_train.data.batches import Batches, training_batches
 from dist_train.data.image_set import ImageSet
 from dist_train.data.pixels import Augment
 from dist_train.plan import BatchPlan
+from support.processes import DIST_TRAIN, run
 
 CPU = torch.device("cpu")
 GLOBAL = 24
@@ -95,7 +95,7 @@ def test_off_changes_nothing(images: ImageSet) -> None:
 
 
 def test_data_with_transforms_of_its_own_is_refused(tmp_path: Path) -> None:
-    settings = ["data.name=user_sets:Jittered", "data.augment.shift=2", "--fast-dev-run"]
+    settings = ["data.name=support.user_sets:Jittered", "data.augment.shift=2", "--fast-dev-run"]
     done = run([*DIST_TRAIN, "train", "-c", "smoke", *settings], tmp_path)
     assert done.returncode == 2
-    assert "data.augment and data.name=user_sets:Jittered, which has transforms of its own" in done.stderr
+    assert "data.augment and data.name=support.user_sets:Jittered, which has transforms of its own" in done.stderr

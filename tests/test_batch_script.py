@@ -145,7 +145,7 @@ def test_by_what_the_run_says_of_itself(
 def test_preempted_before_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm knows that it was; the cap holds here too."""
     run_dir = run_that(tmp_path / "run", None)
-    monkeypatch.setattr(slurm, "_is_preempted", lambda env: True)
+    monkeypatch.setattr(slurm, "is_preempted", lambda env: True)
     assert decide_requeue(run_dir, JOB, max_requeues=3)[0] == "requeue"
     assert decide_requeue(run_dir, JOB, max_requeues=2)[0] == "failed"
 
@@ -164,7 +164,7 @@ def test_told_before_it_trained(state: str | None, tmp_path: Path) -> None:
 
 def test_a_partition_of_unlike_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "low*|2|16|1-00:00:00\nlow*|1|64|1-00:00:00\nbig|3|1024|infinite\n"
-    monkeypatch.setattr(slurm, "_ask", lambda *command: said)
+    monkeypatch.setattr(slurm, "ask", lambda *command: said)
     assert slurm.partitions() == {
         "low": Partition(3, 64, "1-00:00:00", True), "big": Partition(3, 1024, "infinite", False),
     }  # fmt: skip

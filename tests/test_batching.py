@@ -12,7 +12,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
-from user_sets import Jittered
 
 from dist_train.batching import ShardSampler, evaluation_shard
 from dist_train.config import DataConfig, Normalize
@@ -24,6 +23,7 @@ from dist_train.distributed import World
 from dist_train.errors import ConfigError
 from dist_train.nets import Mlp
 from dist_train.plan import BatchPlan
+from support.user_sets import Jittered
 
 CPU = torch.device("cpu")
 NORMALIZE = Normalize(mean=[0.1307, 0.5, 0.2], std=[0.3081, 0.25, 0.7])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import comb
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_launch import DIST_TRAIN, run
 
-from dist_train.bench import inside, scaling, startup
+from dist_train.bench import rounds, scaling, startup
 from dist_train.bench.contest import Contest, Rounds, best_peer, ratios, table
 from dist_train.bench.interval import Interval
 from dist_train.bench.report import write
+from dist_train.bench.rounds import Outlook, Series
 from dist_train.bench.suite import PARTS
 from dist_train.bench.task import Task
+from support.clock import Clock
+from support.processes import DIST_TRAIN, run
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 6, 9, 20, 30])
@@ -32,7 +35,7 @@ def test_the_interval_holds_the_true_median_with_95_percent(n: int) -> None:
     assert misses(left_out + 1) > 0.05
 
 
-def rounds(**speeds: list[float]) -> Rounds:
+def rounds_of(**speeds: list[float]) -> Rounds:
     return [
         {
             name.replace("_2", " 2").replace("_1", " 1"): {
@@ -45,11 +48,11 @@ def rounds(**speeds: list[float]) -> Rounds:
     ]  # fmt: skip
 
 
-SPEED = rounds(
+SPEED = rounds_of(
     dist_train=[200.0, 100.0, 330.0], resident=[100.0, 50.0, 330.0], dataloader=[20.0, 5.0, 30.0],
     accelerated=[10.0, 25.0, 11.0],
 )  # fmt: skip
-SCALING = rounds(
+SCALING = rounds_of(
     dist_train_1=[10.0, 11.0, 12.0], dist_train_2=[20.0, 20.9, 24.0], bare_ddp_1=[5.0, 5.5, 6.0],
     bare_ddp_2=[8.0, 9.0, 10.0],
 )  # fmt: skip
@@ -111,9 +114,45 @@ def test_every_part_is_a_table_json_and_a_picture(part: str, found: Any, tmp_pat
     assert (tmp_path / f"{part}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_measured_now_and_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is typical at first, by this machine's pace then, and by what it took the last time."""
+    clock, said = Clock(), list[str]()
+    monkeypatch.setattr(rounds, "time", clock)
+
+    def takes(typical_s: float) -> Callable[[], float]:
+        """On a machine that needs twice as long."""
+
+        def measure() -> float:
+            clock.now += 2 * typical_s
+            return typical_s
+
+        return measure
+
+    series = [
+        Series("speed, mlp fp32", {"ours": takes(10), "theirs": takes(30)}, 2, typical_s=20),
+        Series("growth", {"1": takes(100)}, 1, typical_s=100),
+    ]
+    outlook = Outlook(series, said.append)
+    assert [outlook.run(each) for each in series] == [[{"ours": 10, "theirs": 30}] * 2, [{"1": 100}]]
+    assert said == [
+        "speed, mlp fp32, round 1 of 2: ours; 1 of 5, about 3 min left",
+        "speed, mlp fp32, round 1 of 2: theirs; 2 of 5, about 3 min left",
+        "speed, mlp fp32, round 2 of 2: ours; 3 of 5, about 5 min left",
+        "speed, mlp fp32, round 2 of 2: theirs; 4 of 5, about 4 min left",
+        "growth, round 1 of 1: 1; 5 of 5, about 3 min left",
+    ]
+    assert outlook.left_s() == 0
+    assert [rounds.in_words(seconds) for seconds in (89, 91, 3570, 5400)] == [
+        "89 s",
+        "2 min",
+        "1 h 0 min",
+        "1 h 30 min",
+    ]
+
+
 def test_a_part_by_the_command(tmp_path: Path) -> None:
     """Real contestants, a few steps of each."""
-    command = ["bench", "speed", "--net", "mlp", "--steps", "20", "--repetitions", "1", "--out", "found"]
+    command = ["bench", "speed", "breakdown", "--net", "mlp", "--steps", "20", "--repetitions", "1", "--out", "found"]
     done = run([*DIST_TRAIN, *command], tmp_path)
     assert done.returncode == 0, done.stderr
     (contest,) = json.loads((tmp_path / "found/speed.json").read_text())["found"]
@@ -122,4 +161,9 @@ def test_a_part_by_the_command(tmp_path: Path) -> None:
         "dist_train", "dist_train compile", "resident", "dataloader", "accelerated", "lightning_trainer"
     }  # fmt: skip
     assert all(0.5 < found["accuracy"] < 0.95 and found["samples_per_s"] > 0 for found in only.values())
-    assert inside.probe("breakdown", ["mlp"], 1)["mlp"][0].keys() >= {"forward", "backward", "whole step"}
+    assert [line.partition(", about ")[0] for line in done.stderr.splitlines()] == [
+        *(f"speed, mlp fp32, round 1 of 1: {name}; {number + 1} of 7" for number, name in enumerate(only)),
+        "breakdown, round 1 of 1: mlp; 7 of 7",
+    ]
+    (probed,) = json.loads((tmp_path / "found/breakdown.json").read_text())["found"]["mlp"]
+    assert probed.keys() >= {"forward", "backward", "whole step"}

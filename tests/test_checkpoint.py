@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_exactness import assert_equal
-from tiny_runs import checkpoints_of, new_net, new_step, steps, take, write_at
 from torch import nn
 
 from dist_train import checkpoints as module
@@ -22,6 +20,8 @@ from dist_train.errors import CheckpointError, TrainingDiverged
 from dist_train.manifest import MODEL, STATE, TRAINING, find_damage, folder_of
 from dist_train.run_dir import RunDir
 from dist_train.train_state import TrainState
+from support.run_files import assert_equal
+from support.tiny_runs import checkpoints_of, new_net, new_step, steps, take, write_at
 
 # --- what comes back -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_runs import write_at
 
 from dist_train.errors import CheckpointError
 from dist_train.manifest import (
@@ -25,6 +24,7 @@ from dist_train.manifest import (
     read_manifest,
 )
 from dist_train.run_dir import RunDir
+from support.tiny_runs import write_at
 
 FILES = [MODEL, TRAINING, STATE, MANIFEST]
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mounts import needs_mounts
-from tiny_runs import CONFIG, checkpoints_of, names, new_step, steps, write_at
 
 from dist_train import checkpoint as module
 from dist_train.distributed import World
@@ -18,6 +16,9 @@ from dist_train.errors import CheckpointError, RunDirError
 from dist_train.manifest import MANIFEST, MODEL, STATE, TRAINING, folder_of, good
 from dist_train.run_dir import RunDir
 from dist_train.train_state import TrainState
+from support.mounts import needs_mounts
+from support.patience import wait_until
+from support.tiny_runs import CONFIG, checkpoints_of, names, new_step, steps, write_at
 
 
 def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["another step", "the same step"])
-@pytest.mark.parametrize("point", ["save_file", "save", "write_json", "fingerprint", "_sync", "rename", "digest"])
+@pytest.mark.parametrize("point", ["save_file", "save", "write_json", "fingerprint", "sync", "rename", "digest"])
 def test_a_failure_anywhere_leaves_the_older_one_and_no_rest(
     point: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,11 +125,12 @@ def test_a_kill_while_one_is_pruned_leaves_nothing_for_good(
         with pytest.raises(KeyboardInterrupt):
             checkpoints.finish()
     assert len(names(run_dir)) == 3
-    checkpoints._pending = None
-    checkpoints.save(TrainState(step=4), step)
-    checkpoints.finish()
+    again = checkpoints_of(run_dir, world)
+    again.save(TrainState(step=4), step)
+    again.finish()
     assert steps(run_dir) == [3, 4]
-    checkpoints.close()
+    for each in (checkpoints, again):
+        each.close()
 
 
 # --- in the background -----------------------------------------------------------------------------------------------
@@ -150,10 +152,11 @@ def test_a_failed_save_is_a_warning_and_the_next_one_counts(
         if number == 2:
             monkeypatch.setattr(torch, "save", fail)
         checkpoints.save(TrainState(step=number), step)
-        checkpoints._await()
         if number == 2:
+            wait_until(lambda: checkpoints.poll() or caplog.messages, "warning")
             monkeypatch.undo()
-    checkpoints.finish()
+        else:
+            checkpoints.finish()
     assert steps(run_dir) == [1, 3]
     (warning,) = caplog.messages
     assert "full" in warning

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import look_at, needs_browser
 from click.testing import CliRunner, Result
 
 from dist_train.cli import main
@@ -21,6 +20,8 @@ from dist_train.compare import differing_settings, group_seeds, read_run, run_ta
 from dist_train.config_file import parse_config
 from dist_train.run_dir import RunDir
 from dist_train.summary import find_runs, summarise
+from support.browser import look_at, needs_browser
+from support.run_files import metrics
 
 STEPS = 40
 
@@ -232,7 +233,7 @@ def test_the_page_in_a_browser_without_a_network(folder: Path, tmp_path: Path) -
     runs, seeds = seen["tables"]
     for name, row in zip(names, runs["rows"], strict=True):
         cells = dict(zip(runs["columns"], row, strict=True))
-        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        lines = metrics(folder / name)
         assert cells["run"]["text"] == name
         assert float(cells["val loss"]["value"]) == [line["val/loss"] for line in lines if "val/loss" in line][-1]
         assert float(cells["train loss"]["value"]) == [line["train/loss"] for line in lines if "train/loss" in line][-1]

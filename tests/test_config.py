@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dist_train.config import Config, default_data_root
+from dist_train.config import default_data_root
 from dist_train.config_file import bundled_configs, find_config, load_config, parse_config, to_yaml
 from dist_train.errors import ConfigError
 from dist_train.schedule import Duration
-
-DEFAULT = parse_config({})
-
-
-def load(text: str, *overrides: str, folder: Path) -> Config:
-    path = folder / "config.yaml"
-    path.write_text(text)
-    return load_config(str(path), overrides)
-
-
-def read_back(config: Config) -> Config:
-    with tempfile.TemporaryDirectory() as folder:
-        return load(to_yaml(config), folder=Path(folder))
-
-
-def put(tree: dict[Any, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            return
-    tree[last] = value
-
+from support.settings import DEFAULT, load, put
 
 # --- YAML and overrides ------------------------------------------------------------------------------------------
 

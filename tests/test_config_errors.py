@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_config import DEFAULT, put, read_back
 
 from dist_train.config import OPTIMIZERS
 from dist_train.config_file import load_config, parse_config
 from dist_train.errors import ConfigError
+from support.settings import DEFAULT, put, read_back
 
 
 def refusal(tree: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from mounts import needs_mounts
 
 from dist_train.config import DataConfig
 from dist_train.data import ImageSet, load_splits
@@ -22,6 +21,7 @@ from dist_train.data import bundled_mnist as module
 from dist_train.data.bundled_mnist import FILES, MARKER_NAME, unpack_mnist
 from dist_train.errors import DataError
 from dist_train.vision import import_torchvision
+from support.mounts import needs_mounts
 
 LABELS = "t10k-labels-idx1-ubyte"
 UNPACK = """

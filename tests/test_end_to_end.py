@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ranks import metrics, train_losses, train_on_ranks, weights
-from test_launch import DIST_TRAIN, ROOT, run
+
+from support.processes import DIST_TRAIN, ROOT, run
+from support.ranks import train_on_ranks
+from support.run_files import metrics, train_losses, weights
 
 BUNDLE = Path(__file__).parent / "bundles/mnist_bks"
 SHORT = ["-o", "train_for=60 steps", "-o", "eval_every=30 steps", "-o", "log_every=10", "-o", "final_train_eval=false"]
@@ -158,8 +160,8 @@ def test_help_is_fast_and_needs_no_torch(tmp_path: Path) -> None:
 
 
 SMALL = {
-    "data": {"name": "user_sets:Jittered"},
-    "model": {"name": "user_sets:WithDropout"},
+    "data": {"name": "support.user_sets:Jittered"},
+    "model": {"name": "support.user_sets:WithDropout"},
     "global_batch_size": 16,
     "log_every": 5,
 }
@@ -176,24 +178,24 @@ def test_a_net_that_does_not_fit_its_data_is_told_with_file_and_line(tmp_path: P
 
 
 def own(**settings: Any) -> dict[str, Any]:
-    common = {"data": {"name": "user_sets:mnist_part"}, "global_batch_size": 96, "final_train_eval": False}
+    common = {"data": {"name": "support.user_sets:mnist_part"}, "global_batch_size": 96, "final_train_eval": False}
     return common | {"train_for": "10 steps", "log_every": 1, "eval_every": "10 steps"} | settings
 
 
 def test_user_code_that_draws_from_any_generator_is_seeded(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        train_on_ranks(own(model={"name": "user_nets:Drawing"}), tmp_path / name)
+        train_on_ranks(own(model={"name": "support.user_nets:Drawing"}), tmp_path / name)
     assert train_losses(tmp_path / "a") == train_losses(tmp_path / "b")
 
 
 def test_a_mask_of_infinities_is_no_divergence(tmp_path: Path) -> None:
-    train_on_ranks(own(model={"name": "user_nets:Masked"}, ema_decay=0.9), tmp_path / "r")
+    train_on_ranks(own(model={"name": "support.user_nets:Masked"}, ema_decay=0.9), tmp_path / "r")
     mask = weights(tmp_path / "r")["mask"]
     assert (mask.isneginf().sum(), mask.isnan().sum()) == (6, 0)
 
 
 def test_averaged_weights_are_evaluated_with_their_own_loss(tmp_path: Path) -> None:
-    train_on_ranks(own(model={"name": "user_nets:OwnLoss"}, ema_decay=0.9), tmp_path / "r")
+    train_on_ranks(own(model={"name": "support.user_nets:OwnLoss"}, ema_decay=0.9), tmp_path / "r")
     result = json.loads((tmp_path / "r/result.json").read_text())
     found = run([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
     assert json.loads(found.stdout)["loss"] == pytest.approx(result["test/loss"], rel=1e-6)
@@ -202,9 +204,12 @@ def test_averaged_weights_are_evaluated_with_their_own_loss(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"model": {"name": "user_nets:Frozen"}}, "Frozen has no parameter that requires a gradient"),
-        ({"model": {"name": "user_nets:Extra"}}, r"Extra\.state_dict\(\) holds _extra_state, which is no tensor"),
-        ({"data": {"name": "user_nets:negative"}}, "Target -100 is out of bounds"),
+        ({"model": {"name": "support.user_nets:Frozen"}}, "Frozen has no parameter that requires a gradient"),
+        (
+            {"model": {"name": "support.user_nets:Extra"}},
+            r"Extra\.state_dict\(\) holds _extra_state, which is no tensor",
+        ),
+        ({"data": {"name": "support.user_nets:negative"}}, "Target -100 is out of bounds"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], told: str, tmp_path: Path) -> None:

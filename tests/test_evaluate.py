@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import join_group, run_on_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +22,7 @@ from dist_train.errors import DistTrainError, TrainingDiverged
 from dist_train.evaluate import evaluate
 from dist_train.objective import Objective
 from dist_train.stop_request import StopRequest
+from support.ranks import join_group, run_on_ranks
 
 CPU = torch.device("cpu")
 
@@ -50,9 +50,12 @@ def images(length: int = 101) -> ImageSet:
     return ImageSet(pixels, torch.randint(3, (length,), generator=generator), ("a", "b", "c"))
 
 
-def batches(examples: ImageSet, world: World, resident: bool = True, num_batches: int = 0) -> EvaluationBatches:
-    """Batches of 7."""
+def batches(
+    examples: ImageSet, world: World, resident: bool = True, num_batches: int = 0, left_out: int = 0
+) -> EvaluationBatches:
+    """Batches of 7; of a shard that is wrong by those that are `left_out`."""
     shard = evaluation_shard(len(examples), world.rank, world.size)
+    shard = shard[: len(shard) - left_out]
     longest = -(-len(examples) // world.size)
     return EvaluationBatches(
         examples, shard, 7, num_batches or -(-longest // 7), resident, Pixels(None, CPU), CPU, num_workers=0, seed=0
@@ -106,9 +109,7 @@ def test_every_example_counts_once(world_size: int, length: int, resident: bool,
 def evaluate_a_wrong_shard(folder: Path) -> None:
     join_group("wrong")
     world = World.join(parse_config({"device": "cpu"}))
-    made = batches(images(), world)
-    if world.rank == 1:
-        made._chunks = made._chunks[:-1]
+    made = batches(images(), world, left_out=3 if world.rank == 1 else 0)
     net = Net()
     net.train()
     with pytest.raises(DistTrainError, match=r"Evaluation counted \d+ examples of 101"):

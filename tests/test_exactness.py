@@ -6,34 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from ranks import (
+
+from support.ranks import train_on_ranks
+from support.run_files import (
+    assert_bit_identical,
     largest_difference,
     metrics,
-    metrics_without_times,
-    optimizer_state,
     train_losses,
-    train_on_ranks,
     weights,
 )
+from support.trainings import DIVISIONS, MNIST, NETS
 
-NETS: dict[str, dict[str, Any]] = {
-    "mlp": {"name": "mlp"},
-    "guide": {"name": "guide"},
-    "bks": {"name": "bks", "args": {"dropout": 0.0}},
-    "conv": {"name": "conv"},
-    "fast": {"name": "fast"},
-}
-MNIST: dict[str, Any] = {
-    "global_batch_size": 96,
-    "final_train_eval": False,
-    "optimizer": {"lr": 1e-3},
-    "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}},
-}
 # The same on the first 960 images, for what is slow.
-PART = MNIST | {"data": MNIST["data"] | {"name": "user_sets:mnist_part"}}
-# (world size, at most per device): every rank count, with and without micro-batches
-DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
+PART = MNIST | {"data": MNIST["data"] | {"name": "support.user_sets:mnist_part"}}
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -69,8 +54,8 @@ def test_first_losses_in_fp32_agree(net: str, tmp_path: Path) -> None:
 
 
 SMALL: dict[str, Any] = {
-    "data": {"name": "user_sets:Jittered"},
-    "model": {"name": "user_sets:WithDropout"},
+    "data": {"name": "support.user_sets:Jittered"},
+    "model": {"name": "support.user_sets:WithDropout"},
     "global_batch_size": 12,
     "train_for": "5 epochs",  # of 8 steps: the ragged tail of 101 examples is dropped
     "eval_every": "10 steps",
@@ -86,7 +71,7 @@ SMALL: dict[str, Any] = {
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (3, 2), (4, 0)])
 def test_stop_and_resume_is_never_stopped(world_size: int, num_workers: int, tmp_path: Path) -> None:
     """Dropout and a streamed set with random transforms; stopped twice, in mid-epoch and where an evaluation is due."""
-    settings = SMALL | {"data": {"name": "user_sets:Jittered", "num_workers": num_workers}}
+    settings = SMALL | {"data": {"name": "support.user_sets:Jittered", "num_workers": num_workers}}
     train_on_ranks(SMALL, tmp_path / "whole", world_size)
     for stop_after in (11, 20):
         train_on_ranks(settings, tmp_path / "parts", world_size, stop_after=stop_after)
@@ -105,29 +90,6 @@ def test_resume_has_the_buckets_of_the_run_that_went_on(world_size: int, tmp_pat
     assert_bit_identical(tmp_path / "parts", tmp_path / "whole")
 
 
-def assert_bit_identical(run: Path, other: Path) -> None:
-    assert largest_difference(weights(run), weights(other)) == 0
-    assert_equal(optimizer_state(run), optimizer_state(other))
-    assert metrics_without_times(run) == metrics_without_times(other)
-
-
-def assert_equal(a: Any, b: Any) -> None:
-    """Nested containers with tensors, to the bit."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for first, second in zip(a, b, strict=True):
-            assert_equal(first, second)
-    else:
-        assert a == b
-
-
 @pytest.mark.parametrize("extra", [{"ema_decay": 0.9}, {"per_device_batch_size": 2}], ids=["ema", "micro-steps"])
 def test_resume_of_averages_and_micro_steps(extra: dict[str, Any], tmp_path: Path) -> None:
     train_on_ranks(SMALL | extra, tmp_path / "whole", world_size=3)
@@ -140,7 +102,7 @@ def test_resume_of_averages_and_micro_steps(extra: dict[str, Any], tmp_path: Pat
 def test_resume_on_another_world_size(before: int, after: int, tmp_path: Path) -> None:
     """Within 1e-6 over the 20 steps after the resume: streamed and resident, random transforms, no dropout."""
     for name, settings in {
-        "streamed": SMALL | {"model": {"name": "user_sets:WithDropout"}, "log_every": 1},
+        "streamed": SMALL | {"model": {"name": "support.user_sets:WithDropout"}, "log_every": 1},
         "resident": PART | {"model": NETS["guide"], "train_for": "24 steps", "log_every": 1, "eval_every": 0},
     }.items():
         if name == "streamed":

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from ranks import run_on_ranks, train_here, train_on_ranks
 from torch import Tensor
 
 from dist_train import charts
 from dist_train.confusion import Mistake
 from dist_train.data import ImageSet
 from dist_train.data.image_set import Examples
-from dist_train.final_passes import FinalPasses, _pixels, draw
+from dist_train.final_passes import FinalPasses, draw
 from dist_train.run_dir import RunDir
 from dist_train.small_files import read_json
+from support.ranks import run_on_ranks, train_here, train_on_ranks
 
 SETTINGS: dict[str, Any] = {
-    "data": {"name": "user_sets:mnist_part"}, "global_batch_size": 96, "train_for": "6 steps", "device": "cpu",
+    "data": {"name": "support.user_sets:mnist_part"}, "global_batch_size": 96, "train_for": "6 steps", "device": "cpu",
     "final_train_eval": False, "tracking": {"wandb": "disabled"},
 }  # fmt: skip
 
@@ -61,12 +61,16 @@ def test_only_pictures_are_shown(examples: Any, is_picture: bool, run_dir: RunDi
             assert min(image.size) > 200
 
 
-def test_pixels_of_any_type_are_shown_from_dark_to_bright() -> None:
+def test_pixels_of_any_type_are_shown_from_dark_to_bright(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(charts, "mistakes", lambda images, *_: shown.extend(images))
     image = torch.tensor([[[-30000, 0, 30000]]], dtype=torch.int16)
-    for examples in ([(image, 0)], [(image / 7, 0)]):
-        shown = _pixels(examples, 0)  # type: ignore[arg-type]
-        assert shown is not None
-        assert shown.tolist() == [[0, pytest.approx(127, abs=1), pytest.approx(255, abs=1)]]
+    for each in (image, image / 7):
+        examples: Any = [(each, 0)] * 2
+        drawn(examples, run_dir)
+    assert len(shown) == 2
+    for pixels in shown:
+        assert pixels.tolist() == [[0, pytest.approx(127, abs=1), pytest.approx(255, abs=1)]]
 
 
 def test_an_example_that_cannot_be_had_costs_its_picture_alone(

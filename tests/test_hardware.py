@@ -6,10 +6,10 @@ import resource
 from pathlib import Path
 
 import torch
-from ranks import join_group, run_on_ranks
 
 from dist_train.config_file import parse_config
 from dist_train.distributed import World
+from support.ranks import join_group, run_on_ranks
 
 PAGES = 12_288  # 48 MiB: more than malloc keeps if it is not told to
 

@@ -6,91 +6,20 @@ import contextlib
 import json
 import os
 import pty
-import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from patience import wait_until
-from ranks import metrics, train_losses
-from test_exactness import assert_bit_identical
 
 from dist_train.errors import LaunchError
 from dist_train.launch import is_alive
 from dist_train.nodes import Nodes
-
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-DIST_TRAIN = [str(BIN / "dist-train")]
-SETTINGS = shlex.split("-c smoke -q -o log_every=1 -o eval_every=0 -o final_train_eval=false -o optimizer.lr=1e-3")
-
-
-@contextlib.contextmanager
-def started(
-    command: list[str], folder: Path, terminal: int | None = None, **env: str
-) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own; whatever is left of it afterwards is killed."""
-    out = subprocess.PIPE if terminal is None else terminal
-    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | env
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdin=terminal, stdout=out, stderr=out, text=True,
-        start_new_session=terminal is None,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        for pid in alive(folder):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-
-
-def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    with started(command, folder, None, **env) as process:
-        out, err = process.communicate()
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def alive(folder: Path) -> list[int]:
-    """Processes that work in `folder`, zombies aside: those of one test, whatever their session or parent."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z" and (process / "cwd").resolve() == folder.resolve():
-                found.append(int(process.name))
-    return found
-
-
-def command_of(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    return ""
-
-
-def ranks_of(folder: Path) -> list[int]:
-    """The training processes among those, without their launchers."""
-    launchers = ("torch.distributed.run", "torchrun", "launch")
-    commands = {pid: command_of(pid) for pid in alive(folder)}
-    return [
-        pid
-        for pid, command in commands.items()
-        if " dist_train train" in command and not any(name in command for name in launchers)
-    ]
-
-
-def step_of(run_dir: Path) -> int:
-    try:
-        return int(json.loads((run_dir / "status.json").read_text()).get("step", 0))
-    except (OSError, ValueError):
-        return 0
-
-
-def status(run_dir: Path) -> str:
-    return str(json.loads((run_dir / "status.json").read_text())["state"])
-
+from support.patience import wait_until
+from support.processes import DIST_TRAIN, ROOT, alive, ranks_of, run, started
+from support.run_files import assert_bit_identical, metrics, status, step_of, train_losses
+from support.trainings import SETTINGS
 
 WAYS = {
     "python": [sys.executable, "-m", "dist_train", "train"],
@@ -138,7 +67,7 @@ def test_a_lone_world_is_refused(command: list[str], env: dict[str, str], tmp_pa
 def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
     """TERM at whatever step it hits: state INTERRUPT, exit 0, and the resumed run is the one never stopped."""
     command = [str(ROOT / "launch/local.sh"), "2", *SETTINGS, "-o", "train_for=1000 steps", "-o", "model.name=bks"]
-    command += ["-o", "data.name=user_sets:mnist_part"]
+    command += ["-o", "data.name=support.user_sets:mnist_part"]
     stopped = tmp_path / "runs/stopped"
     with started([*command, "--run-name", "stopped"], tmp_path) as process:
         wait_until(lambda: step_of(stopped) >= 30, "the first steps")
@@ -195,11 +124,11 @@ def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=lambda sent: sent.name)
 def test_loader_workers_outlive_a_signal_to_all(sent: signal.Signals, tmp_path: Path) -> None:
     """torchrun passes TERM on to process groups and Slurm signals all processes of a job, the workers among them."""
-    options = ["-o", "data.name=user_sets:Jittered", "-o", "data.num_workers=2", "-o", "train_for=10000 epochs"]
+    options = ["-o", "data.name=support.user_sets:Jittered", "-o", "data.num_workers=2", "-o", "train_for=10000 epochs"]
     run_dir = tmp_path / "runs/r"
     command = [sys.executable, "-m", "dist_train", "train", *SETTINGS, *options, "--run-name", "r"]
     with started(
-        [*command, "-o", "global_batch_size=8", "-o", "model.name=user_sets:WithDropout"], tmp_path
+        [*command, "-o", "global_batch_size=8", "-o", "model.name=support.user_sets:WithDropout"], tmp_path
     ) as process:
         wait_until(lambda: step_of(run_dir) >= 20, "the first steps")
         assert len(alive(tmp_path)) == 3
@@ -228,7 +157,7 @@ def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> N
         "accelerate": [str(ROOT / "launch/accelerate.sh")],
     }[launcher]
     run_dir = tmp_path / "runs/orphans"
-    own = ["-o", "train_for=100 epochs", "-o", "model.name=user_nets:Unhurried"]
+    own = ["-o", "train_for=100 epochs", "-o", "model.name=support.user_nets:Unhurried"]
     with started([*command, *SETTINGS, *own, "--run-name", "orphans"], tmp_path, NPROC="2") as process:
         wait_until(lambda: step_of(run_dir) >= 20, "the first steps")
         process.kill()
@@ -249,7 +178,7 @@ def test_a_zombie_is_dead() -> None:
 
 def test_the_first_failing_rank_is_the_one_shown(tmp_path: Path) -> None:
     """One rank raises in mid-training: all stop, one message, nothing left behind."""
-    net = ["model.name=user_nets:Failing", "model.args.call=30", "model.args.rank=1"]
+    net = ["model.name=support.user_nets:Failing", "model.args.call=30", "model.args.rank=1"]
     done = run([*DIST_TRAIN, "launch", "--nproc", "2", *SETTINGS, "--run-name", "x", *net], tmp_path)
     assert done.returncode == 1
     assert "no such digit" in done.stderr

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_runs import new_step
 
 from dist_train.distributed import World
 from dist_train.metrics import Overflows
 from dist_train.step import Step
+from support.tiny_runs import new_step
 
 
 @pytest.fixture

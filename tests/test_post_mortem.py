@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_runs import write_at
 
 from dist_train.error_file import note_error
 from dist_train.errors import OutOfMemory, PeerLost
 from dist_train.post_mortem import find_cause, how_to_go_on, log_sizes
 from dist_train.run_dir import RunDir
+from support.tiny_runs import write_at
 
 SUMMARY = """\
 Failures:

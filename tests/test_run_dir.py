@@ -15,6 +15,7 @@ from dist_train.config_file import parse_config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.run_dir import RunDir
 from dist_train.small_files import to_json, write_json
+from support.run_files import contents
 
 CONFIG = parse_config({})
 
@@ -24,10 +25,6 @@ def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "run")
     made.create()
     return made
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def attempt_of(path: Path) -> RunDir:

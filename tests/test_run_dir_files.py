@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from mounts import needs_mounts
-from test_run_dir import contents
 
 from dist_train.config_file import parse_config
 from dist_train.error_file import note_error
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.run_dir import RunDir
 from dist_train.small_files import read_json, write_atomically
+from support.mounts import needs_mounts
+from support.run_files import contents
 
 # --- whole files -------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from ranks import join_group, run_on_ranks
-from test_launch import DIST_TRAIN, SETTINGS, run
 from torch import Tensor
 
 from dist_train.cli import main
@@ -25,6 +23,9 @@ from dist_train.data.named import load_named
 from dist_train.distributed import World
 from dist_train.saved_net import SavedNet
 from dist_train.small_files import read_json, write_json
+from support.processes import DIST_TRAIN, run
+from support.ranks import join_group, run_on_ranks
+from support.trainings import SETTINGS
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import train_losses
-from test_launch import DIST_TRAIN, run
 from torch import Tensor, nn
-from user_nets import Drawing
-from user_sets import mnist_part
 
 from dist_train import rehearsal
 from dist_train.batching import ShardSampler
@@ -28,6 +24,10 @@ from dist_train.plan import BatchPlan
 from dist_train.rehearsal import MAX_DISTANCE, rehearse, worth_trying
 from dist_train.schedule import LearningRate
 from dist_train.step import Step
+from support.processes import DIST_TRAIN, run
+from support.run_files import train_losses
+from support.user_nets import Drawing
+from support.user_sets import mnist_part
 
 BATCH, STEPS = 32, 20
 
@@ -224,7 +224,7 @@ def test_auto_measures_and_says_what(
 ) -> None:
     """The measured seconds are given: on a machine that is busy with more, either may be the faster one."""
     measured = iter([2e-3, 1e-3])
-    monkeypatch.setattr(rehearsal, "_median_time", lambda *_: next(measured))
+    monkeypatch.setattr(rehearsal, "median_time", lambda *_: next(measured))
     step = new_step(world, net_of("guide"))
     step.eager.learning_rate = LearningRate(1e-3, 10**6)
     with caplog.at_level(logging.INFO, logger="dist_train"):

@@ -8,25 +8,28 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
 from dist_train import stop_request as module
 from dist_train.stop_request import ECHO_S, StopRequest
+from support.clock import Clock
 
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 CHILD = """
-import os, sys, time
+import os, signal, sys, time
 from dist_train import stop_request
 stop_request.ECHO_S = float(sys.argv[1])
-handle = stop_request.StopRequest._handle
-def handle_and_say(self, number, frame):
-    handle(self, number, frame)
-    os.write(1, f"{number} {self.told}\\n".encode())  # print is not made to be interrupted by itself
-stop_request.StopRequest._handle = handle_and_say
-with stop_request.StopRequest():
+def saying(handle):
+    def handle_and_say(number, frame):
+        handle(number, frame)
+        os.write(1, f"{number} {request.told}\\n".encode())  # print is not made to be interrupted by itself
+    return handle_and_say
+with stop_request.StopRequest() as request:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, saying(signal.getsignal(number)))
     print("ready", flush=True)
     while True:
         time.sleep(1)
@@ -80,14 +83,6 @@ def test_a_second_signal_after_the_echo_ends_the_process() -> None:
         assert process.wait() == 143
 
 
-class Clock:
-    def __init__(self, *times: float) -> None:
-        self._times = iter(times)
-
-    def monotonic(self) -> float:
-        return next(self._times)
-
-
 def test_the_echo_lasts_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     class Left(Exception):
         pass
@@ -96,15 +91,14 @@ def test_the_echo_lasts_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Left(code)
 
     monkeypatch.setattr(os, "_exit", leave)
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
     for after, ends in ((9.9, False), (10.1, True)):
-        monkeypatch.setattr(module, "time", Clock(100.0, 100.0 + after))
-        request = StopRequest()
-        request._handle(signal.SIGTERM, None)
-        if ends:
-            with pytest.raises(Left, match="143"):
-                request._handle(signal.SIGTERM, None)
-        else:
-            request._handle(signal.SIGTERM, None)
+        with StopRequest() as request:
+            signal.raise_signal(signal.SIGTERM)
+            clock.now += after
+            with pytest.raises(Left, match="143") if ends else nullcontext():
+                signal.raise_signal(signal.SIGTERM)
         assert request.told == "TERM"
 
 

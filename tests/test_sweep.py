@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from patience import wait_until
-from test_launch import DIST_TRAIN, alive, run, started
-from wandb_server import WandbServer
 
 from dist_train.cli import main
 from dist_train.config_file import load_config
 from dist_train.errors import ConfigError
 from dist_train.sweep import Grid
+from support.patience import wait_until
+from support.processes import DIST_TRAIN, alive, run, started
+from support.wandb_server import WandbServer
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = shlex.split("-c smoke -o log_every=10 -o eval_every=0 -o final_train_eval=false -o 'train_for=400 steps'")
-SLOW = ["model.name=user_nets:Slow", "model.args.slow_s=0.005"]
+SLOW = ["model.name=support.user_nets:Slow", "model.args.slow_s=0.005"]
 GRID = ["optimizer.lr=[1e-3, 3e-3, 1e-2]", "seed=[0,1]"]
 COMMAND = [*DIST_TRAIN, "sweep", *SETTINGS, *SLOW, *GRID, "--name", "s"]
 
@@ -41,17 +41,24 @@ def test_lists_are_axes() -> None:
         ("optimizer.betas=[0.9, 0.99]", []),  # the setting is a list
         ("optimizer.betas=[[0.9, 0.99], [0.8, 0.9]]", ["optimizer.betas=[0.9, 0.99]", "optimizer.betas=[0.8, 0.9]"]),
         ("tracking.tags=[a, b]", []),
-        ("data.normalize.mean=[0.5]", []),  # std is missing yet
         ("model.name=[mlp, conv]", ["model.name=mlp", "model.name=conv"]),
-        ("model.args.width=[1]", ["model.args.width=1"]),
+        ("model.args.hidden=[1]", ["model.args.hidden=1"]),
         ("train_for=[2 epochs, '30 steps']", ["train_for=2 epochs", "train_for='30 steps'"]),
-        ("augment.shift={a: 1}", []),
+        ("model.args={hidden: 1}", []),
     ],
-)  # fmt: skip
+)
 def test_what_is_an_axis(override: str, items: list[str]) -> None:
-    from dist_train.sweep import _axis
+    grid = Grid.of("s", "smoke", [override, "seed=[7]"])
+    assert [point.settings for point in grid.points] == [
+        (*([item] if item else []), "seed=7") for item in items or [""]
+    ]
+    assert grid.common == (() if items else (override,))
 
-    assert _axis("smoke", [], override) == items
+
+def test_lists_that_need_each_other_are_no_axes() -> None:
+    """Neither mean nor std is right without the other."""
+    normalize = ["data.normalize.mean=[0.5]", "data.normalize.std=[0.5]"]
+    assert Grid.of("s", "smoke", [*normalize, "seed=[7]"]).common == tuple(normalize)
 
 
 @pytest.mark.parametrize(

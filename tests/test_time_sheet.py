@@ -11,18 +11,15 @@ import pytest
 from dist_train.config_file import parse_config
 from dist_train.run_dir import RunDir
 from dist_train.time_sheet import TimeSheet, effective_ratio
-
-
-class Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        for reader in ("perf_counter", "monotonic", "time"):
-            monkeypatch.setattr(time, reader, lambda: self.now)
+from support.clock import Clock
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+    found = Clock(100.0)
+    for reader in ("perf_counter", "monotonic", "time"):
+        monkeypatch.setattr(time, reader, found.time)
+    return found
 
 
 def test_a_first_attempt(clock: Clock) -> None:

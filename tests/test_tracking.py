@@ -91,7 +91,7 @@ class Recorder:
 def tracker_with(
     wandb: Any, tensorboard: Any, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, enabled: bool = True
 ) -> Tracker:
-    for name, sink in {"_start_wandb": wandb, "_start_tensorboard": tensorboard}.items():
+    for name, sink in {"start_wandb": wandb, "start_tensorboard": tensorboard}.items():
 
         def start(*_: object, sink: Any = sink) -> Any:
             if isinstance(sink, Exception):

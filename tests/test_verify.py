@@ -78,7 +78,7 @@ def test_a_power_is_no_drop_rate() -> None:
 )
 def test_a_planted_fault_is_found(fault: str, nproc: int, found_by: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAULT", fault)
-    monkeypatch.setattr(suite, "_PROGRAM", "planted")
+    monkeypatch.setattr(suite, "PROGRAM", "support.planted")
     missing = set(found_by)
     for check in verify(small(), nproc):
         if not check.kept:

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.trainings import train
-from patience import wait_until
-from ranks import join_group, run_on_ranks
-from test_launch import alive, command_of, run, started
 
 from dist_train.config_file import parse_config
 from dist_train.distributed import World
 from dist_train.run_dir import RunDir
 from dist_train.tracking import Tracker
+from support.patience import wait_until
+from support.processes import alive, command_of, run, started
+from support.ranks import join_group, run_on_ranks
+from support.run_files import metrics
+from support.trainings import train
 
 FIRST: list[dict[str, Any]] = [
     {"step": 2, "train/loss": 0.5, "train/grad_norm": None},
@@ -124,7 +125,7 @@ def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -
         )
         assert mine == theirs
     once: dict[int, dict[str, Any]] = {}
-    for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+    for line in metrics(run_dir):
         row = once.setdefault(line["step"], {})
         assert row.keys().isdisjoint(key for key in line if "/" in key), "a line is there twice"
         row |= {key: value for key, value in line.items() if value is not None}

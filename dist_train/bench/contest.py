@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from typing import Any
 
 from dist_train.bench.harness import measure
@@ -40,12 +42,13 @@ def contestants(mode: str, precision: str) -> list[str]:
     return [OURS, f"{OURS} {mode}", *floors, *(name for name, needs in PEERS.items() if not needs or find_spec(needs))]
 
 
-def run_rounds(task: Task, names: Sequence[str], repetitions: int) -> Rounds:
-    """Each round lets every contestant train once, so that a slow minute of the machine hits all of them."""
-    return [{name: _run(replace(task, seed=seed), name) for name in names} for seed in range(repetitions)]
+def measurements(task: Task, mode: str) -> dict[str, Callable[[], Found]]:
+    """Every contestant, to train once; with another seed each time."""
+    return {name: partial(_run, task, name, count()) for name in contestants(mode, task.precision)}
 
 
-def _run(task: Task, name: str) -> Found:
+def _run(task: Task, name: str, seeds: Iterator[int]) -> Found:
+    task = replace(task, seed=next(seeds))
     if name.startswith(OURS):
         return measure(task, mode=name.removeprefix(OURS).strip() or "eager")
     peer = name.removesuffix(_IN_FP32)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from dist_train.bench.interval import Interval
+from dist_train.bench.rounds import Round
 from dist_train.launch import output_of
 
 Probed = dict[str, list[dict[str, float]]]  # what was probed -> what each repetition found
 
 
-def probe(name: str, arguments: Sequence[object], repetitions: int) -> Probed:
-    """`probes.NAME(argument)` for each argument, in turns."""
-    found: Probed = {str(argument): [] for argument in arguments}
-    for _ in range(repetitions):
-        for argument, those in found.items():
-            those.append(json.loads(output_of("dist_train.bench.probes", name, argument).splitlines()[-1]))
+def measurements(name: str, arguments: Sequence[object]) -> dict[str, Callable[[], dict[str, float]]]:
+    """`probes.NAME(argument)` for each argument."""
+    return {str(argument): partial(_probe, name, str(argument)) for argument in arguments}
+
+
+def _probe(name: str, argument: str) -> dict[str, float]:
+    found: dict[str, float] = json.loads(output_of("dist_train.bench.probes", name, argument).splitlines()[-1])
     return found
+
+
+def by_argument(rounds: Sequence[Round]) -> Probed:
+    return {argument: [each[argument] for each in rounds] for argument in rounds[0]}
 
 
 def _middle(found: list[dict[str, float]], key: str) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from dist_train.bench.contest import Contest, Rounds, ratios
+from dist_train.bench.contest import Contest, ratios
 from dist_train.bench.harness import measure
 from dist_train.bench.interval import Interval
 from dist_train.bench.task import Found, Task
@@ -17,14 +18,12 @@ from dist_train.launch import output_of_ranks
 OURS, BARE = "dist_train", "bare_ddp"
 
 
-def run_rounds(task: Task, nprocs: Sequence[int], repetitions: int) -> Rounds:
+def measurements(task: Task, nprocs: Sequence[int]) -> dict[str, Callable[[], Found]]:
     """One thread for each process, in all worlds alike; contestants are called as in "dist_train 2"."""
-    found: Rounds = []
-    for _ in range(repetitions):
-        found.append({})
-        for nproc in nprocs:
-            found[-1][f"{OURS} {nproc}"] = measure(task, nproc=nproc, threads=1)
-            found[-1][f"{BARE} {nproc}"] = _bare(task, nproc)
+    found: dict[str, Callable[[], Found]] = {}
+    for nproc in nprocs:
+        found[f"{OURS} {nproc}"] = partial(measure, task, nproc=nproc, threads=1)
+        found[f"{BARE} {nproc}"] = partial(_bare, task, nproc)
     return found
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dist_train.bench.harness import train
 from dist_train.bench.interval import Interval
+from dist_train.bench.task import Task
 
 Runs = list[dict[str, Any]]  # result.json of each seed
 
 
-def run_seeds(count: int, mode: str) -> Runs:
+def measurements(count: int) -> dict[str, Callable[[], dict[str, Any]]]:
     """`-c mnist_speedrun` with seeds 0, 1, 2, ..."""
-    return [train({"seed": seed, "step_mode": mode}, config="mnist_speedrun")[1] for seed in range(count)]
+    mode = "eager" if Task().on_cpu else "graph"
+    return {f"seed {seed}": partial(_run, seed, mode) for seed in range(count)}
+
+
+def _run(seed: int, mode: str) -> dict[str, Any]:
+    return train({"seed": seed, "step_mode": mode}, config="mnist_speedrun")[1]
 
 
 def table(runs: Runs) -> list[str]:

@@ -15,14 +15,13 @@ Seconds = list[dict[str, float]]  # one entry a round
 HELP, IMPORTS, FIRST_STEP = "dist-train --help", "import torch, accelerate", "command to first step"
 
 
-def run_rounds(repetitions: int) -> Seconds:
-    """One process, eager, W&B disabled, the data unpacked: the first round, which may unpack it, does not count."""
-    actions: dict[str, Callable[[], float]] = {
+def measurements() -> dict[str, Callable[[], float]]:
+    """One process, eager, W&B disabled. The first round does not count: it may unpack the data."""
+    return {
         HELP: lambda: _seconds(lambda: output_of("dist_train", "--help")),
         IMPORTS: lambda: _seconds(lambda: output_of("dist_train.bench.peers.imports")),
         FIRST_STEP: _first_step,
     }
-    return [{name: action() for name, action in actions.items()} for _ in range(repetitions + 1)][1:]
 
 
 def _seconds(action: Callable[[], object]) -> float:

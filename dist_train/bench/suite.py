@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_train.bench import contest, inside, scaling, speedrun, startup
 from dist_train.bench.report import check_pictures, write
+from dist_train.bench.rounds import Outlook, Round, Series
 from dist_train.bench.task import Task
 
 
@@ -31,69 +33,110 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """How something is measured, and shown as Markdown lines and in a matplotlib figure."""
+    """What is measured, what its rounds come to, and how that is shown: as Markdown and in a matplotlib figure."""
 
-    measure: Callable[[Options], Any]
+    series: Callable[[Options], list[Series]]
+    collect: Callable[[Options, list[list[Round]]], Any]  # the rounds of each series
     table: Callable[[Any], list[str]]
     draw: Callable[[Any, Any], None]
 
 
-def _speed(options: Options) -> list[contest.Contest]:
-    tasks = options.tasks(batch_size=64)
-    mode = "compile" if tasks[0].on_cpu else "graph"
-    return [
-        contest.Contest(task, contest.run_rounds(task, contest.contestants(mode, task.precision), options.repetitions))
-        for task in tasks
-    ]
+# For a first outlook, on two CPU cores: seconds of a process to start, and of an example to be trained on.
+_START_S = 8.0
+_EXAMPLE_S = {"mlp": 1e-4, "bks": 2e-4, "conv": 1e-3}
 
 
-def _scaling(options: Options) -> list[contest.Contest]:
-    tasks = options.tasks(batch_size=512)
-    return [contest.Contest(task, scaling.run_rounds(task, options.nprocs, options.repetitions)) for task in tasks]
+def _typical_s(net: str, examples: int) -> float:
+    return _START_S + examples * _EXAMPLE_S.get(net, 2e-4)
+
+
+def _contest(
+    name: str,
+    batch_size: int,
+    measurements: Callable[[Task, Options], Mapping[str, Callable[[], Any]]],
+    table: Callable[[Any], list[str]],
+    draw: Callable[[Any, Any], None],
+) -> Part:
+    """Contestants that train the same, for each net and precision."""
+
+    def series(options: Options) -> list[Series]:
+        return [
+            Series(
+                f"{name}, {task.net} {task.precision_name}", measurements(task, options), options.repetitions,
+                _typical_s(task.net, 2 * task.steps * task.batch_size),
+            )
+            for task in options.tasks(batch_size)
+        ]  # fmt: skip
+
+    def collect(options: Options, found: list[list[Round]]) -> list[contest.Contest]:
+        tasks = options.tasks(batch_size)
+        return [contest.Contest(task, rounds) for task, rounds in zip(tasks, found, strict=True)]
+
+    return Part(series, collect, table, draw)
+
+
+def _probe(
+    name: str,
+    arguments: Callable[[Options], Sequence[object]],
+    table: Callable[[Any], list[str]],
+    draw: Callable[[Any, Any], None],
+    typical_s: float = 2 * _START_S,
+) -> Part:
+    """What is measured inside a process of this harness, for each argument of the probe."""
+
+    def series(options: Options) -> list[Series]:
+        return [Series(name, inside.measurements(name, arguments(options)), options.repetitions, typical_s)]
+
+    return Part(series, lambda _, found: inside.by_argument(found[0]), table, draw)
+
+
+def _faster_mode() -> str:
+    return "compile" if Task().on_cpu else "graph"
 
 
 PARTS = {
-    "speed": Part(_speed, contest.table, contest.draw),
-    "scaling": Part(_scaling, scaling.table, scaling.draw),
-    "breakdown": Part(
-        lambda options: inside.probe("breakdown", options.nets, options.repetitions),
-        inside.breakdown_table,
-        inside.breakdown_draw,
+    "speed": _contest(
+        "speed", 64, lambda task, _: contest.measurements(task, _faster_mode()), contest.table, contest.draw
     ),
-    "startup": Part(lambda options: startup.run_rounds(options.repetitions), startup.table, startup.draw),
-    "checkpoint": Part(  # mlps of 40 thousand, 1 million and 10 million parameters
-        lambda options: inside.probe("stall", (50, 1258, 12579), options.repetitions),
-        inside.checkpoint_table,
-        inside.checkpoint_draw,
+    "scaling": _contest(
+        "scaling", 512, lambda task, options: scaling.measurements(task, options.nprocs), scaling.table, scaling.draw
+    ),
+    "breakdown": _probe("breakdown", lambda options: options.nets, inside.breakdown_table, inside.breakdown_draw),
+    "startup": Part(
+        lambda options: [Series("startup", startup.measurements(), options.repetitions + 1, _START_S / 2)],
+        lambda _, found: found[0][1:],
+        startup.table,
+        startup.draw,
+    ),
+    "checkpoint": _probe(  # mlps of 40 thousand, 1 million and 10 million parameters
+        "stall", lambda _: (50, 1258, 12579), inside.checkpoint_table, inside.checkpoint_draw
     ),
     "speedrun": Part(
-        lambda options: speedrun.run_seeds(4 * options.repetitions, "eager" if Task().on_cpu else "graph"),
+        lambda options: [Series("speedrun", speedrun.measurements(4 * options.repetitions), 1, _START_S)],
+        lambda _, found: list(found[0][0].values()),
         speedrun.table,
         speedrun.draw,
     ),
-    "guards": Part(
-        lambda options: inside.probe("guards", options.nets, options.repetitions),
-        inside.guards_table,
-        inside.guards_draw,
-    ),
-    "growth": Part(  # MNIST so many times over
-        lambda options: inside.probe("growth", (1, 10, 100), options.repetitions),
-        inside.growth_table,
-        inside.growth_draw,
+    "guards": _probe("guards", lambda options: options.nets, inside.guards_table, inside.guards_draw, typical_s=300.0),
+    "growth": _probe(  # MNIST so many times over
+        "growth", lambda _: (1, 10, 100), inside.growth_table, inside.growth_draw
     ),
 }
 
 
-def run_part(name: str, options: Options, out: Path) -> list[str]:
-    """Measure one part and write it to `out`; the lines of its table.
+def run(names: Sequence[str], options: Options, out: Path, say: Callable[[str], object]) -> Iterator[list[str]]:
+    """Measure parts and write each to `out`; yields the lines of its table. `say` takes a line before each measurement.
 
     Raises:
         ConfigError: matplotlib is not installed.
         LaunchError: a contestant failed.
     """
     check_pictures()
-    part = PARTS[name]
-    found = part.measure(options)
-    table = part.table(found)
-    write(name, table, found, lambda figure: part.draw(found, figure), out)
-    return table
+    series = {name: PARTS[name].series(options) for name in names}
+    outlook = Outlook([each for those in series.values() for each in those], say)
+    for name, those in series.items():
+        part = PARTS[name]
+        found = part.collect(options, [outlook.run(each) for each in those])
+        table = part.table(found)
+        write(name, table, found, partial(part.draw, found), out)
+        yield table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
     """Measure this harness beside the loops that people write: tables, JSON and pictures.
 
     Parts, all by default: speed, scaling, breakdown, startup, checkpoint, guards, growth, speedrun (four seeds a
-    repetition).
+    repetition). Before each measurement a line on stderr says what it is and about how long all will still take.
     """
-    from dist_train.bench.suite import Options, run_part
+    from dist_train.bench.suite import Options, run
 
-    for part in parts or _PARTS:
-        click.echo("\n".join([f"{part}:", *run_part(part, Options(**options), out), ""]))
+    names = parts or _PARTS
+    say = partial(click.echo, err=True)
+    for name, table in zip(names, run(names, Options(**options), out, say), strict=True):
+        click.echo("\n".join([f"{name}:", *table, ""]))
     click.echo(f"written to {out}/")

@@ -20,7 +20,7 @@ from dist_train.verify.trial import Outcome, Trial
 
 STEPS, SAVE_AT, KILLS = 20, 10, 3
 BOUNDS = {"float32": 1e-5, "float64": 1e-9}  # relative, of each of the first 20 losses
-_PROGRAM = "dist_train.verify.rank"
+PROGRAM = "dist_train.verify.rank"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _Trials:
             save_at=save_at,
             kill_after_s=kill_after_s,
         )
-        program = _PROGRAM, json.dumps(asdict(trial))
+        program = PROGRAM, json.dumps(asdict(trial))
         printed = output_of_ranks(size, *program) if size > 1 else output_of(*program)
         # A net of the user may print too.
         said = json.loads(next(line for line in printed.splitlines() if line.startswith('{"began_at": ')))

@@ -19,8 +19,9 @@ from dist_train.facts import cpu_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ranks import largest_difference, metrics, train_losses, train_on_ranks, weights
-from test_exactness import DIVISIONS, MNIST, NETS
+from support.ranks import train_on_ranks
+from support.run_files import largest_difference, metrics, train_losses, weights
+from support.trainings import DIVISIONS, MNIST, NETS
 
 DOC = Path(__file__).parents[2] / "docs/exactness.md"
 STEPS = 400

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_launch import run
 
-from faults.trainings import train
+from support.processes import run
+from support.trainings import train
 
 
 @pytest.fixture

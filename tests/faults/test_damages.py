@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import train_on_ranks
-from test_exactness import assert_bit_identical, assert_equal
-from test_launch import DIST_TRAIN, run
 
 from dist_train import checkpoint, checkpoints
 from dist_train.checkpoints import Checkpoints
@@ -26,15 +23,18 @@ from dist_train.manifest import MANIFEST, MODEL, STATE, TRAINING, find_damage
 from dist_train.parts import build_parts
 from dist_train.run_dir import RunDir
 from dist_train.step import Step
+from support.processes import DIST_TRAIN, run
+from support.ranks import train_on_ranks
+from support.run_files import assert_bit_identical, assert_equal
 
 TABLE = "damages and mutations"
 COLUMNS = ("what", "how many", "outcome")
 
 FILES = [MODEL, TRAINING, STATE, MANIFEST]
 SETTINGS: dict[str, Any] = {
-    "data": {"name": "user_sets:Jittered"}, "model": {"name": "user_sets:WithDropout"}, "global_batch_size": 16,
-    "train_for": "26 steps", "log_every": 1, "eval_every": "8 steps", "save_every": "4 steps", "keep_last": 9,
-    "ema_decay": 0.9, "device": "cpu", "tracking": {"wandb": "disabled"},
+    "data": {"name": "support.user_sets:Jittered"}, "model": {"name": "support.user_sets:WithDropout"},
+    "global_batch_size": 16, "train_for": "26 steps", "log_every": 1, "eval_every": "8 steps", "save_every": "4 steps",
+    "keep_last": 9, "ema_decay": 0.9, "device": "cpu", "tracking": {"wandb": "disabled"},
 }  # fmt: skip
 STOPPED_AT = 22  # with checkpoints at 4, 8, 12, 16, 20 and 22
 

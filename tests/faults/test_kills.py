@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from patience import wait_until
-from test_exactness import assert_bit_identical
-from test_launch import DIST_TRAIN, alive, run, started
 
 from dist_train.small_files import read_json
-from faults.kill_plan import ANYWHERE, PHASES, RANK_ZERO, SAVE, Chain, Kill, plan, sample
+from support.kill_plan import ANYWHERE, PHASES, RANK_ZERO, SAVE, Chain, Kill, plan, sample
+from support.patience import wait_until
+from support.processes import DIST_TRAIN, alive, run, started
+from support.run_files import assert_bit_identical
 
 TABLE = "kills"
 COLUMNS = ("phase", "point, occurrence", "killed", "processes", "all gone after")
@@ -25,8 +25,8 @@ COLUMNS = ("phase", "point, occurrence", "killed", "processes", "all gone after"
 KILLER = Path(__file__).parent / "killer"
 # Averages, micro-steps, dropout, a streamed set with random transforms: all that a checkpoint has to bring back.
 SETTINGS = """
-data: {name: "user_sets:Jittered"}
-model: {name: "user_sets:WithDropout"}
+data: {name: "support.user_sets:Jittered"}
+model: {name: "support.user_sets:WithDropout"}
 global_batch_size: 12
 per_device_batch_size: 4
 train_for: 240 steps

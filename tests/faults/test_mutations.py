@@ -18,13 +18,13 @@ import yaml
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_config import put
-from test_launch import DIST_TRAIN
 
 import dist_train.attempt  # noqa: F401 - what is imported later would change the environment in the middle of a test
 from dist_train.cli import main
 from dist_train.config import Config, section_of
 from dist_train.config_file import bundled_configs, load_config, to_yaml
+from support.processes import DIST_TRAIN
+from support.settings import put
 
 TABLE = "damages and mutations"
 COLUMNS = ("what", "how many", "outcome")

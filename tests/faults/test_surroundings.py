@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from mounts import needs_mounts
-from patience import wait_until
-from ranks import same_run
-from test_launch import alive, run, started, step_of
 
-from faults.trainings import train
+from support.mounts import needs_mounts
+from support.patience import wait_until
+from support.processes import alive, run, started
+from support.run_files import metrics, same_run, step_of
+from support.trainings import train
 
 CLOCK = Path(__file__).parent / "clock"
 TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
@@ -155,10 +155,10 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
 @pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
     """In C, with the interpreter's lock: no Python of that rank runs any more."""
-    net = ["model.name=user_nets:Hanging", "model.args.call=150", f"model.args.rank={rank}", "stall_timeout_s=20"]
-    with started(train(*net, nproc=nproc), tmp_path) as process:
-        metrics = tmp_path / "runs/r/metrics.jsonl"  # status.json is a second behind, and stays so
-        wait_until(lambda: metrics.exists() and '"step": 140,' in metrics.read_text(), "training")
+    net = ["model.name=support.user_nets:Hanging", "model.args.call=150", f"model.args.rank={rank}"]
+    with started(train(*net, "stall_timeout_s=20", nproc=nproc), tmp_path) as process:
+        written = tmp_path / "runs/r/metrics.jsonl"  # status.json is a second behind, and stays so
+        wait_until(lambda: written.exists() and '"step": 140,' in written.read_text(), "training")
         began = time.monotonic()
         _out, err = process.communicate()
         seconds = time.monotonic() - began
@@ -197,7 +197,7 @@ def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., 
         _out, err = process.communicate()
     assert process.returncode == 0, err
     same_run(tmp_path / "runs/r", undisturbed)
-    lines = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "runs/r")
     times = [line["time"] for line in lines]
     seconds = json.loads((tmp_path / "runs/r/result.json").read_text())["seconds"]
     assert max(times) - times[0] > 300 * 86_400 > 0 > times[-1] - times[0], "it was not set in mid-run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -10,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from patience import wait_until
-from ranks import same_run
-from test_launch import DIST_TRAIN, run, started, step_of
-from wandb_server import Manner, WandbServer
 
-from faults.trainings import STEPS, train
+from support.patience import wait_until
+from support.processes import DIST_TRAIN, run, started
+from support.run_files import metrics, same_run, step_of
+from support.trainings import STEPS, train
+from support.wandb_server import Manner, WandbServer
 
 TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
 AT_THE_START: list[Manner | None] = [None, "hangs", "refuses the key"]
@@ -40,7 +39,7 @@ def sync(folder: Path, history_of: Path, *, cut_off: bool = False) -> None:
 
 def same_history(server: WandbServer, run_dir: Path) -> None:
     wanted: dict[int, dict[str, object]] = {}
-    for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+    for line in metrics(run_dir):
         wanted.setdefault(line["step"], {}).update({key: value for key, value in line.items() if value is not None})
     found = [{key: value for key, value in row.items() if not key.startswith("_")} for row in server.history]
     assert found == list(wanted.values())

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from patience import wait_until
-from ranks import train_losses
-from test_launch import SETTINGS
 
 from dist_train.small_files import read_json
-from hosts.hosts import REASON, Hosts, can_be_made
+from support.hosts import REASON, Hosts, can_be_made
+from support.patience import wait_until
+from support.run_files import train_losses
+from support.trainings import SETTINGS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
 
@@ -34,7 +34,7 @@ def test_one_is_powered_off_and_comes_back(
     monkeypatch.chdir(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"HEAD": "node1", "NPROC": "1", "OMP_NUM_THREADS": "1", "PATH": path}
-    slow = ["model.name=user_nets:Slow", "model.args.slow_s=0.005"]
+    slow = ["model.name=support.user_nets:Slow", "model.args.slow_s=0.005"]
     train = [str(ROOT / "launch/restart.sh"), *EXACT, *slow, "train_for=6000 steps", "--run-name=r"]
     run_dir = tmp_path / "runs/r"
 

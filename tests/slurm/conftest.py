@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm.cluster import REASON, Cluster, can_be_made
-from slurm.trainings import LONG, train_here
+from support.cluster import REASON, Cluster, can_be_made
+from support.jobs import LONG, train_here
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from patience import wait_until
-from ranks import train_losses
-from test_launch import SETTINGS
 
-from slurm.cluster import Cluster
-from slurm.trainings import SCRIPTS, ended, status_of, submit, train_here
+from support.cluster import Cluster
+from support.jobs import SCRIPTS, ended, status_of, submit, train_here
+from support.patience import wait_until
+from support.run_files import train_losses
+from support.trainings import SETTINGS
 
 pytestmark = pytest.mark.cluster
 
@@ -147,7 +147,7 @@ def test_logs_that_one_can_read(cluster: Cluster, tmp_path: Path) -> None:
     """Rank zero alone speaks in the job's log, until a rank fails; what the others print is in files of their own."""
     settings = [
         "-c", "smoke", "train_for=9000 steps", "log_every=10", "eval_every=0", "tracking.wandb=disabled",
-        "model.name=user_nets:Failing", "model.args.call=2000", "model.args.rank=3", "model.args.slow_s=0.005",
+        "model.name=support.user_nets:Failing", "model.args.call=2000", "model.args.rank=3", "model.args.slow_s=0.005",
     ]  # fmt: skip
     job = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *settings)
     wait_until(lambda: cluster.state(job) == "FAILED", "end")

@@ -11,11 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from patience import wait_until
-from ranks import same_run
 
-from slurm.cluster import KILL_WAIT_S, LOST_S, Cluster
-from slurm.trainings import (
+from support.cluster import KILL_WAIT_S, LOST_S, Cluster
+from support.jobs import (
     end_well,
     is_training,
     log_of,
@@ -26,6 +24,8 @@ from slurm.trainings import (
     submit_long,
     trains_again,
 )
+from support.patience import wait_until
+from support.run_files import same_run
 
 pytestmark = pytest.mark.cluster
 CLUSTER = {"nodes": 3}  # one to spare

@@ -7,11 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from patience import wait_until
-from ranks import same_run
 
-from slurm.cluster import GRACE_S, KILL_WAIT_S, Cluster
-from slurm.trainings import (
+from support.cluster import GRACE_S, KILL_WAIT_S, Cluster
+from support.jobs import (
     LONG,
     SCRIPTS,
     disturb_twice,
@@ -24,6 +22,8 @@ from slurm.trainings import (
     submit,
     submit_long,
 )
+from support.patience import wait_until
+from support.run_files import same_run
 
 pytestmark = pytest.mark.cluster
 

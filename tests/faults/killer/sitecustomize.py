@@ -152,7 +152,7 @@ def _checkpoint(module: ModuleType) -> None:
 
 
 def _checkpoints(module: ModuleType) -> None:
-    _watch(module.Checkpoints, "_prune")
+    _watch(module.Checkpoints, "prune")
     _watch(module.Checkpoints, "restore_latest")
 
 

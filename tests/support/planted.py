@@ -31,7 +31,7 @@ def everybody_evaluates_the_first_shard(total: int, rank: int, world_size: int) 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a doubled shard": (ShardSampler, "indices", doubled_shard),
     "a doubled evaluation": (evaluation_batches, "evaluation_shard", everybody_evaluates_the_first_shard),
-    "a mean per rank": (EagerUpdate, "_sync_gradients", lambda self, when: self.world.accelerator.no_sync(self.model)),
+    "a mean per rank": (EagerUpdate, "sync_gradients", lambda self, when: self.world.accelerator.no_sync(self.model)),
     "a sum for a mean": (Objective, "loss", lambda self, output, targets: _loss(self, output, targets) * len(targets)),
     "a missing warm-up": (Step, "warm_up", lambda self, step, wanted="eager": None),
 }

@@ -66,7 +66,7 @@ RANK_ZERO: dict[str, tuple[tuple[str, int], ...]] = {
     "unlink": tuple((f"{when} unlink {name}", 1) for name in FILES for when in ("before", "after")),
     "prune": (
         ("before rmdir removing", 1), ("after rename removing", 1), ("before rename removing", 1),
-        ("before rename last", 2), ("after rename best", 2), ("after _prune", 2),
+        ("before rename last", 2), ("after rename best", 2), ("after prune", 2),
     ),
 }  # fmt: skip
 SAVE = [phase for phase in RANK_ZERO if phase not in ("start of the attempt", "metrics and status")]

@@ -11,16 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from patience import wait_until
-from test_launch import SETTINGS
-
 from dist_train.small_files import read_json
-from slurm.cluster import Cluster
+from support.cluster import Cluster
+from support.patience import wait_until
+from support.trainings import SETTINGS
 
 SCRIPTS = Path(__file__).parent.parent.parent / "slurm"
 # 20 s at least, and some 30 on four ranks that share two cores; a save takes 0.1 s.
 LONG = [
-    *SETTINGS, "model.name=user_nets:Slow", "model.args.slow_s=0.01", "train_for=2000 steps", "log_every=100",
+    *SETTINGS, "model.name=support.user_nets:Slow", "model.args.slow_s=0.01", "train_for=2000 steps", "log_every=100",
     "save_every=10 s",
 ]  # fmt: skip
 

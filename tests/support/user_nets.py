@@ -10,11 +10,11 @@ import time
 import numpy as np
 import torch
 from torch import Tensor, nn
-from user_sets import mnist_part
 
 from dist_train import launch
 from dist_train.data import ImageSet
 from dist_train.nets import Mlp
+from support.user_sets import mnist_part
 
 
 class Drawing(Mlp):

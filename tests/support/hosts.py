@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from patience import wait_until
+from support.patience import wait_until
 
 NEEDS = ("ip", "nsenter", "unshare")
 REASON = "needs root and iproute2: apt-get install -y --no-install-recommends iproute2"

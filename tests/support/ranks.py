@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import multiprocessing as mp
 import os
 import signal
@@ -15,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from patience import PATIENCE_S
+from support.patience import PATIENCE_S
 
 # Forked from a server that has imported torch once: a rank is there in 0.1 s instead of 4.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dist_train.attempt", "ranks", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["dist_train.attempt", "support.ranks", "torch._dynamo"])
 
 
 def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = PATIENCE_S) -> None:
@@ -146,52 +145,3 @@ def train_on_ranks(
 def _train(settings: dict[str, Any], run_dir: Path, stop_after: int | None) -> None:
     state = train_here(settings, run_dir, stop_after)
     assert state == ("FINISHED" if stop_after is None else "INTERRUPT")
-
-
-# --- reading what a run left --------------------------------------------------------------------------------------
-
-
-def last_checkpoint(run_dir: Path) -> Path:
-    return max((run_dir / "checkpoints").glob("step_*"))
-
-
-def weights(run_dir: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    found: dict[str, Any] = load_file(str(last_checkpoint(run_dir) / "model.safetensors"))
-    return found
-
-
-def optimizer_state(run_dir: Path) -> Any:
-    import torch
-
-    return torch.load(last_checkpoint(run_dir) / "training.pt", weights_only=True)
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def metrics_without_times(run_dir: Path) -> list[dict[str, Any]]:
-    """What must be the same in a resumed and in an uninterrupted run."""
-    times = ("time", "epoch_s", "attempt")
-    return [
-        {key: value for key, value in line.items() if key not in times and not key.startswith("perf/")}
-        for line in metrics(run_dir)
-    ]
-
-
-def same_run(one: Path, other: Path) -> None:
-    """The same weights and the same lines of metrics, to the bit; times aside."""
-    saved = [(last_checkpoint(path) / "model.safetensors").read_bytes() for path in (one, other)]
-    assert saved[0] == saved[1]
-    assert metrics_without_times(one) == metrics_without_times(other)
-
-
-def train_losses(run_dir: Path) -> list[float]:
-    return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
-
-
-def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

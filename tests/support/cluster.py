@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hosts.hosts import Hosts
-from hosts.hosts import can_be_made as hosts_can_be_made
-from patience import wait_until
+from support.hosts import Hosts
+from support.hosts import can_be_made as hosts_can_be_made
+from support.patience import wait_until
 
 NEEDS = ("munged", "slurmctld", "slurmd", "strace")
 REASON = "needs root and Slurm: apt-get install -y --no-install-recommends slurm-wlm munge iproute2 strace"

@@ -1,1 +1,0 @@
-"""Several hosts on one machine, to be cut off and crashed."""

@@ -1,0 +1,90 @@
+"""What a run left in its directory, and whether two runs are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def step_of(run_dir: Path) -> int:
+    try:
+        return int(json.loads((run_dir / "status.json").read_text()).get("step", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def status(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "status.json").read_text())["state"])
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("step_*"))
+
+
+def weights(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = load_file(str(last_checkpoint(run_dir) / "model.safetensors"))
+    return found
+
+
+def optimizer_state(run_dir: Path) -> Any:
+    return torch.load(last_checkpoint(run_dir) / "training.pt", weights_only=True)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_without_times(run_dir: Path) -> list[dict[str, Any]]:
+    """What must be the same in a resumed and in an uninterrupted run."""
+    times = ("time", "epoch_s", "attempt")
+    return [
+        {key: value for key, value in line.items() if key not in times and not key.startswith("perf/")}
+        for line in metrics(run_dir)
+    ]
+
+
+def same_run(one: Path, other: Path) -> None:
+    """The same weights and the same lines of metrics, to the bit; times aside."""
+    saved = [(last_checkpoint(path) / "model.safetensors").read_bytes() for path in (one, other)]
+    assert saved[0] == saved[1]
+    assert metrics_without_times(one) == metrics_without_times(other)
+
+
+def train_losses(run_dir: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
+
+
+def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def assert_bit_identical(run: Path, other: Path) -> None:
+    assert largest_difference(weights(run), weights(other)) == 0
+    assert_equal(optimizer_state(run), optimizer_state(other))
+    assert metrics_without_times(run) == metrics_without_times(other)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Nested containers with tensors, to the bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for first, second in zip(a, b, strict=True):
+            assert_equal(first, second)
+    else:
+        assert a == b
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

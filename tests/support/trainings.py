@@ -1,0 +1,37 @@
+"""What tests train."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from support.processes import DIST_TRAIN
+
+# A few seconds of real MNIST.
+SETTINGS = shlex.split("-c smoke -q -o log_every=1 -o eval_every=0 -o final_train_eval=false -o optimizer.lr=1e-3")
+
+# For what must not depend on how a batch is divided.
+NETS: dict[str, dict[str, Any]] = {
+    "mlp": {"name": "mlp"},
+    "guide": {"name": "guide"},
+    "bks": {"name": "bks", "args": {"dropout": 0.0}},
+    "conv": {"name": "conv"},
+    "fast": {"name": "fast"},
+}
+MNIST: dict[str, Any] = {
+    "global_batch_size": 96,
+    "final_train_eval": False,
+    "optimizer": {"lr": 1e-3},
+    "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}},
+}
+# (world size, at most per device): every rank count, with and without micro-batches
+DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
+
+STEPS = 1500
+
+
+def train(*settings: str, nproc: int = 2) -> list[str]:
+    """In the current folder, as `runs/r`."""
+    own = ["model.name=support.user_nets:Slow", "model.args.slow_s=0.004", f"train_for={STEPS} steps", "log_every=10",
+           "save_every=50 steps"]  # fmt: skip
+    return [*DIST_TRAIN, "train", *SETTINGS, *own, *settings, "--run-name", "r", f"--nproc={nproc}"]
