@@ -192,6 +192,7 @@ class TrackingConfig(_Settings):
     tensorboard: bool = False
     pictures: bool = True  # of a finished run: curves, confusion matrix, mistakes; in pictures/ and in W&B
     artifact: bool = False  # the best checkpoint's weights to W&B, as an artifact
+    timeout_s: Seconds = 60.0  # W&B gets half of it to begin, and at the end of the run all of it to take what is left
 
 
 class Config(_Settings):

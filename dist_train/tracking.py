@@ -24,9 +24,6 @@ from dist_train.errors import DistTrainError, RunDirError
 from dist_train.manifest import MODEL, best, good, read_manifest
 from dist_train.run_dir import RunDir
 
-# The time the mirrors get at the end to deliver what is left. W&B's files remain whatever happens.
-FINISH_TIMEOUT_S = 60.0
-
 _log = logging.getLogger(__name__)
 
 
@@ -72,6 +69,7 @@ class _Mirror:
         self._run_dir = run_dir
         self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._artifact = config.tracking.artifact
+        self._timeout_s = config.tracking.timeout_s
         self._summary: Mapping[str, Any] = {}
         self._pictures: Mapping[str, bytes] = {}
         self._thread = threading.Thread(target=self._run, args=(config, facts), name="tracking", daemon=True)
@@ -84,11 +82,11 @@ class _Mirror:
     def finish(self, summary: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
         self._summary, self._pictures = summary, pictures
         self._queue.put(None)
-        self._thread.join(FINISH_TIMEOUT_S)
+        self._thread.join(self._timeout_s)  # W&B's files remain whatever happens
         if self._thread.is_alive():
             _log.warning(
-                "W&B did not take all within %.0f s. Later: dist-train wandb sync %s",
-                FINISH_TIMEOUT_S, self._run_dir.path,
+                "W&B did not take all within tracking.timeout_s=%g. Later: dist-train wandb sync %s",
+                self._timeout_s, self._run_dir.path,
             )  # fmt: skip
 
     def _run(self, config: Config, facts: Mapping[str, Any]) -> None:
@@ -221,7 +219,7 @@ def start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Si
         "group": os.environ.get("WANDB_RUN_GROUP") or settings.group or os.environ.get("WANDB_SWEEP_ID"),
         "job_type": os.environ.get("WANDB_JOB_TYPE") or settings.job_type,
         "tags": _tags(settings, facts),
-        "settings": wandb.Settings(console="off", init_timeout=30, x_disable_stats=True),
+        "settings": wandb.Settings(console="off", init_timeout=settings.timeout_s / 2, x_disable_stats=True),
     }
     project = os.environ.get("WANDB_PROJECT") or settings.project
     try:

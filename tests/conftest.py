@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from support.once import shared_folder
+from support.schedule import in_order
+from support.tables import tables_of
+
 if TYPE_CHECKING:
     from dist_train.distributed import World
     from dist_train.run_dir import RunDir
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
 # The same examples each time, no database of past failures in the tree.
 settings.register_profile("dist_train", deadline=None, database=None, derandomize=True)
 settings.load_profile("dist_train")
+
+# OpenMP reads it when torch is loaded. As many workers as there are cores compute already; `make cpus` asks for two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell's background job ignores INT and `nohup` HUP, and so would every process that a test starts and signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,7 +35,11 @@ _PREFIXES = ("SLURM_", "ACCELERATE_", "WANDB_", "DIST_TRAIN_", "TORCHELASTIC_", 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-faults", action="store_true", help="All faults of tests/faults, not a tenth of them.")
+    parser.addoption("--full", action="store_true", help="All faults and jobs, not the part that each session has.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = in_order(items)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,14 +48,13 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     for name in list(os.environ):
         if name in _LAUNCHERS or name.startswith(_PREFIXES):
             del os.environ[name]
-    cache = tmp_path_factory.mktemp("cache")
+    cache, shared = tmp_path_factory.mktemp("cache"), shared_folder(tmp_path_factory)
     os.environ |= {
-        "DIST_TRAIN_DATA_DIR": str(cache / "data"),
+        "DIST_TRAIN_DATA_DIR": str(shared / "data"),
+        "TORCHINDUCTOR_CACHE_DIR": str(shared / "inductor"),  # cold at first: what is compiled there is this session's
         "XDG_CACHE_HOME": str(cache),
         "HF_HOME": str(cache / "hf"),
         "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
-        # One process of this suite per core is enough: OpenMP threads that spin would slow the others down.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), before.get("PYTHONPATH")])),
     }
     yield
@@ -58,9 +68,19 @@ def _no_traces() -> Iterator[None]:
     environment, folder = dict(os.environ), Path.cwd()
     yield
     left = {name for name in os.environ.keys() | environment.keys() if os.environ.get(name) != environment.get(name)}
-    left -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # the latter is set by importing torchvision.models
+    left -= {"PYTEST_CURRENT_TEST"}
     assert not left, f"environment variables left changed: {sorted(left)}"
     assert Path.cwd() == folder
+
+
+@pytest.fixture
+def count(request: pytest.FixtureRequest) -> Callable[..., int]:
+    """Called with how many there are in full (and in part, else a tenth): how many there are to be now.
+
+    They are numbered, and the first are the same each time.
+    """
+    everything = request.config.getoption("--full")
+    return lambda full, part=0: full if everything else part or max(1, full // 10)
 
 
 @pytest.fixture
@@ -99,26 +119,22 @@ _COLUMNS = ("what happens", "what becomes of it", "seconds", "steps lost", "veri
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Called with a cell for each column of the table that the test's module names (TABLE, COLUMNS)."""
+    """Called with a cell for each column of the table that the test's module names (TABLE, COLUMNS).
+
+    The last column, which names the test, is added here.
+    """
     title = getattr(request.module, "TABLE", _TABLE)
     columns = getattr(request.module, "COLUMNS", _COLUMNS)
 
     def add(*cells: object) -> None:
         assert len(cells) == len(columns)
-        record_property("row", [title, list(columns), [str(cell) for cell in cells]])
+        record_property("row", [title, [*columns, "test"], [*map(str, cells), f"`{request.function.__name__}`"]])
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = terminalreporter.stats.get("passed", [])
-    reports = sorted(reports, key=lambda report: report.location[:2])  # as in the files, whoever ran them
-    tables: dict[str, list[list[str]]] = {}
-    for title, columns, cells in (
-        value for report in reports for name, value in report.user_properties if name == "row"
-    ):
-        tables.setdefault(title, [columns, ["---"] * len(columns)]).append(cells)
-    for title, rows in tables.items():
+    for title, (header, *rows) in tables_of(terminalreporter.stats.get("passed", [])):
         terminalreporter.section(title)
-        for cells in rows:
+        for cells in (header, ["---"] * len(header), *rows):
             terminalreporter.write_line(f"| {' | '.join(cells)} |")

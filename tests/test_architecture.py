@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support.processes import ROOT
+
 PACKAGE = ROOT / "dist_train"
 # From the bottom up: a module imports only what stands before it.
 LAYERS = [
@@ -108,3 +110,31 @@ def test_readme_names_every_module() -> None:
     ours = [name for name in MODULES if not name.startswith(PEERS)]
     names = [Path(name).name for name in ours if not name.endswith(("__init__", "__main__"))]
     assert [name for name in names if f"{name}.py" not in readme] == []
+
+
+# --- the tests themselves --------------------------------------------------------------------------------------------
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+PRIVATE = re.compile(r"_[a-z]\w*")
+# Not ours; and Accelerate has no other way to leave a world.
+PRIVATE_ELSEWHERE = {"_exit", "_reset_state"}
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Of dist_train's that are read, imported or named in a text, as monkeypatch wants them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dist_train"):
+            yield from (alias.name for alias in node.names if PRIVATE.fullmatch(alias.name))
+        elif isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr):
+            if not isinstance(node.value, ast.Name) or node.value.id not in ("self", "cls"):
+                yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+            texts = [each.value for each in node.args if isinstance(each, ast.Constant)]
+            yield from (text for text in texts if isinstance(text, str) and PRIVATE.fullmatch(text.rpartition(".")[2]))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_test_uses_what_is_public(path: Path) -> None:
+    """What several tests share is in tests/support, and a private name may change without a test being changed."""
+    assert [name for name, _ in imports(path) if name.rpartition(".")[2].startswith("test_")] == []
+    assert set(private_names(path)) - PRIVATE_ELSEWHERE == set()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +14,11 @@ from dist_train.config_file import parse_config
 from dist_train.distributed import World
 from dist_train.errors import DistTrainError
 from dist_train.plan import BatchPlan
-from support.ranks import join_group, run_on_ranks
+from support.processes import DIST_TRAIN
+from support.ranks import join_group, run_forked, run_on_ranks
 from support.run_files import metrics
 
-TRAIN = [sys.executable, "-m", "dist_train", "train", "-q", "-c", "smoke", "--run-name=r"]
+TRAIN = [*DIST_TRAIN, "train", "-q", "-c", "smoke", "--run-name=r"]
 
 
 def sampler_of(world_size: int, rank: int) -> ShardSampler:
@@ -86,7 +85,7 @@ def test_over_the_ranks(same: bool) -> None:
 def test_a_line_for_each_epoch(resident: str, tmp_path: Path) -> None:
     """60 000 examples in batches of 7000: 8 steps and 4000 dropped in an epoch; then half of one."""
     settings = ["global_batch_size=7000", "train_for=20 steps", f"data.resident={resident}", "final_train_eval=false"]
-    subprocess.run([*TRAIN, *settings], cwd=tmp_path, check=True, capture_output=True)
+    assert run_forked([*TRAIN, *settings], tmp_path).returncode == 0
     lines = [line for line in metrics(tmp_path / "runs/r") if "audit/unique" in line]
     found = [(line["step"], line["audit/unique"], line["audit/dropped"]) for line in lines]
     assert found == [(8, 56_000, 4000), (16, 56_000, 4000), (20, 28_000, 32_000)]

@@ -14,7 +14,8 @@ from dist_train.data.batches import Batches, training_batches
 from dist_train.data.image_set import ImageSet
 from dist_train.data.pixels import Augment
 from dist_train.plan import BatchPlan
-from support.processes import DIST_TRAIN, run
+from support.processes import DIST_TRAIN
+from support.ranks import run_forked
 
 CPU = torch.device("cpu")
 GLOBAL = 24
@@ -96,6 +97,6 @@ def test_off_changes_nothing(images: ImageSet) -> None:
 
 def test_data_with_transforms_of_its_own_is_refused(tmp_path: Path) -> None:
     settings = ["data.name=support.user_sets:Jittered", "data.augment.shift=2", "--fast-dev-run"]
-    done = run([*DIST_TRAIN, "train", "-c", "smoke", *settings], tmp_path)
+    done = run_forked([*DIST_TRAIN, "train", "-c", "smoke", *settings], tmp_path)
     assert done.returncode == 2
     assert "data.augment and data.name=support.user_sets:Jittered, which has transforms of its own" in done.stderr

@@ -16,8 +16,9 @@ from dist_train.errors import ConfigError, DataError
 from dist_train.run_dir import RunDir
 from dist_train.slurm import Partition, decide_requeue, judge_term
 from dist_train.submission import check_partition, check_submission, seconds_of
+from support.processes import ROOT
 
-SCRIPTS = Path(__file__).parent.parent / "slurm"
+SCRIPTS = ROOT / "slurm"
 
 
 @pytest.mark.parametrize("name", BUNDLED)

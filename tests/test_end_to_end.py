@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from support.processes import DIST_TRAIN, ROOT, run
-from support.ranks import train_on_ranks
+from support.ranks import run_forked, train_on_ranks
 from support.run_files import metrics, train_losses, weights
 
 BUNDLE = Path(__file__).parent / "bundles/mnist_bks"
@@ -90,8 +90,8 @@ def test_the_bundle_of_the_tutorial_runs_unchanged(tmp_path: Path) -> None:
         for file in BUNDLE.glob("*.py"):
             archive.write(file, file.name)
     (tmp_path / "bundle.yaml").write_text(f"data: {{bundle: {path}}}\nmodel: {{bundle: {path}}}\n")
-    options = ["-o", "eval_every=0", "-q", "--nproc", "2", "--run-name", "r"]
-    done = run([*DIST_TRAIN, "train", "-c", "bundle.yaml", *SHORT, *options], tmp_path)
+    options = ["-o", "eval_every=0", "-q", "--run-name", "r"]
+    done = run_forked([*DIST_TRAIN, "train", "-c", "bundle.yaml", *SHORT, *options], tmp_path, world_size=2)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "runs/r/result.json").read_text())
     assert result["val_source"] == "UserValDataset"
@@ -171,7 +171,7 @@ def test_a_net_that_does_not_fit_its_data_is_told_with_file_and_line(tmp_path: P
     body = "    def forward(self, images):\n        return super().forward(images)\n"
     (tmp_path / "mine.py").write_text(f"from torch import nn\nclass Net(nn.Linear):\n{body}")
     command = [*DIST_TRAIN, "train", "-c", "smoke", "-o", "model.name=mine:Net", "--run-name", "r"]
-    done = run([*command, "-o", "model.args={in_features: 10, out_features: 10}"], tmp_path)
+    done = run_forked([*command, "-o", "model.args={in_features: 10, out_features: 10}"], tmp_path)
     assert done.returncode != 0
     assert f"error: Net failed on its first batch: {tmp_path / 'mine.py'}:4: RuntimeError: mat1 and mat2" in done.stderr
     assert "Traceback" not in done.stderr
@@ -197,7 +197,7 @@ def test_a_mask_of_infinities_is_no_divergence(tmp_path: Path) -> None:
 def test_averaged_weights_are_evaluated_with_their_own_loss(tmp_path: Path) -> None:
     train_on_ranks(own(model={"name": "support.user_nets:OwnLoss"}, ema_decay=0.9), tmp_path / "r")
     result = json.loads((tmp_path / "r/result.json").read_text())
-    found = run([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
     assert json.loads(found.stdout)["loss"] == pytest.approx(result["test/loss"], rel=1e-6)
 
 
@@ -237,8 +237,8 @@ def test_diverged_runs_stop_and_save_nothing_poisoned(tmp_path: Path) -> None:
         "        Net.calls += self.training\n"
         "        return super().forward(images) * (float('nan') if Net.calls > 40 else 1)\n"
     )
-    common = [*DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "-q", "-o", "model.name=mine:Net"]
-    done = run([*common, "-o", "save_every=10", "-o", "log_every=15", "--run-name", "r"], tmp_path)
+    common = [*DIST_TRAIN, "train", "-c", "smoke", "-q", "-o", "model.name=mine:Net"]
+    done = run_forked([*common, "-o", "save_every=10", "-o", "log_every=15", "--run-name", "r"], tmp_path, world_size=2)
     assert done.returncode == 1
     assert re.search(r"not finite between step (31 and 40|31 and 45)", done.stderr), done.stderr
     assert "step_00000030" in done.stderr
@@ -249,7 +249,7 @@ def test_diverged_runs_stop_and_save_nothing_poisoned(tmp_path: Path) -> None:
 def test_training_accuracy_of_the_first_tutorial(tmp_path: Path) -> None:
     """One of its three epochs is enough to see that net, data and optimizer are right: about 94 %."""
     command = [*DIST_TRAIN, "train", "-c", "mnist_mlp", "-o", "train_for=1 epochs", "-q", "--run-name", "r"]
-    assert run(command, tmp_path).returncode == 0
+    assert run_forked(command, tmp_path).returncode == 0
     result = json.loads((tmp_path / "runs/r/result.json").read_text())
     assert 0.93 < result["test/accuracy"] < 0.97
     assert result["train/seen"] == 60_000

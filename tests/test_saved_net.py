@@ -23,8 +23,9 @@ from dist_train.data.named import load_named
 from dist_train.distributed import World
 from dist_train.saved_net import SavedNet
 from dist_train.small_files import read_json, write_json
-from support.processes import DIST_TRAIN, run
-from support.ranks import join_group, run_on_ranks
+from support.once import made_once
+from support.processes import DIST_TRAIN
+from support.ranks import join_group, run_forked, run_on_ranks
 from support.trainings import SETTINGS
 
 
@@ -36,11 +37,13 @@ def test_set() -> ImageSet:
 @pytest.fixture(scope="module", params=["conv", "speedrun"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With dropout, with BatchNorm; so far that it is right about most digits."""
-    folder = tmp_path_factory.mktemp("trained")
-    settings = [f"model.name={request.param}", "train_for=60 steps", "optimizer.lr=1e-2", "global_batch_size=128"]
-    done = run([*DIST_TRAIN, "train", *SETTINGS, *settings, "--run-name=r"], folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs/r"
+
+    def make(folder: Path) -> None:
+        settings = [f"model.name={request.param}", "train_for=60 steps", "optimizer.lr=1e-2", "global_batch_size=128"]
+        done = run_forked([*DIST_TRAIN, "train", *SETTINGS, *settings, "--run-name=r"], folder)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, f"trained {request.param}", make) / "runs/r"
 
 
 def call(*arguments: object) -> Result:
@@ -69,7 +72,7 @@ def test_predict_agrees_with_evaluate(trained: Path, test_set: ImageSet, tmp_pat
         assert len(each) == 3
         assert [*each.values()] == pytest.approx([float(row[int(name)]) for name in each], abs=1e-6)
 
-    counted = json.loads(run([*DIST_TRAIN, "evaluate", str(trained), "--json"], tmp_path).stdout)
+    counted = json.loads(run_forked([*DIST_TRAIN, "evaluate", str(trained), "--json"], tmp_path).stdout)
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     predicted = logits_of(trained, test_set.images).argmax(1)
     confusion.index_put_((test_set.labels, predicted), torch.ones(1, dtype=torch.int64), accumulate=True)
@@ -136,7 +139,7 @@ def test_a_run_by_its_name(trained: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """As `runs ls` prints it."""
     monkeypatch.setenv("DIST_TRAIN_RUNS_DIR", str(trained.parent))
     for command in (("runs", "show"), ("runs", "tail"), ("runs", "compare"), ("evaluate",), ("train", "--resume")):
-        said = run([*DIST_TRAIN, *command, trained.name], tmp_path, DIST_TRAIN_RUNS_DIR=str(trained.parent))
+        said = run_forked([*DIST_TRAIN, *command, trained.name], tmp_path, DIST_TRAIN_RUNS_DIR=str(trained.parent))
         assert said.returncode == 0, (command, said.stderr)
     assert "is not running: FINISHED" in call("runs", "stop", trained.name).output
     missing = call("runs", "stop", "no-such-run")

@@ -24,7 +24,8 @@ from dist_train.plan import BatchPlan
 from dist_train.rehearsal import MAX_DISTANCE, rehearse, worth_trying
 from dist_train.schedule import LearningRate
 from dist_train.step import Step
-from support.processes import DIST_TRAIN, run
+from support.processes import DIST_TRAIN
+from support.ranks import run_forked
 from support.run_files import train_losses
 from support.user_nets import Drawing
 from support.user_sets import mnist_part
@@ -241,12 +242,13 @@ def test_auto_measures_and_says_what(
         (["step_mode=compile", "data.resident=false"], "the data is streamed"),
         (["step_mode=compile", "per_device_batch_size=16"], "it has 6 micro-steps"),
         (["step_mode=compile", "optimizer.momentum=0.9", "optimizer.name=sgd", "optimizer.dampening=0.1"], "dampening"),
-        (["step_mode=compile", "--nproc=2"], "2 processes exchange gradients"),
+        (["step_mode=compile"], "2 processes exchange gradients"),
     ],
 )
 def test_a_mode_that_cannot_be(settings: list[str], reason: str, tmp_path: Path) -> None:
     short = ["train_for=3 steps", "eval_every=0", "final_train_eval=false"]
-    done = run([*DIST_TRAIN, "train", "-c", "smoke", "--run-name", "r", *short, *settings], tmp_path)
+    command = [*DIST_TRAIN, "train", "-c", "smoke", "--run-name", "r", *short, *settings]
+    done = run_forked(command, tmp_path, world_size=2 if reason.startswith("2 processes") else 1)
     assert done.returncode == 0, done.stderr
     assert reason in done.stdout + done.stderr
     assert json.loads((tmp_path / "runs/r/run.json").read_text())["step_mode"] == "eager"
@@ -264,13 +266,13 @@ def test_a_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
     """Under auto too; stopped and resumed it comes to the numbers of the run that was not."""
     settings = ["train_for=40 steps", "log_every=1", "eval_every=0", "final_train_eval=false", "save_every=20 steps"]
     command = [*DIST_TRAIN, "train", "-c", "smoke", *settings]
-    whole = run([*command, "--run-name", "whole", "step_mode=compile"], tmp_path)
+    whole = run_forked([*command, "--run-name", "whole", "step_mode=compile"], tmp_path)
     assert whole.returncode == 0, whole.stderr
     shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/cut", symlinks=True)
     shutil.rmtree(tmp_path / "runs/cut/checkpoints/step_00000040")
     (tmp_path / "runs/cut/result.json").unlink()
     (tmp_path / "runs/cut/status.json").write_text(json.dumps({"state": "INTERRUPT", "attempt": 1}))
-    resumed = run([*command, "--run-name", "cut", "-v"], tmp_path)
+    resumed = run_forked([*command, "--run-name", "cut", "-v"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step 20" in resumed.stdout
     assert "step_mode=compile:" in resumed.stdout

@@ -15,7 +15,6 @@ from dist_train.config_file import parse_config
 from dist_train.run_dir import RunDir
 from dist_train.tracking import Tracker, wandb_mode
 
-CONFIG = parse_config({})
 LINES: list[dict[str, Any]] = [
     {"step": 2, "train/loss": 0.5, "train/grad_norm": None},
     {"step": 4, "train/loss": 0.25, "train/grad_norm": 1.5},
@@ -89,7 +88,12 @@ class Recorder:
 
 
 def tracker_with(
-    wandb: Any, tensorboard: Any, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, enabled: bool = True
+    wandb: Any,
+    tensorboard: Any,
+    run_dir: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    enabled: bool = True,
+    settings: dict[str, Any] | None = None,
 ) -> Tracker:
     for name, sink in {"start_wandb": wandb, "start_tensorboard": tensorboard}.items():
 
@@ -100,7 +104,7 @@ def tracker_with(
 
         start.__name__ = name
         monkeypatch.setattr(module, name, start)
-    return Tracker(run_dir, CONFIG, {}, enabled=enabled)
+    return Tracker(run_dir, parse_config({"tracking": settings or {}}), {}, enabled=enabled)
 
 
 WITHOUT_NONE = [(line["step"], {k: v for k, v in line.items() if v is not None}) for line in LINES]
@@ -152,8 +156,7 @@ def test_a_sink_that_hangs_costs_no_time(
         def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
             free.wait(30)
 
-    monkeypatch.setattr(module, "FINISH_TIMEOUT_S", 0.1)
-    tracker = tracker_with(Hanging(), None, run_dir, monkeypatch)
+    tracker = tracker_with(Hanging(), None, run_dir, monkeypatch, settings={"timeout_s": 0.1})
     started = time.monotonic()
     for _ in range(100):
         tracker.log(LINES[1])

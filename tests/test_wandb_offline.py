@@ -20,7 +20,7 @@ from support.patience import wait_until
 from support.processes import alive, command_of, run, started
 from support.ranks import join_group, run_on_ranks
 from support.run_files import metrics
-from support.trainings import train
+from support.trainings import let_go, train
 
 FIRST: list[dict[str, Any]] = [
     {"step": 2, "train/loss": 0.5, "train/grad_norm": None},
@@ -95,12 +95,13 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
 def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -> None:
     """One id. After an agreed stop no gaps and no repeats; after a kill what is done again comes to the same values."""
     run_dir = tmp_path / "runs/r"
-    command = train("save_every=400 steps", "model.args.slow_s=0.04")
+    # Held two minutes long between a save at 70 and the next at 140.
+    command = train("save_every=70 steps", "log_every=2", "model.args.at=75", "model.args.slow_s=2")
 
     def has_begun() -> bool:
         """W&B is there and has got some lines: it takes as long to start as such a run."""
         records = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-        return any(max(steps_of(read(record.parent)), default=0) > 420 for record in records)
+        return any(max(steps_of(read(record.parent)), default=0) > 70 for record in records)
 
     with started(command, tmp_path, None, WANDB_MODE="offline") as process:
         wait_until(has_begun, "record")
@@ -112,6 +113,7 @@ def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -
                     os.kill(pid, end)
         process.communicate()
         wait_until(lambda: not alive(tmp_path), "end of W&B's own process, which writes what it has")
+    let_go(tmp_path)
     assert run(command, tmp_path, WANDB_MODE="offline").returncode == 0
     segments = sorted(run_dir.glob("wandb/offline-run-*"))
     assert len({path.name.rpartition("-")[2] for path in segments}) == 1

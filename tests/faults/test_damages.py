@@ -23,8 +23,8 @@ from dist_train.manifest import MANIFEST, MODEL, STATE, TRAINING, find_damage
 from dist_train.parts import build_parts
 from dist_train.run_dir import RunDir
 from dist_train.step import Step
-from support.processes import DIST_TRAIN, run
-from support.ranks import train_on_ranks
+from support.processes import DIST_TRAIN
+from support.ranks import run_forked, train_on_ranks
 from support.run_files import assert_bit_identical, assert_equal
 
 TABLE = "damages and mutations"
@@ -311,7 +311,7 @@ def test_resumed_after_a_damage_as_if_nothing_had_been(
         others = [tmp_path / "run" / "intact" / "step_00000004"]
         for folder in folders:
             damage(folder, others, random.Random(f"{damage.__name__} {number}"))
-        done = run([*DIST_TRAIN, "train", "-q", "--resume", str(path)], tmp_path)
+        done = run_forked([*DIST_TRAIN, "train", "-q", "--resume", str(path)], tmp_path)
         assert done.returncode == 0, f"{damage.__name__} {number}: {done.stdout}{done.stderr}"
         assert done.stdout.count("is damaged") == len(folders)
         assert {folder.name for folder in folders} == {

@@ -17,6 +17,7 @@ from dist_train.small_files import read_json
 from support.kill_plan import ANYWHERE, PHASES, RANK_ZERO, SAVE, Chain, Kill, plan, sample
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, alive, run, started
+from support.ranks import run_forked
 from support.run_files import assert_bit_identical
 
 TABLE = "kills"
@@ -42,7 +43,7 @@ ema_decay: 0.9
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "chain" in metafunc.fixturenames:
-        chains = plan() if metafunc.config.getoption("--all-faults") else sample()
+        chains = plan() if metafunc.config.getoption("--full") else sample()
         metafunc.parametrize("chain", list(chains), ids=str)
 
 
@@ -56,7 +57,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
         folder.mkdir(exist_ok=True)
         with FileLock(folder / f".lock_{nproc}"):
             if not (folder / f"runs/{nproc}/result.json").exists():
-                done = run(command(folder, nproc, str(nproc)), folder)
+                start = command(folder, nproc, str(nproc))
+                done = run_forked([*DIST_TRAIN, "train", *start[start.index("-q") :]], folder, nproc)
                 assert done.returncode == 0, done.stderr
         return folder / "runs" / str(nproc)
 
@@ -143,8 +145,9 @@ def results(run_dir: Path) -> dict[str, Any]:
 def files(run_dir: Path) -> set[str]:
     """What lies there besides the lines that were made again, and a W&B run for each attempt.
 
-    And the pictures: they are drawn when the run is FINISHED, and a kill after that leaves them out.
+    And the pictures: they are drawn when the run is FINISHED, and a kill after that leaves them out. The run that
+    nobody kills has no launcher.
     """
     found = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*")}
-    apart = ("metrics.discarded.jsonl", "wandb", "pictures")
+    apart = ("metrics.discarded.jsonl", "wandb", "pictures", "logs/launcher.log")
     return {name for name in found if not name.startswith(apart)}

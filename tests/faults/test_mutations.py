@@ -107,11 +107,12 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "numbers": (
         ["optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "max_grad_norm", "label_smoothing", "ema_decay",
-         "stall_timeout_s", "setup_timeout_s", "schedule.final_ratio", "early_stop.min_delta"],
+         "stall_timeout_s", "setup_timeout_s", "schedule.final_ratio", "early_stop.min_delta", "tracking.timeout_s"],
         [*NUMBERS, "1e-3x", "1/3", "1e999", f"1{'0' * 400}"],
     ),
     "numbers that are not 0": (
-        ["optimizer.lr", "optimizer.eps", "max_grad_norm", "ema_decay", "stall_timeout_s", "setup_timeout_s"],
+        ["optimizer.lr", "optimizer.eps", "max_grad_norm", "ema_decay", "stall_timeout_s", "setup_timeout_s",
+         "tracking.timeout_s"],
         ["0", "0.0", "1e-400"],
     ),
     "numbers below 1": (["label_smoothing", "ema_decay", "schedule.final_ratio"], ["1", "1.0", "3", "1e30"]),

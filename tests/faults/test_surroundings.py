@@ -20,8 +20,8 @@ import pytest
 from support.mounts import needs_mounts
 from support.patience import wait_until
 from support.processes import alive, run, started
-from support.run_files import metrics, same_run, step_of
-from support.trainings import train
+from support.run_files import assert_bit_identical, metrics, step_of
+from support.trainings import HELD, let_go, train
 
 CLOCK = Path(__file__).parent / "clock"
 TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
@@ -82,9 +82,10 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= 200, "training")
+            wait_until(lambda: step_of(runs / "r") >= HELD, "training")
             with full(runs):
                 out = read_up_to(process, "A checkpoint could not be written", "metrics.jsonl cannot be written")
+            let_go(tmp_path)
             assert process.stdout is not None
             assert process.stderr is not None
             out, err = out + process.stdout.read(), process.stderr.read()
@@ -93,7 +94,7 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
         # Once, not a hundred times; once more if a line had found some room meanwhile.
         assert 1 <= out.count("metrics.jsonl cannot be written") <= 3
         assert "Traceback" not in out + err
-        same_run(runs / "r", undisturbed)
+        assert_bit_identical(runs / "r", undisturbed)
         assert json.loads((runs / "r/result.json").read_text())["attempt"] == 1
     row("the disk is full for a while, in the middle of saves", "goes on, warns, tries again", "-", "to the bit")
 
@@ -104,15 +105,16 @@ def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= 200, "training")
+            wait_until(lambda: step_of(runs / "r") >= HELD, "training")
             with full(runs):
+                let_go(tmp_path)
                 out, err = process.communicate()
         assert process.returncode == 1, out + err
         assert re.search(r"error \[rank 0\]: .*could not be written.*Make room there", out), out
         assert "Traceback" not in out + err
         again = run(train(), tmp_path)
         assert again.returncode == 0, again.stderr
-        same_run(runs / "r", undisturbed)
+        assert_bit_identical(runs / "r", undisturbed)
     row("the disk is full to the end", "exit 1, `Make room there`; goes on after it", "-", "to the bit, resumed")
 
 
@@ -125,8 +127,9 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
     with mounted(runs, "-o", "loop", str(image)):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= 200, "training")
+            wait_until(lambda: step_of(runs / "r") >= HELD, "training")
             subprocess.run(["mount", "-o", "remount,abort", str(runs)], check=True)
+            let_go(tmp_path)
             began = time.monotonic()
             out, err = process.communicate()
             seconds = time.monotonic() - began
@@ -142,7 +145,7 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
     with mounted(runs, "-o", "loop", str(again_image)):
         again = run(train(), tmp_path)
         assert again.returncode == 0, again.stderr
-        same_run(runs / "r", undisturbed)
+        assert_bit_identical(runs / "r", undisturbed)
     row(
         "the run directory turns read-only", "trains to the end, exit 1 as nothing could be saved; goes on after it",
         f"{seconds:.0f}", "to the bit, resumed",
@@ -155,10 +158,10 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
 @pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
     """In C, with the interpreter's lock: no Python of that rank runs any more."""
-    net = ["model.name=support.user_nets:Hanging", "model.args.call=150", f"model.args.rank={rank}"]
+    net = ["model.name=support.user_nets:Hanging", "model.args.call=75", f"model.args.rank={rank}"]
     with started(train(*net, "stall_timeout_s=20", nproc=nproc), tmp_path) as process:
         written = tmp_path / "runs/r/metrics.jsonl"  # status.json is a second behind, and stays so
-        wait_until(lambda: written.exists() and '"step": 140,' in written.read_text(), "training")
+        wait_until(lambda: written.exists() and '"step": 70,' in written.read_text(), "training")
         began = time.monotonic()
         _out, err = process.communicate()
         seconds = time.monotonic() - began
@@ -177,7 +180,7 @@ def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., 
 def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     """It cannot even end itself; the others do not wait for it."""
     with started(train("stall_timeout_s=20"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
-        wait_until(lambda: step_of(tmp_path / "runs/r") >= 100, "training")
+        wait_until(lambda: step_of(tmp_path / "runs/r") >= HELD, "training")
         (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()
                   and b"dist_train" in (Path("/proc") / f"{pid}/cmdline").read_bytes()]  # fmt: skip
         os.kill(pid, signal.SIGSTOP)
@@ -193,10 +196,10 @@ def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
 def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """Saves by the clock, agreements and the sheet of seconds go by one that cannot be set."""
     path = os.pathsep.join([str(CLOCK), os.environ["PYTHONPATH"]])
-    with started(train("save_every=1 s"), tmp_path, PYTHONPATH=path) as process:
+    with started(train("save_every=1 s", "model.args.slow_s=0.03"), tmp_path, PYTHONPATH=path) as process:
         _out, err = process.communicate()
     assert process.returncode == 0, err
-    same_run(tmp_path / "runs/r", undisturbed)
+    assert_bit_identical(tmp_path / "runs/r", undisturbed)
     lines = metrics(tmp_path / "runs/r")
     times = [line["time"] for line in lines]
     seconds = json.loads((tmp_path / "runs/r/result.json").read_text())["seconds"]

@@ -12,11 +12,12 @@ import pytest
 
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, run, started
-from support.run_files import metrics, same_run, step_of
-from support.trainings import STEPS, train
+from support.run_files import assert_bit_identical, metrics, step_of
+from support.trainings import HELD, STEPS, let_go, train
 from support.wandb_server import Manner, WandbServer
 
 TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
+TIMEOUT_S = 30
 AT_THE_START: list[Manner | None] = [None, "hangs", "refuses the key"]
 IN_MID_RUN: list[Manner | None] = [None, "hangs", "fails"]  # None: nobody listens any more
 
@@ -52,14 +53,14 @@ def test_wandb_does_not_answer(
     with WandbServer(manner or "answers") as server:
         if manner is None:
             server.die()
+        let_go(tmp_path)
         began = time.monotonic()
-        # It trains while W&B tries to begin, which has a minute from the end of the training on.
-        done = run(train("model.args.slow_s=0.02"), tmp_path, **server.env)
+        done = run(train(f"tracking.timeout_s={TIMEOUT_S}"), tmp_path, **server.env)
         seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "W&B cannot be reached" in done.stdout
-    same_run(tmp_path / "runs/r", undisturbed)
+    assert_bit_identical(tmp_path / "runs/r", undisturbed)
     sync(tmp_path, tmp_path / "runs/r")
     what = f"W&B {manner}" if manner else "nobody listens at W&B's port"
     row(what, "ends as always, recorded offline, delivered later", f"{seconds:.0f}", "to the bit")
@@ -75,32 +76,35 @@ def test_wandb_goes_away_in_mid_run(
     for number, manner in enumerate(IN_MID_RUN[: count(len(IN_MID_RUN))]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with WandbServer() as server, started(train(), folder, None, **server.env) as process:
+        command = train(f"tracking.timeout_s={TIMEOUT_S}")
+        with WandbServer() as server, started(command, folder, None, **server.env) as process:
             began = time.monotonic()
             wait_until(partial(is_tracked, server, folder / "runs/r"), "training")
             if manner is None:
                 server.die()
             else:
                 server.manner = manner
+            let_go(folder)
             out, err = process.communicate()
             seconds = time.monotonic() - began
         assert process.returncode == 0, err
         assert "Traceback" not in out + err
         assert f"dist-train wandb sync {folder / 'runs/r'}" in out
-        same_run(folder / "runs/r", undisturbed)
+        assert_bit_identical(folder / "runs/r", undisturbed)
         sync(folder, folder / "runs/r", cut_off=True)
         what = f"W&B {manner} from mid-run on" if manner else "W&B's server dies in mid-run"
-        row(what, "ends as always, waits 60 s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
+        row(what, f"ends as always, waits {TIMEOUT_S} s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
 
 
 def test_wandb_gets_a_run_once(tmp_path: Path) -> None:
     """Online, stopped and resumed: one run there, each line once."""
     with WandbServer() as server:
         with started(train(), tmp_path, None, **server.env) as process:
-            wait_until(lambda: step_of(tmp_path / "runs/r") > 300, "training")
+            wait_until(lambda: step_of(tmp_path / "runs/r") >= HELD, "training")
             process.send_signal(signal.SIGTERM)
             process.communicate()
         half = len(server.history)
+        let_go(tmp_path)
         done = run(train(), tmp_path, **server.env)
         assert done.returncode == 0, done.stderr
         assert half < STEPS // 10

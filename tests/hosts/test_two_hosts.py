@@ -13,12 +13,13 @@ import pytest
 from dist_train.small_files import read_json
 from support.hosts import REASON, Hosts, can_be_made
 from support.patience import wait_until
+from support.processes import DIST_TRAIN, ROOT
+from support.ranks import run_forked
 from support.run_files import train_losses
-from support.trainings import SETTINGS
+from support.trainings import SETTINGS, let_go
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
 
-ROOT = Path(__file__).parent.parent.parent
 EXACT = [*SETTINGS, "-o", "dtype=float64", "-o", "save_every=50 steps", "-o", "stall_timeout_s=30"]
 
 
@@ -34,8 +35,8 @@ def test_one_is_powered_off_and_comes_back(
     monkeypatch.chdir(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"HEAD": "node1", "NPROC": "1", "OMP_NUM_THREADS": "1", "PATH": path}
-    slow = ["model.name=support.user_nets:Slow", "model.args.slow_s=0.005"]
-    train = [str(ROOT / "launch/restart.sh"), *EXACT, *slow, "train_for=6000 steps", "--run-name=r"]
+    held = ["model.name=support.user_nets:Gated", "model.args.at=100", "model.args.slow_s=0.25", "train_for=800 steps"]
+    train = [str(ROOT / "launch/restart.sh"), *EXACT, *held, "--run-name=r"]
     run_dir = tmp_path / "runs/r"
 
     def start(host: str) -> subprocess.Popen[bytes]:
@@ -64,10 +65,10 @@ def test_one_is_powered_off_and_comes_back(
     hosts.boot("node2")
     two = start("node2")
     back_s = wait_until(lambda: trains_on(2, beyond=crashed_at), "training on both again")
+    let_go(tmp_path)
     assert (one.wait(), two.wait()) == (0, 0), said()
     assert read_json(run_dir / "status.json")["state"] == "FINISHED"
-    alone = [sys.executable, "-m", "dist_train", "train", *EXACT, "-o", "train_for=6000 steps", "--run-name=alone"]
-    subprocess.run(alone, check=True, capture_output=True)
+    assert run_forked([*DIST_TRAIN, "train", *EXACT, *held, "--run-name=alone"], tmp_path).returncode == 0
     assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-8)
     exact = "float64 losses of one process within 1e-8, on 2, 1 and 2 hosts"
     off = "one of two hosts without Slurm is powered off (`launch/restart.sh`, stall_timeout_s=30)"

@@ -1,4 +1,4 @@
-"""A cluster for each file of tests, and the run that nothing disturbed."""
+"""A cluster, and the run that nothing disturbed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from support.cluster import REASON, Cluster, can_be_made
 from support.jobs import LONG, train_here
 
 
-@pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Of two nodes with four CPUs each, or as the module's CLUSTER says."""
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Of three nodes with four CPUs: most jobs take two, and one is to spare. Each worker of pytest has its own."""
     if not can_be_made():
         pytest.skip(REASON)
-    asked = getattr(request.module, "CLUSTER", {})
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", **asked) as made:
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=3) as made:
         made.env |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
         yield made
 
@@ -41,7 +40,7 @@ def _told_by_us(log: str) -> list[str]:
     return [line[:200] for line in log.splitlines() if "torch/distributed" not in line and "^^^^" not in line]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LONG run on four ranks of this machine, without Slurm."""
-    return train_here(tmp_path_factory.mktemp("undisturbed"), *LONG, "--nproc=4")
+    return train_here(tmp_path_factory, "long", LONG, world_size=4)

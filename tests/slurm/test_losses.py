@@ -14,6 +14,7 @@ import pytest
 
 from support.cluster import KILL_WAIT_S, LOST_S, Cluster
 from support.jobs import (
+    HELD,
     end_well,
     is_training,
     log_of,
@@ -25,15 +26,17 @@ from support.jobs import (
     trains_again,
 )
 from support.patience import wait_until
-from support.run_files import same_run
+from support.run_files import assert_bit_identical
+from support.trainings import let_go
 
 pytestmark = pytest.mark.cluster
-CLUSTER = {"nodes": 3}  # one to spare
+SAVED = "checkpoints/step_*/manifest.json"
 
 
-def train_until(cluster: Cluster, folder: Path, step: int, *options: str) -> tuple[str, Path]:
+def train(cluster: Cluster, folder: Path, *options: str) -> tuple[str, Path]:
+    """A job that trains and has saved."""
     job, run_dir = submit_long(cluster, folder, *options)
-    wait_until(lambda: is_training(run_dir, beyond=step), "training")
+    wait_until(lambda: is_training(run_dir, beyond=HELD) and any(run_dir.glob(SAVED)), "training")
     return job, run_dir
 
 
@@ -46,16 +49,21 @@ def come_back(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, 
     return noticed_s, time.monotonic() - began, steps_lost(run_dir, reached)
 
 
+def end_as_undisturbed(cluster: Cluster, job: str, run_dir: Path, undisturbed: Path, *attempts: int) -> None:
+    let_go(run_dir.parent.parent)
+    end_well(cluster, job, run_dir, *attempts)
+    assert_bit_identical(run_dir, undisturbed)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_rank_is_killed(
     rank: int, cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    job, run_dir = train_until(cluster, tmp_path, 500)
+    job, run_dir = train(cluster, tmp_path)
     (pid,) = pids_of_rank(cluster, job, rank)
     os.kill(pid, signal.SIGKILL)
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    end_well(cluster, job, run_dir, 2)
-    same_run(run_dir, undisturbed)
+    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
     row(
         f"rank {rank} is killed", "queued again by the script", f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost,
         "weights and metrics to the bit",
@@ -63,13 +71,12 @@ def test_a_rank_is_killed(
 
 
 def test_a_node_crashes(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
-    job, run_dir = train_until(cluster, tmp_path, 500)
+    job, run_dir = train(cluster, tmp_path)
     _first, second = cluster.nodes_of(job)
     cluster.crash(second)
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     assert second not in cluster.nodes_of(job)
-    end_well(cluster, job, run_dir, 2)
-    same_run(run_dir, undisturbed)
+    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
     row(
         f"a node crashes (SlurmdTimeout={LOST_S})", "queued again by Slurm, on another node",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
@@ -80,7 +87,7 @@ def test_a_node_is_cut_off_and_healed(
     cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     """The node of rank zero, whose old process lives on beside the new one and sees the same files."""
-    job, run_dir = train_until(cluster, tmp_path, 500)
+    job, run_dir = train(cluster, tmp_path)
     first, _second = cluster.nodes_of(job)
     cluster.cut(first)
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
@@ -89,8 +96,8 @@ def test_a_node_is_cut_off_and_healed(
     cluster.heal(first)
     gone_s = wait_until(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
     assert status_of(run_dir)["attempt"] == 2
-    end_well(cluster, job, run_dir, 2, 3)  # should the old srun be heard again: it ends the step by its number
-    same_run(run_dir, undisturbed)
+    # Three, should the old srun be heard again: it ends the step by its number.
+    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2, 3)
     row(
         f"the node of rank 0 is cut off (SlurmdTimeout={LOST_S}), and healed while the run goes on elsewhere",
         f"queued again by Slurm, on another node; the old processes were gone {gone_s:.0f} s after the healing",
@@ -104,7 +111,7 @@ def test_an_old_attempt_that_trains_on(
 ) -> None:
     """All four ranks are on the node that is cut off: they lack nothing, and write where the new ones write."""
     monkeypatch.setitem(cluster.env, "NPROC", "4")
-    job, run_dir = train_until(cluster, tmp_path, 100, "--nodes=1", "--cpus-per-task=4")
+    job, run_dir = train(cluster, tmp_path, "--nodes=1", "--cpus-per-task=4")
     (node,) = cluster.nodes_of(job)
     cluster.cut(node)
     old = [pid for rank in range(4) for pid in pids_of_rank(cluster, job, rank)]
@@ -116,8 +123,7 @@ def test_an_old_attempt_that_trains_on(
     gone_s = wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old")
     assert "attempt 1 was superseded by attempt 2" in log_of(run_dir)
     cluster.heal(node)
-    end_well(cluster, job, run_dir, 2, 3)  # as above
-    same_run(run_dir, undisturbed)
+    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2, 3)  # as above
     row(
         "the only node of a job is cut off, and its ranks train on beside those of the requeued job",
         f"they notice that they are superseded and end after {gone_s:.0f} s",
@@ -127,7 +133,7 @@ def test_an_old_attempt_that_trains_on(
 
 def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """From before the job stops until after it has first asked to be queued again."""
-    job, run_dir = train_until(cluster, tmp_path, 500)
+    job, run_dir = train(cluster, tmp_path)
     cluster.stop_controller()
     (run_dir / "STOP").write_text("PREEMPTED\n")
     began = time.monotonic()
@@ -137,8 +143,7 @@ def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: P
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
     wait_until(partial(trains_again, cluster, job, run_dir, 2), "training again")
     again_s = time.monotonic() - began
-    end_well(cluster, job, run_dir, 2)
-    same_run(run_dir, undisturbed)
+    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
     row(
         "the controller is killed, and away while the job stops", "the script asks again until it is queued",
         f"trains {again_s:.0f}", "0", "weights and metrics to the bit",
@@ -160,8 +165,7 @@ def test_the_shared_folder_is_slow(
     wait_until(lambda: warning in log_of(run_dir), "warning")
     submit(cluster, "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    end_well(cluster, job, run_dir, 2)
-    same_run(run_dir, undisturbed)
+    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
     row(
         f"the shared folder takes 4 s for each fsync, and a preemption leaves {KILL_WAIT_S} s",
         "warned that a save takes longer; killed while it saved, queued again by Slurm",

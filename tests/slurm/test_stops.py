@@ -23,18 +23,20 @@ from support.jobs import (
     submit_long,
 )
 from support.patience import wait_until
-from support.run_files import same_run
+from support.run_files import assert_bit_identical
+from support.trainings import let_go
 
 pytestmark = pytest.mark.cluster
 
 
 def preempt(cluster: Cluster, _job: str) -> None:
-    """By a job of higher priority that takes both nodes."""
-    submit(cluster, "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", f"--wrap=sleep {GRACE_S}")
+    """By a job of higher priority that takes all nodes."""
+    options = ["--partition=high", f"--nodes={len(cluster.nodes)}", "--exclusive", "--output=/dev/null"]
+    submit(cluster, *options, f"--wrap=sleep {GRACE_S}")
 
 
 def test_preempted_twice(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
-    same_run(disturb_twice(cluster, tmp_path, partial(preempt, cluster)), undisturbed)
+    assert_bit_identical(disturb_twice(cluster, tmp_path, partial(preempt, cluster)), undisturbed)
     row(
         f"preempted twice, GraceTime={GRACE_S}", "saved at the first TERM, PREEMPTED, queued again by the script", "-",
         "0", "weights and metrics to the bit; one W&B run",
@@ -46,29 +48,38 @@ def test_preempted_twice_without_grace(
 ) -> None:
     """Slurm queues the job again itself, and lets KillWait pass between TERM and KILL."""
     run_dir = disturb_twice(cluster, tmp_path, partial(preempt, cluster), "--partition=low0", state="INTERRUPT")
-    same_run(run_dir, undisturbed)
+    assert_bit_identical(run_dir, undisturbed)
     row(
         f"preempted twice, GraceTime=0, KillWait={KILL_WAIT_S}", "saved at the TERM, queued again by Slurm", "-", "0",
         "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
 
+@pytest.mark.cluster(minutes=6)
 def test_the_time_limit_twice(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """A real limit of two minutes. Slurm looks every 30 s, and tells half a minute sooner than it was asked to.
 
-    The net waits in each step, so that a start, slow or fast, gets through but a part of the run.
+    Held so that no start gets through the whole of it before its time is over.
     """
-    steps = [*LONG, "model.args.slow_s=0.12"]
-    job = submit(cluster, "--time=2", "--signal=B:USR1@1", f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *steps)
+    held = [*LONG, "model.args.slow_s=0.5"]
+    job = submit(cluster, "--time=2", "--signal=B:USR1@1", f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *held)
     run_dir = tmp_path / f"runs/smoke-{job}"
+    for times in (1, 2):
+        wait_until(partial(has_run_out, cluster, job, run_dir, times), "end of its time", 2400)
+    let_go(tmp_path)
     end_well(cluster, job, run_dir, *range(3, 20))  # the more, the slower the machine
-    assert log_of(run_dir).count("requeue, state PREEMPTED") >= 2
-    same_run(run_dir, undisturbed)
+    assert_bit_identical(run_dir, undisturbed)
     row(
         "ran into its time limit (2 minutes) at least twice",
         "saved at the announcement, PREEMPTED, queued again by the script", "-", "0",
         "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
+
+
+def has_run_out(cluster: Cluster, job: str, run_dir: Path, times: int) -> bool:
+    if cluster.state(job) == "PENDING":
+        cluster.start_at_once(job)
+    return log_of(run_dir).count("requeue, state PREEMPTED") >= times
 
 
 def tell(cluster: Cluster, job: str) -> None:
@@ -85,14 +96,17 @@ def test_stopped_before_it_trains(
     wait_until(lambda: pids_of_rank(cluster, job, 0), "start")
     disturb(cluster, job)
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
+    let_go(tmp_path)
     end_well(cluster, job, run_dir, 1, 2)  # two where the training began within the time of grace
-    same_run(run_dir, undisturbed)
+    assert_bit_identical(run_dir, undisturbed)
 
 
 @pytest.mark.parametrize("script", ["train", "train_srun", "train_accelerate"])
-def test_cancelled_is_not_queued_again(script: str, cluster: Cluster, tmp_path: Path) -> None:
-    tasks = ["--ntasks-per-node=2", "--cpus-per-task=1"] if script == "train_srun" else []
-    job, run_dir = submit_long(cluster, tmp_path, *tasks, script=script)
+def test_cancelled_is_not_queued_again(
+    script: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cluster.env, "NPROC", "1")
+    job, run_dir = submit_long(cluster, tmp_path, script=script)
     wait_until(lambda: is_training(run_dir), "training")
     cluster.ask("scancel", job)
     wait_until(lambda: cluster.state(job) == "CANCELLED", "end")
@@ -109,14 +123,18 @@ def test_told_by_a_file(cluster: Cluster, undisturbed: Path, tmp_path: Path, row
     (run_dir / "STOP").touch()
     seconds = wait_until(lambda: ended(cluster, job, run_dir), "end")
     assert status_of(run_dir)["state"] == "INTERRUPT"
+    let_go(tmp_path)
     again = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *LONG, f"--run-name={run_dir.name}")
     end_well(cluster, again, run_dir, 2)
-    same_run(run_dir, undisturbed)
+    assert_bit_identical(run_dir, undisturbed)
     row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "submitted again: to the bit")
 
 
-def test_one_member_of_an_array(cluster: Cluster, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_one_member_of_an_array(
+    cluster: Cluster, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each member trains its own line; the one that runs out of time comes back, the others go on meanwhile."""
+    monkeypatch.setitem(cluster.env, "NPROC", "1")
     (tmp_path / "lines").write_text("seed=1\nseed=2 optimizer.lr=2e-3\nseed=3\n")
     script = SCRIPTS / "sweep_array.sbatch"
     array = submit(cluster, f"--chdir={tmp_path}", "--array=1-3", script, "lines", *LONG)
@@ -125,6 +143,7 @@ def test_one_member_of_an_array(cluster: Cluster, tmp_path: Path, row: Callable[
     wait_until(lambda: is_training(runs[second]), "training")
     cluster.ask("scancel", "--batch", "--signal=USR1", second)
     wait_until(lambda: status_of(runs[second])["state"] == "PREEMPTED", "agreed stop")
+    let_go(tmp_path)
     wait_until(lambda: all(ended(cluster, job, run) for job, run in runs.items()), "end of all", 2400)
     assert {job: status_of(run)["attempt"] for job, run in runs.items()} == {
         f"{array}_1": 1,

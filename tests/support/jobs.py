@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dist_train.small_files import read_json
 from support.cluster import Cluster
+from support.once import made_once
 from support.patience import wait_until
-from support.trainings import SETTINGS
+from support.processes import DIST_TRAIN, ROOT
+from support.ranks import run_forked
+from support.trainings import SETTINGS, let_go
 
-SCRIPTS = Path(__file__).parent.parent.parent / "slurm"
-# 20 s at least, and some 30 on four ranks that share two cores; a save takes 0.1 s.
+SCRIPTS = ROOT / "slurm"
+# A job to be disturbed: held from its step HELD on, for two minutes at most if nothing lets it go.
+HELD = 50
 LONG = [
-    *SETTINGS, "model.name=support.user_nets:Slow", "model.args.slow_s=0.01", "train_for=2000 steps", "log_every=100",
-    "save_every=10 s",
+    *SETTINGS, "model.name=support.user_nets:Gated", f"model.args.at={HELD}", "model.args.slow_s=0.25",
+    "train_for=550 steps", "log_every=10", "save_every=5 s",
 ]  # fmt: skip
 
 
@@ -39,7 +42,7 @@ def submit_long(cluster: Cluster, folder: Path, *options: str, script: str = "tr
 
 
 def is_training(run_dir: Path, beyond: int = 0) -> bool:
-    """And W&B has begun to record it."""
+    """Beyond that step, and W&B has begun to record it."""
     status = status_of(run_dir)
     trains = status.get("state") == "TRAINING" and status.get("step", 0) > beyond
     return trains and len(segments(run_dir)) == status["attempt"]
@@ -82,9 +85,9 @@ def end_well(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
 def disturb_twice(
     cluster: Cluster, folder: Path, disturb: Callable[[str], None], *options: str, state: str = "PREEMPTED"
 ) -> Path:
-    """The directory of a LONG run that was disturbed as soon as it trained, in each of its first two attempts."""
+    """The directory of a LONG run that was disturbed while it was held, in each of its first two attempts."""
     job, run_dir = submit_long(cluster, folder, *options)
-    beyond = 0
+    beyond = HELD
     for attempt in (1, 2):
         wait_until(partial(trains_again, cluster, job, run_dir, attempt, beyond), "training")
         disturb(job)
@@ -92,15 +95,22 @@ def disturb_twice(
         beyond = status_of(run_dir)["step"]
         assert status_of(run_dir)["attempt"] == attempt
         wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
+    let_go(folder)
     end_well(cluster, job, run_dir, 3)
     return run_dir
 
 
-def train_here(folder: Path, *arguments: str) -> Path:
-    """The directory of a run on this machine, without Slurm."""
-    train = [sys.executable, "-m", "dist_train", "train", *arguments, "--run-name=here"]
-    subprocess.run(train, check=True, capture_output=True, env=os.environ, cwd=folder)
-    return folder / "runs/here"
+def train_here(
+    tmp_path_factory: pytest.TempPathFactory, name: str, settings: Sequence[str], world_size: int = 1
+) -> Path:
+    """The directory of a run on this machine, without Slurm; made once for all workers of pytest."""
+
+    def make(folder: Path) -> None:
+        let_go(folder)
+        done = run_forked([*DIST_TRAIN, "train", *settings, "--run-name=here"], folder, world_size)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, name, make) / "runs/here"
 
 
 def steps_lost(run_dir: Path, reached: int) -> int:

@@ -6,6 +6,7 @@ import faulthandler
 import multiprocessing as mp
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from support.patience import PATIENCE_S
+from support.processes import DIST_TRAIN
 
 # Forked from a server that has imported torch once: a rank is there in 0.1 s instead of 4.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dist_train.attempt", "support.ranks", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["dist_train.attempt", "dist_train.cli", "support.ranks", "torch._dynamo"])
 
 
 def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = PATIENCE_S) -> None:
@@ -56,13 +58,7 @@ def _enter(
 ) -> None:
     os.environ.clear()
     os.environ.update(env)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    # Rendezvous through a file, so that no port can clash; the address is only what a launcher would have set.
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"})
-    os.environ["TEST_RENDEZVOUS"] = folder
-    # Loader workers as in a rank of torchrun; a rank of ours would start a fork server for them, each importing torch.
-    mp.set_start_method("fork", force=True)
+    _be_rank(rank, world_size, folder)
     faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))  # noqa: SIM115 - for good
     try:
         function(*args)
@@ -70,6 +66,61 @@ def _enter(
         Path(folder, f"error_{time.time_ns()}_{rank}").write_text(traceback.format_exc())
         sys.stdout.flush()
         os._exit(1)
+
+
+def _be_rank(rank: int, world_size: int, folder: str) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    # Rendezvous through a file, so that no port can clash; the address is only what a launcher would have set.
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})
+    os.environ["TEST_RENDEZVOUS"] = folder
+    # Loader workers as in a rank of torchrun; a rank of ours would start a fork server for them, each importing torch.
+    mp.set_start_method("fork", force=True)
+
+
+def run_forked(
+    command: Sequence[str], folder: Path, world_size: int = 1, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """As `processes.run` of a `dist-train` command, on so many ranks, for what is not about how processes start.
+
+    Exit code and output are rank zero's; the other ranks' errors come after its own.
+    """
+    assert command[: len(DIST_TRAIN)] == DIST_TRAIN
+    arguments = [*command[len(DIST_TRAIN) :]]
+    with tempfile.TemporaryDirectory() as made:
+        streams = [(Path(made, f"out_{rank}"), Path(made, f"err_{rank}")) for rank in range(world_size)]
+        ranks = [
+            _CONTEXT.Process(
+                target=_enter_command, args=(arguments, folder, rank, world_size, made, dict(os.environ) | env)
+            )
+            for rank in range(world_size)
+        ]
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join(PATIENCE_S)
+            if each.is_alive():
+                each.kill()
+                each.join()
+        said = "".join(err.read_text() for _, err in streams)
+        return subprocess.CompletedProcess(command, ranks[0].exitcode or 0, streams[0][0].read_text(), said)
+
+
+def _enter_command(
+    arguments: list[str], folder: Path, rank: int, world_size: int, made: str, env: dict[str, str]
+) -> None:
+    from dist_train.cli import main
+
+    for descriptor, name in ((1, "out"), (2, "err")):
+        with Path(made, f"{name}_{rank}").open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    if world_size > 1:
+        _be_rank(rank, world_size, made)
+        join_group("ranks")
+    main(arguments, prog_name="dist-train")
 
 
 def join_group(name: str) -> None:

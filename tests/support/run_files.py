@@ -47,13 +47,6 @@ def metrics_without_times(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def same_run(one: Path, other: Path) -> None:
-    """The same weights and the same lines of metrics, to the bit; times aside."""
-    saved = [(last_checkpoint(path) / "model.safetensors").read_bytes() for path in (one, other)]
-    assert saved[0] == saved[1]
-    assert metrics_without_times(one) == metrics_without_times(other)
-
-
 def train_losses(run_dir: Path) -> list[float]:
     return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
 
@@ -64,6 +57,7 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 
 def assert_bit_identical(run: Path, other: Path) -> None:
+    """The same weights, optimizer state and lines of metrics; times aside."""
     assert largest_difference(weights(run), weights(other)) == 0
     assert_equal(optimizer_state(run), optimizer_state(other))
     assert metrics_without_times(run) == metrics_without_times(other)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from support.processes import DIST_TRAIN
+from support.user_nets import OPEN
 
 # A few seconds of real MNIST.
 SETTINGS = shlex.split("-c smoke -q -o log_every=1 -o eval_every=0 -o final_train_eval=false -o optimizer.lr=1e-3")
@@ -27,11 +29,19 @@ MNIST: dict[str, Any] = {
 # (world size, at most per device): every rank count, with and without micro-batches
 DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
 
-STEPS = 1500
+
+# A training to be disturbed: held from step HELD on, for a minute at most if nothing opens it.
+HELD, STEPS = 60, 600
 
 
-def train(*settings: str, nproc: int = 2) -> list[str]:
-    """In the current folder, as `runs/r`."""
-    own = ["model.name=support.user_nets:Slow", "model.args.slow_s=0.004", f"train_for={STEPS} steps", "log_every=10",
-           "save_every=50 steps"]  # fmt: skip
-    return [*DIST_TRAIN, "train", *SETTINGS, *own, *settings, "--run-name", "r", f"--nproc={nproc}"]
+def train(*settings: str, nproc: int | None = 2) -> list[str]:
+    """In the current folder, as `runs/r`; held until `let_go`. Without `nproc` for `run_forked`."""
+    own = ["model.name=support.user_nets:Gated", f"model.args.at={HELD}", f"train_for={STEPS} steps", "log_every=10",
+           "save_every=20 steps"]  # fmt: skip
+    processes = [f"--nproc={nproc}"] if nproc else []
+    return [*DIST_TRAIN, "train", *SETTINGS, *own, *settings, "--run-name", "r", *processes]
+
+
+def let_go(folder: Path) -> None:
+    """Trainings in this folder, those that go on and those to come, are held no longer."""
+    (folder / OPEN).touch()

@@ -6,6 +6,7 @@ import ctypes
 import os
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from dist_train import launch
 from dist_train.data import ImageSet
-from dist_train.nets import Mlp
+from dist_train.nets import Bks, Mlp
 from support.user_sets import mnist_part
+
+OPEN = "open"
 
 
 class Drawing(Mlp):
@@ -25,19 +28,37 @@ class Drawing(Mlp):
         return super().forward(images * (1 + noise) if self.training else images)
 
 
-class Slow(Mlp):
-    """Each step of training takes `slow_s` seconds longer; the numbers are those of a fast one.
+class _Held:
+    """From its call number `at` on, each step of training takes `slow_s` longer, until OPEN lies in the current folder.
 
-    A run that is to be disturbed must not be over before, however fast the machine.
+    A run that is to be disturbed must not be over before, however fast the machine; and how fast it is afterwards must
+    not matter. It goes on step by step, as it has to agree on a stop. The numbers are those of a net that is not held.
     """
 
-    def __init__(self, slow_s: float = 0.0) -> None:
+    training: bool
+
+    def __init__(self, at: int = 0, slow_s: float = 0.1) -> None:
         super().__init__()
-        self.slow_s = slow_s
+        self.at, self.slow_s, self.calls, self.held = at, slow_s, 0, True
+
+    def hold(self) -> None:
+        self.calls += self.training
+        if self.training and self.held and self.calls > self.at:
+            self.held = not Path(OPEN).exists()
+            time.sleep(self.slow_s if self.held else 0.0)
+
+
+class Gated(_Held, Mlp):
+    def forward(self, images: Tensor) -> Tensor:
+        self.hold()
+        return super().forward(images)
+
+
+class GatedBks(_Held, Bks):
+    """With convolutions and dropout."""
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.training:
-            time.sleep(self.slow_s)
+        self.hold()
         return super().forward(images)
 
 
@@ -80,15 +101,15 @@ class Extra(Mlp):
         pass
 
 
-class _AtCall(Slow):
-    """Counts its calls, and knows the one, on one rank alone, in which something is to happen."""
+class _AtCall(_Held, Mlp):
+    """Knows the call in training, on one rank alone, in which something is to happen."""
 
-    def __init__(self, call: int, rank: int, slow_s: float = 0.0) -> None:
-        super().__init__(slow_s)
-        self.call, self.rank, self.calls = call, str(rank), 0
+    def __init__(self, call: int, rank: int, at: int = 0, slow_s: float = 0.0) -> None:
+        super().__init__(at, slow_s)
+        self.call, self.rank = call, str(rank)
 
     def is_due(self) -> bool:
-        self.calls += 1
+        self.hold()
         return self.calls == self.call and os.environ.get("RANK", "0") == self.rank
 
 

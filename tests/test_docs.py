@@ -1,0 +1,36 @@
+"""What docs/ says was tried has a test that tries it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from support.processes import ROOT
+
+
+def tables(text: str) -> Iterator[list[dict[str, str]]]:
+    """The tables of a Markdown file: a dictionary for each row."""
+    for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        yield [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def names_of_tests() -> set[str]:
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")]
+    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", ["faults.md", "cluster.md"])
+def test_each_row_names_its_test(page: str) -> None:
+    found = [row for table in tables((ROOT / "docs" / page).read_text()) for row in table]
+    assert len(found) > 15
+    unknown = [row for row in found if row.get("test", "").strip("`") not in names_of_tests()]
+    assert unknown == []
+
+
+def test_rows_of_a_table() -> None:
+    (first,) = tables("| what | test |\n|---|---|\n| a | `test_a` |\n| b | - |\n")
+    assert first == [{"what": "a", "test": "`test_a`"}, {"what": "b", "test": "-"}]
