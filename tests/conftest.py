@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 settings.register_profile("dist_train", deadline=None, database=None, derandomize=True)
 settings.load_profile("dist_train")
 
-# OpenMP reads it when torch is loaded. As many workers as there are cores compute already; `make cpus` asks for two.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# OpenMP reads it when torch is loaded. One thread for each process of the suite, two where `make cpus` asks for them.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
 # A shell's background job ignores INT and `nohup` HUP, and so would every process that a test starts and signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="All faults and jobs, not the part that each session has.")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = in_order(items)
 
@@ -51,6 +52,7 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     cache, shared = tmp_path_factory.mktemp("cache"), shared_folder(tmp_path_factory)
     os.environ |= {
         "DIST_TRAIN_DATA_DIR": str(shared / "data"),
+        "MPLCONFIGDIR": str(shared / "matplotlib"),
         "TORCHINDUCTOR_CACHE_DIR": str(shared / "inductor"),  # cold at first: what is compiled there is this session's
         "XDG_CACHE_HOME": str(cache),
         "HF_HOME": str(cache / "hf"),

@@ -22,7 +22,7 @@ from support.trainings import let_go
 from support.wandb_server import WandbServer
 
 SETTINGS = shlex.split("-c smoke -o log_every=10 -o eval_every=0 -o final_train_eval=false -o 'train_for=400 steps'")
-HELD = ["model.name=support.user_nets:Gated", "model.args.at=100", "model.args.slow_s=0.02"]
+HELD = ["model.name=support.user_nets:Gated", "model.args.slow_s=0.01"]
 GRID = ["optimizer.lr=[1e-3, 3e-3]", "seed=[0,1]"]
 COMMAND = [*DIST_TRAIN, "sweep", *SETTINGS, *HELD, *GRID, "--name", "s"]
 

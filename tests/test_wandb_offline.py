@@ -19,7 +19,7 @@ from dist_train.tracking import Tracker
 from support.patience import wait_until
 from support.processes import alive, command_of, run, started
 from support.ranks import join_group, run_on_ranks
-from support.run_files import metrics
+from support.run_files import last_checkpoint, metrics
 from support.trainings import let_go, train
 
 FIRST: list[dict[str, Any]] = [
@@ -95,16 +95,19 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
 def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -> None:
     """One id. After an agreed stop no gaps and no repeats; after a kill what is done again comes to the same values."""
     run_dir = tmp_path / "runs/r"
-    # Held two minutes long between a save at 70 and the next at 140.
-    command = train("save_every=70 steps", "log_every=2", "model.args.at=75", "model.args.slow_s=2")
+    command = train("save_every=600 steps", "log_every=1", "model.args.slow_s=0.3")
 
-    def has_begun() -> bool:
-        """W&B is there and has got some lines: it takes as long to start as such a run."""
+    def recorded(beyond: int) -> bool:
+        """W&B, which takes as long to start as such a run, has got lines of steps after that one."""
         records = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-        return any(max(steps_of(read(record.parent)), default=0) > 70 for record in records)
+        return any(max(steps_of(read(record.parent)), default=0) > beyond for record in records)
 
     with started(command, tmp_path, None, WANDB_MODE="offline") as process:
-        wait_until(has_begun, "record")
+        wait_until(lambda: recorded(0), "record")
+        (run_dir / "SAVE").touch()
+        wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
+        saved = int(last_checkpoint(run_dir).name.removeprefix("step_"))
+        wait_until(lambda: recorded(saved), "record of what will be done again")
         if end == signal.SIGTERM:
             process.send_signal(end)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,18 +15,18 @@ from dist_train.launch import output_of
 Probed = dict[str, list[dict[str, float]]]  # what was probed -> what each repetition found
 
 
-def measurements(name: str, arguments: Sequence[object]) -> dict[str, Callable[[], dict[str, float]]]:
-    """`probes.NAME(argument)` for each argument."""
-    return {str(argument): partial(_probe, name, str(argument)) for argument in arguments}
+def measurements(probe: str, arguments: Mapping[str, object]) -> dict[str, Callable[[], dict[str, float]]]:
+    """`probes.PROBE(argument)` for each argument, by the argument's name."""
+    return {name: partial(_probe, probe, str(argument)) for name, argument in arguments.items()}
 
 
-def _probe(name: str, argument: str) -> dict[str, float]:
-    found: dict[str, float] = json.loads(output_of("dist_train.bench.probes", name, argument).splitlines()[-1])
+def _probe(probe: str, argument: str) -> dict[str, float]:
+    found: dict[str, float] = json.loads(output_of("dist_train.bench.probes", probe, argument).splitlines()[-1])
     return found
 
 
-def by_argument(rounds: Sequence[Round]) -> Probed:
-    return {argument: [each[argument] for each in rounds] for argument in rounds[0]}
+def by_name(rounds: Sequence[Round]) -> Probed:
+    return {name: [each[name] for each in rounds] for name in rounds[0]}
 
 
 def _middle(found: list[dict[str, float]], key: str) -> float:

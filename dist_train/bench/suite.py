@@ -77,17 +77,22 @@ def _contest(
 
 def _probe(
     name: str,
-    arguments: Callable[[Options], Sequence[object]],
+    probe: str,
+    arguments: Callable[[Options], Mapping[str, object]],
     table: Callable[[Any], list[str]],
     draw: Callable[[Any, Any], None],
     typical_s: float = 2 * _START_S,
 ) -> Part:
-    """What is measured inside a process of this harness, for each argument of the probe."""
+    """What a probe measures inside a process of this harness, for each of its arguments, which are named for people."""
 
     def series(options: Options) -> list[Series]:
-        return [Series(name, inside.measurements(name, arguments(options)), options.repetitions, typical_s)]
+        return [Series(name, inside.measurements(probe, arguments(options)), options.repetitions, typical_s)]
 
-    return Part(series, lambda _, found: inside.by_argument(found[0]), table, draw)
+    return Part(series, lambda _, found: inside.by_name(found[0]), table, draw)
+
+
+def _nets(options: Options) -> dict[str, str]:
+    return {net: net for net in options.nets}
 
 
 def _faster_mode() -> str:
@@ -101,15 +106,19 @@ PARTS = {
     "scaling": _contest(
         "scaling", 512, lambda task, options: scaling.measurements(task, options.nprocs), scaling.table, scaling.draw
     ),
-    "breakdown": _probe("breakdown", lambda options: options.nets, inside.breakdown_table, inside.breakdown_draw),
+    "breakdown": _probe("breakdown", "breakdown", _nets, inside.breakdown_table, inside.breakdown_draw),
     "startup": Part(
         lambda options: [Series("startup", startup.measurements(), options.repetitions + 1, _START_S / 2)],
         lambda _, found: found[0][1:],
         startup.table,
         startup.draw,
     ),
-    "checkpoint": _probe(  # mlps of 40 thousand, 1 million and 10 million parameters
-        "stall", lambda _: (50, 1258, 12579), inside.checkpoint_table, inside.checkpoint_draw
+    "checkpoint": _probe(
+        "checkpoint",
+        "stall",
+        lambda _: {"mlp of 40 thousand": 50, "of 1 million": 1258, "of 10 million parameters": 12579},
+        inside.checkpoint_table,
+        inside.checkpoint_draw,
     ),
     "speedrun": Part(
         lambda options: [Series("speedrun", speedrun.measurements(4 * options.repetitions), 1, _START_S)],
@@ -117,9 +126,13 @@ PARTS = {
         speedrun.table,
         speedrun.draw,
     ),
-    "guards": _probe("guards", lambda options: options.nets, inside.guards_table, inside.guards_draw, typical_s=300.0),
-    "growth": _probe(  # MNIST so many times over
-        "growth", lambda _: (1, 10, 100), inside.growth_table, inside.growth_draw
+    "guards": _probe("guards", "guards", _nets, inside.guards_table, inside.guards_draw, typical_s=300.0),
+    "growth": _probe(
+        "growth",
+        "growth",
+        lambda _: {f"MNIST {times} times over": times for times in (1, 10, 100)},
+        inside.growth_table,
+        inside.growth_draw,
     ),
 }
 

@@ -30,7 +30,7 @@ def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
     """
     from dist_train.bench.suite import Options, run
 
-    names = parts or _PARTS
+    names = tuple(dict.fromkeys(parts or _PARTS))
     say = partial(click.echo, err=True)
     for name, table in zip(names, run(names, Options(**options), out, say), strict=True):
         click.echo("\n".join([f"{name}:", *table, ""]))

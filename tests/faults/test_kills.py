@@ -11,10 +11,10 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from dist_train.small_files import read_json
 from support.kill_plan import ANYWHERE, PHASES, RANK_ZERO, SAVE, Chain, Kill, plan, sample
+from support.once import made_once
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, alive, run, started
 from support.ranks import run_forked
@@ -47,20 +47,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("chain", list(chains), ids=str)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The run on so many processes that nobody kills; one for all workers of pytest."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "undisturbed"
+    """The run on so many processes that nobody kills."""
 
     def made(nproc: int) -> Path:
-        folder.mkdir(exist_ok=True)
-        with FileLock(folder / f".lock_{nproc}"):
-            if not (folder / f"runs/{nproc}/result.json").exists():
-                start = command(folder, nproc, str(nproc))
-                done = run_forked([*DIST_TRAIN, "train", *start[start.index("-q") :]], folder, nproc)
-                assert done.returncode == 0, done.stderr
-        return folder / "runs" / str(nproc)
+        def make(folder: Path) -> None:
+            start = command(folder, nproc, "r")
+            done = run_forked([*DIST_TRAIN, "train", *start[start.index("-q") :]], folder, nproc)
+            assert done.returncode == 0, done.stderr
+
+        return made_once(tmp_path_factory, f"never killed on {nproc}", make) / "runs/r"
 
     return made
 

@@ -21,7 +21,7 @@ from support.mounts import needs_mounts
 from support.patience import wait_until
 from support.processes import alive, run, started
 from support.run_files import assert_bit_identical, metrics, step_of
-from support.trainings import HELD, let_go, train
+from support.trainings import let_go, train
 
 CLOCK = Path(__file__).parent / "clock"
 TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
@@ -82,7 +82,7 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= HELD, "training")
+            wait_until(lambda: step_of(runs / "r") >= 20, "training")
             with full(runs):
                 out = read_up_to(process, "A checkpoint could not be written", "metrics.jsonl cannot be written")
             let_go(tmp_path)
@@ -105,7 +105,7 @@ def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= HELD, "training")
+            wait_until(lambda: step_of(runs / "r") >= 20, "training")
             with full(runs):
                 let_go(tmp_path)
                 out, err = process.communicate()
@@ -127,7 +127,7 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
     with mounted(runs, "-o", "loop", str(image)):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= HELD, "training")
+            wait_until(lambda: step_of(runs / "r") >= 20, "training")
             subprocess.run(["mount", "-o", "remount,abort", str(runs)], check=True)
             let_go(tmp_path)
             began = time.monotonic()
@@ -180,7 +180,7 @@ def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., 
 def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     """It cannot even end itself; the others do not wait for it."""
     with started(train("stall_timeout_s=20"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
-        wait_until(lambda: step_of(tmp_path / "runs/r") >= HELD, "training")
+        wait_until(lambda: step_of(tmp_path / "runs/r") >= 20, "training")
         (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()
                   and b"dist_train" in (Path("/proc") / f"{pid}/cmdline").read_bytes()]  # fmt: skip
         os.kill(pid, signal.SIGSTOP)
@@ -196,7 +196,7 @@ def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
 def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """Saves by the clock, agreements and the sheet of seconds go by one that cannot be set."""
     path = os.pathsep.join([str(CLOCK), os.environ["PYTHONPATH"]])
-    with started(train("save_every=1 s", "model.args.slow_s=0.03"), tmp_path, PYTHONPATH=path) as process:
+    with started(train("save_every=1 s", "model.args.slow_s=0.02"), tmp_path, PYTHONPATH=path) as process:
         _out, err = process.communicate()
     assert process.returncode == 0, err
     assert_bit_identical(tmp_path / "runs/r", undisturbed)

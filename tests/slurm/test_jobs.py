@@ -18,7 +18,7 @@ from support.patience import wait_until
 from support.run_files import train_losses
 from support.trainings import SETTINGS
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 SHORT = [*SETTINGS, "-o", "train_for=20 steps"]
 EXACT = [*SHORT, "-o", "dtype=float64"]
@@ -67,7 +67,7 @@ def test_two_nodes_of_two_ranks_equal_one_process(
     result = json.loads((run_dir / "result.json").read_text())
     assert result["world_size"] == 4
     facts = json.loads((run_dir / "run.json").read_text())
-    assert sorted(set(facts["hosts"])) == ["node1", "node2"]
+    assert len(set(facts["hosts"])) == 2
     ours, alone = train_losses(run_dir), train_losses(one_process)
     assert len(ours) == 20
     assert ours == pytest.approx(alone, rel=1e-10)
@@ -157,7 +157,7 @@ def test_logs_that_one_can_read(cluster: Cluster, tmp_path: Path) -> None:
         "-c", "smoke", "train_for=9000 steps", "log_every=10", "eval_every=0", "tracking.wandb=disabled",
         "model.name=support.user_nets:Failing", "model.args.call=100", "model.args.rank=3", "model.args.slow_s=0.1",
     ]  # fmt: skip
-    job = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *settings)
+    job = submit(cluster, f"--chdir={tmp_path}", "--nodelist=node1,node2", SCRIPTS / "train.sbatch", *settings)
     wait_until(lambda: cluster.state(job) == "FAILED", "end")
     log = (tmp_path / f"dist-train-{job}.out").read_text()
     spoken = log[: log.index("1: error [rank 3]")].splitlines()
@@ -180,7 +180,7 @@ def test_jobs_that_share_nodes_do_not_meet_each_other(
 ) -> None:
     """Side by side on the same nodes; each trains its own run."""
     number = count(20, 6)
-    options = [f"--chdir={tmp_path}", "--cpus-per-task=1"]
+    options = [f"--chdir={tmp_path}", "--cpus-per-task=1", "--nodelist=node1,node2"]
     monkeypatch.setitem(cluster.env, "NPROC", "1")
     jobs = [submit(cluster, *options, SCRIPTS / "train.sbatch", *SHORT, f"seed={n}") for n in range(number)]
     began = {job: tmp_path / f"runs/smoke-{job}" for job in jobs}

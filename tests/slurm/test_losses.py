@@ -14,11 +14,11 @@ import pytest
 
 from support.cluster import KILL_WAIT_S, LOST_S, Cluster
 from support.jobs import (
-    HELD,
     end_well,
     is_training,
     log_of,
     pids_of_rank,
+    save,
     status_of,
     steps_lost,
     submit,
@@ -29,14 +29,14 @@ from support.patience import wait_until
 from support.run_files import assert_bit_identical
 from support.trainings import let_go
 
-pytestmark = pytest.mark.cluster
-SAVED = "checkpoints/step_*/manifest.json"
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 
 def train(cluster: Cluster, folder: Path, *options: str) -> tuple[str, Path]:
     """A job that trains and has saved."""
     job, run_dir = submit_long(cluster, folder, *options)
-    wait_until(lambda: is_training(run_dir, beyond=HELD) and any(run_dir.glob(SAVED)), "training")
+    wait_until(lambda: is_training(run_dir), "training")
+    save(run_dir)
     return job, run_dir
 
 
@@ -73,10 +73,11 @@ def test_a_rank_is_killed(
 def test_a_node_crashes(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     job, run_dir = train(cluster, tmp_path)
     _first, second = cluster.nodes_of(job)
-    cluster.crash(second)
-    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    assert second not in cluster.nodes_of(job)
-    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
+    with cluster.noticing_losses():
+        cluster.crash(second)
+        noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+        assert second not in cluster.nodes_of(job)
+        end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
     row(
         f"a node crashes (SlurmdTimeout={LOST_S})", "queued again by Slurm, on another node",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
@@ -89,15 +90,16 @@ def test_a_node_is_cut_off_and_healed(
     """The node of rank zero, whose old process lives on beside the new one and sees the same files."""
     job, run_dir = train(cluster, tmp_path)
     first, _second = cluster.nodes_of(job)
-    cluster.cut(first)
-    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    assert first not in cluster.nodes_of(job)
-    assert len(pids_of_rank(cluster, job, 0)) == 2
-    cluster.heal(first)
-    gone_s = wait_until(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
-    assert status_of(run_dir)["attempt"] == 2
-    # Three, should the old srun be heard again: it ends the step by its number.
-    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2, 3)
+    with cluster.noticing_losses():
+        cluster.cut(first)
+        noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+        assert first not in cluster.nodes_of(job)
+        assert len(pids_of_rank(cluster, job, 0)) == 2
+        cluster.heal(first)
+        gone_s = wait_until(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
+        assert status_of(run_dir)["attempt"] == 2
+        # Three, should the old srun be heard again: it ends the step by its number.
+        end_as_undisturbed(cluster, job, run_dir, undisturbed, 2, 3)
     row(
         f"the node of rank 0 is cut off (SlurmdTimeout={LOST_S}), and healed while the run goes on elsewhere",
         f"queued again by Slurm, on another node; the old processes were gone {gone_s:.0f} s after the healing",
@@ -113,17 +115,18 @@ def test_an_old_attempt_that_trains_on(
     monkeypatch.setitem(cluster.env, "NPROC", "4")
     job, run_dir = train(cluster, tmp_path, "--nodes=1", "--cpus-per-task=4")
     (node,) = cluster.nodes_of(job)
-    cluster.cut(node)
-    old = [pid for rank in range(4) for pid in pids_of_rank(cluster, job, rank)]
-    for pid in old:  # else it would be at its end before Slurm has noticed
-        os.kill(pid, signal.SIGSTOP)
-    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    for pid in old:
-        os.kill(pid, signal.SIGCONT)
-    gone_s = wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old")
-    assert "attempt 1 was superseded by attempt 2" in log_of(run_dir)
-    cluster.heal(node)
-    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2, 3)  # as above
+    with cluster.noticing_losses():
+        cluster.cut(node)
+        old = [pid for rank in range(4) for pid in pids_of_rank(cluster, job, rank)]
+        for pid in old:  # else it would be at its end before Slurm has noticed
+            os.kill(pid, signal.SIGSTOP)
+        noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+        for pid in old:
+            os.kill(pid, signal.SIGCONT)
+        gone_s = wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old")
+        assert "attempt 1 was superseded by attempt 2" in log_of(run_dir)
+        cluster.heal(node)
+        end_as_undisturbed(cluster, job, run_dir, undisturbed, 2, 3)  # as above
     row(
         "the only node of a job is cut off, and its ranks train on beside those of the requeued job",
         f"they notice that they are superseded and end after {gone_s:.0f} s",
@@ -159,7 +162,7 @@ def test_the_shared_folder_is_slow(
     slow.write_text(f'#!/bin/sh\nexec {tracing} {sys.executable} "$@"\n')
     slow.chmod(0o755)
     monkeypatch.setitem(cluster.env, "PYTHON", str(slow))
-    job, run_dir = submit_long(cluster, tmp_path, "--partition=low0")
+    job, run_dir = train(cluster, tmp_path, "--partition=low0")
     wait_until(lambda: status_of(run_dir).get("save_s", 0) > KILL_WAIT_S, "slow save")
     warning = f"leaves a preempted job {KILL_WAIT_S} s"
     wait_until(lambda: warning in log_of(run_dir), "warning")

@@ -18,6 +18,7 @@ from support.jobs import (
     is_training,
     log_of,
     pids_of_rank,
+    save,
     status_of,
     submit,
     submit_long,
@@ -26,7 +27,7 @@ from support.patience import wait_until
 from support.run_files import assert_bit_identical
 from support.trainings import let_go
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 
 def preempt(cluster: Cluster, _job: str) -> None:
@@ -61,7 +62,7 @@ def test_the_time_limit_twice(cluster: Cluster, undisturbed: Path, tmp_path: Pat
 
     Held so that no start gets through the whole of it before its time is over.
     """
-    held = [*LONG, "model.args.slow_s=0.5"]
+    held = [*LONG, "model.args.slow_s=1"]
     job = submit(cluster, "--time=2", "--signal=B:USR1@1", f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *held)
     run_dir = tmp_path / f"runs/smoke-{job}"
     for times in (1, 2):
@@ -105,7 +106,7 @@ def test_stopped_before_it_trains(
 def test_cancelled_is_not_queued_again(
     script: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cluster.env, "NPROC", "1")
+    monkeypatch.setitem(cluster.env, "NPROC", "2" if script == "train" else "1")
     job, run_dir = submit_long(cluster, tmp_path, script=script)
     wait_until(lambda: is_training(run_dir), "training")
     cluster.ask("scancel", job)
@@ -118,8 +119,7 @@ def test_told_by_a_file(cluster: Cluster, undisturbed: Path, tmp_path: Path, row
     """SAVE and STOP, from a shell that has nothing but the run directory; submitted again it goes on."""
     job, run_dir = submit_long(cluster, tmp_path)
     wait_until(lambda: is_training(run_dir), "training")
-    (run_dir / "SAVE").touch()
-    wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
+    save(run_dir)
     (run_dir / "STOP").touch()
     seconds = wait_until(lambda: ended(cluster, job, run_dir), "end")
     assert status_of(run_dir)["state"] == "INTERRUPT"

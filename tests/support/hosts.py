@@ -5,6 +5,7 @@ Files are shared, as on a cluster. Nothing is added to the machine's own network
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -35,13 +36,17 @@ while :; do sleep 1000 & wait $!; done
 """
 
 
+_groups = itertools.count()
+
+
 class Hosts:
     """`with Hosts(folder, ["a", "b"]) as hosts`: both are up; all of it is gone after."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder = folder
         self.names = list(names)
-        self._prefix = f"dt{os.getpid() % 10_000}"  # namespaces are named in one place for the whole machine
+        # Namespaces are named in one place for the whole machine, and a process may have several groups of hosts.
+        self._prefix = f"dt{os.getpid()}.{next(_groups)}"
         self._switch = f"{self._prefix}-switch"
         self._inits: dict[str, subprocess.Popen[bytes]] = {}
         self._cut: set[str] = set()

@@ -19,11 +19,10 @@ from support.ranks import run_forked
 from support.trainings import SETTINGS, let_go
 
 SCRIPTS = ROOT / "slurm"
-# A job to be disturbed: held from its step HELD on, for two minutes at most if nothing lets it go.
-HELD = 50
+# A job to be disturbed: held until it is let go, or for two minutes. It saves at its end and when it is asked to.
 LONG = [
-    *SETTINGS, "model.name=support.user_nets:Gated", f"model.args.at={HELD}", "model.args.slow_s=0.25",
-    "train_for=550 steps", "log_every=10", "save_every=5 s",
+    *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=0.25",
+    "train_for=550 steps", "log_every=10", "save_every=550 steps",
 ]  # fmt: skip
 
 
@@ -46,6 +45,12 @@ def is_training(run_dir: Path, beyond: int = 0) -> bool:
     status = status_of(run_dir)
     trains = status.get("state") == "TRAINING" and status.get("step", 0) > beyond
     return trains and len(segments(run_dir)) == status["attempt"]
+
+
+def save(run_dir: Path) -> None:
+    """Ask for a checkpoint, and wait for it."""
+    (run_dir / "SAVE").touch()
+    wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
 
 
 def segments(run_dir: Path) -> list[str]:
@@ -87,7 +92,7 @@ def disturb_twice(
 ) -> Path:
     """The directory of a LONG run that was disturbed while it was held, in each of its first two attempts."""
     job, run_dir = submit_long(cluster, folder, *options)
-    beyond = HELD
+    beyond = 0
     for attempt in (1, 2):
         wait_until(partial(trains_again, cluster, job, run_dir, attempt, beyond), "training")
         disturb(job)

@@ -30,27 +30,39 @@ def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, tim
     is gone.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _CONTEXT.Process(target=_enter, args=(function, args, rank, world_size, folder, dict(os.environ)))
-            for rank in range(world_size)
-        ]
+        arguments = [(function, args, rank, world_size, folder, dict(os.environ)) for rank in range(world_size)]
+        late, codes = _run_to_the_end(_enter, arguments, timeout_s)
+        errors = sorted(Path(folder).glob("error_*"))  # named by the time they happened
+        if errors:
+            raise AssertionError(errors[0].read_text())
+        if late or any(codes):
+            raise AssertionError(f"{late} late, exit codes {codes}\n{_stacks(folder)}")
+
+
+def _run_to_the_end(
+    target: Callable[..., None], arguments: list[tuple[Any, ...]], timeout_s: float
+) -> tuple[int, list[int]]:
+    """A process for each; how many had to be ended, and all exit codes."""
+    ranks = [_CONTEXT.Process(target=target, args=each) for each in arguments]
+    late = []
+    try:
         for rank in ranks:
             rank.start()
         deadline = time.monotonic() + timeout_s
         for rank in ranks:
             rank.join(max(0.0, deadline - time.monotonic()))
+    finally:
         late = [rank for rank in ranks if rank.is_alive()]
         for rank in late:
             os.kill(rank.pid or 0, signal.SIGUSR2)  # prints where it is
             rank.join(1)
-            os.kill(rank.pid or 0, signal.SIGKILL)
+            rank.kill()
             rank.join()
-        errors = sorted(Path(folder).glob("error_*"))  # named by the time they happened
-        if errors:
-            raise AssertionError(errors[0].read_text())
-        if late or any(rank.exitcode for rank in ranks):
-            stacks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("stack_*")))
-            raise AssertionError(f"{len(late)} late, exit codes {[rank.exitcode for rank in ranks]}\n{stacks}")
+    return len(late), [rank.exitcode or 0 for rank in ranks]
+
+
+def _stacks(folder: str) -> str:
+    return "\n".join(path.read_text() for path in sorted(Path(folder).glob("stack_*")))
 
 
 def _enter(
@@ -59,13 +71,17 @@ def _enter(
     os.environ.clear()
     os.environ.update(env)
     _be_rank(rank, world_size, folder)
-    faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))  # noqa: SIM115 - for good
+    _tell_stack(rank, folder)
     try:
         function(*args)
     except BaseException:
         Path(folder, f"error_{time.time_ns()}_{rank}").write_text(traceback.format_exc())
         sys.stdout.flush()
         os._exit(1)
+
+
+def _tell_stack(rank: int, folder: str) -> None:
+    faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))  # noqa: SIM115 - for good
 
 
 def _be_rank(rank: int, world_size: int, folder: str) -> None:
@@ -83,27 +99,16 @@ def run_forked(
 ) -> subprocess.CompletedProcess[str]:
     """As `processes.run` of a `dist-train` command, on so many ranks, for what is not about how processes start.
 
-    Exit code and output are rank zero's; the other ranks' errors come after its own.
+    What they print is rank zero's; the exit code is the first that is not 0.
     """
     assert command[: len(DIST_TRAIN)] == DIST_TRAIN
-    arguments = [*command[len(DIST_TRAIN) :]]
+    given = [*command[len(DIST_TRAIN) :]], folder
     with tempfile.TemporaryDirectory() as made:
-        streams = [(Path(made, f"out_{rank}"), Path(made, f"err_{rank}")) for rank in range(world_size)]
-        ranks = [
-            _CONTEXT.Process(
-                target=_enter_command, args=(arguments, folder, rank, world_size, made, dict(os.environ) | env)
-            )
-            for rank in range(world_size)
-        ]
-        for each in ranks:
-            each.start()
-        for each in ranks:
-            each.join(PATIENCE_S)
-            if each.is_alive():
-                each.kill()
-                each.join()
-        said = "".join(err.read_text() for _, err in streams)
-        return subprocess.CompletedProcess(command, ranks[0].exitcode or 0, streams[0][0].read_text(), said)
+        arguments = [(*given, rank, world_size, made, dict(os.environ) | env) for rank in range(world_size)]
+        late, codes = _run_to_the_end(_enter_command, arguments, PATIENCE_S)
+        assert not late, _stacks(made)
+        out, err = (Path(made, f"{name}_0").read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(command, next(filter(None, codes), 0), out, err)
 
 
 def _enter_command(
@@ -116,6 +121,7 @@ def _enter_command(
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(env)
+    _tell_stack(rank, made)
     os.chdir(folder)
     if world_size > 1:
         _be_rank(rank, world_size, made)

@@ -30,14 +30,15 @@ MNIST: dict[str, Any] = {
 DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
 
 
-# A training to be disturbed: held from step HELD on, for a minute at most if nothing opens it.
-HELD, STEPS = 60, 600
+STEPS = 600
 
 
 def train(*settings: str, nproc: int | None = 2) -> list[str]:
-    """In the current folder, as `runs/r`; held until `let_go`. Without `nproc` for `run_forked`."""
-    own = ["model.name=support.user_nets:Gated", f"model.args.at={HELD}", f"train_for={STEPS} steps", "log_every=10",
-           "save_every=20 steps"]  # fmt: skip
+    """A training to be disturbed, in the current folder, as `runs/r`: held until `let_go`, or for a minute.
+
+    Without `nproc` for `run_forked`.
+    """
+    own = ["model.name=support.user_nets:Gated", f"train_for={STEPS} steps", "log_every=10", "save_every=20 steps"]
     processes = [f"--nproc={nproc}"] if nproc else []
     return [*DIST_TRAIN, "train", *SETTINGS, *own, *settings, "--run-name", "r", *processes]
 

@@ -29,21 +29,22 @@ class Drawing(Mlp):
 
 
 class _Held:
-    """From its call number `at` on, each step of training takes `slow_s` longer, until OPEN lies in the current folder.
+    """Each step of training takes `slow_s` longer until OPEN lies in the current folder; the numbers are the same.
 
-    A run that is to be disturbed must not be over before, however fast the machine; and how fast it is afterwards must
-    not matter. It goes on step by step, as it has to agree on a stop. The numbers are those of a net that is not held.
+    A run that is to be disturbed must not be over before, however fast the machine, and once it was disturbed it must
+    not take its time. It is held from the first step on: ranks agree at a distance that their pace has set, and may
+    hear of a signal late if they become slower all at once.
     """
 
     training: bool
 
-    def __init__(self, at: int = 0, slow_s: float = 0.1) -> None:
+    def __init__(self, slow_s: float = 0.1) -> None:
         super().__init__()
-        self.at, self.slow_s, self.calls, self.held = at, slow_s, 0, True
+        self.slow_s, self.calls, self.held = slow_s, 0, True
 
     def hold(self) -> None:
         self.calls += self.training
-        if self.training and self.held and self.calls > self.at:
+        if self.training and self.held:
             self.held = not Path(OPEN).exists()
             time.sleep(self.slow_s if self.held else 0.0)
 
@@ -104,8 +105,8 @@ class Extra(Mlp):
 class _AtCall(_Held, Mlp):
     """Knows the call in training, on one rank alone, in which something is to happen."""
 
-    def __init__(self, call: int, rank: int, at: int = 0, slow_s: float = 0.0) -> None:
-        super().__init__(at, slow_s)
+    def __init__(self, call: int, rank: int, slow_s: float = 0.0) -> None:
+        super().__init__(slow_s)
         self.call, self.rank = call, str(rank)
 
     def is_due(self) -> bool:
