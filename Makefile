@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # More workers than cores: many tests wait. Tests of a cluster go to a few of them, which have one each.
-PYTEST := pytest -q -n 6 --dist loadgroup
+PYTEST := pytest -q -n 5 --dist loadgroup
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup train test test-all faults cluster cluster-full cpus check fix exactness bench bench-gpu clean
@@ -19,7 +19,7 @@ $(VENV)/.train: pyproject.toml constraints.txt
 # What tests and checks need comes as dependency groups, which pip before 25.1 does not know: hence the upgrade.
 $(VENV)/.test: $(VENV)/.train
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet -c constraints.txt --editable '.[timm,svhn,tensorboard,plot]' --group test
+	$(BIN)/pip install --quiet -c constraints.txt --group test
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test

@@ -95,7 +95,7 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
 def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -> None:
     """One id. After an agreed stop no gaps and no repeats; after a kill what is done again comes to the same values."""
     run_dir = tmp_path / "runs/r"
-    command = train("save_every=600 steps", "log_every=1", "model.args.slow_s=0.3")
+    command = train("save_every=200 steps", "log_every=1", "model.args.slow_s=1")
 
     def recorded(beyond: int) -> bool:
         """W&B, which takes as long to start as such a run, has got lines of steps after that one."""

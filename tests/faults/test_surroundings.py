@@ -82,7 +82,7 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= 20, "training")
+            wait_until(lambda: step_of(runs / "r") >= 8, "training")
             with full(runs):
                 out = read_up_to(process, "A checkpoint could not be written", "metrics.jsonl cannot be written")
             let_go(tmp_path)
@@ -105,7 +105,7 @@ def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= 20, "training")
+            wait_until(lambda: step_of(runs / "r") >= 8, "training")
             with full(runs):
                 let_go(tmp_path)
                 out, err = process.communicate()
@@ -127,7 +127,7 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
     with mounted(runs, "-o", "loop", str(image)):
         with started(train(), tmp_path) as process:
-            wait_until(lambda: step_of(runs / "r") >= 20, "training")
+            wait_until(lambda: step_of(runs / "r") >= 8, "training")
             subprocess.run(["mount", "-o", "remount,abort", str(runs)], check=True)
             let_go(tmp_path)
             began = time.monotonic()
@@ -158,10 +158,10 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
 @pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
     """In C, with the interpreter's lock: no Python of that rank runs any more."""
-    net = ["model.name=support.user_nets:Hanging", "model.args.call=75", f"model.args.rank={rank}"]
+    net = ["model.name=support.user_nets:Hanging", "model.args.call=15", f"model.args.rank={rank}"]
     with started(train(*net, "stall_timeout_s=20", nproc=nproc), tmp_path) as process:
         written = tmp_path / "runs/r/metrics.jsonl"  # status.json is a second behind, and stays so
-        wait_until(lambda: written.exists() and '"step": 70,' in written.read_text(), "training")
+        wait_until(lambda: written.exists() and '"step": 12,' in written.read_text(), "training")
         began = time.monotonic()
         _out, err = process.communicate()
         seconds = time.monotonic() - began
@@ -180,7 +180,7 @@ def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., 
 def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     """It cannot even end itself; the others do not wait for it."""
     with started(train("stall_timeout_s=20"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
-        wait_until(lambda: step_of(tmp_path / "runs/r") >= 20, "training")
+        wait_until(lambda: step_of(tmp_path / "runs/r") >= 8, "training")
         (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()
                   and b"dist_train" in (Path("/proc") / f"{pid}/cmdline").read_bytes()]  # fmt: skip
         os.kill(pid, signal.SIGSTOP)
@@ -196,7 +196,7 @@ def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
 def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """Saves by the clock, agreements and the sheet of seconds go by one that cannot be set."""
     path = os.pathsep.join([str(CLOCK), os.environ["PYTHONPATH"]])
-    with started(train("save_every=1 s", "model.args.slow_s=0.02"), tmp_path, PYTHONPATH=path) as process:
+    with started(train("save_every=1 s", "model.args.slow_s=0.05"), tmp_path, PYTHONPATH=path) as process:
         _out, err = process.communicate()
     assert process.returncode == 0, err
     assert_bit_identical(tmp_path / "runs/r", undisturbed)

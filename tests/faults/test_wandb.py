@@ -53,7 +53,7 @@ def test_wandb_does_not_answer(
         if manner is None:
             server.die()
         began = time.monotonic()
-        with started(train("tracking.timeout_s=20", "model.args.slow_s=0.5"), tmp_path, None, **server.env) as process:
+        with started(train("tracking.timeout_s=20", "model.args.slow_s=1"), tmp_path, None, **server.env) as process:
             wait_until(lambda: any((tmp_path / "runs/r/wandb").glob("offline-run-*")), "record offline")
             let_go(tmp_path)
             out, err = process.communicate()
@@ -107,6 +107,6 @@ def test_wandb_gets_a_run_once(tmp_path: Path) -> None:
         let_go(tmp_path)
         done = run(train(), tmp_path, **server.env)
         assert done.returncode == 0, done.stderr
-        assert half < STEPS // 10
+        assert half < STEPS // 4  # lines
         assert len(server.runs) == 1
         same_history(server, tmp_path / "runs/r")

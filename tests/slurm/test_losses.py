@@ -55,7 +55,7 @@ def end_as_undisturbed(cluster: Cluster, job: str, run_dir: Path, undisturbed: P
     assert_bit_identical(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [0, pytest.param(3, marks=pytest.mark.full)])
 def test_a_rank_is_killed(
     rank: int, cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:

@@ -12,7 +12,7 @@ from support.cluster import GRACE_S, KILL_WAIT_S, Cluster
 from support.jobs import (
     LONG,
     SCRIPTS,
-    disturb_twice,
+    disturb_each,
     end_well,
     ended,
     is_training,
@@ -28,6 +28,7 @@ from support.run_files import assert_bit_identical
 from support.trainings import let_go
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
+OTHER_SCRIPTS = [pytest.param(script, marks=pytest.mark.full) for script in ("train_srun", "train_accelerate")]
 
 
 def preempt(cluster: Cluster, _job: str) -> None:
@@ -36,42 +37,49 @@ def preempt(cluster: Cluster, _job: str) -> None:
     submit(cluster, *options, f"--wrap=sleep {GRACE_S}")
 
 
-def test_preempted_twice(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
-    assert_bit_identical(disturb_twice(cluster, tmp_path, partial(preempt, cluster)), undisturbed)
+def test_preempted(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
+) -> None:
+    times = count(2)
+    assert_bit_identical(disturb_each(cluster, tmp_path, times, partial(preempt, cluster)), undisturbed)
     row(
-        f"preempted twice, GraceTime={GRACE_S}", "saved at the first TERM, PREEMPTED, queued again by the script", "-",
+        f"preempted, {times} x, GraceTime={GRACE_S}", "saved at the first TERM, PREEMPTED, queued again by the script",
+        "-", "0", "weights and metrics to the bit; one W&B run",
+    )  # fmt: skip
+
+
+def test_preempted_without_grace(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
+) -> None:
+    """Slurm queues the job again itself, and lets KillWait pass between TERM and KILL."""
+    times, how = count(2), partial(preempt, cluster)
+    run_dir = disturb_each(cluster, tmp_path, times, how, "--partition=low0", state="INTERRUPT")
+    assert_bit_identical(run_dir, undisturbed)
+    row(
+        f"preempted, {times} x, GraceTime=0, KillWait={KILL_WAIT_S}", "saved at the TERM, queued again by Slurm", "-",
         "0", "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
 
-def test_preempted_twice_without_grace(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+@pytest.mark.cluster(minutes=4)
+def test_the_time_limit(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
 ) -> None:
-    """Slurm queues the job again itself, and lets KillWait pass between TERM and KILL."""
-    run_dir = disturb_twice(cluster, tmp_path, partial(preempt, cluster), "--partition=low0", state="INTERRUPT")
-    assert_bit_identical(run_dir, undisturbed)
-    row(
-        f"preempted twice, GraceTime=0, KillWait={KILL_WAIT_S}", "saved at the TERM, queued again by Slurm", "-", "0",
-        "weights and metrics to the bit; one W&B run",
-    )  # fmt: skip
-
-
-@pytest.mark.cluster(minutes=6)
-def test_the_time_limit_twice(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """A real limit of two minutes. Slurm looks every 30 s, and tells half a minute sooner than it was asked to.
 
     Held so that no start gets through the whole of it before its time is over.
     """
-    held = [*LONG, "model.args.slow_s=1"]
+    times = count(2)
+    held = [*LONG, "model.args.slow_s=3"]
     job = submit(cluster, "--time=2", "--signal=B:USR1@1", f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *held)
     run_dir = tmp_path / f"runs/smoke-{job}"
-    for times in (1, 2):
-        wait_until(partial(has_run_out, cluster, job, run_dir, times), "end of its time", 2400)
+    for number in range(times):
+        wait_until(partial(has_run_out, cluster, job, run_dir, number + 1), "end of its time", 2400)
     let_go(tmp_path)
-    end_well(cluster, job, run_dir, *range(3, 20))  # the more, the slower the machine
+    end_well(cluster, job, run_dir, *range(times + 1, 20))  # the more, the slower the machine
     assert_bit_identical(run_dir, undisturbed)
     row(
-        "ran into its time limit (2 minutes) at least twice",
+        f"ran into its time limit (2 minutes), {times} x at least",
         "saved at the announcement, PREEMPTED, queued again by the script", "-", "0",
         "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
@@ -88,7 +96,7 @@ def tell(cluster: Cluster, job: str) -> None:
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
 
 
-@pytest.mark.parametrize("disturb", [preempt, tell])
+@pytest.mark.parametrize("disturb", [pytest.param(preempt, marks=pytest.mark.full), tell])
 def test_stopped_before_it_trains(
     disturb: Callable[[Cluster, str], None], cluster: Cluster, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -102,7 +110,7 @@ def test_stopped_before_it_trains(
     assert_bit_identical(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("script", ["train", "train_srun", "train_accelerate"])
+@pytest.mark.parametrize("script", ["train", *OTHER_SCRIPTS])
 def test_cancelled_is_not_queued_again(
     script: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,8 +21,8 @@ from support.trainings import SETTINGS, let_go
 SCRIPTS = ROOT / "slurm"
 # A job to be disturbed: held until it is let go, or for two minutes. It saves at its end and when it is asked to.
 LONG = [
-    *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=0.25",
-    "train_for=550 steps", "log_every=10", "save_every=550 steps",
+    *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=1",
+    "train_for=120 steps", "log_every=5", "save_every=120 steps",
 ]  # fmt: skip
 
 
@@ -87,13 +87,13 @@ def end_well(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
     assert len(found) <= status["attempt"]  # one that was ended in its set-up has none
 
 
-def disturb_twice(
-    cluster: Cluster, folder: Path, disturb: Callable[[str], None], *options: str, state: str = "PREEMPTED"
+def disturb_each(
+    cluster: Cluster, folder: Path, times: int, disturb: Callable[[str], None], *options: str, state: str = "PREEMPTED"
 ) -> Path:
-    """The directory of a LONG run that was disturbed while it was held, in each of its first two attempts."""
+    """The directory of a LONG run that was disturbed while it was held, in each of so many attempts but the last."""
     job, run_dir = submit_long(cluster, folder, *options)
     beyond = 0
-    for attempt in (1, 2):
+    for attempt in range(1, times + 1):
         wait_until(partial(trains_again, cluster, job, run_dir, attempt, beyond), "training")
         disturb(job)
         wait_until(lambda: status_of(run_dir)["state"] == state, "agreed stop")
@@ -101,7 +101,7 @@ def disturb_twice(
         assert status_of(run_dir)["attempt"] == attempt
         wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
     let_go(folder)
-    end_well(cluster, job, run_dir, 3)
+    end_well(cluster, job, run_dir, times + 1)
     return run_dir
 
 

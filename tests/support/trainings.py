@@ -30,7 +30,7 @@ MNIST: dict[str, Any] = {
 DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
 
 
-STEPS = 600
+STEPS = 200
 
 
 def train(*settings: str, nproc: int | None = 2) -> list[str]:
@@ -38,7 +38,13 @@ def train(*settings: str, nproc: int | None = 2) -> list[str]:
 
     Without `nproc` for `run_forked`.
     """
-    own = ["model.name=support.user_nets:Gated", f"train_for={STEPS} steps", "log_every=10", "save_every=20 steps"]
+    own = [
+        "model.name=support.user_nets:Gated",
+        "model.args.slow_s=0.3",
+        f"train_for={STEPS} steps",
+        "log_every=4",
+        "save_every=8 steps",
+    ]
     processes = [f"--nproc={nproc}"] if nproc else []
     return [*DIST_TRAIN, "train", *SETTINGS, *own, *settings, "--run-name", "r", *processes]
 

@@ -19,7 +19,7 @@ def _jumping() -> float:
     written = 0
     with suppress(OSError):
         written = METRICS.stat().st_size
-    return _real() + (0.0 if written < 5_000 else 365 * DAY_S if written < 10_000 else -DAY_S)
+    return _real() + (0.0 if written < 3_000 else 365 * DAY_S if written < 6_000 else -DAY_S)
 
 
 time.time = _jumping
