@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # More workers than cores: many tests wait. Tests of a cluster go to a few of them, which have one each.
-PYTEST := pytest -q -n 5 --dist loadgroup
+PYTEST := pytest -q -n 4 --dist loadgroup
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup train test test-all faults cluster cluster-full cpus check fix exactness bench bench-gpu clean

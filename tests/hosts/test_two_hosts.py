@@ -20,7 +20,7 @@ from support.trainings import SETTINGS, let_go
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
 
-EXACT = [*SETTINGS, "-o", "dtype=float64", "-o", "save_every=50 steps", "-o", "stall_timeout_s=30"]
+EXACT = [*SETTINGS, "-o", "dtype=float64", "-o", "save_every=10 steps", "-o", "stall_timeout_s=30"]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_one_is_powered_off_and_comes_back(
     monkeypatch.chdir(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"HEAD": "node1", "NPROC": "1", "OMP_NUM_THREADS": "1", "PATH": path}
-    held = ["model.name=support.user_nets:Gated", "model.args.slow_s=0.1", "train_for=3000 steps"]
+    held = ["model.name=support.user_nets:Gated", "model.args.slow_s=0.5", "train_for=400 steps"]
     train = [str(ROOT / "launch/restart.sh"), *EXACT, *held, "--run-name=r"]
     run_dir = tmp_path / "runs/r"
 
@@ -55,7 +55,7 @@ def test_one_is_powered_off_and_comes_back(
         )
 
     one, two = start("node1"), start("node2")
-    wait_until(lambda: trains_on(2, beyond=60), "training on both")
+    wait_until(lambda: trains_on(2, beyond=15), "training on both")
     hosts.crash("node2")
     two.wait()
     crashed_at = read_json(run_dir / "status.json")["step"]

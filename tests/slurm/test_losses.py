@@ -33,10 +33,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 
 def train(cluster: Cluster, folder: Path, *options: str) -> tuple[str, Path]:
-    """A job that trains and has saved."""
+    """A job that trains, and has saved some steps ago."""
     job, run_dir = submit_long(cluster, folder, *options)
     wait_until(lambda: is_training(run_dir), "training")
-    save(run_dir)
+    saved = save(run_dir)
+    wait_until(lambda: is_training(run_dir, beyond=saved + 3), "steps to lose")
     return job, run_dir
 
 

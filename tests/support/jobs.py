@@ -16,6 +16,7 @@ from support.once import made_once
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT
 from support.ranks import run_forked
+from support.run_files import last_checkpoint
 from support.trainings import SETTINGS, let_go
 
 SCRIPTS = ROOT / "slurm"
@@ -47,10 +48,11 @@ def is_training(run_dir: Path, beyond: int = 0) -> bool:
     return trains and len(segments(run_dir)) == status["attempt"]
 
 
-def save(run_dir: Path) -> None:
-    """Ask for a checkpoint, and wait for it."""
+def save(run_dir: Path) -> int:
+    """Ask for the first checkpoint and wait for it: its step."""
     (run_dir / "SAVE").touch()
     wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
+    return int(last_checkpoint(run_dir).name.removeprefix("step_"))
 
 
 def segments(run_dir: Path) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import pytest
 
-CLUSTERS = 3
+CLUSTERS = 2
 # Files in which single tests take long, by what they took; the others in their own order after them.
 LONG = [
     "test_wandb.py", "test_wandb_offline.py", "test_surroundings.py", "test_kills.py", "test_verify.py",
