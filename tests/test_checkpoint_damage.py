@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from dist_train.errors import CheckpointError
 from dist_train.manifest import (
     MANIFEST,
     MODEL,
-    STATE,
-    TRAINING,
     find_checkpoint,
     find_damage,
     folder_of,
@@ -24,9 +21,8 @@ from dist_train.manifest import (
     read_manifest,
 )
 from dist_train.run_dir import RunDir
+from support import damages
 from support.tiny_runs import write_at
-
-FILES = [MODEL, TRAINING, STATE, MANIFEST]
 
 
 @pytest.fixture(scope="module")
@@ -43,47 +39,14 @@ def run_dir(template: Path, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-Damage = Callable[[Path, Path, random.Random], None]  # (newest, the one before, source of chance)
-
-
-def flip_a_bit(newest: Path, _: Path, chance: random.Random) -> None:
-    path = newest / chance.choice(FILES)
-    content = bytearray(path.read_bytes())
-    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    path.write_bytes(content)
-
-
-def flip_a_bit_of_the_manifest(newest: Path, _: Path, chance: random.Random) -> None:
+def flip_a_bit_of_the_manifest(newest: Path, _: list[Path], chance: random.Random) -> set[str]:
     content = bytearray((newest / MANIFEST).read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     (newest / MANIFEST).write_bytes(content)
+    return {MANIFEST}
 
 
-def truncate(newest: Path, _: Path, chance: random.Random) -> None:
-    path = newest / chance.choice(FILES)
-    path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
-
-
-def lengthen(newest: Path, _: Path, chance: random.Random) -> None:
-    with (newest / chance.choice([MODEL, TRAINING, STATE])).open("ab") as file:
-        file.write(b"\0")
-
-
-def delete(newest: Path, _: Path, chance: random.Random) -> None:
-    (newest / chance.choice(FILES)).unlink()
-
-
-def swap(newest: Path, before: Path, chance: random.Random) -> None:
-    name = chance.choice(FILES)
-    shutil.copy(before / name, newest / name)
-
-
-def swap_all(newest: Path, before: Path, _: random.Random) -> None:
-    for name in FILES:
-        shutil.copy(before / name, newest / name)
-
-
-def odd_manifest(newest: Path, _: Path, chance: random.Random) -> None:
+def odd_manifest(newest: Path, _: list[Path], chance: random.Random) -> set[str]:
     """Parts of the manifest missing or of another type, and manifests that are none."""
     manifest = json.loads((newest / MANIFEST).read_text())
     strange: list[object] = [None, 7, "2", [], {}, {"files": 1}, {"bytes": 1}]
@@ -97,29 +60,27 @@ def odd_manifest(newest: Path, _: Path, chance: random.Random) -> None:
     else:
         manifest[key] = chance.choice(strange)
     (newest / MANIFEST).write_text(json.dumps(manifest))
+    return {MANIFEST}
 
 
-def empty_manifest(newest: Path, _: Path, __: random.Random) -> None:
-    (newest / MANIFEST).write_bytes(b"")
-
-
-DAMAGES: list[tuple[Damage, int]] = [
-    (flip_a_bit, 24), (flip_a_bit_of_the_manifest, 24), (truncate, 12), (lengthen, 3), (delete, 4), (swap, 8),
-    (swap_all, 1), (odd_manifest, 30), (empty_manifest, 1),
-]  # fmt: skip
-CASES = [(damage, seed) for damage, how_often in DAMAGES for seed in range(how_often)]
+HOW_OFTEN: dict[damages.Damage, int] = {
+    damages.flip_bits: 24, flip_a_bit_of_the_manifest: 24, damages.truncate: 12, damages.append: 3, damages.delete: 4,
+    damages.file_of_another: 6, damages.manifest_of_another: 2, damages.all_of_another: 1, odd_manifest: 30,
+    damages.empty: 2, damages.exchange_two_files: 2,
+}  # fmt: skip
+CASES = [(damage, seed) for damage, how_often in HOW_OFTEN.items() for seed in range(how_often)]
 
 
 @pytest.mark.parametrize(("damage", "seed"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_damage_is_found_and_the_checkpoint_before_is_used(
-    damage: Damage, seed: int, run_dir: RunDir, caplog: pytest.LogCaptureFixture
+    damage: damages.Damage, seed: int, run_dir: RunDir, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest, before = folder_of(run_dir, 2), folder_of(run_dir, 1)
     assert find_damage(newest) == find_damage(before) == ""
     intact = {path.name: path.read_bytes() for path in newest.iterdir()}
-    damage(newest, before, random.Random(f"{damage.__name__} {seed}"))
+    touched = damage(newest, [before], random.Random(f"{damage.__name__} {seed}"))
     assert {path.name: path.read_bytes() for path in newest.iterdir()} != intact
-    assert find_damage(newest)
+    assert any(name in find_damage(newest) for name in touched)
     with caplog.at_level(logging.WARNING):
         assert list(good(run_dir, set_aside=True)) == [before]
     (warning,) = caplog.messages
