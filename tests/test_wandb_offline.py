@@ -19,8 +19,8 @@ from dist_train.tracking import Tracker
 from support.patience import wait_until
 from support.processes import alive, command_of, run, started
 from support.ranks import join_group, run_on_ranks
-from support.run_files import last_checkpoint, metrics
-from support.trainings import let_go, train
+from support.run_files import metrics
+from support.trainings import let_go, save, train
 
 FIRST: list[dict[str, Any]] = [
     {"step": 2, "train/loss": 0.5, "train/grad_norm": None},
@@ -104,9 +104,7 @@ def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -
 
     with started(command, tmp_path, None, WANDB_MODE="offline") as process:
         wait_until(lambda: recorded(0), "record")
-        (run_dir / "SAVE").touch()
-        wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
-        saved = int(last_checkpoint(run_dir).name.removeprefix("step_"))
+        saved = save(run_dir)
         wait_until(lambda: recorded(saved), "record of what will be done again")
         if end == signal.SIGTERM:
             process.send_signal(end)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from support.cluster import Cluster
-from support.jobs import SCRIPTS, ended, status_of, submit, train_here
+from support.jobs import SCRIPTS, ended, submit, train_here
 from support.patience import wait_until
-from support.run_files import train_losses
+from support.run_files import status_of, train_losses
 from support.trainings import SETTINGS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]

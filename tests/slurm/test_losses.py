@@ -18,16 +18,14 @@ from support.jobs import (
     is_training,
     log_of,
     pids_of_rank,
-    save,
-    status_of,
     steps_lost,
     submit,
     submit_long,
     trains_again,
 )
 from support.patience import wait_until
-from support.run_files import assert_bit_identical
-from support.trainings import let_go
+from support.run_files import assert_bit_identical, status_of
+from support.trainings import let_go, save
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 

@@ -18,14 +18,12 @@ from support.jobs import (
     is_training,
     log_of,
     pids_of_rank,
-    save,
-    status_of,
     submit,
     submit_long,
 )
 from support.patience import wait_until
-from support.run_files import assert_bit_identical
-from support.trainings import let_go
+from support.run_files import assert_bit_identical, status_of
+from support.trainings import let_go, save
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 OTHER_SCRIPTS = [pytest.param(script, marks=pytest.mark.full) for script in ("train_srun", "train_accelerate")]

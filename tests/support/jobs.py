@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dist_train.small_files import read_json
 from support.cluster import Cluster
 from support.once import made_once
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT
 from support.ranks import run_forked
-from support.run_files import last_checkpoint
+from support.run_files import status_of
 from support.trainings import SETTINGS, let_go
 
 SCRIPTS = ROOT / "slurm"
@@ -25,10 +23,6 @@ LONG = [
     *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=1",
     "train_for=120 steps", "log_every=5", "save_every=120 steps",
 ]  # fmt: skip
-
-
-def status_of(run_dir: Path) -> dict[str, Any]:
-    return read_json(run_dir / "status.json")
 
 
 def submit(cluster: Cluster, *command: object) -> str:
@@ -46,13 +40,6 @@ def is_training(run_dir: Path, beyond: int = 0) -> bool:
     status = status_of(run_dir)
     trains = status.get("state") == "TRAINING" and status.get("step", 0) > beyond
     return trains and len(segments(run_dir)) == status["attempt"]
-
-
-def save(run_dir: Path) -> int:
-    """Ask for the first checkpoint and wait for it: its step."""
-    (run_dir / "SAVE").touch()
-    wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
-    return int(last_checkpoint(run_dir).name.removeprefix("step_"))
 
 
 def segments(run_dir: Path) -> list[str]:

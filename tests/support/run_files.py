@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from dist_train.small_files import read_json
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    """Empty where there is none yet."""
+    return read_json(run_dir / "status.json")
+
 
 def step_of(run_dir: Path) -> int:
-    try:
-        return int(json.loads((run_dir / "status.json").read_text()).get("step", 0))
-    except (OSError, ValueError):
-        return 0
+    return int(status_of(run_dir).get("step", 0))
 
 
 def status(run_dir: Path) -> str:
-    return str(json.loads((run_dir / "status.json").read_text())["state"])
+    return str(status_of(run_dir)["state"])
 
 
 def last_checkpoint(run_dir: Path) -> Path:

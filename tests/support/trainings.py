@@ -6,7 +6,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from support.patience import wait_until
 from support.processes import DIST_TRAIN
+from support.run_files import last_checkpoint
 from support.user_nets import OPEN
 
 # A few seconds of real MNIST.
@@ -52,3 +54,10 @@ def train(*settings: str, nproc: int | None = 2) -> list[str]:
 def let_go(folder: Path) -> None:
     """Trainings in this folder, those that go on and those to come, are held no longer."""
     (folder / OPEN).touch()
+
+
+def save(run_dir: Path) -> int:
+    """Ask for the first checkpoint and wait for it: its step."""
+    (run_dir / "SAVE").touch()
+    wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
+    return int(last_checkpoint(run_dir).name.removeprefix("step_"))
