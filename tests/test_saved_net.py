@@ -23,10 +23,9 @@ from dist_train.data.named import load_named
 from dist_train.distributed import World
 from dist_train.saved_net import SavedNet
 from dist_train.small_files import read_json, write_json
-from support.once import made_once
 from support.processes import DIST_TRAIN
 from support.ranks import join_group, run_forked, run_on_ranks
-from support.trainings import SETTINGS
+from support.trainings import SETTINGS, trained_once
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +37,8 @@ def test_set() -> ImageSet:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With dropout, with BatchNorm; so far that it is right about most digits."""
 
-    def make(folder: Path) -> None:
-        settings = [f"model.name={request.param}", "train_for=60 steps", "optimizer.lr=1e-2", "global_batch_size=128"]
-        done = run_forked([*DIST_TRAIN, "train", *SETTINGS, *settings, "--run-name=r"], folder)
-        assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, f"trained {request.param}", make) / "runs/r"
+    settings = [f"model.name={request.param}", "train_for=60 steps", "optimizer.lr=1e-2", "global_batch_size=128"]
+    return trained_once(tmp_path_factory, f"trained {request.param}", [*SETTINGS, *settings])
 
 
 def call(*arguments: object) -> Result:

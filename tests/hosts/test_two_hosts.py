@@ -34,7 +34,7 @@ def test_one_is_powered_off_and_comes_back(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"HEAD": "node1", "NPROC": "1", "OMP_NUM_THREADS": "1", "PATH": path}
+    env = os.environ | {"HEAD": "node1", "NPROC": "1", "PATH": path}
     held = ["model.name=support.user_nets:Gated", "model.args.slow_s=0.5", "train_for=400 steps"]
     train = [str(ROOT / "launch/restart.sh"), *EXACT, *held, "--run-name=r"]
     run_dir = tmp_path / "runs/r"

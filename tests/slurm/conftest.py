@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from support.cluster import REASON, Cluster, can_be_made
-from support.jobs import LONG, train_here
+from support.jobs import LONG, Check
+from support.run_files import assert_bit_identical, status_of
+from support.trainings import trained_once
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +20,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if not can_be_made():
         pytest.skip(REASON)
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=3) as made:
-        made.env |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        made.env |= {"PYTHON": sys.executable, "WANDB_MODE": "offline"}
         yield made
 
 
@@ -41,6 +43,12 @@ def _told_by_us(log: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LONG run on four ranks of this machine, without Slurm."""
-    return train_here(tmp_path_factory, "long", LONG, world_size=4)
+def as_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Check:
+    """Asserts that a LONG run equals one on as many ranks of this machine, without Slurm."""
+
+    def compare(run_dir: Path) -> None:
+        world_size = status_of(run_dir)["world_size"]
+        undisturbed = trained_once(tmp_path_factory, f"long on {world_size}", LONG, world_size)
+        assert_bit_identical(run_dir, undisturbed)
+
+    return compare

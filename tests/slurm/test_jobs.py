@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from support.cluster import Cluster
-from support.jobs import SCRIPTS, ended, submit, train_here
+from support.jobs import SCRIPTS, ended, submit
 from support.patience import wait_until
 from support.run_files import status_of, train_losses
-from support.trainings import SETTINGS
+from support.trainings import SETTINGS, trained_once
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
@@ -27,7 +27,7 @@ EXACT = [*SHORT, "-o", "dtype=float64"]
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An EXACT run on this machine, without Slurm."""
-    return train_here(tmp_path_factory, "one process", EXACT)
+    return trained_once(tmp_path_factory, "one process", EXACT)
 
 
 def test_srun_without_a_batch_script(
@@ -35,7 +35,7 @@ def test_srun_without_a_batch_script(
 ) -> None:
     """Two tasks on one node and one on the other, which cannot know it from the totals; the job id names the run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(cluster.env, "OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS")
     cluster.ask("srun", "--nodes=2", "--ntasks=3", sys.executable, "-m", "dist_train", "train", *EXACT)
     (run_dir,) = (tmp_path / "runs").iterdir()
     result = json.loads((run_dir / "result.json").read_text())

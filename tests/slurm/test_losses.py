@@ -14,7 +14,9 @@ import pytest
 
 from support.cluster import KILL_WAIT_S, LOST_S, Cluster
 from support.jobs import (
+    Check,
     end_well,
+    full,
     is_training,
     log_of,
     pids_of_rank,
@@ -24,15 +26,15 @@ from support.jobs import (
     trains_again,
 )
 from support.patience import wait_until
-from support.run_files import assert_bit_identical, status_of
+from support.run_files import status_of
 from support.trainings import let_go, save
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 
-def train(cluster: Cluster, folder: Path, *options: str) -> tuple[str, Path]:
+def train(cluster: Cluster, folder: Path, *options: str, script: str = "train") -> tuple[str, Path]:
     """A job that trains, and has saved some steps ago."""
-    job, run_dir = submit_long(cluster, folder, *options)
+    job, run_dir = submit_long(cluster, folder, *options, script=script)
     wait_until(lambda: is_training(run_dir), "training")
     saved = save(run_dir)
     wait_until(lambda: is_training(run_dir, beyond=saved + 3), "steps to lose")
@@ -48,35 +50,35 @@ def come_back(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, 
     return noticed_s, time.monotonic() - began, steps_lost(run_dir, reached)
 
 
-def end_as_undisturbed(cluster: Cluster, job: str, run_dir: Path, undisturbed: Path, *attempts: int) -> None:
+def end_as_undisturbed(cluster: Cluster, job: str, run_dir: Path, as_undisturbed: Check, *attempts: int) -> None:
     let_go(run_dir.parent.parent)
     end_well(cluster, job, run_dir, *attempts)
-    assert_bit_identical(run_dir, undisturbed)
+    as_undisturbed(run_dir)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("rank", "script"), [(0, "train"), full(3, "train"), full(2, "train_srun")])
 def test_a_rank_is_killed(
-    rank: int, cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+    rank: int, script: str, cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    job, run_dir = train(cluster, tmp_path)
+    job, run_dir = train(cluster, tmp_path, script=script)
     (pid,) = pids_of_rank(cluster, job, rank)
     os.kill(pid, signal.SIGKILL)
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
+    end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
     row(
-        f"rank {rank} is killed", "queued again by the script", f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost,
-        "weights and metrics to the bit",
+        f"rank {rank} is killed (`{script}.sbatch`)", "queued again by the script",
+        f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip
 
 
-def test_a_node_crashes(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
-    job, run_dir = train(cluster, tmp_path)
+def test_a_node_crashes(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
+    job, run_dir = train(cluster, tmp_path, script="train_srun")
     _first, second = cluster.nodes_of(job)
     with cluster.noticing_losses():
         cluster.crash(second)
         noticed_s, again_s, lost = come_back(cluster, job, run_dir)
         assert second not in cluster.nodes_of(job)
-        end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
+        end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
     row(
         f"a node crashes (SlurmdTimeout={LOST_S})", "queued again by Slurm, on another node",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
@@ -84,7 +86,7 @@ def test_a_node_crashes(cluster: Cluster, undisturbed: Path, tmp_path: Path, row
 
 
 def test_a_node_is_cut_off_and_healed(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     """The node of rank zero, whose old process lives on beside the new one and sees the same files."""
     job, run_dir = train(cluster, tmp_path)
@@ -98,7 +100,7 @@ def test_a_node_is_cut_off_and_healed(
         gone_s = wait_until(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
         assert status_of(run_dir)["attempt"] == 2
         # Three, should the old srun be heard again: it ends the step by its number.
-        end_as_undisturbed(cluster, job, run_dir, undisturbed, 2, 3)
+        end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2, 3)
     row(
         f"the node of rank 0 is cut off (SlurmdTimeout={LOST_S}), and healed while the run goes on elsewhere",
         f"queued again by Slurm, on another node; the old processes were gone {gone_s:.0f} s after the healing",
@@ -108,7 +110,7 @@ def test_a_node_is_cut_off_and_healed(
 
 
 def test_an_old_attempt_that_trains_on(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All four ranks are on the node that is cut off: they lack nothing, and write where the new ones write."""
     monkeypatch.setitem(cluster.env, "NPROC", "4")
@@ -125,7 +127,7 @@ def test_an_old_attempt_that_trains_on(
         gone_s = wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old")
         assert "attempt 1 was superseded by attempt 2" in log_of(run_dir)
         cluster.heal(node)
-        end_as_undisturbed(cluster, job, run_dir, undisturbed, 2, 3)  # as above
+        end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2, 3)  # as above
     row(
         "the only node of a job is cut off, and its ranks train on beside those of the requeued job",
         f"they notice that they are superseded and end after {gone_s:.0f} s",
@@ -133,9 +135,11 @@ def test_an_old_attempt_that_trains_on(
     )  # fmt: skip
 
 
-def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_the_controller_is_away(
+    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
+) -> None:
     """From before the job stops until after it has first asked to be queued again."""
-    job, run_dir = train(cluster, tmp_path)
+    job, run_dir = train(cluster, tmp_path, script="train_srun")
     cluster.stop_controller()
     (run_dir / "STOP").write_text("PREEMPTED\n")
     began = time.monotonic()
@@ -145,7 +149,7 @@ def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: P
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
     wait_until(partial(trains_again, cluster, job, run_dir, 2), "training again")
     again_s = time.monotonic() - began
-    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
+    end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
     row(
         "the controller is killed, and away while the job stops", "the script asks again until it is queued",
         f"trains {again_s:.0f}", "0", "weights and metrics to the bit",
@@ -153,7 +157,7 @@ def test_the_controller_is_away(cluster: Cluster, undisturbed: Path, tmp_path: P
 
 
 def test_the_shared_folder_is_slow(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fsync takes four seconds, a save longer than a preemption leaves time for: that is said, and survived."""
     slow = tmp_path / "python"
@@ -161,13 +165,13 @@ def test_the_shared_folder_is_slow(
     slow.write_text(f'#!/bin/sh\nexec {tracing} {sys.executable} "$@"\n')
     slow.chmod(0o755)
     monkeypatch.setitem(cluster.env, "PYTHON", str(slow))
-    job, run_dir = train(cluster, tmp_path, "--partition=low0")
+    job, run_dir = train(cluster, tmp_path, "--partition=low0", script="train_srun")
     wait_until(lambda: status_of(run_dir).get("save_s", 0) > KILL_WAIT_S, "slow save")
     warning = f"leaves a preempted job {KILL_WAIT_S} s"
     wait_until(lambda: warning in log_of(run_dir), "warning")
     submit(cluster, "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    end_as_undisturbed(cluster, job, run_dir, undisturbed, 2)
+    end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
     row(
         f"the shared folder takes 4 s for each fsync, and a preemption leaves {KILL_WAIT_S} s",
         "warned that a save takes longer; killed while it saved, queued again by Slurm",

@@ -12,9 +12,11 @@ from support.cluster import GRACE_S, KILL_WAIT_S, Cluster
 from support.jobs import (
     LONG,
     SCRIPTS,
+    Check,
     disturb_each,
     end_well,
     ended,
+    full,
     is_training,
     log_of,
     pids_of_rank,
@@ -22,11 +24,10 @@ from support.jobs import (
     submit_long,
 )
 from support.patience import wait_until
-from support.run_files import assert_bit_identical, status_of
+from support.run_files import status_of
 from support.trainings import let_go, save
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
-OTHER_SCRIPTS = [pytest.param(script, marks=pytest.mark.full) for script in ("train_srun", "train_accelerate")]
 
 
 def preempt(cluster: Cluster, _job: str) -> None:
@@ -35,33 +36,46 @@ def preempt(cluster: Cluster, _job: str) -> None:
     submit(cluster, *options, f"--wrap=sleep {GRACE_S}")
 
 
+@pytest.mark.parametrize("script", ["train_srun", full("train")])
 def test_preempted(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
+    script: str,
+    cluster: Cluster,
+    as_undisturbed: Check,
+    tmp_path: Path,
+    row: Callable[..., None],
+    count: Callable[..., int],
 ) -> None:
     times = count(2)
-    assert_bit_identical(disturb_each(cluster, tmp_path, times, partial(preempt, cluster)), undisturbed)
+    as_undisturbed(disturb_each(cluster, tmp_path, times, partial(preempt, cluster), script=script))
     row(
-        f"preempted, {times} x, GraceTime={GRACE_S}", "saved at the first TERM, PREEMPTED, queued again by the script",
-        "-", "0", "weights and metrics to the bit; one W&B run",
+        f"preempted, {times} x, GraceTime={GRACE_S} (`{script}.sbatch`)",
+        "saved at the first TERM, PREEMPTED, queued again by the script", "-", "0",
+        "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("script", ["train", full("train_srun")])
 def test_preempted_without_grace(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
+    script: str,
+    cluster: Cluster,
+    as_undisturbed: Check,
+    tmp_path: Path,
+    row: Callable[..., None],
+    count: Callable[..., int],
 ) -> None:
     """Slurm queues the job again itself, and lets KillWait pass between TERM and KILL."""
     times, how = count(2), partial(preempt, cluster)
-    run_dir = disturb_each(cluster, tmp_path, times, how, "--partition=low0", state="INTERRUPT")
-    assert_bit_identical(run_dir, undisturbed)
+    run_dir = disturb_each(cluster, tmp_path, times, how, "--partition=low0", script=script, state="INTERRUPT")
+    as_undisturbed(run_dir)
     row(
-        f"preempted, {times} x, GraceTime=0, KillWait={KILL_WAIT_S}", "saved at the TERM, queued again by Slurm", "-",
-        "0", "weights and metrics to the bit; one W&B run",
+        f"preempted, {times} x, GraceTime=0, KillWait={KILL_WAIT_S} (`{script}.sbatch`)",
+        "saved at the TERM, queued again by Slurm", "-", "0", "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
 
 @pytest.mark.cluster(minutes=4)
 def test_the_time_limit(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
+    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
 ) -> None:
     """A real limit of two minutes. Slurm looks every 30 s, and tells half a minute sooner than it was asked to.
 
@@ -75,7 +89,7 @@ def test_the_time_limit(
         wait_until(partial(has_run_out, cluster, job, run_dir, number + 1), "end of its time", 2400)
     let_go(tmp_path)
     end_well(cluster, job, run_dir, *range(times + 1, 20))  # the more, the slower the machine
-    assert_bit_identical(run_dir, undisturbed)
+    as_undisturbed(run_dir)
     row(
         f"ran into its time limit (2 minutes), {times} x at least",
         "saved at the announcement, PREEMPTED, queued again by the script", "-", "0",
@@ -94,9 +108,9 @@ def tell(cluster: Cluster, job: str) -> None:
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
 
 
-@pytest.mark.parametrize("disturb", [pytest.param(preempt, marks=pytest.mark.full), tell])
+@pytest.mark.parametrize("disturb", [full(preempt), tell])
 def test_stopped_before_it_trains(
-    disturb: Callable[[Cluster, str], None], cluster: Cluster, undisturbed: Path, tmp_path: Path
+    disturb: Callable[[Cluster, str], None], cluster: Cluster, as_undisturbed: Check, tmp_path: Path
 ) -> None:
     """Nothing can be saved yet, and the job ends within its time of grace: it has to come back all the same."""
     job, run_dir = submit_long(cluster, tmp_path)
@@ -105,10 +119,10 @@ def test_stopped_before_it_trains(
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
     let_go(tmp_path)
     end_well(cluster, job, run_dir, 1, 2)  # two where the training began within the time of grace
-    assert_bit_identical(run_dir, undisturbed)
+    as_undisturbed(run_dir)
 
 
-@pytest.mark.parametrize("script", ["train", *OTHER_SCRIPTS])
+@pytest.mark.parametrize("script", ["train", full("train_srun"), full("train_accelerate")])
 def test_cancelled_is_not_queued_again(
     script: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,18 +135,19 @@ def test_cancelled_is_not_queued_again(
     assert status_of(run_dir)["step"] == int((run_dir / "checkpoints/last").resolve().name.removeprefix("step_"))
 
 
-def test_told_by_a_file(cluster: Cluster, undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_told_by_a_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
     """SAVE and STOP, from a shell that has nothing but the run directory; submitted again it goes on."""
-    job, run_dir = submit_long(cluster, tmp_path)
+    job, run_dir = submit_long(cluster, tmp_path, script="train_srun")
     wait_until(lambda: is_training(run_dir), "training")
     save(run_dir)
     (run_dir / "STOP").touch()
     seconds = wait_until(lambda: ended(cluster, job, run_dir), "end")
     assert status_of(run_dir)["state"] == "INTERRUPT"
     let_go(tmp_path)
-    again = submit(cluster, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *LONG, f"--run-name={run_dir.name}")
+    same = [SCRIPTS / "train_srun.sbatch", *LONG, f"--run-name={run_dir.name}"]
+    again = submit(cluster, f"--chdir={tmp_path}", "--ntasks=3", *same)
     end_well(cluster, again, run_dir, 2)
-    assert_bit_identical(run_dir, undisturbed)
+    as_undisturbed(run_dir)
     row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "submitted again: to the bit")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from support.cluster import Cluster
-from support.once import made_once
 from support.patience import wait_until
-from support.processes import DIST_TRAIN, ROOT
-from support.ranks import run_forked
+from support.processes import ROOT
 from support.run_files import status_of
 from support.trainings import SETTINGS, let_go
 
@@ -23,6 +21,8 @@ LONG = [
     *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=1",
     "train_for=120 steps", "log_every=5", "save_every=120 steps",
 ]  # fmt: skip
+Check = Callable[[Path], None]  # of a run directory
+full = partial(pytest.param, marks=pytest.mark.full)  # parameters of a test with --full alone
 
 
 def submit(cluster: Cluster, *command: object) -> str:
@@ -30,7 +30,12 @@ def submit(cluster: Cluster, *command: object) -> str:
 
 
 def submit_long(cluster: Cluster, folder: Path, *options: str, script: str = "train") -> tuple[str, Path]:
-    """The job and the run directory of a LONG training, unless otherwise asked on two nodes of two ranks."""
+    """The job and the run directory of a LONG training on two nodes, unless otherwise asked.
+
+    On two ranks on each; by `train_srun`, which starts no torchrun and is sooner there, on two and on one.
+    """
+    if script == "train_srun":
+        options = ("--ntasks=3", *options)
     job = submit(cluster, f"--chdir={folder}", *options, SCRIPTS / f"{script}.sbatch", *LONG)
     return job, folder / f"runs/smoke-{job}"
 
@@ -77,10 +82,16 @@ def end_well(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
 
 
 def disturb_each(
-    cluster: Cluster, folder: Path, times: int, disturb: Callable[[str], None], *options: str, state: str = "PREEMPTED"
+    cluster: Cluster,
+    folder: Path,
+    times: int,
+    disturb: Callable[[str], None],
+    *options: str,
+    script: str,
+    state: str = "PREEMPTED",
 ) -> Path:
     """The directory of a LONG run that was disturbed while it was held, in each of so many attempts but the last."""
-    job, run_dir = submit_long(cluster, folder, *options)
+    job, run_dir = submit_long(cluster, folder, *options, script=script)
     beyond = 0
     for attempt in range(1, times + 1):
         wait_until(partial(trains_again, cluster, job, run_dir, attempt, beyond), "training")
@@ -94,19 +105,6 @@ def disturb_each(
     return run_dir
 
 
-def train_here(
-    tmp_path_factory: pytest.TempPathFactory, name: str, settings: Sequence[str], world_size: int = 1
-) -> Path:
-    """The directory of a run on this machine, without Slurm; made once for all workers of pytest."""
-
-    def make(folder: Path) -> None:
-        let_go(folder)
-        done = run_forked([*DIST_TRAIN, "train", *settings, "--run-name=here"], folder, world_size)
-        assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, name, make) / "runs/here"
-
-
 def steps_lost(run_dir: Path, reached: int) -> int:
     """Steps that the present attempt has to make again."""
     return max(0, reached - int(status_of(run_dir)["resumed_at"]))
@@ -115,12 +113,18 @@ def steps_lost(run_dir: Path, reached: int) -> int:
 def pids_of_rank(cluster: Cluster, job: str, rank: int) -> list[int]:
     """The living processes of this rank, on whatever node and of whatever attempt."""
     # Another cluster, that tests beside this one have made, has a job of the same number.
-    wanted = {f"SLURM_CONF={cluster.env['SLURM_CONF']}", f"SLURM_JOB_ID={job}", f"RANK={rank}"}
+    wanted = {"SLURM_CONF": cluster.env["SLURM_CONF"], "SLURM_JOB_ID": job}
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            environment = set((process / "environ").read_text(errors="replace").split("\0"))
-            if wanted <= environment and b"dist_train" in (process / "cmdline").read_bytes():
+            command = (process / "cmdline").read_bytes()
+            # Neither srun nor torchrun, whose commands have this in them.
+            if b"/python" not in command.split(b"\0")[0] or b"torch.distributed.run" in command:
+                continue
+            entries = (process / "environ").read_text(errors="replace").split("\0")
+            environment = dict(entry.partition("=")[::2] for entry in entries)
+            number = environment.get("RANK", environment.get("SLURM_PROCID"))
+            if wanted.items() <= environment.items() and number == str(rank) and b"\0dist_train\0train\0" in command:
                 found.append(int(process.name))
     return found
 

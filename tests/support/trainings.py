@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from support.once import made_once
 from support.patience import wait_until
 from support.processes import DIST_TRAIN
+from support.ranks import run_forked
 from support.run_files import last_checkpoint
 from support.user_nets import OPEN
 
@@ -33,22 +38,29 @@ DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
 
 
 STEPS = 200
+# To be disturbed: held until `let_go`, or for a minute.
+HELD = [
+    *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=0.3", f"train_for={STEPS} steps",
+    "log_every=4", "save_every=8 steps",
+]  # fmt: skip
 
 
-def train(*settings: str, nproc: int | None = 2) -> list[str]:
-    """A training to be disturbed, in the current folder, as `runs/r`: held until `let_go`, or for a minute.
+def train(*settings: str, nproc: int = 2) -> list[str]:
+    """The command for a HELD training in the current folder, as `runs/r`."""
+    return [*DIST_TRAIN, "train", *HELD, *settings, "--run-name=r", f"--nproc={nproc}"]
 
-    Without `nproc` for `run_forked`.
-    """
-    own = [
-        "model.name=support.user_nets:Gated",
-        "model.args.slow_s=0.3",
-        f"train_for={STEPS} steps",
-        "log_every=4",
-        "save_every=8 steps",
-    ]
-    processes = [f"--nproc={nproc}"] if nproc else []
-    return [*DIST_TRAIN, "train", *SETTINGS, *own, *settings, "--run-name", "r", *processes]
+
+def trained_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, settings: Sequence[str], world_size: int = 1
+) -> Path:
+    """The directory of a training that nothing holds or disturbs, on forked ranks; made once for all workers."""
+
+    def make(folder: Path) -> None:
+        let_go(folder)
+        done = run_forked([*DIST_TRAIN, "train", *settings, "--run-name=r"], folder, world_size)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, name, make) / "runs/r"
 
 
 def let_go(folder: Path) -> None:
