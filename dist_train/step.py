@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dist_train.averaging import AveragedNet
 from dist_train.config import Config, StepMode, WantedMode
 from dist_train.data.batches import Batches
 from dist_train.distributed import World, is_peer_failure
@@ -53,9 +53,7 @@ class Step:
         finite = [buffer for buffer in net.buffers() if buffer.isfinite().all()]
         self._stay_finite = [*net.parameters(), *finite]
         # Copied before Accelerate patches `forward`: the copy's would still be that of the original.
-        # Infinities have no average: with them all buffers are copied.
-        averages = len(finite) == len(list(net.buffers()))
-        self.ema = _averaged(net, config.ema_decay, use_buffers=averages) if config.ema_decay else None
+        self.ema = AveragedNet(net, config.ema_decay) if config.ema_decay else None
         self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
         self.mode: StepMode = "eager"  # until the warm-up
         self.warm_up_s = 0.0
@@ -218,8 +216,3 @@ def _check_state(net: nn.Module) -> None:
             f"{type(net).__name__}.state_dict() holds {odd[0]}, which is no tensor; a checkpoint is of tensors only. "
             f"Leave get_extra_state out, or register a buffer."
         )
-
-
-def _averaged(net: nn.Module, decay: float, use_buffers: bool) -> AveragedModel:
-    average = get_ema_multi_avg_fn(decay)
-    return AveragedModel(net, multi_avg_fn=average, use_buffers=use_buffers).requires_grad_(False)
