@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_train.errors import CheckpointError
@@ -24,6 +24,7 @@ from dist_train.manifest import FORMAT, MANIFEST, MODEL, STATE, TRAINING, digest
 from dist_train.small_files import write_json
 from dist_train.step import Step
 from dist_train.train_state import TrainState, score_of
+from dist_train.weights import header_of, load_into, read_weights
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def write(snapshot: Snapshot, folder: Path, attempt: int, before_rename: Callabl
     aside = folder.parent / f".writing_{folder.name}_{attempt}"
     aside.mkdir()
     try:
-        save_file({name: weight.contiguous() for name, weight in snapshot.model.items()}, str(aside / MODEL))
+        weights = {name: weight.contiguous() for name, weight in snapshot.model.items()}
+        save_file(weights, str(aside / MODEL), header_of(snapshot.model))
         torch.save(snapshot.training, aside / TRAINING)
         write_json(aside / STATE, asdict(state), durable=False)
         for name in (MODEL, TRAINING, STATE):
@@ -79,7 +81,7 @@ def write(snapshot: Snapshot, folder: Path, attempt: int, before_rename: Callabl
 def restore(folder: Path, step: Step) -> TrainState:
     """Load a checkpoint that was verified. Every rank reads it for itself."""
     try:
-        model = load_file(str(folder / MODEL))
+        model = read_weights(folder / MODEL)
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         state = TrainState(**json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
@@ -87,7 +89,7 @@ def restore(folder: Path, step: Step) -> TrainState:
     training.setdefault("net", model)
     try:
         step.load_state_dict(training)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of whatever kind the net's own modules raise
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
@@ -104,8 +106,8 @@ def load_weights(net: nn.Module, folder: Path) -> None:
         CheckpointError: unreadable, or of another net.
     """
     try:
-        net.load_state_dict(load_file(str(folder / MODEL)))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        load_into(net, read_weights(folder / MODEL))
+    except Exception as error:  # of whatever kind the net's own modules raise
         raise CheckpointError(f"{folder / MODEL} does not fit {type(net).__name__}: {error}") from None
 
 

@@ -20,6 +20,7 @@ from dist_train.run_dir import RunDir
 from dist_train.schedule import is_due
 from dist_train.step import Step
 from dist_train.train_state import TrainState
+from dist_train.weights import with_versions_of
 
 _log = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def _copy_to_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)  # strides and all: fused Adam walks state and weights side by side
     if isinstance(value, dict):
-        return {key: _copy_to_cpu(item) for key, item in value.items()}
+        return with_versions_of({key: _copy_to_cpu(item) for key, item in value.items()}, value)
     if isinstance(value, (list, tuple)):
         return type(value)(_copy_to_cpu(item) for item in value)
     return value

@@ -24,6 +24,7 @@ from dist_train.plan import BatchPlan
 from dist_train.rehearsal import Update, rehearse, unchanged, worth_trying
 from dist_train.schedule import LearningRate
 from dist_train.user_code import explained
+from dist_train.weights import load_into
 from dist_train.whole_update import obstacle, prepare
 
 _log = logging.getLogger(__name__)
@@ -149,10 +150,10 @@ class Step:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """On the same world size each rank gets its own window back, else rank zero gets their sum."""
-        self.net.load_state_dict(state["net"])
+        load_into(self.net, state["net"])
         load_state(self.eager.optimizer, state["optimizer"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            load_into(self.ema, state["ema"])
         if self.world.accelerator.scaler is not None:
             self.world.accelerator.scaler.load_state_dict(state["scaler"])
         if self.eager.overflows is not None and state.get("overflows") is not None:

@@ -48,6 +48,54 @@ def test_what_is_restored_is_what_was_there(extra: dict[str, Any], world: World,
     checkpoints.close()
 
 
+class Versioned(nn.Linear):
+    """Version 3 wants weights the other way round than version 2, and nothing that does not say its version."""
+
+    _version = 3
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *more: Any) -> None:
+        version = local_metadata.get("version")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} is not known")
+        if version == 2:
+            state_dict[f"{prefix}weight"] = -state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+
+
+@pytest.mark.parametrize("kind", ["of today", "of an older library", "of older dist_train"])
+def test_a_net_is_told_the_version_of_its_state(
+    kind: str, world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trained weights, their average, and what is read without a training."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(Versioned())
+
+    step, state = new_step(world, seed=0, make_net=make), TrainState(step=2)
+    take(step, 0, 2)
+    checkpoints = checkpoints_of(run_dir, world)
+    with monkeypatch.context() as patch:
+        if kind == "of an older library":
+            patch.setattr(Versioned, "_version", 2)
+        if kind == "of older dist_train":
+            patch.setattr("dist_train.checkpoint.header_of", lambda weights: {})
+            patch.setattr("dist_train.checkpoints.with_versions_of", lambda copied, weights: copied)
+        checkpoints.save(state, step)
+        checkpoints.finish()
+    other, bare = new_step(world, seed=1, make_net=make), make()
+    assert checkpoints.restore_latest(other) == state
+    load_weights(bare, folder_of(run_dir, 2))
+    sign = -1 if kind == "of an older library" else 1
+    assert other.ema is not None
+    assert step.ema is not None
+    for found, wanted in ((other.net, step.net), (other.ema.module, step.ema.module), (bare, step.ema.module)):
+        assert torch.equal(found.get_parameter("0.weight"), sign * wanted.get_parameter("0.weight"))
+    checkpoints.close()
+
+
 def test_training_goes_on_while_a_snapshot_is_written(
     world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

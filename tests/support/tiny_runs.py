@@ -40,9 +40,9 @@ def new_net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 3))
 
 
-def new_step(world: World, seed: int, config: Config = CONFIG) -> Step:
+def new_step(world: World, seed: int, config: Config = CONFIG, make_net: Callable[[], nn.Module] = new_net) -> Step:
     torch.manual_seed(seed)
-    net = new_net()
+    net = make_net()
     return Step(config, world, net, Numbers(), BatchPlan(6, 1, 1), LearningRate(1e-2, 20, "cosine"))
 
 

@@ -143,9 +143,9 @@ def _torch(module: ModuleType) -> None:
 def _checkpoint(module: ModuleType) -> None:
     save_file = module.save_file
 
-    def watched(tensors: Any, file: str) -> None:
+    def watched(tensors: Any, file: str, header: Any) -> None:
         at("before write model.safetensors")
-        save_file(tensors, file)
+        save_file(tensors, file, header)
         at("half model.safetensors", lambda: _halve(file))
 
     module.save_file = watched  # type: ignore[attr-defined]
