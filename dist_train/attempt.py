@@ -22,10 +22,9 @@ from dist_train.config_file import to_yaml
 from dist_train.data import Splits, load_splits
 from dist_train.distributed import World
 from dist_train.environment import batch_stop_file, find_place
-from dist_train.facts import bit_changes, collect_facts
+from dist_train.facts import DIVIDING, bit_changes, collect_facts
 from dist_train.journal import Journal
 from dist_train.manifest import find_checkpoint
-from dist_train.models import not_invariant
 from dist_train.parts import build_parts
 from dist_train.progress import Screen, set_up_logging
 from dist_train.reporting import Reporting
@@ -33,6 +32,7 @@ from dist_train.run_dir import RunDir, State
 from dist_train.slurm import check_save_time, judge_term
 from dist_train.small_files import read_json
 from dist_train.start import Start, check_start, find_run_dir
+from dist_train.step import Step
 from dist_train.stop_request import StopRequest
 from dist_train.terminal import print_to
 from dist_train.tracking import Tracker
@@ -53,7 +53,7 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
         # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
         splits = load_splits(config.data, config.seed, place.local_world_size)
         watchdog.expect_within(config.setup_timeout_s)
-        world = World.join(config)
+        world = World.join(config, find_run_dir(config, start).precision)
         run_dir = RunDir(Path(world.from_rank_zero(str(find_run_dir(config, start).path))))
         attempt = world.on_rank_zero(lambda: _open(run_dir, config, start, started))
         if attempt is None:
@@ -140,8 +140,7 @@ def _build(
     step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
     facts["step_mode"] = step.mode
     if world.is_rank_zero:
-        for change in bit_changes(before, facts) if state.step else []:
-            _log.warning("resumed with another %s: equal within rounding, not to the bit", change)
+        _report_limits(step, facts, before)
         cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
         if cut:
             _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
@@ -218,12 +217,27 @@ def _report(
             "Choose a global_batch_size with more divisors, or raise per_device_batch_size to %d.",
             plan.share, plan.per_device_batch_size, config.per_device_batch_size, plan.share,
         )  # fmt: skip
-    for reason in not_invariant(net):
-        _log.info("depends on the number of processes: %s", reason)
-    if facts["mixed_precision"] != "no":
-        _log.info("depends on the number of processes: %s rounding", facts["mixed_precision"])
     if state.step:
         _log.info("resumed at step %d of %d", state.step, total_steps)
+
+
+def _report_limits(step: Step, facts: dict[str, Any], before: dict[str, Any]) -> None:
+    """Where the promises end for this net. `before`: the facts of the run that goes on."""
+    dependent = step.observed.dependent
+    rounding = [f"{facts['mixed_precision']} rounding"] if facts["mixed_precision"] != "no" else []
+    for reason in dependent + rounding:
+        _log.info("depends on the number of processes: %s", reason)
+    for name in step.observed.unsaved:
+        _log.warning(
+            "not exact under resume: each forward changes %s.%s, which no checkpoint holds. Make it a buffer.",
+            type(step.net).__name__, name,
+        )  # fmt: skip
+    for name, change in bit_changes(before, facts).items() if before else ():
+        if name in DIVIDING and dependent:
+            comes = f"another result, since it depends on {', '.join(dependent)}"
+        else:
+            comes = "equal within rounding, not to the bit"
+        _log.warning("resumed with another %s: %s: %s", name, change, comes)
 
 
 def _report_results(run_dir: RunDir) -> None:

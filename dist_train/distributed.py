@@ -53,8 +53,8 @@ class World:
         return self.accelerator.device  # type: ignore[no-any-return]
 
     @classmethod
-    def join(cls, config: Config) -> World:
-        """Meet the other ranks.
+    def join(cls, config: Config, begun_with: str | None = None) -> World:
+        """Meet the other ranks. `begun_with`: the precision of the run that goes on.
 
         Collective: every rank must call this.
 
@@ -66,7 +66,7 @@ class World:
         export_rendezvous(place, os.environ)
         _check_accelerate(os.environ)
         device = choose_device(config, place)
-        precision = choose_precision(config, device)
+        precision = choose_precision(config, device, begun_with)
         threads = threads_per_process(place.local_world_size, os.environ)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose one and warn
         torch.set_num_threads(threads)

@@ -125,6 +125,11 @@ class _Sums:
                 f"{', '.join(counts.names[3:]) or 'nothing'} for another. Return the same keys each time."
             )
         correct = count_correct(output, targets)
+        if correct is not None and "accuracy" in own:
+            raise UserCodeError(
+                "metrics(output, target) must not return accuracy where outputs are logits [B, K] and targets labels [B]: "
+                "we count that. Give yours another name."
+            )
         if self._confusion is not None and correct is not None:
             self._confusion.note(output, targets, indices)
         counts.add(loss, correct, len(indices), *own.values())

@@ -39,15 +39,25 @@ def collect_facts(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, 
     }
 
 
-# Facts that decide the bits: a resumed run in which one differs is equal within rounding only.
-DECIDES_BITS = ("world_size", "device", "num_threads", "step_mode", "cpu")
+# By these a step is divided: the result of a net that depends on the division is another one.
+DIVIDING = ("world_size", "micro_steps", "device")
 
 
-def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two starts of a run that decides the bits: ["num_threads: 2 -> 1", ...]."""
-    pairs = [(name, before.get(name), now[name]) for name in DECIDES_BITS]
-    pairs.append(("torch", before.get("versions", {}).get("torch"), now["versions"]["torch"]))
-    return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
+def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """What differs between two starts of a run, and decides the bits of its numbers: {"num_threads": "2 -> 1", ...}."""
+    old, new = ({name: _of(facts, name) for name in (*DIVIDING, *_ROUNDING)} for facts in (before, now))
+    return {name: f"{old[name]} -> {new[name]}" for name in old if old[name] != new[name]}
+
+
+_ROUNDING = ("num_threads", "step_mode", "cpu", "torch")
+
+
+def _of(facts: dict[str, Any], name: str) -> Any:
+    nested = {"micro_steps": ("batch_plan", "grad_accum_steps"), "torch": ("versions", "torch")}
+    if name not in nested:
+        return facts.get(name)
+    section, key = nested[name]
+    return facts.get(section, {}).get(key)
 
 
 def git_commit(folder: Path) -> str | None:

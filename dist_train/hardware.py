@@ -36,15 +36,28 @@ def choose_device(config: Config, place: Place) -> str:
     return wanted
 
 
-def choose_precision(config: Config, device: str) -> Precision:
-    """YAML wins; the launcher's counts when YAML is silent (`accelerate launch` always exports one)."""
+def choose_precision(config: Config, device: str, begun_with: str | None = None) -> Precision:
+    """YAML wins; the launcher's counts when YAML is silent (`accelerate launch` always exports one).
+
+    `begun_with`: that of the run that goes on, which stays. A launcher's `no` is no wish for another.
+
+    Raises:
+        ConfigError: not to be had, or another than the run was begun with.
+    """
     theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     ours = config.mixed_precision
     if ours not in (None, "no", theirs) and theirs != "no":
         raise ConfigError(
             f"mixed_precision={ours} in the config, {theirs} from accelerate launch. Leave one of them out."
         )
-    precision = ours or theirs
+    precision = ours or (begun_with if begun_with and theirs == "no" else theirs)
+    if begun_with and precision != begun_with:
+        wish = f"mixed_precision={ours}" if ours else f"ACCELERATE_MIXED_PRECISION={theirs}"
+        fix = f"Set mixed_precision={begun_with}" if ours else "Unset it"
+        raise ConfigError(
+            f"{wish}, and the run was begun with {begun_with}. {fix}, or give the new run a name of its own with "
+            f"--run-name."
+        )
     if precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: no, bf16 or fp16.")
     if precision == "fp16" and device == "cpu":

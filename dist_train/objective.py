@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,8 +42,10 @@ class Objective:
         return self._own_loss is None and self._own_metrics is None
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
-        """The output for a micro-batch; logits [B, K] of a classifier."""
-        return model(*inputs) if self._unpack and isinstance(inputs, (list, tuple)) else model(inputs)
+        """The output for a micro-batch; logits [B, K] of a classifier. Never of half precision: whatever is counted
+        from it would be rounded to two digits."""
+        output = model(*inputs) if self._unpack and isinstance(inputs, (list, tuple)) else model(inputs)
+        return convert_to_fp32(output) if _has_half(output) else output
 
     def loss(self, output: Any, targets: Any) -> Tensor:
         """The mean loss over the micro-batch, [] (nats for cross-entropy)."""
@@ -67,6 +71,13 @@ class Objective:
         if ours:
             raise UserCodeError(f"metrics(output, target) must not return {', '.join(sorted(ours))}: we count that.")
         return {str(name): float(value) for name, value in found.items()}
+
+
+def _has_half(output: Any) -> bool:
+    if isinstance(output, Tensor):
+        return output.dtype in (torch.bfloat16, torch.float16)
+    values = output.values() if isinstance(output, Mapping) else output
+    return isinstance(output, (list, tuple, Mapping)) and any(map(_has_half, values))
 
 
 @torch.no_grad()

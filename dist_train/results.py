@@ -58,7 +58,7 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
     examples = splits.test if split == "test" else splits.val
     if examples is None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
-    world = World.join(config)
+    world = World.join(config, RunDir(path).precision)
     net = build_model(config.model, splits.known, config.seed)
     load_weights(net, folder)
     net.to(world.device)

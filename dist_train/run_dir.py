@@ -97,12 +97,21 @@ class RunDir:
         if not there or not any(self.checkpoints.glob("*step_*")):
             return  # nothing of another run could be lost: a start that was refused leaves its name free
         difference = load_config(str(self.config)).result_diff(config)
+        if config.mixed_precision in (None, self.precision):  # silence means that it stays
+            difference.pop("mixed_precision", None)
         if difference:
             lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in sorted(difference.items())]
             raise ConfigError(
                 f"{self.path} belongs to a run with other settings:\n" + "\n".join(lines) + "\n"
                 "Give the new run a name of its own with --run-name, or undo the change."
             )
+
+    @property
+    def precision(self) -> str | None:
+        """What the run was begun with, whether settings or a launcher said so; None while nothing could be lost."""
+        if not any(self.checkpoints.glob("*step_*")):
+            return None
+        return read_json(self.run_json).get("mixed_precision") or load_config(str(self.config)).mixed_precision
 
     def lock(self) -> None:
         """Take the directory for this process. Of two starts the second is refused.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from copy import deepcopy
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from dist_train.averaging import AveragedNet
@@ -19,9 +19,10 @@ from dist_train.eager_update import EagerUpdate
 from dist_train.errors import UserCodeError
 from dist_train.hardware import is_out_of_memory
 from dist_train.objective import Objective
+from dist_train.observation import Observation
 from dist_train.optimizers import load_state
 from dist_train.plan import BatchPlan
-from dist_train.rehearsal import Update, rehearse, unchanged, worth_trying
+from dist_train.rehearsal import Update, rehearse, worth_trying
 from dist_train.schedule import LearningRate
 from dist_train.user_code import explained
 from dist_train.weights import load_into
@@ -61,6 +62,7 @@ class Step:
         self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate)
         self.window = self.eager.window
         self._update: Update = self.eager
+        self.observed = Observation(net)  # in the warm-up
 
     @property
     def evaluated_net(self) -> nn.Module:
@@ -88,21 +90,38 @@ class Step:
         """
         began = time.perf_counter()
         eager = self.eager
-        with unchanged(self.net.buffers()):
-            for _ in range(2):
-                self.world.synchronize()
-                started = time.perf_counter()
-                batch = eager.batches.at(step, 0)
-                inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
-                eager.seed_forward(step, 0)
-                with explained(type(self.net).__name__, "failed on its first batch", unless=_not_of_the_net):
-                    output = eager.objective.forward(eager.model, inputs)
-                    eager.objective.loss(output, batch.targets).backward()
-                self.world.synchronize()
-                pass_s = time.perf_counter() - started
+        for _ in range(2):
+            self.world.synchronize()
+            started = time.perf_counter()
+            batch = eager.batches.at(step, 0)
+            # Code of the user may change what it is given, which the first step is given again.
+            inputs, targets = deepcopy((batch.inputs, batch.targets))
+            eager.seed_forward(step, 0)
+            with (
+                explained(type(self.net).__name__, "failed on its first batch", unless=_not_of_the_net),
+                self.observed.of_a_pass(),
+            ):
+                output = eager.objective.forward(eager.model, inputs)
+                eager.objective.loss(output, targets).backward()
+            self.world.synchronize()
+            pass_s = time.perf_counter() - started
+            self._check_gradients()
+        self.observed.of_a_loss(eager.objective, output, batch.targets, len(batch))
         eager.forget_gradients()
         self._choose_mode(step, wanted, pass_s)
         self.warm_up_s = time.perf_counter() - began
+
+    def _check_gradients(self) -> None:
+        """DDP waits for the gradient of each parameter, and would wait for ever."""
+        if self.world.size == 1 or self._config.ddp.find_unused_parameters:
+            return
+        unused = [name for name, each in self.net.named_parameters() if each.requires_grad and each.grad is None]
+        if unused:
+            raise UserCodeError(
+                f"No gradient comes to {unused[0]}{f' and {len(unused) - 1} more' if unused[1:] else ''} of "
+                f"{type(self.net).__name__}, and {self.world.size} processes exchange those of all parameters. Set "
+                f"ddp.find_unused_parameters=true, or take out what the forward does not use."
+            )
 
     @property
     def data_wait_s(self) -> float:

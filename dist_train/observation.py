@@ -1,0 +1,137 @@
+"""What a forward does besides computing. Found by looking, since no type of a module tells it."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dist_train.generators import generator_states
+from dist_train.models import not_invariant
+from dist_train.objective import Objective
+from dist_train.rehearsal import unchanged
+
+_LOSS = 1e-4  # relative, between the loss over a micro-batch and over its halves
+_KEPT = 1e-5  # relative, between what a net keeps of two passes; on a CPU that is the same to the bit
+
+
+class Observation:
+    """Of passes over one and the same batch under the same seed."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        self._kept: list[dict[str, Any]] = []  # after each pass
+        self._changes: dict[str, None] = {}  # an ordered set: buffers that a forward changes, those of BatchNorm aside
+        self._draws = False
+        self._loss = ""
+
+    @contextmanager
+    def of_a_pass(self) -> Iterator[None]:
+        """Buffers hold afterwards what they held before, and are the tensors that they were."""
+        modules = dict(self._net.named_modules())
+        places = [(path, name) for path, module in modules.items() for name, _ in module.named_buffers(recurse=False)]
+        tensors = [modules[path].get_buffer(name) for path, name in places]
+        generators = generator_states()
+        with unchanged(tensors) as before:
+            try:
+                yield
+            finally:
+                for (path, name), tensor, old in zip(places, tensors, before, strict=True):
+                    module = modules[path]
+                    if not isinstance(module, _BatchNorm) and not _is_same(old, module.get_buffer(name)):
+                        self._changes[_joined(path, name)] = None
+                    setattr(module, name, tensor)
+        self._draws |= generator_states() != generators
+        self._kept.append(dict(_kept_by(modules)))
+
+    def of_a_loss(self, objective: Objective, output: Any, targets: Any, size: int) -> None:
+        """Of the loss over `size` examples and over its halves. One that cannot be divided so is left alone."""
+        if objective.is_plain or size < 2:
+            return
+
+        def over(rows: slice) -> float:
+            loss = objective.loss(*(deepcopy(_rows(each, rows, size)) for each in (output, targets)))
+            return float(loss) * (rows.stop - rows.start)
+
+        try:
+            with torch.no_grad():
+                whole = over(slice(0, size)) / size
+                halves = (over(slice(0, size // 2)) + over(slice(size // 2, size))) / size
+        except Exception:  # it wants more than rows: what `forward` has kept, say
+            return
+        if not math.isclose(whole, halves, rel_tol=_LOSS):
+            self._loss = f"the loss ({whole:.6g} over a micro-batch, {halves:.6g} over its halves)"
+
+    @property
+    def dependent(self) -> list[str]:
+        """What makes the result depend on how a step is divided over ranks and micro-batches, for people."""
+        found = not_invariant(self._net)
+        if self._draws and not any("dropout" in each for each in found):
+            found.append("random numbers in forward (drawn per rank and micro-batch)")
+        if self._changes:
+            first, *others = self._changes
+            more = f" and {len(others)} more" if others else ""
+            found.append(f"{first}{more} (changed by each forward)")
+        return [*found, self._loss] if self._loss else found
+
+    @property
+    def unsaved(self) -> list[str]:
+        """Attributes that go on from pass to pass and are in no checkpoint."""
+        if len(self._kept) < 2:
+            return []
+        first, last = self._kept[0], self._kept[-1]
+        return [name for name in first if name in last and not _is_same(first[name], last[name])]
+
+
+def _kept_by(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Numbers, tensors and generators that are plain attributes: by path, what can be compared later."""
+    for path, module in modules.items():
+        for name, value in vars(module).items():
+            if isinstance(value, (int, float)):
+                yield _joined(path, name), value
+            elif isinstance(value, Tensor):  # of a large one, an output that is kept say, no copy
+                numbers = value.detach().to("cpu", torch.float64)
+                yield _joined(path, name), (value.shape, float(numbers.sum()), float(numbers.square().sum()))
+            elif isinstance(value, torch.Generator):
+                yield _joined(path, name), value.get_state().numpy().tobytes()
+            elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+                yield _joined(path, name), pickle.dumps(value)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=_KEPT) or (math.isnan(one) and math.isnan(other))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        same = one.isclose(other, rtol=_KEPT, atol=0, equal_nan=True) if one.shape == other.shape else one.new_tensor(0)
+        return bool(same.all())
+    return bool(one == other)
+
+
+def _rows(value: Any, rows: slice, size: int) -> Any:
+    """Those of each tensor in `value`.
+
+    Raises:
+        ValueError: something in there has another number of rows than `size`.
+    """
+    if isinstance(value, Tensor) and value.shape[:1] == (size,):
+        return value.detach()[rows]
+    if isinstance(value, Mapping):
+        return {name: _rows(each, rows, size) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rows(each, rows, size) for each in value)
+    raise ValueError
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
