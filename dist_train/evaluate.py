@@ -127,8 +127,8 @@ class _Sums:
         correct = count_correct(output, targets)
         if correct is not None and "accuracy" in own:
             raise UserCodeError(
-                "metrics(output, target) must not return accuracy where outputs are logits [B, K] and targets labels [B]: "
-                "we count that. Give yours another name."
+                "metrics(output, target) must not return accuracy of logits [B, K] and labels [B]: we count that. "
+                "Give yours another name."
             )
         if self._confusion is not None and correct is not None:
             self._confusion.note(output, targets, indices)

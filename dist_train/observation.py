@@ -60,7 +60,8 @@ class Observation:
 
         def over(rows: slice) -> float:
             loss = objective.loss(*(deepcopy(_rows(each, rows, size)) for each in (output, targets)))
-            return float(loss) * (rows.stop - rows.start)
+            total: float = loss.item() * (rows.stop - rows.start)
+            return total
 
         try:
             with torch.no_grad():

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional
 
+from dist_train.saved_net import SavedNet
 from support.processes import DIST_TRAIN, ROOT, run
 from support.ranks import run_forked, train_on_ranks
 from support.run_files import metrics, train_losses, weights
+from support.user_sets import mnist_part
 
 BUNDLE = Path(__file__).parent / "bundles/mnist_bks"
 SHORT = ["-o", "train_for=60 steps", "-o", "eval_every=30 steps", "-o", "log_every=10", "-o", "final_train_eval=false"]
@@ -254,3 +258,16 @@ def test_training_accuracy_of_the_first_tutorial(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "runs/r/result.json").read_text())
     assert 0.93 < result["test/accuracy"] < 0.97
     assert result["train/seen"] == 60_000
+
+
+def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
+    """Of averaged weights, which Accelerate has not prepared; by the run and by `evaluate`."""
+    train_on_ranks(own(model={"name": "mlp"}, ema_decay=0.9, mixed_precision="bf16"), tmp_path / "r")
+    ours = json.loads((tmp_path / "r/result.json").read_text())["test/loss"]
+    saved, test = SavedNet.open(tmp_path / "r", "last"), mnist_part(train=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = saved.net(test.images / 255)
+    assert logits.dtype == torch.bfloat16
+    assert ours == pytest.approx(float(functional.cross_entropy(logits.double(), test.labels)), rel=1e-6)
+    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    assert json.loads(found.stdout)["loss"] == pytest.approx(ours, rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -32,6 +33,18 @@ def test_our_own_counts_cannot_be_overwritten() -> None:
         Objective(net).metrics(torch.zeros(2), torch.zeros(2))
     net.answer = {"f1": torch.tensor(0.5)}
     assert Objective(net).metrics(torch.zeros(2), torch.zeros(2)) == {"f1": 0.5}
+
+
+def test_an_output_of_half_precision_is_no_basis_for_a_count() -> None:
+    half, whole = torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)
+    for made in (half, [half, 3], {"logits": half}, (half, {"features": [half.half()]})):
+        found = Objective(Net()).forward(nn.Identity(), made)
+        assert type(found) is type(made)
+        assert "torch.float16" not in repr(found)
+        assert "bfloat16" not in repr(found)
+    assert Objective(Net()).forward(nn.Identity(), whole) is whole
+    kept = defaultdict(list, {"logits": whole})
+    assert Objective(Net()).forward(nn.Identity(), kept) is kept
 
 
 def test_a_loss_per_example_is_refused() -> None:

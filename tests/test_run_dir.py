@@ -141,6 +141,18 @@ def test_another_config_is_refused_and_nothing_changes(run: RunDir) -> None:
     assert contents(run.path) == before
 
 
+def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> None:
+    """A launcher had chosen it, the settings are silent; another one is refused."""
+    run.begin_attempt(CONFIG, wandb_id="x")
+    assert run.precision is None  # nothing could be lost
+    (run.checkpoints / "step_00000001").mkdir(parents=True)
+    write_json(run.run_json, {"mixed_precision": "bf16"})
+    assert run.precision == "bf16"
+    run.check_config(parse_config({"mixed_precision": "bf16"}))
+    with pytest.raises(ConfigError, match="mixed_precision: None there, no now"):
+        run.check_config(parse_config({"mixed_precision": "no"}))
+
+
 # --- metrics -----------------------------------------------------------------------------------------------------
 
 

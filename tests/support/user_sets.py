@@ -38,6 +38,14 @@ class Jittered(Dataset[tuple[Tensor, int]]):
         return self.images[index] + noise, int(self.labels[index])
 
 
+class FromOne(Jittered):
+    """Labels that begin at 1."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(index)
+        return image, label + 1
+
+
 class WithDropout(nn.Module):
     def __init__(self, in_channels: int = 1, num_classes: int = 3, hidden: int = 16) -> None:
         super().__init__()
