@@ -146,7 +146,7 @@ def _build(
         if cut:
             _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
         run_dir.write_facts(facts)
-    audit = ShardAudit(sampler, world, state.step)
+    audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.note
     world.barrier()
     save_every = config.save_every
