@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from dist_train import __version__
+from dist_train.data.identity import Identity, differences
 from dist_train.distributed import World
 from dist_train.plan import BatchPlan
 
@@ -48,6 +50,16 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     pairs = [(name, before.get(name), now[name]) for name in DECIDES_BITS]
     pairs.append(("torch", before.get("versions", {}).get("torch"), now["versions"]["torch"]))
     return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
+
+
+def data_changes(before: dict[str, Any], now: Mapping[str, Identity]) -> list[str]:
+    """In which splits the examples are others than those that a run began with, by its facts: ["The train set has 109
+    examples, where the run began with 101.", ...]. An older version recorded none."""
+    recorded = before.get("data_identity") or now
+    return [
+        f"The {split} set has {here}, where the run began with {then}."
+        for split, here, then in differences(now, recorded)
+    ]
 
 
 def git_commit(folder: Path) -> str | None:
