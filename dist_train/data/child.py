@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dist_train.distributed import end_process
 from dist_train.errors import DistTrainError, UserCodeError
 
 T = TypeVar("T")
@@ -46,11 +47,16 @@ def in_child(function: Callable[..., T], *args: Any) -> T:
 def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     threading.Thread(target=_not_outlive_the_parent, daemon=True).start()
     torch.set_num_threads(1)  # as in a worker: others would wait for threads that a fork leaves behind
+    code = 1
     try:
-        answer = function(*args)
-    except DistTrainError as error:
-        answer = error
-    sender.send(answer)
+        try:
+            answer = function(*args)
+        except DistTrainError as error:
+            answer = error
+        sender.send(answer)
+        code = 0
+    finally:
+        end_process(code)  # whatever threads the set has started
 
 
 def _not_outlive_the_parent() -> None:

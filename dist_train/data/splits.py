@@ -21,6 +21,7 @@ from dist_train.data.settings import check_pixels, check_settings
 from dist_train.data.user import check_map_style, load_user_sets
 from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.seeding import derive_seed
+from dist_train.user_code import explained
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +86,15 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
 
 def _look(found: dict[str, Examples], seed: int) -> tuple[tuple[int, int, int] | None, dict[str, Identity]]:
     """The shape [C, H, W] of the first training image, None if it is none, and what the splits are."""
+    image_shape, identity = None, {}
     for split, examples in found.items():
-        if not num_examples(examples):
-            raise DataError(f"The {split} set holds no examples.")
-    return _image_shape(found["train"]), {split: identify(examples, seed) for split, examples in found.items()}
+        with explained(f"The {split} set", "cannot be read"):
+            if not num_examples(examples):
+                raise DataError(f"The {split} set holds no examples.")
+            if split == "train":
+                image_shape = _image_shape(examples)
+            identity[split] = identify(examples, seed)
+    return image_shape, identity
 
 
 def _image_shape(train: Examples) -> tuple[int, int, int] | None:
