@@ -253,8 +253,8 @@ def _report(
     for split, identity in splits.identity.items():
         if "unsteady" in identity:
             _log.warning(
-                "not fingerprinted: the %s set makes two different examples %d under one seed, so no resume is exact. "
-                "Draw from the global generators of torch, numpy or Python, which are seeded for each example.",
+                "the %s set is not fingerprinted: under one seed it gives another example %d each time, so no resume "
+                "is exact. Draw from the global generators of torch, numpy and Python, seeded for each example.",
                 split, identity["unsteady"],
             )  # fmt: skip
     if state.step:

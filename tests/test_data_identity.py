@@ -116,6 +116,18 @@ def test_what_is_called_labels_and_is_something_else(labels: Any) -> None:
     assert "labels" not in identify(Listed(range(3), labels=labels), 0)
 
 
+class ReadsAll(Listed):
+    @property
+    def targets(self) -> list[Any]:
+        return [self[index] for index in range(len(self))]
+
+
+def test_labels_that_have_to_be_computed_are_left() -> None:
+    computed = ReadsAll(range(1000))
+    assert "labels" not in identify(computed, 0)
+    assert computed.asked == 8
+
+
 def noise(seed: int, change: float = 0.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(3, 32, 32, generator=generator) + change * torch.randn(3, 32, 32, generator=generator)
