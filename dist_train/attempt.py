@@ -107,10 +107,11 @@ def _check_same_data(world: World, splits: Splits) -> None:
     Raises:
         DataError: on every rank, naming the first that differs from rank zero.
     """
+    theirs = world.from_rank_zero(splits.identity)
     said = [
-        f"The {split} set of rank {world.rank} on {socket.gethostname()} has {here}, that of rank 0 {theirs}. "
+        f"The {split} set of rank {world.rank} on {socket.gethostname()} has {here}, that of rank 0 {there}. "
         f"Every rank must make the same set: from the same files, and what is drawn under a fixed seed."
-        for split, here, theirs in differences(splits.identity, world.from_rank_zero(splits.identity))
+        for split, here, there in differences(splits.identity, theirs)
     ]
     for text in filter(None, world.gather("".join(said[:1]))):
         raise DataError(text)

@@ -55,11 +55,9 @@ def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def data_changes(before: dict[str, Any], now: Mapping[str, Identity]) -> list[str]:
     """In which splits the examples are others than those that a run began with, by its facts: ["The train set has 109
     examples, where the run began with 101.", ...]. An older version recorded none."""
-    recorded = before.get("data_identity") or now
-    return [
-        f"The {split} set has {here}, where the run began with {then}."
-        for split, here, then in differences(now, recorded)
-    ]
+    recorded = before.get("data_identity")
+    found = differences(now, recorded) if isinstance(recorded, dict) else []
+    return [f"The {split} set has {here}, where the run began with {then}." for split, here, then in found]
 
 
 def git_commit(folder: Path) -> str | None:

@@ -57,7 +57,8 @@ class ImageFolder(Dataset[Any]):
     @property
     def names(self) -> tuple[str, ...]:
         """CLASS/FILE of each picture."""
-        return tuple("/".join(path.parts[-2:]) for path in self.paths)
+        labels = self.labels.tolist()
+        return tuple(f"{self.classes[label]}/{path.name}" for label, path in zip(labels, self.paths, strict=True))
 
     @property
     def num_bytes(self) -> int:
