@@ -58,7 +58,7 @@ class Part(Dataset[Any]):
     torch's `Subset` would lose these: `collate` decides what a batch looks like.
     """
 
-    CARRIED = ("collate", "classes", "num_classes", "yields_pixels")
+    CARRIED = ("collate", "yields_pixels")
 
     def __init__(self, whole: Any, indices: Tensor | range) -> None:
         self.whole = whole

@@ -24,14 +24,23 @@ from dist_train.seeding import derive_seed
 from dist_train.user_code import explained
 
 
+@dataclass(frozen=True)
+class Look:
+    """What the sets tell of themselves, as they were found: before examples were held out."""
+
+    image_shape: tuple[int, int, int] | None  # [C, H, W] of the first training example, None if that is no image
+    num_classes: int | None  # this and the next: None where the training set does not tell
+    classes: list[str] | None
+    identity: Mapping[str, Identity]  # by split
+
+
 @dataclass(frozen=True, eq=False)
 class Splits:
     train: Examples
     val: Examples | None
     test: Examples | None  # the same object as `val` where validation uses the test split
     val_source: str  # for the report: where `val` comes from
-    image_shape: tuple[int, int, int] | None  # [C, H, W] of the first training example, None if that is no image
-    identity: Mapping[str, Identity]  # of each split as it was found, before examples were held out
+    look: Look
 
     @property
     def known(self) -> dict[str, int | None]:
@@ -41,27 +50,26 @@ class Splits:
     @property
     def facts(self) -> dict[str, Any]:
         """What a net needs to know to be used without the data."""
-        classes = getattr(self.train, "classes", None)
-        named = list(map(str, classes)) if isinstance(classes, (list, tuple)) else None
-        return {**self.known, "classes": named, "pixels": yields_pixels(self.train)}
+        return {**self.known, "classes": self.look.classes, "pixels": yields_pixels(self.train)}
 
     @property
     def in_channels(self) -> int | None:
-        return self.image_shape[0] if self.image_shape else None
+        return self.look.image_shape[0] if self.look.image_shape else None
 
     @property
     def image_size(self) -> int | None:
         """Pixels per side; None if the images are not square."""
-        shape = self.image_shape
+        shape = self.look.image_shape
         return shape[1] if shape and shape[1] == shape[2] else None
 
     @property
     def num_classes(self) -> int | None:
-        stated = getattr(self.train, "num_classes", None)
-        if isinstance(stated, int):
-            return stated
-        classes = getattr(self.train, "classes", None)
-        return len(classes) if isinstance(classes, Sized) else None
+        return self.look.num_classes
+
+    @property
+    def identity(self) -> Mapping[str, Identity]:
+        """What the examples of each split are known by."""
+        return self.look.identity
 
 
 def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Splits:
@@ -76,25 +84,31 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     root = (config.root or default_data_root()).expanduser().absolute()
     found = _load(config, root, ranks_per_node)
     of_user = [split for split, examples in found.items() if not isinstance(examples, (ImageSet, ImageFolder))]
-    # Where workers are to be forked, a set of the user stays as it was made, its length included: it may open a file.
+    # Where workers are to be forked, a set of the user stays as it was made, its length unasked: it may open a file.
     apart = of_user if config.num_workers else []
-    image_shape, identity = in_child(_look, found, seed) if apart else _look(found, seed)
-    found |= {split: Part(found[split], range(identity[split]["count"])) for split in apart}
-    check_pixels(config, found["train"], image_shape)
-    return Splits(*_with_validation(config, seed, found), image_shape, identity)
+    seen = in_child(_look, found, seed) if apart else _look(found, seed)
+    found |= {split: Part(found[split], range(seen.identity[split]["count"])) for split in apart}
+    check_pixels(config, found["train"], seen.image_shape)
+    return Splits(*_with_validation(config, seed, found), seen)
 
 
-def _look(found: dict[str, Examples], seed: int) -> tuple[tuple[int, int, int] | None, dict[str, Identity]]:
-    """The shape [C, H, W] of the first training image, None if it is none, and what the splits are."""
-    image_shape, identity = None, {}
+def _look(found: Mapping[str, Examples], seed: int) -> Look:
+    identity = {}
     for split, examples in found.items():
         with explained(f"The {split} set", "cannot be read"):
             if not num_examples(examples):
                 raise DataError(f"The {split} set holds no examples.")
-            if split == "train":
-                image_shape = _image_shape(examples)
             identity[split] = identify(examples, seed)
-    return image_shape, identity
+    train = found["train"]
+    with explained("The train set", "cannot be read"):
+        classes, stated = getattr(train, "classes", None), getattr(train, "num_classes", None)
+        counted = len(classes) if isinstance(classes, Sized) else None
+        return Look(
+            image_shape=_image_shape(train),
+            num_classes=stated if isinstance(stated, int) else counted,
+            classes=list(map(str, classes)) if isinstance(classes, (list, tuple)) else None,
+            identity=identity,
+        )
 
 
 def _image_shape(train: Examples) -> tuple[int, int, int] | None:

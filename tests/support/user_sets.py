@@ -49,9 +49,7 @@ class OfLength(Jittered):
 
 
 class Lazy(Dataset[Any]):
-    """A file of records, opened at the first use, by `__len__` too; used by another process than that it tells."""
-
-    classes = ("a", "b")
+    """Stands for a file of records, opened at the first use of any kind; another process than that must not use it."""
 
     def __init__(self, train: bool) -> None:
         self.opened_by: int | None = None
@@ -63,6 +61,11 @@ class Lazy(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         self.open()
         return torch.full((1, 8, 8), index / 50), index % 2
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        self.open()
+        return "a", "b"
 
     def open(self) -> None:
         self.opened_by = self.opened_by or os.getpid()
