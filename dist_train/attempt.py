@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from dist_train.checkpoints import Checkpoints
 from dist_train.config import Config
 from dist_train.config_file import to_yaml
 from dist_train.data import Splits, load_splits
+from dist_train.data.identity import differences
 from dist_train.distributed import World
 from dist_train.environment import batch_stop_file, find_place
-from dist_train.facts import DIVIDING, bit_changes, collect_facts
+from dist_train.errors import DataError
+from dist_train.facts import DIVIDING, bit_changes, collect_facts, data_changes
 from dist_train.journal import Journal
-from dist_train.manifest import find_checkpoint
+from dist_train.manifest import find_checkpoint, step_folders
 from dist_train.parts import build_parts
 from dist_train.progress import Screen, set_up_logging
 from dist_train.reporting import Reporting
@@ -55,7 +58,7 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
         watchdog.expect_within(config.setup_timeout_s)
         world = World.join(config, find_run_dir(config, start).precision)
         run_dir = RunDir(Path(world.from_rank_zero(str(find_run_dir(config, start).path))))
-        attempt = world.on_rank_zero(lambda: _open(run_dir, config, start, started))
+        attempt = world.on_rank_zero(lambda: _open(run_dir, config, splits, start, started))
         if attempt is None:
             if world.is_rank_zero:
                 print(f"{run_dir.path} is finished already: nothing to do.")
@@ -65,6 +68,7 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
         reporting.run_dir = run_dir
         world.check_shared(run_dir.path)
         world.check_same("config", to_yaml(config))
+        _check_same_data(world, splits)
         set_up_logging(run_dir, world.rank, start.verbosity)
         if not world.is_rank_zero:  # of a hundred nodes one speaks
             reporting.errors = print_to(run_dir.rank_log(world.rank))
@@ -80,13 +84,37 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
     return state
 
 
-def _open(run_dir: RunDir, config: Config, start: Start, started: float) -> int | None:
+def _open(run_dir: RunDir, config: Config, splits: Splits, start: Start, started: float) -> int | None:
     """The number of this attempt, None if the run is finished. Rank zero only."""
     if check_start(run_dir, config, start):
         return None
+    changes = data_changes(read_json(run_dir.run_json), splits.identity) if step_folders(run_dir) else []
+    if changes:
+        raise DataError(
+            f"{run_dir.path} was trained on other data:\n" + "\n".join(f"  {change}" for change in changes) + "\n"
+            "Give the new run a name of its own with --run-name, or bring the data back."
+        )
     run_dir.lock()
     run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8], started=started)
     return run_dir.attempt
+
+
+def _check_same_data(world: World, splits: Splits) -> None:
+    """See that all ranks hold the same examples: an index stands for one on each of them.
+
+    Collective: every rank must call this.
+
+    Raises:
+        DataError: on every rank, naming the first that differs from rank zero.
+    """
+    theirs = world.from_rank_zero(splits.identity)
+    said = [
+        f"The {split} set of rank {world.rank} on {socket.gethostname()} has {here}, that of rank 0 {there}. "
+        f"Every rank must make the same set: from the same files, and what is drawn under a fixed seed."
+        for split, here, there in differences(splits.identity, theirs)
+    ]
+    for text in filter(None, world.gather("".join(said[:1]))):
+        raise DataError(text)
 
 
 def _same_threads(world: World, run_dir: RunDir) -> World:
@@ -133,6 +161,7 @@ def _build(
 
     facts = collect_facts(world, sampler.plan, world.hosts()) | {"data": splits.facts}
     before = read_json(run_dir.run_json) if state.step else {}
+    facts["data_identity"] = before.get("data_identity") or splits.identity
     if world.is_rank_zero:
         run_dir.note_resume(state.step, world.size)
         _report(config, run_dir, splits, sampler, net, state, total_steps, facts)
@@ -145,7 +174,7 @@ def _build(
         if cut:
             _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
         run_dir.write_facts(facts)
-    audit = ShardAudit(sampler, world, state.step)
+    audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.note
     world.barrier()
     save_every = config.save_every
@@ -217,6 +246,13 @@ def _report(
             "Choose a global_batch_size with more divisors, or raise per_device_batch_size to %d.",
             plan.share, plan.per_device_batch_size, config.per_device_batch_size, plan.share,
         )  # fmt: skip
+    for split, identity in splits.identity.items():
+        if "unsteady" in identity:
+            _log.warning(
+                "the %s set is not fingerprinted: under one seed it gives another example %d each time, so no resume "
+                "is exact. Draw from the global generators of torch, numpy and Python, seeded for each example.",
+                split, identity["unsteady"],
+            )  # fmt: skip
     if state.step:
         _log.info("resumed at step %d of %d", state.step, total_steps)
 

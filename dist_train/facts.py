@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from dist_train import __version__
+from dist_train.data.identity import Identity, differences
 from dist_train.distributed import World
 from dist_train.plan import BatchPlan
 
@@ -58,6 +60,14 @@ def _of(facts: dict[str, Any], name: str) -> Any:
         return facts.get(name)
     section, key = nested[name]
     return facts.get(section, {}).get(key)
+
+
+def data_changes(before: dict[str, Any], now: Mapping[str, Identity]) -> list[str]:
+    """In which splits the examples are others than those that a run began with, by its facts: ["The train set has 109
+    examples, where the run began with 101.", ...]. An older version recorded none."""
+    recorded = before.get("data_identity")
+    found = differences(now, recorded) if isinstance(recorded, dict) else []
+    return [f"The {split} set has {here}, where the run began with {then}." for split, here, then in found]
 
 
 def git_commit(folder: Path) -> str | None:

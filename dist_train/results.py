@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,14 @@ from dist_train.distributed import World
 from dist_train.environment import find_place
 from dist_train.errors import CheckpointError, DataError
 from dist_train.evaluate import evaluate
+from dist_train.facts import data_changes
 from dist_train.manifest import find_checkpoint, read_manifest
 from dist_train.models import build_model
 from dist_train.objective import Objective
 from dist_train.run_dir import RunDir
+from dist_train.small_files import read_json
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
     if examples is None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
     world = World.join(config, RunDir(path).precision)
+    if world.is_rank_zero:
+        for change in data_changes(read_json(RunDir(path).run_json), splits.identity):
+            _log.warning("%s These numbers are not comparable with its own.", change)
     net = build_model(config.model, splits.known, config.seed)
     load_weights(net, folder)
     net.to(world.device)

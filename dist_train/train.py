@@ -143,9 +143,9 @@ class Run:
         Raises:
             DistTrainError: on every rank, if an example was trained on twice.
         """
-        epoch = math.ceil(self.state.step / self.steps_per_epoch)
-        found = self.audit.close_epoch(epoch)
+        found = self.audit.close_epoch(self.state.step)
         self.journal.note_epoch(found)
+        epoch = math.ceil(self.state.step / self.steps_per_epoch)
         _log.debug(
             "epoch %d: %d examples, none twice, %d dropped", epoch, found["audit/unique"], found["audit/dropped"]
         )
@@ -194,6 +194,7 @@ class Run:
         self._pause()
         self.state.train_s = self._pace.total_s
         self.state.total_s = self.journal.total_s
+        self.state.audit = self.audit.totals()
         self.journal.enter("SAVING")
         self.checkpoints.save(self.state, self.step)
         self.agreement.saved()

@@ -18,6 +18,7 @@ class TrainState:
     evaluations_without_gain: int = 0
     train_s: float = 0.0  # seconds inside training steps, over all attempts
     total_s: float = 0.0  # seconds since the process started, over all attempts
+    audit: dict[str, int] = field(default_factory=dict)  # totals of the epoch under way; an older version kept none
 
     @property
     def is_best(self) -> bool:

@@ -27,7 +27,7 @@ LAYERS = [
 ]  # fmt: skip
 DATA_LAYERS = [
     "image_set", "storage", "memory", "idx", "bundled_mnist", "catalog", "download", "named", "image_folder", "user",
-    "pixels", "settings", "splits", "loader", "batches", "evaluation_batches",
+    "pixels", "settings", "loader", "identity", "child", "splits", "batches", "evaluation_batches",
 ]  # fmt: skip
 BENCH_LAYERS = [
     "task", "interval", "rounds", "harness", "contest", "scaling", "probes", "inside", "startup", "speedrun",

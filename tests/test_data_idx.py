@@ -65,8 +65,6 @@ def test_what_does_not_fit_is_refused(images: Tensor, labels: Tensor, classes: t
 
 def test_a_part_of_a_map_style_set_keeps_what_the_harness_asks_for() -> None:
     class Squares:
-        classes = ("x", "y")
-
         def __len__(self) -> int:
             return 10
 
@@ -80,8 +78,7 @@ def test_a_part_of_a_map_style_set_keeps_what_the_harness_asks_for() -> None:
     assert isinstance(part, Part)
     assert [part[i] for i in range(len(part))] == [81, 4]
     assert part.collate([1, 2]) == 3  # type: ignore[attr-defined]
-    assert part.classes == ("x", "y")  # type: ignore[attr-defined]
-    assert not hasattr(part, "num_classes")
+    assert not hasattr(part, "yields_pixels")
     assert isinstance(part_of(small_set(), torch.tensor([1])), ImageSet)
 
 

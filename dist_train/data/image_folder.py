@@ -55,6 +55,12 @@ class ImageFolder(Dataset[Any]):
         return decode(self.paths[index], self.image_size), int(self.labels[index])
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """CLASS/FILE of each picture."""
+        labels = self.labels.tolist()
+        return tuple(f"{self.classes[label]}/{path.name}" for label, path in zip(labels, self.paths, strict=True))
+
+    @property
     def num_bytes(self) -> int:
         return len(self) * 3 * self.image_size**2
 
@@ -71,7 +77,7 @@ class ImageFolder(Dataset[Any]):
                     pass
             finally:
                 pool.shutdown(cancel_futures=True)  # after a bad picture the rest need not be read
-        return ImageSet(images, self.labels, self.classes)
+        return ImageSet(images, self.labels, self.classes, self.names)
 
 
 def load_image_folder(

@@ -23,6 +23,7 @@ class ImageSet:
     images: Tensor  # uint8 [N, C, H, W]
     labels: Tensor  # int64 [N], each in range(len(classes))
     classes: tuple[str, ...]
+    names: tuple[str, ...] = ()  # of the files that the images were decoded from, if they were
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -57,9 +58,9 @@ class Part(Dataset[Any]):
     torch's `Subset` would lose these: `collate` decides what a batch looks like.
     """
 
-    CARRIED = ("collate", "classes", "num_classes", "yields_pixels")
+    CARRIED = ("collate", "yields_pixels")
 
-    def __init__(self, whole: Any, indices: Tensor) -> None:
+    def __init__(self, whole: Any, indices: Tensor | range) -> None:
         self.whole = whole
         self.indices = indices  # int64 [M]
         for name in self.CARRIED:

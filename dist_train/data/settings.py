@@ -42,8 +42,9 @@ def check_settings(config: DataConfig) -> None:
         raise ConfigError("data.name=image_folder needs data.image_size, the pixels per side. Set data.image_size=64.")
 
 
-def check_pixels(config: DataConfig, train: Examples) -> None:
-    """Whether what is done to pixels fits the images; sets that give none (most user code) have their own transforms.
+def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, int, int] | None) -> None:
+    """Whether what is done to pixels fits the images [C, H, W]; sets that give none (most user code) have their own
+    transforms.
 
     Raises:
         ConfigError
@@ -52,14 +53,15 @@ def check_pixels(config: DataConfig, train: Examples) -> None:
         if getattr(config, setting) is not None and not yields_pixels(train):
             label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
             raise ConfigError(f"data.{setting} and {label}, which has transforms of its own. Remove data.{setting}.")
-    if config.augment is not None and config.augment.shift >= (side := min(train[0][0].shape[1:])):
+    channels, *sides = image_shape or (0, 0, 0)
+    if config.augment is not None and config.augment.shift >= (side := min(sides)):
         raise ConfigError(
             f"data.augment.shift={config.augment.shift} moves images of {side} pixels out of sight. "
             f"Set it to less than {side}."
         )
     if config.normalize is None:
         return
-    channels, given = train[0][0].shape[0], len(config.normalize.mean)
+    given = len(config.normalize.mean)
     if channels != given:
         raise ConfigError(
             f"data.normalize has {given} channels, the images of data.name={config.name} have {channels}. "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,27 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataConfig, default_data_root
-from dist_train.data.image_folder import load_image_folder
-from dist_train.data.image_set import Examples, ImageSet, num_examples, part_of
+from dist_train.data.child import in_child
+from dist_train.data.identity import Identity, identify
+from dist_train.data.image_folder import ImageFolder, load_image_folder
+from dist_train.data.image_set import Examples, ImageSet, Part, num_examples, part_of
 from dist_train.data.named import load_named
 from dist_train.data.pixels import yields_pixels
 from dist_train.data.settings import check_pixels, check_settings
 from dist_train.data.user import check_map_style, load_user_sets
-from dist_train.errors import ConfigError, UserCodeError
+from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.seeding import derive_seed
+from dist_train.user_code import explained
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the sets tell of themselves, as they were found: before examples were held out."""
+
+    image_shape: tuple[int, int, int] | None  # [C, H, W] of the first training example, None if that is no image
+    num_classes: int | None  # this and the next: None where the training set does not tell
+    classes: list[str] | None
+    identity: Mapping[str, Identity]  # by split
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +40,7 @@ class Splits:
     val: Examples | None
     test: Examples | None  # the same object as `val` where validation uses the test split
     val_source: str  # for the report: where `val` comes from
+    look: Look
 
     @property
     def known(self) -> dict[str, int | None]:
@@ -37,45 +50,26 @@ class Splits:
     @property
     def facts(self) -> dict[str, Any]:
         """What a net needs to know to be used without the data."""
-        classes = getattr(self.train, "classes", None)
-        named = list(map(str, classes)) if isinstance(classes, (list, tuple)) else None
-        return {**self.known, "classes": named, "pixels": yields_pixels(self.train)}
+        return {**self.known, "classes": self.look.classes, "pixels": yields_pixels(self.train)}
 
     @property
     def in_channels(self) -> int | None:
-        return self._image_shape[0] if self._image_shape else None
+        return self.look.image_shape[0] if self.look.image_shape else None
 
     @property
     def image_size(self) -> int | None:
         """Pixels per side; None if the images are not square."""
-        shape = self._image_shape
+        shape = self.look.image_shape
         return shape[1] if shape and shape[1] == shape[2] else None
 
     @property
     def num_classes(self) -> int | None:
-        stated = getattr(self.train, "num_classes", None)
-        if isinstance(stated, int):
-            return stated
-        classes = getattr(self.train, "classes", None)
-        return len(classes) if isinstance(classes, Sized) else None
+        return self.look.num_classes
 
-    @cached_property
-    def _image_shape(self) -> tuple[int, int, int] | None:
-        """[C, H, W] of the first training example, None if that is not an image."""
-        if isinstance(self.train, ImageSet):
-            image: Any = self.train.images[0]
-        else:
-            try:
-                example = self.train[0]
-            except Exception as error:
-                raise UserCodeError(
-                    f"The first training example cannot be read: {type(error).__name__}: {error}."
-                ) from error
-            image = example[0] if isinstance(example, (tuple, list)) and example else None
-        if not isinstance(image, Tensor) or image.ndim != 3:
-            return None
-        channels, height, width = image.shape
-        return channels, height, width
+    @property
+    def identity(self) -> Mapping[str, Identity]:
+        """What the examples of each split are known by."""
+        return self.look.identity
 
 
 def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Splits:
@@ -89,8 +83,44 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     check_settings(config)
     root = (config.root or default_data_root()).expanduser().absolute()
     found = _load(config, root, ranks_per_node)
-    check_pixels(config, found["train"])
-    return _with_validation(config, seed, found)
+    of_user = [split for split, examples in found.items() if not isinstance(examples, (ImageSet, ImageFolder))]
+    # Where workers are to be forked, a set of the user stays as it was made, its length unasked: it may open a file.
+    apart = of_user if config.num_workers else []
+    seen = in_child(_look, found, seed) if apart else _look(found, seed)
+    found |= {split: Part(found[split], range(seen.identity[split]["count"])) for split in apart}
+    check_pixels(config, found["train"], seen.image_shape)
+    return Splits(*_with_validation(config, seed, found), seen)
+
+
+def _look(found: Mapping[str, Examples], seed: int) -> Look:
+    identity = {}
+    for split, examples in found.items():
+        with explained(f"The {split} set", "cannot be read"):
+            if not num_examples(examples):
+                raise DataError(f"The {split} set holds no examples.")
+            identity[split] = identify(examples, seed)
+    train = found["train"]
+    with explained("The train set", "cannot be read"):
+        classes, stated = getattr(train, "classes", None), getattr(train, "num_classes", None)
+        counted = len(classes) if isinstance(classes, Sized) else None
+        return Look(
+            image_shape=_image_shape(train),
+            num_classes=stated if isinstance(stated, int) else counted,
+            classes=list(map(str, classes)) if isinstance(classes, (list, tuple)) else None,
+            identity=identity,
+        )
+
+
+def _image_shape(train: Examples) -> tuple[int, int, int] | None:
+    try:
+        example = train[0]
+    except Exception as error:
+        raise UserCodeError(f"The first training example cannot be read: {type(error).__name__}: {error}.") from error
+    image = example[0] if isinstance(example, (tuple, list)) and example else None
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        return None
+    channels, height, width = image.shape
+    return channels, height, width
 
 
 def _load(config: DataConfig, root: Path, ranks_per_node: int) -> dict[str, Examples]:
@@ -110,16 +140,20 @@ def _load(config: DataConfig, root: Path, ranks_per_node: int) -> dict[str, Exam
     return {"train": train_set, "test": test_set}
 
 
-def _with_validation(config: DataConfig, seed: int, found: dict[str, Examples]) -> Splits:
+_Divided = tuple[Examples, Examples | None, Examples | None, str]
+
+
+def _with_validation(config: DataConfig, seed: int, found: dict[str, Examples]) -> _Divided:
+    """The splits, and where `val` comes from."""
     train, val, test = found["train"], found.get("val"), found.get("test")
     held_out, total = config.val_examples, num_examples(train)
     if not held_out:
         if val is not None:
-            return Splits(train, val, test, _name_of_val(config, val))
-        return Splits(train, test, test, "none" if test is None else "the test split")
+            return train, val, test, _name_of_val(config)
+        return train, test, test, "none" if test is None else "the test split"
     if val is not None:
         raise ConfigError(
-            f"data.val_examples={held_out}, but there is a validation set already: {_name_of_val(config, val)}. "
+            f"data.val_examples={held_out}, but there is a validation set already: {_name_of_val(config)}. "
             "Set data.val_examples=0."
         )
     if held_out >= total:
@@ -131,10 +165,10 @@ def _with_validation(config: DataConfig, seed: int, found: dict[str, Examples]) 
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(derive_seed(seed, "val")))
     val = part_of(train, shuffled[:held_out].sort().values)
     train = part_of(train, shuffled[held_out:].sort().values)
-    return Splits(train, val, test, f"{held_out} examples held out of train")
+    return train, val, test, f"{held_out} examples held out of train"
 
 
-def _name_of_val(config: DataConfig, val: Examples) -> str:
+def _name_of_val(config: DataConfig) -> str:
     if config.bundle is not None:
-        return type(val).__name__
+        return "UserValDataset"
     return "val/" if config.image_size is not None else f"{config.name}(split='val')"

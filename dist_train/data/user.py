@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from dist_train.data.image_set import Examples
 from dist_train.data.storage import locked
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import ConfigError
 from dist_train.user_code import check_arguments, explained, load_object, parameters_of
 
 
@@ -29,7 +29,6 @@ def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Exa
     Raises:
         ConfigError: it is no map-style data set, or does not take what `args` holds.
         UserCodeError: it cannot be found, or fails.
-        DataError: a split is empty.
     """
     target = load_object(name)
     _refuse_iterable(target, name)
@@ -48,10 +47,10 @@ def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Exa
 
 
 def check_map_style(dataset: Any, what: str) -> Examples:
-    """`dataset` itself, if examples can be addressed by index and there are some.
+    """`dataset` itself, if examples can be addressed by index.
 
     Raises:
-        ConfigError, DataError
+        ConfigError
     """
     _refuse_iterable(dataset, what)
     lacking = [method for method in ("__len__", "__getitem__") if not hasattr(dataset, method)]
@@ -60,8 +59,6 @@ def check_map_style(dataset: Any, what: str) -> Examples:
             f"{what} is a {type(dataset).__name__} without {' and '.join(lacking)}; dist_train needs a map-style data "
             "set, since exact sharding and resume address examples by index. Add the method."
         )
-    if not len(dataset):
-        raise DataError(f"{what} holds no examples.")
     return dataset  # type: ignore[no-any-return]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +46,54 @@ class FromOne(Jittered):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = super().__getitem__(index)
         return image, label + 1
+
+
+class OfLength(Jittered):
+    """As long as the environment says; on another rank than zero as long as it says for that."""
+
+    def __init__(self, train: bool) -> None:
+        name = "TEST_LENGTH_ELSEWHERE" if int(os.environ.get("RANK", 0)) else "TEST_LENGTH"
+        super().__init__(train, int(os.environ.get(name, 101)))
+
+
+class Lazy(Dataset[Any]):
+    """Stands for a file of records, opened at the first use of any kind; another process than that must not use it."""
+
+    def __init__(self, train: bool) -> None:
+        self.opened_by: int | None = None
+
+    def __len__(self) -> int:
+        self.open()
+        return 50
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.open()
+        return torch.full((1, 8, 8), index / 50), index % 2
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        self.open()
+        return "a", "b"
+
+    def open(self) -> None:
+        self.opened_by = self.opened_by or os.getpid()
+        if self.opened_by != os.getpid():
+            raise RuntimeError("this handle is another process's")
+
+
+class Exits(Lazy):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        os._exit(3)
+
+
+class Fails(Lazy):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        raise ValueError("no such record")
+
+
+class Empty(Lazy):
+    def __len__(self) -> int:
+        return 0
 
 
 class WithDropout(nn.Module):
