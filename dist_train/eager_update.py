@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from dist_train.config import Config
-from dist_train.data.batches import Batches
+from dist_train.data.batches import Batches, Nudged
 from dist_train.distributed import World
 from dist_train.generators import seeding_for
 from dist_train.metrics import Counts, Overflows
@@ -76,6 +77,16 @@ class EagerUpdate:
         self.optimize()
         if self.overflows is not None and scale is not None:
             self.overflows.note_update(scale)
+
+    def nudged(self, step: int) -> None:
+        """As a call, on inputs that are off by rounding: how far that alone carries the net."""
+        exact = self.batches
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.world.mixed_precision)
+        self.batches = Nudged(exact, torch.finfo(dtype or torch.get_default_dtype()).eps)
+        try:
+            self(step)
+        finally:
+            self.batches = exact
 
     def seed_forward(self, step: int, micro_step: int) -> None:
         """Dropout and the like, of the net or of user code, as a function of where we are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,8 +15,12 @@ from dist_train.config import StepMode
 
 Update = Callable[[int], None]  # one optimizer update, that many having gone before
 
-_COMPARED = 3  # steps from one and the same state whose outcomes are compared
-MAX_DISTANCE = 0.25
+_COMPARED = 3  # steps, each from where the eager updates had come to
+# What two right forms of a step may be apart, as a part of the step; the median of the steps counts. In fp32 they were
+# 3e-5 apart, and 4e-3 where BatchNorm and max-pooling carry rounding far (docs/benchmarks.md): a fault of 1 % is found.
+# Where rounding alone carries further, as in bf16 or where the true gradient is zero, it is twice as far.
+MAX_DISTANCE = 8e-3
+_ROUNDINGS = 2
 _ROWS, _ROW_S = 5, 0.05  # then rows of steps are timed, of about so many seconds
 
 
@@ -40,12 +44,13 @@ class Rehearsal:
     preparation_s: float  # compiling or capturing
     eager_s: float  # median of one update
     fast_s: float
-    distance: float  # between the two outcomes, as a part of the way that the eager updates went
+    distance: float  # between the two outcomes, as a part of the eager step; of the tensor that is worst
+    allowed: float  # for that tensor
 
     def objection(self, must_gain: bool) -> str:
         """Why the fast update is not to be used, or nothing."""
-        if not self.distance <= MAX_DISTANCE:
-            return f"after {_COMPARED} steps its state is {100 * self.distance:.1f} % of the way off the eager one's"
+        if not self.distance <= self.allowed:
+            return f"its steps are {self.distance:.2%} off the eager ones, where rounding explains {self.allowed:.2%}"
         return f"it has no gain, {self}" if must_gain and self.fast_s >= self.eager_s else ""
 
     def __str__(self) -> str:
@@ -54,40 +59,56 @@ class Rehearsal:
 
 
 def rehearse(
-    eager: Update, prepare: Callable[[], Update], state: list[Tensor], step: int, synchronize: Callable[[], None]
+    eager: Update,
+    nudged: Update,
+    prepare: Callable[[], Update],
+    state: list[Tensor],
+    step: int,
+    synchronize: Callable[[], None],
 ) -> tuple[Update, Rehearsal]:
     """The fast update that `prepare` makes, and how it did. `state`, all that an update changes, is as before after it.
 
+    `nudged`: the eager update on inputs that are off by rounding.
+
     Raises: whatever compiling, capturing or running the net so raises.
     """
-    with unchanged(state):
+    with unchanged(state) as before:
+        marks, rounding = [before], []
         for number in range(_COMPARED):
             eager(step + number)
-        wanted = [tensor.clone() for tensor in state]
+            marks.append([tensor.detach().clone() for tensor in state])
+            _put(state, marks[number])
+            nudged(step + number)
+            rounding.append(_distances(marks[number], marks[number + 1], state))
+            _put(state, marks[number + 1])
         eager_s = median_time(eager, step, synchronize)
     with unchanged(state):
         started = time.perf_counter()
         fast = prepare()
         synchronize()
         preparation_s = time.perf_counter() - started
-    with unchanged(state) as before:
+    with unchanged(state):
+        found = []
         for number in range(_COMPARED):
+            _put(state, marks[number])
             fast(step + number)
-        distance = _distance(before, wanted, state)
+            found.append(_distances(marks[number], marks[number + 1], state))
         fast_s = median_time(fast, step, synchronize)
-    return fast, Rehearsal(preparation_s, eager_s, fast_s, distance)
+    distances = map(statistics.median, zip(*found, strict=True))
+    allowed = (max(MAX_DISTANCE, _ROUNDINGS * max(each)) for each in zip(*rounding, strict=True))
+    worst = max(zip(distances, allowed, strict=True), key=lambda pair: pair[0] / pair[1])
+    return fast, Rehearsal(preparation_s, eager_s, fast_s, *worst)
 
 
 @contextmanager
 def unchanged(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Whatever is done in here, each holds afterwards what it holds now. Yields copies of that."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    tensors = list(tensors)
+    values = [tensor.detach().clone() for tensor in tensors]
     try:
-        yield [value for _tensor, value in kept]
+        yield values
     finally:
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
+        _put(tensors, values)
 
 
 def median_time(update: Update, step: int, synchronize: Callable[[], None]) -> float:
@@ -107,12 +128,18 @@ def _time_of_row(update: Update, step: int, length: int, synchronize: Callable[[
 
 
 @torch.no_grad()
-def _distance(before: list[Tensor], wanted: list[Tensor], found: list[Tensor]) -> float:
-    """The largest, over all tensors: |found - wanted| / |wanted - before|, L2 norms. Not finite counts as infinite."""
-    worst = 0.0
+def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def _distances(before: list[Tensor], wanted: list[Tensor], found: list[Tensor]) -> list[float]:
+    """Of each tensor: |found - wanted| / |wanted - before|, L2 norms. Not finite counts as infinite."""
+    distances = []
     for start, aim, end in zip(before, wanted, found, strict=True):
         way = (aim.double() - start.double()).norm()
         off = (end.double() - aim.double()).norm()
-        if off or not off.isfinite():
-            worst = max(worst, float(torch.nan_to_num(off / way, nan=torch.inf, posinf=torch.inf)))
-    return worst
+        moved = off != 0 or not off.isfinite()
+        distances.append(float(torch.nan_to_num(off / way, nan=torch.inf, posinf=torch.inf)) if moved else 0.0)
+    return distances

@@ -190,6 +190,10 @@ class Step:
         left = self.eager.learning_rate.total_steps - step
         mode = worth_trying(self.world.device.type, left, pass_s) if wanted == "auto" else wanted
         if mode == "eager":
+            if wanted == "auto":
+                _log.info(
+                    "step_mode=auto: eager, since trying another would not repay in the %d steps that are left", left
+                )
             return
         why_not = obstacle(self.eager, mode, self._config) or self._try(step, mode, must_gain=wanted == "auto")
         if why_not:
@@ -205,7 +209,7 @@ class Step:
         groups = [dict(group) for group in optimizer.param_groups]
         try:
             update, found = rehearse(
-                eager, lambda: prepare(eager, mode, step), eager.state(), step, self.world.synchronize
+                eager, eager.nudged, lambda: prepare(eager, mode, step), eager.state(), step, self.world.synchronize
             )
             why_not = found.objection(must_gain)
         except Exception as error:  # whatever a compiler finds to say of a user's net

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Broken(Mlp):
         (Waiting, "data-dependent"),
         (Drawing, "Unsupported"),
         (Counting, "Recompile"),
-        (Broken, "of the way off"),
+        (Broken, "off the eager ones"),
     ],
     ids=["Waiting", "Drawing", "Counting", "Broken"],
 )
@@ -191,26 +192,36 @@ def test_what_cannot_be_compiled_stays_eager(
 
 
 def test_a_wrong_update_is_found() -> None:
-    """Each fault that a faster form could have, in a rehearsal of a plain gradient descent."""
-    weights, sums = torch.ones(4), torch.zeros(1)
+    """Each fault that a faster form could have, in a rehearsal of a gradient descent with momentum."""
+    weights, momentum, sums = torch.ones(4), torch.zeros(4), torch.zeros(1)
+    state = [weights, momentum, sums]
 
-    def descend(step: int, lr: float = 0.1, count: int = 1) -> None:
-        weights.sub_(weights, alpha=lr / (step + 1))
+    def descend(step: int, lr: float = 0.1, kept: float = 0.9, count: int = 1, rounding: float = 0.0) -> None:
+        momentum.mul_(kept).add_(weights * (1 + rounding))
+        weights.sub_(momentum, alpha=lr / (step + 1))
         sums.add_(count)
 
-    def tried(fast: Callable[[int], None]) -> float:
-        _, found = rehearse(descend, lambda: fast, [weights, sums], 5, lambda: None)
+    def tried(fast: Callable[..., None], rounding: float = 1e-7, **fault: float) -> float:
+        nudged = partial(descend, rounding=rounding)
+        _, found = rehearse(descend, nudged, lambda: partial(fast, **fault), state, 5, lambda: None)
         assert torch.equal(weights, torch.ones(4))
+        assert not momentum.any()
         assert not sums.any()
-        assert bool(found.objection(must_gain=False)) == (not found.distance <= MAX_DISTANCE)
-        return found.distance
+        assert bool(found.objection(must_gain=False)) == (not found.distance <= found.allowed)
+        assert found.allowed == MAX_DISTANCE or rounding > 1e-3
+        return found.distance / found.allowed
 
     assert tried(descend) == 0
-    assert tried(lambda step: descend(step, 0.1 + 1e-6)) < 1e-4
-    assert tried(lambda step: None) == pytest.approx(1)
-    assert tried(lambda step: descend(step, 0.2)) > MAX_DISTANCE
-    assert tried(lambda step: descend(step, count=0)) == 1
-    assert tried(lambda step: descend(step, float("nan"))) == float("inf")
+    assert tried(descend, lr=0.1 + 1e-6) < 0.01
+    assert tried(descend, lr=0.101) > 1  # of 1 %
+    assert tried(descend, kept=0.85) > 1  # seen from the second step on
+    assert tried(lambda step: None) == pytest.approx(1 / MAX_DISTANCE)
+    assert tried(lambda step: descend(5)) > 1  # the first learning rate for ever
+    assert tried(descend, count=0) > 1
+    assert tried(descend, lr=float("nan")) == float("inf")
+    # Where rounding alone carries further, twice as far is right, and three times is not.
+    assert tried(partial(descend, rounding=0.019), rounding=0.01) < 1
+    assert tried(partial(descend, rounding=0.03), rounding=0.01) > 1
 
 
 def test_auto_asks_whether_it_repays() -> None:

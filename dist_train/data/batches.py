@@ -76,6 +76,22 @@ class ResidentBatches:
         return self.pixels(images), self.labels.index_select(0, indices)
 
 
+class Nudged:
+    """Resident batches whose pixels are each off by at most `by`, as a part of itself."""
+
+    wait_s = 0.0
+
+    def __init__(self, exact: Batches, by: float) -> None:
+        self.on_gather: Callable[[Tensor], object] = _ignore
+        self._exact, self._by = exact, by
+
+    def at(self, step: int, micro_step: int) -> Batch:
+        batch = self._exact.at(step, micro_step)
+        generator = torch.Generator(batch.inputs.device).manual_seed(step)
+        noise = torch.empty_like(batch.inputs).uniform_(-self._by, self._by, generator=generator)
+        return Batch(batch.inputs * (1 + noise), batch.targets, batch.indices)
+
+
 class StreamingBatches:
     """Batches made by loader workers, fetched ahead in the order of the steps.
 
