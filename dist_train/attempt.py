@@ -24,7 +24,7 @@ from dist_train.distributed import World
 from dist_train.environment import batch_stop_file, find_place
 from dist_train.facts import bit_changes, collect_facts
 from dist_train.journal import Journal
-from dist_train.manifest import find_checkpoint
+from dist_train.manifest import find_checkpoint, run_id_by_checkpoints
 from dist_train.models import not_invariant
 from dist_train.parts import build_parts
 from dist_train.progress import Screen, set_up_logging
@@ -85,7 +85,9 @@ def _open(run_dir: RunDir, config: Config, start: Start, started: float) -> int 
     if check_start(run_dir, config, start):
         return None
     run_dir.lock()
-    run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8], started=started)
+    # Status and facts may be lost where checkpoints are not, which then must not pass for another run's.
+    run_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
+    run_dir.begin_attempt(config, wandb_id=run_id, started=started)
     return run_dir.attempt
 
 

@@ -35,7 +35,13 @@ class Snapshot:
     training: dict[str, Any]
 
 
-def write(snapshot: Snapshot, folder: Path, attempt: int, before_rename: Callable[[], None] = lambda: None) -> None:
+def write(
+    snapshot: Snapshot,
+    folder: Path,
+    attempt: int,
+    run_id: str | None = None,
+    before_rename: Callable[[], None] = lambda: None,
+) -> None:
     """Write a snapshot to `folder`. Rank zero alone; no collective, callable from a thread.
 
     Order: the files, each synced; the manifest; the folder; the rename; the parent folder. What `before_rename` raises
@@ -56,6 +62,7 @@ def write(snapshot: Snapshot, folder: Path, attempt: int, before_rename: Callabl
         manifest = {
             "format": FORMAT,
             "step": state.step,
+            **({"run": run_id} if run_id else {}),
             "attempt": attempt,
             # Only of an evaluation of these very weights.
             "metrics": state.val if state.val.get("step") == state.step else {},

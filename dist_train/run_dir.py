@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -83,6 +84,22 @@ class RunDir:
             f"Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
         )
 
+    @property
+    def run_id(self) -> str | None:
+        """The same in all attempts and in copies of the directory; None where no file tells it."""
+        known = self._fields or self.read_status()
+        return known.get("wandb_id") or read_json(self.run_json).get("wandb_id")
+
+    def step_folders(self) -> list[Path]:
+        """The folders of checkpoints, `step_<digits>`, newest first. Whatever else lies there is not ours."""
+        found = [(step, path) for path in self.checkpoints.glob("step_*") if (step := step_of(path)) is not None]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    @property
+    def holds_checkpoints(self) -> bool:
+        """Also such as a damage, or a kill in the middle of a save, has put aside."""
+        return any(step_of(path) is not None for path in self.checkpoints.glob("*step_*"))
+
     def check_config(self, config: Config) -> None:
         """Refuse a directory that belongs to another config; nothing is written.
 
@@ -94,7 +111,7 @@ class RunDir:
             there = self.config.exists()
         except OSError as error:  # a name that is too long, say
             raise self._unusable(error) from None
-        if not there or not any(self.checkpoints.glob("*step_*")):
+        if not there or not self.holds_checkpoints:
             return  # nothing of another run could be lost: a start that was refused leaves its name free
         difference = load_config(str(self.config)).result_diff(config)
         if difference:
@@ -280,6 +297,12 @@ class RunDir:
                 f"A checkpoint needs {needed_bytes / 2**20:.1f} MiB and {self.path} has {free / 2**20:.1f} MiB free. "
                 f"Make room, or choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
             )
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint by the name of its folder, put aside or not; None for a name that is none of ours."""
+    found = re.fullmatch(r"(?:damaged_|\.replaced_)?step_([0-9]{8}|[1-9][0-9]{8,})", folder.name)
+    return int(found[1]) if found else None
 
 
 def _is_earlier_start(status: Mapping[str, Any], env: Mapping[str, str]) -> bool:

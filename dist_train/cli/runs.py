@@ -69,7 +69,7 @@ def show(run: Path) -> None:
     """All about one run."""
     from dist_train.compare import read_run
     from dist_train.error_file import describe_error
-    from dist_train.manifest import good
+    from dist_train.manifest import manifests
     from dist_train.post_mortem import how_to_go_on
     from dist_train.small_files import read_json
     from dist_train.time_sheet import effective_ratio
@@ -92,7 +92,7 @@ def show(run: Path) -> None:
     if seconds := summary.seconds:
         spent = ", ".join(f"{use} {value:.1f}" for use, value in seconds.items() if value)
         rows.append(["seconds", f"{spent}; {effective_ratio(seconds):.1%} of them new steps"])
-    rows.append(["checkpoints", ", ".join(path.name for path in good(run_dir, check=False)) or "none"])
+    rows.append(["checkpoints", ", ".join(path.name for path in manifests(run_dir)) or "none"])
     job = _jobs_of([summary]).get(summary.job or "")
     if summary.job:
         rows.append(["Slurm", f"job {summary.job}" + (f", {job.state} {job.reason}" if job else "")])
