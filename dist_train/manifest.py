@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,10 +21,12 @@ from typing import Any
 from dist_train.errors import CheckpointError
 from dist_train.run_dir import RunDir, step_of
 from dist_train.small_files import read_json
+from dist_train.whole import remove
 
 FORMAT = 1
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.pt", "state.json", "manifest.json"
 LINKS = ("last", "best")  # for people, never read
+REMOVING = ".removing_"  # what the name of a checkpoint begins with that is on its way out
 
 _log = logging.getLogger(__name__)
 
@@ -152,13 +153,9 @@ def settle(parent: Path) -> None:
             replaced.rename(folder)
 
 
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def remove_checkpoint(folder: Path) -> None:
     """Renamed first: a kill leaves no half of a checkpoint under its name, which nothing would ever remove."""
-    aside = folder.with_name(f".removing_{folder.name}")
+    aside = folder.with_name(f"{REMOVING}{folder.name}")
     remove(aside)
     with suppress(OSError):
         folder.rename(aside)

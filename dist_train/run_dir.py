@@ -26,6 +26,7 @@ from dist_train.errors import ConfigError, RunDirError
 from dist_train.metrics_file import MetricsFile
 from dist_train.small_files import read_json, write_atomically, write_json
 from dist_train.time_sheet import TimeSheet, Use
+from dist_train.whole import remove_leftovers
 
 State = Literal[
     "CREATED", "STARTING", "SETUP", "TRAINING", "EVALUATING", "EVALUATED", "SAVING",
@@ -178,10 +179,9 @@ class RunDir:
 
     def _sweep(self) -> None:
         """Remove what starts that were killed have left half written."""
-        written = (self.config, self.run_json, self.status, self.metrics.path, self.error, self.result)
-        for pattern in (".probe_*", ".token_*", *(f".*{path.name}.*" for path in written)):
-            for stale in self.path.glob(pattern):
-                stale.unlink(missing_ok=True)
+        remove_leftovers(self.path)
+        for stale in (*self.path.glob(".probe_*"), *self.path.glob(".token_*")):
+            stale.unlink(missing_ok=True)
 
     def note_resume(self, step: int, world_size: int) -> None:
         """Where this attempt begins; and how many before it, in a row, have begun there and saved nothing further."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from dist_train.models import build_model
 from dist_train.results import find_trained
 from dist_train.run_dir import RunDir
 from dist_train.small_files import read_json
+from dist_train.whole import whole
 
 _AT_ONCE = 256  # pictures
 _CPU = torch.device("cpu")
@@ -128,15 +128,13 @@ def export(saved: SavedNet, out: Path) -> list[Path]:
         program=PROGRAM, channels=channels, size=size, logits=f"float [B, {shape[1]}]",
         classes=class_names(saved.classes, shape[1]),
     )  # fmt: skip
-    made = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        made.mkdir(parents=True)
-        shutil.copyfile(saved.folder / MODEL, made / MODEL)
-        torch.export.save(program, made / PROGRAM)
-        (made / "load.py").write_text(text)
-        made.rename(out)
+        with whole(out) as aside:
+            aside.mkdir(parents=True)
+            shutil.copyfile(saved.folder / MODEL, aside / MODEL)
+            torch.export.save(program, aside / PROGRAM)
+            (aside / "load.py").write_text(text)
     except (OSError, RuntimeError) as error:  # the latter by torch's writer
-        shutil.rmtree(made, ignore_errors=True)
         raise RunDirError(f"{out} cannot be written: {error}.") from None
     return [out / name for name in (MODEL, PROGRAM, "load.py")]
 

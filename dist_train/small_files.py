@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from dist_train.whole import whole
 
 
 def to_json(value: Any) -> str:
@@ -28,15 +29,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """The old file or the whole new one is there at any moment; `durable` also survives a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """As `whole`."""
+    with whole(path, durable=durable) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
