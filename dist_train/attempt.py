@@ -28,10 +28,10 @@ from dist_train.manifest import find_checkpoint, run_id_by_checkpoints
 from dist_train.models import not_invariant
 from dist_train.parts import build_parts
 from dist_train.progress import Screen, set_up_logging
+from dist_train.records import State
 from dist_train.reporting import Reporting
-from dist_train.run_dir import RunDir, State
+from dist_train.run_dir import RunDir
 from dist_train.slurm import check_save_time, judge_term
-from dist_train.small_files import read_json
 from dist_train.start import Start, check_start, find_run_dir
 from dist_train.stop_request import StopRequest
 from dist_train.terminal import print_to
@@ -85,6 +85,9 @@ def _open(run_dir: RunDir, config: Config, start: Start, started: float) -> int 
     if check_start(run_dir, config, start):
         return None
     run_dir.lock()
+    if check_start(run_dir, config, start, create=False):  # another start may have had it in between
+        run_dir.unlock()
+        return None
     # Status and facts may be lost where checkpoints are not, which then must not pass for another run's.
     run_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
     run_dir.begin_attempt(config, wandb_id=run_id, started=started)
@@ -93,7 +96,7 @@ def _open(run_dir: RunDir, config: Config, start: Start, started: float) -> int 
 
 def _same_threads(world: World, run_dir: RunDir) -> World:
     """A resumed run computes with the threads it began with."""
-    before = read_json(run_dir.run_json)
+    before = run_dir.read_facts()
     threads = before.get("num_threads")
     if threads and before.get("world_size") == world.size and threads != world.num_threads:
         _log.info("threads per process: %d, as the run began (not %d)", threads, world.num_threads)
@@ -134,7 +137,7 @@ def _build(
             load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
 
     facts = collect_facts(world, sampler.plan, world.hosts()) | {"data": splits.facts}
-    before = read_json(run_dir.run_json) if state.step else {}
+    before = run_dir.read_facts() if state.step else {}
     if world.is_rank_zero:
         run_dir.note_resume(state.step, world.size)
         _report(config, run_dir, splits, sampler, net, state, total_steps, facts)
@@ -229,7 +232,7 @@ def _report(
 
 
 def _report_results(run_dir: RunDir) -> None:
-    result = read_json(run_dir.result)
+    result = run_dir.read_result()
     seconds = f"{result['train_s']:.1f} s in training steps, {result['total_s']:.1f} s in all"
     if run_dir.attempt > 1:
         ratio = 100 * result["effective_training_time"]

@@ -23,8 +23,9 @@ def _where(error: BaseException) -> str:
 
 
 def describe_error(found: Mapping[str, Any]) -> str:
-    """What error.json says, and of which rank."""
-    return f"{found['message']}  [rank {found['rank']} on {found['host']}]"
+    """What error.json says, and of which rank; a part of it may have been damaged."""
+    what = found.get("message") or found.get("kind") or "an error that error.json does not tell any more"
+    return f"{what}  [rank {found.get('rank', '?')} on {found.get('host', '?')}]"
 
 
 def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:

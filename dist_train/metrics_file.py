@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -12,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dist_train.small_files import to_json, write_atomically
+from dist_train.small_files import parse_object, to_json, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +128,7 @@ class MetricsFile:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A line of metrics, None if it is not a whole one."""
     try:
-        found = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
+        found = parse_object(line)
+    except ValueError:
         return None
-    return found if isinstance(found, dict) and type(found.get("step")) is int else None
+    return found if line.endswith(b"\n") and type(found.get("step")) is int else None

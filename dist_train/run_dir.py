@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -24,14 +24,10 @@ from dist_train.config_file import load_config, to_yaml
 from dist_train.environment import slurm_job
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.metrics_file import MetricsFile
-from dist_train.small_files import read_json, write_atomically, write_json
+from dist_train.records import Error, Facts, Result, Status, Submission, read_record
+from dist_train.small_files import write_atomically, write_json
 from dist_train.time_sheet import TimeSheet, Use
 from dist_train.whole import remove_leftovers
-
-State = Literal[
-    "CREATED", "STARTING", "SETUP", "TRAINING", "EVALUATING", "EVALUATED", "SAVING",
-    "FINISHED", "INTERRUPT", "PREEMPTED", "ERROR",
-]  # fmt: skip
 
 CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
 ENDS = (*CLEAN_ENDS, "ERROR")
@@ -89,7 +85,7 @@ class RunDir:
     def run_id(self) -> str | None:
         """The same in all attempts and in copies of the directory; None where no file tells it."""
         known = self._fields or self.read_status()
-        return known.get("wandb_id") or read_json(self.run_json).get("wandb_id")
+        return known.get("wandb_id") or self.read_facts().get("wandb_id")
 
     def step_folders(self) -> list[Path]:
         """The folders of checkpoints, `step_<digits>`, newest first. Whatever else lies there is not ours."""
@@ -149,10 +145,10 @@ class RunDir:
         `started`: time.perf_counter() when the process began.
         """
         started = time.perf_counter() if started is None else started
-        # A power cut may have taken status.json; run.json is older, and synced.
-        before = self.read_status() or read_json(self.run_json)
-        self.attempt = int(before.get("attempt", 0)) + 1
-        last_seen = before.get("heartbeat") or read_json(self.slurm_json).get("submitted") or time.time()
+        # A power cut may have taken status.json, or a part of it; run.json is older, and synced.
+        before = self.read_facts() | self.read_status()
+        self.attempt = before.get("attempt", 0) + 1
+        last_seen = before.get("heartbeat") or self.read_submission().get("submitted") or time.time()
         reached = max(before.get("reached", 0), before.get("step", 0))  # by any attempt: one may die in its set-up
         self.time_sheet = TimeSheet(
             before.get("seconds", {}),
@@ -195,11 +191,12 @@ class RunDir:
             RunDirError: this attempt was superseded.
         """
         if self.is_superseded():
-            current = self.read_status()["attempt"]
+            current = self.read_status().get("attempt")
             raise RunDirError(f"{self.path}: attempt {self.attempt} was superseded by attempt {current}.")
 
     def is_superseded(self) -> bool:
-        return 0 < self.attempt < int(self.read_status().get("attempt", 0))
+        newest: int = self.read_status().get("attempt", 0)
+        return 0 < self.attempt < newest
 
     def set_status(self, **fields: Any) -> None:
         """Update status.json; the heartbeat is now. Without a new state it is written at most once a second.
@@ -283,7 +280,19 @@ class RunDir:
         return found
 
     def read_status(self) -> dict[str, Any]:
-        return read_json(self.status)
+        return read_record(self.status, Status)
+
+    def read_facts(self) -> dict[str, Any]:
+        return read_record(self.run_json, Facts)
+
+    def read_error(self) -> dict[str, Any]:
+        return read_record(self.error, Error)
+
+    def read_result(self) -> dict[str, Any]:
+        return read_record(self.result, Result)
+
+    def read_submission(self) -> dict[str, Any]:
+        return read_record(self.slurm_json, Submission)
 
     def check_room(self, needed_bytes: int) -> None:
         """See that a first checkpoint fits.
@@ -308,4 +317,5 @@ def step_of(folder: Path) -> int | None:
 def _is_earlier_start(status: Mapping[str, Any], env: Mapping[str, str]) -> bool:
     """Whether `status` was written by an earlier start of the Slurm job that we are in."""
     job, restarts = slurm_job(env), int(env.get("SLURM_RESTART_COUNT") or 0)
-    return job is not None and status.get("slurm_job_id") == job and int(status["slurm_restart_count"] or 0) < restarts
+    former = int(status.get("slurm_restart_count") or 0)
+    return job is not None and status.get("slurm_job_id") == job and former < restarts

@@ -22,7 +22,6 @@ from dist_train.manifest import MODEL
 from dist_train.models import build_model
 from dist_train.results import find_trained
 from dist_train.run_dir import RunDir
-from dist_train.small_files import read_json
 from dist_train.whole import whole
 
 _AT_ONCE = 256  # pictures
@@ -63,7 +62,7 @@ class SavedNet:
         """
         config, folder = find_trained(path, which)
         # A run of an older version has not noted it down.
-        facts = read_json(RunDir(path).run_json).get("data") or load_splits(config.data, config.seed).facts
+        facts = RunDir(path).read_facts().get("data") or load_splits(config.data, config.seed).facts
         if not facts["pixels"] or facts["in_channels"] not in (1, 3) or not facts["image_size"]:
             raise DataError(
                 f"{path} was trained on {config.data.bundle or config.data.name}: inputs of its own making, or no "

@@ -20,12 +20,25 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, or {} where there is none yet."""
+    """The object in `path`, or {} where there is none, or none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"no object but a {type(found).__name__}")
+    return found
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:

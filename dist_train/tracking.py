@@ -212,7 +212,7 @@ def start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Si
     init = {
         "dir": str(run_dir.path),
         # One W&B run over all attempts.
-        "id": os.environ.get("WANDB_RUN_ID") or run_dir.read_status()["wandb_id"],
+        "id": os.environ.get("WANDB_RUN_ID") or run_dir.run_id,
         "resume": "allow",
         "name": os.environ.get("WANDB_NAME") or settings.name or run_dir.path.name,
         "entity": os.environ.get("WANDB_ENTITY") or settings.entity,

@@ -22,7 +22,7 @@ from dist_train.evaluate import evaluate
 from dist_train.final_passes import FinalPasses, final_passes
 from dist_train.journal import Journal
 from dist_train.metrics import Overflows, Pace
-from dist_train.run_dir import State
+from dist_train.records import State
 from dist_train.schedule import LearningRate, is_due
 from dist_train.step import Step
 from dist_train.train_state import TrainState
