@@ -128,7 +128,8 @@ def _print(text: str) -> None:
 
 def _in_short(line: dict[str, Any]) -> str:
     accuracy = f"  {line['train/accuracy']:.2%}" if "train/accuracy" in line else ""
-    return f"loss {line['train/loss']:.4f}{accuracy}  lr {line['train/lr']:.1e}  {line['perf/samples_per_s']:,.0f}/s"
+    speed = f"  {line['perf/samples_per_s']:,.0f}/s" if "perf/samples_per_s" in line else ""
+    return f"loss {line['train/loss']:.4f}{accuracy}  lr {line['train/lr']:.1e}{speed}"
 
 
 def describe(line: dict[str, Any], total_steps: int | None) -> str | None:
