@@ -88,9 +88,9 @@ def _open(run_dir: RunDir, config: Config, start: Start, started: float) -> int 
     if check_start(run_dir, config, start, create=False):  # another start may have had it in between
         run_dir.unlock()
         return None
-    # Status and facts may be lost where checkpoints are not, which then must not pass for another run's.
-    run_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
-    run_dir.begin_attempt(config, wandb_id=run_id, started=started)
+    # A new id where no file tells the old one; but then checkpoints may, and must not pass for another run's.
+    wandb_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
+    run_dir.begin_attempt(config, wandb_id=wandb_id, started=started)
     return run_dir.attempt
 
 

@@ -145,9 +145,9 @@ class Checkpoints:
 
     def _commit(self, snapshot: Snapshot, started: float) -> float:
         """The seconds since `started`, from the wish to save until all of it was on the disk."""
-        self.run_dir.check_not_superseded()
-        folder = folder_of(self.run_dir, snapshot.state.step)
         run_dir = self.run_dir
+        run_dir.check_not_superseded()
+        folder = folder_of(run_dir, snapshot.state.step)
         write(snapshot, folder, run_dir.attempt, run_dir.run_id, before_rename=run_dir.check_not_superseded)
         self.prune()
         self._link()

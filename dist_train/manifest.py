@@ -74,7 +74,7 @@ def find_damage(folder: Path, run_id: str | None = None) -> str:
 
 def _mismatch(folder: Path, manifest: dict[str, Any], run_id: str | None) -> str:
     """Why a whole manifest is not that of the checkpoint in `folder`; those of older versions name no run."""
-    if manifest.get("step") != step_of(folder) or set(manifest["files"]) != {MODEL, TRAINING, STATE}:
+    if manifest.get("step") != step_of(folder) or set(manifest.get("files", ())) != {MODEL, TRAINING, STATE}:
         return f"{MANIFEST} belongs to another checkpoint"
     if run_id and manifest.get("run") not in (None, run_id):
         return f"{MANIFEST} belongs to run {manifest['run']}, and this is {run_id}"
