@@ -32,10 +32,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "early stop", lambda folder: train_on_ranks(SETTINGS, folder / "r")) / "r"
 
 
-def test_its_lines_are_all_there(undisturbed: Path) -> None:
-    result = json.loads((undisturbed / "result.json").read_text())
+def test_its_lines_are_all_there(tmp_path: Path) -> None:
+    train_on_ranks(SETTINGS, tmp_path, world_size=2)
+    result = json.loads((tmp_path / "result.json").read_text())
     assert (result["early_stopped"], result["step"], result["best/step"]) == (True, STOPS_AT, 4)
-    lines = metrics(undisturbed)
+    lines = metrics(tmp_path)
     steps = {
         kind: [line["step"] for line in lines if kind in line] for kind in ("train/loss", "val/loss", "audit/unique")
     }
