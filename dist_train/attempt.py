@@ -27,13 +27,13 @@ from dist_train.environment import batch_stop_file, find_place
 from dist_train.errors import DataError
 from dist_train.facts import DIVIDING, bit_changes, collect_facts, data_changes
 from dist_train.journal import Journal
-from dist_train.manifest import find_checkpoint, step_folders
+from dist_train.manifest import find_checkpoint, run_id_by_checkpoints
 from dist_train.parts import build_parts
 from dist_train.progress import Screen, set_up_logging
+from dist_train.records import State
 from dist_train.reporting import Reporting
-from dist_train.run_dir import RunDir, State
+from dist_train.run_dir import RunDir
 from dist_train.slurm import check_save_time, judge_term
-from dist_train.small_files import read_json
 from dist_train.start import Start, check_start, find_run_dir
 from dist_train.step import Step
 from dist_train.stop_request import StopRequest
@@ -88,14 +88,19 @@ def _open(run_dir: RunDir, config: Config, splits: Splits, start: Start, started
     """The number of this attempt, None if the run is finished. Rank zero only."""
     if check_start(run_dir, config, start):
         return None
-    changes = data_changes(read_json(run_dir.run_json), splits.identity) if step_folders(run_dir) else []
+    changes = data_changes(run_dir.read_facts(), splits.identity) if run_dir.holds_checkpoints else []
     if changes:
         raise DataError(
             f"{run_dir.path} was trained on other data:\n" + "\n".join(f"  {change}" for change in changes) + "\n"
             "Give the new run a name of its own with --run-name, or bring the data back."
         )
     run_dir.lock()
-    run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8], started=started)
+    if check_start(run_dir, config, start, create=False):  # another start may have had it in between
+        run_dir.unlock()
+        return None
+    # A new id where no file tells the old one; but then checkpoints may, and must not pass for another run's.
+    wandb_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
+    run_dir.begin_attempt(config, wandb_id=wandb_id, started=started)
     return run_dir.attempt
 
 
@@ -119,7 +124,7 @@ def _check_same_data(world: World, splits: Splits) -> None:
 
 def _same_threads(world: World, run_dir: RunDir) -> World:
     """A resumed run computes with the threads it began with."""
-    before = read_json(run_dir.run_json)
+    before = run_dir.read_facts()
     threads = before.get("num_threads")
     if threads and before.get("world_size") == world.size and threads != world.num_threads:
         _log.info("threads per process: %d, as the run began (not %d)", threads, world.num_threads)
@@ -160,7 +165,7 @@ def _build(
             load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
 
     facts = collect_facts(world, sampler.plan, world.hosts()) | {"data": splits.facts}
-    before = read_json(run_dir.run_json) if state.step else {}
+    before = run_dir.read_facts() if state.step else {}
     facts["data_identity"] = before.get("data_identity") or splits.identity
     if world.is_rank_zero:
         run_dir.note_resume(state.step, world.size)
@@ -277,7 +282,7 @@ def _report_limits(step: Step, facts: dict[str, Any], before: dict[str, Any]) ->
 
 
 def _report_results(run_dir: RunDir) -> None:
-    result = read_json(run_dir.result)
+    result = run_dir.read_result()
     seconds = f"{result['train_s']:.1f} s in training steps, {result['total_s']:.1f} s in all"
     if run_dir.attempt > 1:
         ratio = 100 * result["effective_training_time"]

@@ -1,12 +1,8 @@
-"""A checkpoint on the disk: write (rank zero, pure I/O) and restore (all ranks). manifest.py says what lies in it.
-
-It is complete or absent: written aside, synced, then renamed.
-"""
+"""A checkpoint on the disk: write (rank zero, pure I/O) and restore (all ranks). manifest.py says what lies in it."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +16,12 @@ from torch import Tensor, nn
 
 from dist_train.errors import CheckpointError
 from dist_train.hardware import is_out_of_memory
-from dist_train.manifest import FORMAT, MANIFEST, MODEL, STATE, TRAINING, digest, fingerprint, remove, settle
+from dist_train.manifest import FORMAT, MANIFEST, MODEL, REMOVING, STATE, TRAINING, digest, fingerprint, settle
 from dist_train.small_files import write_json
 from dist_train.step import Step
 from dist_train.train_state import TrainState, score_of
 from dist_train.weights import header_of, load_into, read_weights
+from dist_train.whole import remove_leftovers, whole
 
 
 @dataclass(frozen=True)
@@ -36,45 +33,48 @@ class Snapshot:
     training: dict[str, Any]
 
 
-def write(snapshot: Snapshot, folder: Path, attempt: int, before_rename: Callable[[], None] = lambda: None) -> None:
+def write(
+    snapshot: Snapshot,
+    folder: Path,
+    attempt: int,
+    run_id: str | None = None,
+    before_rename: Callable[[], None] = lambda: None,
+) -> None:
     """Write a snapshot to `folder`. Rank zero alone; no collective, callable from a thread.
 
-    Order: the files, each synced; the manifest; the folder; the rename; the parent folder. What `before_rename` raises
-    leaves all as it was.
+    What `before_rename` raises leaves all as it was.
     """
     state = snapshot.state
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.parent.glob(".writing_*"), *folder.parent.glob(".removing_*")):
-        remove(stale)  # what a kill left behind
-    aside = folder.parent / f".writing_{folder.name}_{attempt}"
-    aside.mkdir()
-    try:
-        weights = {name: weight.contiguous() for name, weight in snapshot.model.items()}
-        save_file(weights, str(aside / MODEL), header_of(snapshot.model))
-        torch.save(snapshot.training, aside / TRAINING)
-        write_json(aside / STATE, asdict(state), durable=False)
-        for name in (MODEL, TRAINING, STATE):
-            sync(aside / name)
-        manifest = {
-            "format": FORMAT,
-            "step": state.step,
-            "attempt": attempt,
-            # Only of an evaluation of these very weights.
-            "metrics": state.val if state.val.get("step") == state.step else {},
-            "score": score_of(state.val) if state.val.get("step") == state.step else None,
-            "files": {name: fingerprint(aside / name) for name in (MODEL, TRAINING, STATE)},
-        }
-        write_json(aside / MANIFEST, {**manifest, "sha256": digest(manifest)})
-        sync(aside)
+    remove_leftovers(folder.parent)
+    remove_leftovers(folder.parent, REMOVING)
+
+    def make_room() -> None:
         before_rename()
         if folder.exists():  # a run resumed there and stopped before its next step saves the same step again
             folder.rename(folder.with_name(f".replaced_{folder.name}"))
-        aside.rename(folder)
-        sync(folder.parent)
+
+    try:
+        with whole(folder, before_rename=make_room) as aside:
+            aside.mkdir()
+            weights = {name: weight.contiguous() for name, weight in snapshot.model.items()}
+            save_file(weights, str(aside / MODEL), header_of(snapshot.model))
+            torch.save(snapshot.training, aside / TRAINING)
+            write_json(aside / STATE, asdict(state), durable=False)
+            manifest = {
+                "format": FORMAT,
+                "step": state.step,
+                **({"run": run_id} if run_id else {}),
+                "attempt": attempt,
+                # Only of an evaluation of these very weights.
+                "metrics": state.val if state.val.get("step") == state.step else {},
+                "score": score_of(state.val) if state.val.get("step") == state.step else None,
+                "files": {name: fingerprint(aside / name) for name in (MODEL, TRAINING, STATE)},
+            }
+            write_json(aside / MANIFEST, {**manifest, "sha256": digest(manifest)}, durable=False)
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         raise CheckpointError(str(error)) from error
     finally:
-        remove(aside)  # gone already if all went well
         settle(folder.parent)
 
 
@@ -109,12 +109,3 @@ def load_weights(net: nn.Module, folder: Path) -> None:
         load_into(net, read_weights(folder / MODEL))
     except Exception as error:  # of whatever kind the net's own modules raise
         raise CheckpointError(f"{folder / MODEL} does not fit {type(net).__name__}: {error}") from None
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

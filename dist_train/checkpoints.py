@@ -6,7 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +17,7 @@ from dist_train.checkpoint import Snapshot, restore, write
 from dist_train.config import Config
 from dist_train.distributed import World
 from dist_train.errors import CheckpointError, DistTrainError, TrainingDiverged
-from dist_train.manifest import best, folder_of, good, read_manifest, remove_checkpoint, step_folders
+from dist_train.manifest import LINKS, by_score, folder_of, good, manifests, remove_checkpoint
 from dist_train.run_dir import RunDir
 from dist_train.schedule import is_due
 from dist_train.step import Step
@@ -42,6 +44,7 @@ class Checkpoints:
         self._keep_last, self._keep_best, self._keep_every = config.keep_last, config.keep_best, keep_every_steps
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[float] | None = None
+        self._unlinked: set[Path] = set()  # links that could not be made: said once
         self._failure = ""  # of the last write, if a later one may succeed
         self._fatal: DistTrainError | None = None
         self._on_first_save: Callable[[float], None] | None = on_first_save
@@ -143,9 +146,10 @@ class Checkpoints:
 
     def _commit(self, snapshot: Snapshot, started: float) -> float:
         """The seconds since `started`, from the wish to save until all of it was on the disk."""
-        self.run_dir.check_not_superseded()
-        folder = folder_of(self.run_dir, snapshot.state.step)
-        write(snapshot, folder, self.run_dir.attempt, before_rename=self.run_dir.check_not_superseded)
+        run_dir = self.run_dir
+        run_dir.check_not_superseded()
+        folder = folder_of(run_dir, snapshot.state.step)
+        write(snapshot, folder, run_dir.attempt, run_dir.run_id, before_rename=run_dir.check_not_superseded)
         self.prune()
         self._link()
         save_s = round(time.perf_counter() - started, 3)
@@ -162,26 +166,34 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Delete what no rule keeps. The one just written is good, so an older one may go."""
-        manifests = {path: read_manifest(path) for path in step_folders(self.run_dir)}  # newest first
-        complete = [path for path, manifest in manifests.items() if manifest]
-        keep = set(complete[: self._keep_last])
-        scored = [path for path in complete if manifests[path].get("score") is not None]
-        scored.sort(key=lambda path: (-manifests[path]["score"], manifests[path]["step"]))  # of equal ones the first
-        keep |= set(scored[: self._keep_best])
+        there = manifests(self.run_dir)
+        keep = {*[*there][: self._keep_last], *by_score(there)[: self._keep_best]}
         if self._keep_every:
-            keep |= {path for path in complete if is_due(manifests[path]["step"], self._keep_every, -1)}
-        for path in set(complete) - keep:
+            keep |= {path for path, manifest in there.items() if is_due(manifest["step"], self._keep_every, -1)}
+        for path in there.keys() - keep:
             remove_checkpoint(path)
 
     def _link(self) -> None:
-        """`last` and `best` for people; the code never reads them."""
-        names = {"last": next(iter(good(self.run_dir, check=False)), None), "best": best(self.run_dir)}
-        for name, target in names.items():
-            if target is not None:
-                temporary = self.run_dir.checkpoints / f".{name}"
+        """`last` and `best`. The save has succeeded whatever becomes of them."""
+        there = manifests(self.run_dir)
+        for name, targets in zip(LINKS, ([*there], by_score(there)), strict=True):
+            if targets:
+                self._link_to(targets[0], self.run_dir.checkpoints / name)
+
+    def _link_to(self, target: Path, link: Path) -> None:
+        temporary = link.with_name(f".{link.name}")
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target.name)
+            temporary.replace(link)
+        except OSError as error:
+            with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-                temporary.symlink_to(target.name)
-                temporary.replace(self.run_dir.checkpoints / name)
+            if link not in self._unlinked:
+                a_folder = "a folder is there, as copies that follow links make it; remove it"
+                reason = a_folder if isinstance(error, IsADirectoryError) else error.strerror
+                _log.warning("%s is no link to %s: %s. No save depends on it.", link, target.name, reason)
+            self._unlinked.add(link)
 
     # --- restoring -----------------------------------------------------------------------------------------------
 

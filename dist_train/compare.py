@@ -76,8 +76,9 @@ class Trained:
 
     def curve(self, key: str, axis: Axis) -> tuple[list[float], list[float]]:
         """Where on the axis, and the values there."""
-        at = self._seconds if axis == "seconds" else [line[axis] for line in self.lines]
-        points = [(x, line[key]) for x, line in zip(at, self.lines, strict=True) if line.get(key) is not None]
+        at = self._seconds if axis == "seconds" else [line.get(axis) for line in self.lines]
+        pairs = [(x, line.get(key)) for x, line in zip(at, self.lines, strict=True)]
+        points = [(x, y) for x, y in pairs if x is not None and y is not None]
         return [x for x, _ in points], [y for _, y in points]
 
     @cached_property
@@ -86,9 +87,10 @@ class Trained:
         seconds, attempt, before = 0.0, None, 0.0
         found = []
         for line in self.lines:
-            if line["attempt"] == attempt:
-                seconds += max(0.0, line["time"] - before)
-            attempt, before = line["attempt"], line["time"]
+            time = line.get("time", before)  # a damaged line may be one without it
+            if line.get("attempt") == attempt:
+                seconds += max(0.0, time - before)
+            attempt, before = line.get("attempt"), time
             found.append(seconds)
         return found
 

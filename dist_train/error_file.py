@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dist_train.errors import DistTrainError
 from dist_train.small_files import write_json
+from dist_train.whole import beside, remove
 
 
 def _where(error: BaseException) -> str:
@@ -22,8 +23,9 @@ def _where(error: BaseException) -> str:
 
 
 def describe_error(found: Mapping[str, Any]) -> str:
-    """What error.json says, and of which rank."""
-    return f"{found['message']}  [rank {found['rank']} on {found['host']}]"
+    """What error.json says, and of which rank; a part of it may have been damaged."""
+    what = found.get("message") or found.get("kind") or "an error that error.json does not tell any more"
+    return f"{what}  [rank {found.get('rank', '?')} on {found.get('host', '?')}]"
 
 
 def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:
@@ -32,20 +34,30 @@ def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trac
     Linked into place, so that of several failing ranks just one can be first: the others mostly report that a peer
     is gone.
     """
-    temporary = path.with_name(f".{path.name}.{rank}.{os.getpid()}")
+    aside = beside(path)
     try:
         own = isinstance(error, DistTrainError)
         message = str(error) if own else f"{type(error).__name__}: {error}{_where(error)}"
         write_json(
-            temporary,
+            aside,
             {"rank": rank, "kind": type(error).__name__, "message": message, "exit_code": exit_code,
              "host": socket.gethostname(), "time": round(time.time(), 3), "traceback": trace},
         )  # fmt: skip
-        os.link(temporary, path)
+        _take_name(aside, path)
     except OSError:
         return not path.exists()
     else:
         return True
     finally:
-        with suppress(OSError):  # on a read-only disk not even what is not there can be removed
-            temporary.unlink(missing_ok=True)
+        remove(aside)
+
+
+def _take_name(aside: Path, path: Path) -> None:
+    """Raises FileExistsError if another rank was first."""
+    try:
+        os.link(aside, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        with path.open("xb") as file:  # there are no links on this file system
+            file.write(aside.read_bytes())

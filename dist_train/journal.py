@@ -14,7 +14,8 @@ from dist_train.distributed import World
 from dist_train.final_passes import FinalPasses, draw
 from dist_train.metrics import peak_memory_gib
 from dist_train.progress import Screen
-from dist_train.run_dir import RunDir, State
+from dist_train.records import State
+from dist_train.run_dir import RunDir
 from dist_train.step import Step
 from dist_train.time_sheet import effective_ratio
 from dist_train.tracking import Tracker

@@ -21,7 +21,6 @@ from dist_train.errors import LaunchError
 from dist_train.nodes import Nodes
 from dist_train.post_mortem import find_cause, how_to_go_on, log_sizes, says_enough
 from dist_train.run_dir import CLEAN_ENDS, RunDir
-from dist_train.small_files import read_json
 
 # What torchrun passes on to its ranks; of any other it would die and leave them behind.
 HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -140,10 +139,10 @@ def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mappi
 
 
 def _failure(spec: LaunchSpec, logs_before: Mapping[Path, int]) -> LaunchError:
-    first = read_json(spec.run_dir.error)
+    first = spec.run_dir.read_error()
     alone = spec.nproc == 1 and spec.nodes is None
-    error = LaunchError(first["message"] if alone and first else find_cause(spec.run_dir, logs_before))
-    error.exit_code = int(first.get("exit_code", 1))
+    error = LaunchError(first["message"] if alone and "message" in first else find_cause(spec.run_dir, logs_before))
+    error.exit_code = first.get("exit_code", 1)
     if not says_enough(first.get("kind", "")):
         error.add_note(how_to_go_on(spec.run_dir, spec.nproc if spec.nodes is None else None))
     return error

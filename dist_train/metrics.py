@@ -95,9 +95,11 @@ class Pace:
         self._lap = self._now_s(), step, data_wait_s
 
     def measure(self, step: int, data_wait_s: float, global_batch_size: int) -> dict[str, float]:
-        """perf/... since the last lap."""
+        """perf/... since the last lap; nothing if no step was taken."""
         since_s, since_step, since_wait_s = self._lap
         seconds, steps = self._now_s() - since_s, step - since_step
+        if not steps:
+            return {}
         return {
             "perf/samples_per_s": round(steps * global_batch_size / seconds, 1),
             "perf/step_time_ms": round(1000 * seconds / steps, 4),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dist_train.small_files import to_json, write_atomically
+from dist_train.small_files import parse_object, to_json, write_atomically
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsFile:
@@ -20,7 +21,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.discarded = path.with_suffix(".discarded.jsonl")  # the lines that `cut` sets aside
+        self.discarded = path.with_suffix(".discarded.jsonl")  # the lines that `cut` sets aside, as they were
         self._waiting: list[str] = []
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -46,21 +47,21 @@ class MetricsFile:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The lines in order; what a kill or a power cut has left of others is passed over."""
-        yield from map(json.loads, self._whole_lines())
+        yield from filter(None, map(_parse, self._lines()))
 
     def follow(self, until: Callable[[], bool], every_s: float = 0.5) -> Iterator[dict[str, Any]]:
         """The lines in order, and those that are still to come; a step that is made again comes again.
 
         `until`: whether nobody writes any more.
         """
-        shown: list[str] = []
+        shown: list[bytes] = []
         seen: tuple[int, int] | None = None
         ended = False
         while True:
             if (version := self._version()) != seen:
-                seen, lines = version, self._whole_lines()
+                seen, lines = version, self._lines()
                 same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, lines, strict=False)))
-                yield from map(json.loads, lines[same:])
+                yield from filter(None, map(_parse, lines[same:]))
                 shown = lines
             if ended:
                 return
@@ -71,18 +72,30 @@ class MetricsFile:
         """Set aside the lines after `step`, which the resumed run writes again. Returns how many.
 
         `evaluation_pending`: so is the `val` line of `step` itself, which an earlier resume may have written.
+        A damaged line before that costs no other: it is set aside too, and named.
         """
+
+        def comes_again(line: Mapping[str, Any]) -> bool:
+            return line["step"] > step or (evaluation_pending and line["step"] == step and "val/loss" in line)
+
         lines = self._lines()
-        good = 0  # up to the first line that is later, or no line at all: a kill or a power cut may have left anything
-        while good < len(lines) and _step_of(lines[good]) <= step:
-            if evaluation_pending and _step_of(lines[good]) == step and "val/loss" in json.loads(lines[good]):
-                break
-            good += 1
-        if cut := lines[good:]:
-            with self.discarded.open("a", encoding="utf-8") as file:
-                file.write("".join(cut).rstrip("\n") + "\n")
-            write_atomically(self.path, "".join(lines[:good]))
-        return len(cut)
+        found = [_parse(line) for line in lines]
+        first = next((place for place, line in enumerate(found) if line and comes_again(line)), len(lines))
+        if first == len(lines):
+            while first and found[first - 1] is None:  # what a kill or a power cut has left
+                first -= 1
+        damaged = [place for place in range(first) if found[place] is None]
+        kept = [line for line, whole in zip(lines[:first], found, strict=False) if whole]
+        if aside := [*(lines[place] for place in damaged), *lines[first:]]:
+            with self.discarded.open("ab") as file:
+                file.write(b"".join(aside).rstrip(b"\n") + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            write_atomically(self.path, b"".join(kept))
+        if damaged:
+            numbers = ", ".join(str(place + 1) for place in damaged)
+            _log.warning("%s was damaged in line %s: set aside in %s", self.path, numbers, self.discarded.name)
+        return len(lines) - first
 
     def _version(self) -> tuple[int, int] | None:
         """Another one after each append and each cut."""
@@ -92,12 +105,11 @@ class MetricsFile:
             return None
         return found.st_ino, found.st_size
 
-    def _lines(self) -> list[str]:
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        return text.splitlines(keepends=True)
-
-    def _whole_lines(self) -> list[str]:
-        return [line for line in self._lines() if _step_of(line) < math.inf]
+    def _lines(self) -> list[bytes]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            return file.readlines()
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -113,9 +125,10 @@ class MetricsFile:
         self._waiting.clear()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics, infinite if it is not a whole one."""
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics, None if it is not a whole one."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        found = parse_object(line)
+    except ValueError:
+        return None
+    return found if line.endswith(b"\n") and type(found.get("step")) is int else None

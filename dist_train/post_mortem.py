@@ -13,7 +13,6 @@ from dist_train.error_file import describe_error
 from dist_train.errors import CheckpointError, ConfigError, PeerLost, TrainingDiverged
 from dist_train.manifest import good
 from dist_train.run_dir import RunDir
-from dist_train.small_files import read_json
 
 # What they need is another setting, more room or other weights; of the checkpoint they speak themselves.
 _SAY_ENOUGH = (ConfigError.__name__, CheckpointError.__name__, TrainingDiverged.__name__)
@@ -38,10 +37,10 @@ def find_cause(run_dir: RunDir, before: Mapping[Path, int]) -> str:
     said = {path: _after(path, before.get(path, 0)) for path in log_sizes(run_dir)}
     of_rank = {int(path.stem.partition("_")[2]): path for path in said if path.stem.startswith("rank_")}
     launcher = said.get(run_dir.launcher_log, "")
-    first = read_json(run_dir.error)
-    if first and first["kind"] != PeerLost.__name__:
-        unforeseen = first["message"].startswith(f"{first['kind']}:")
-        return describe_error(first) + (_tail_of(of_rank.get(first["rank"]), said) if unforeseen else "")
+    first = run_dir.read_error()
+    if first and first.get("kind") != PeerLost.__name__:
+        unforeseen = first.get("message", "").startswith(f"{first.get('kind')}:")
+        return describe_error(first) + (_tail_of(of_rank.get(first.get("rank", -1)), said) if unforeseen else "")
     # Rank zero's errors are in the launcher's log.
     texts = {rank: said[path] for rank, path in of_rank.items()} | {0: launcher}
     if hung := _hung({rank: _main_stack(texts[rank]) for rank in sorted(texts)}):

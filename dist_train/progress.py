@@ -128,16 +128,18 @@ def _print(text: str) -> None:
 
 def _in_short(line: dict[str, Any]) -> str:
     accuracy = f"  {line['train/accuracy']:.2%}" if "train/accuracy" in line else ""
-    return f"loss {line['train/loss']:.4f}{accuracy}  lr {line['train/lr']:.1e}  {line['perf/samples_per_s']:,.0f}/s"
+    speed = f"  {line['perf/samples_per_s']:,.0f}/s" if "perf/samples_per_s" in line else ""
+    return f"loss {line['train/loss']:.4f}{accuracy}  lr {line['train/lr']:.1e}{speed}"
 
 
 def describe(line: dict[str, Any], total_steps: int | None) -> str | None:
     """A line of metrics for people; None for one that has neither training nor evaluation in it."""
-    where = f"step {line['step']}/{total_steps or '?'}  epoch {line['epoch']:.2f}"
+    unknown = float("nan")  # in a line that was damaged
+    where = f"step {line['step']}/{total_steps or '?'}  epoch {line.get('epoch', unknown):.2f}"
     if "train/loss" in line:
         return f"{where}  {_numbers(line, 'train')}"
     if "val/loss" in line:
-        return f"{where}  val {_numbers(line, 'val')}  epoch time {line['epoch_s']:.1f} s"
+        return f"{where}  val {_numbers(line, 'val')}  epoch time {line.get('epoch_s', unknown):.1f} s"
     return None
 
 

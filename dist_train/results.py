@@ -24,7 +24,6 @@ from dist_train.manifest import find_checkpoint, read_manifest
 from dist_train.models import build_model
 from dist_train.objective import Objective
 from dist_train.run_dir import RunDir
-from dist_train.small_files import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
     world = World.join(config, RunDir(path).precision)
     if world.is_rank_zero:
-        for change in data_changes(read_json(RunDir(path).run_json), splits.identity):
+        for change in data_changes(RunDir(path).read_facts(), splits.identity):
             _log.warning("%s These numbers are not comparable with its own.", change)
     net = build_model(config.model, splits.known, config.seed)
     load_weights(net, folder)

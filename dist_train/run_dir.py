@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -23,13 +24,10 @@ from dist_train.config_file import load_config, to_yaml
 from dist_train.environment import slurm_job
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.metrics_file import MetricsFile
-from dist_train.small_files import read_json, write_atomically, write_json
+from dist_train.records import Error, Facts, Result, Status, Submission, read_record
+from dist_train.small_files import write_atomically, write_json
 from dist_train.time_sheet import TimeSheet, Use
-
-State = Literal[
-    "CREATED", "STARTING", "SETUP", "TRAINING", "EVALUATING", "EVALUATED", "SAVING",
-    "FINISHED", "INTERRUPT", "PREEMPTED", "ERROR",
-]  # fmt: skip
+from dist_train.whole import remove_leftovers
 
 CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
 ENDS = (*CLEAN_ENDS, "ERROR")
@@ -83,6 +81,22 @@ class RunDir:
             f"Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
         )
 
+    @property
+    def run_id(self) -> str | None:
+        """The same in all attempts and in copies of the directory; None where no file tells it."""
+        known = self._fields or self.read_status()
+        return known.get("wandb_id") or self.read_facts().get("wandb_id")
+
+    def step_folders(self) -> list[Path]:
+        """The folders of checkpoints, `step_<digits>`, newest first. Whatever else lies there is not ours."""
+        found = [(step, path) for path in self.checkpoints.glob("step_*") if (step := step_of(path)) is not None]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    @property
+    def holds_checkpoints(self) -> bool:
+        """Also such as a damage, or a kill in the middle of a save, has put aside."""
+        return any(step_of(path) is not None for path in self.checkpoints.glob("*step_*"))
+
     def check_config(self, config: Config) -> None:
         """Refuse a directory that belongs to another config; nothing is written.
 
@@ -94,7 +108,7 @@ class RunDir:
             there = self.config.exists()
         except OSError as error:  # a name that is too long, say
             raise self._unusable(error) from None
-        if not there or not any(self.checkpoints.glob("*step_*")):
+        if not there or not self.holds_checkpoints:
             return  # nothing of another run could be lost: a start that was refused leaves its name free
         difference = load_config(str(self.config)).result_diff(config)
         if config.mixed_precision in (None, self.precision):  # silence means that it stays
@@ -109,9 +123,9 @@ class RunDir:
     @property
     def precision(self) -> str | None:
         """What the run was begun with, whether settings or a launcher said so; None while nothing could be lost."""
-        if not any(self.checkpoints.glob("*step_*")):
+        if not self.holds_checkpoints:
             return None
-        return read_json(self.run_json).get("mixed_precision") or load_config(str(self.config)).mixed_precision
+        return self.read_facts().get("mixed_precision") or load_config(str(self.config)).mixed_precision
 
     def lock(self) -> None:
         """Take the directory for this process. Of two starts the second is refused.
@@ -140,10 +154,10 @@ class RunDir:
         `started`: time.perf_counter() when the process began.
         """
         started = time.perf_counter() if started is None else started
-        # A power cut may have taken status.json; run.json is older, and synced.
-        before = self.read_status() or read_json(self.run_json)
-        self.attempt = int(before.get("attempt", 0)) + 1
-        last_seen = before.get("heartbeat") or read_json(self.slurm_json).get("submitted") or time.time()
+        # A power cut may have taken status.json, or a part of it; run.json is older, and synced.
+        before = self.read_facts() | self.read_status()
+        self.attempt = before.get("attempt", 0) + 1
+        last_seen = before.get("heartbeat") or self.read_submission().get("submitted") or time.time()
         reached = max(before.get("reached", 0), before.get("step", 0))  # by any attempt: one may die in its set-up
         self.time_sheet = TimeSheet(
             before.get("seconds", {}),
@@ -170,10 +184,9 @@ class RunDir:
 
     def _sweep(self) -> None:
         """Remove what starts that were killed have left half written."""
-        written = (self.config, self.run_json, self.status, self.metrics.path, self.error, self.result)
-        for pattern in (".probe_*", ".token_*", *(f".*{path.name}.*" for path in written)):
-            for stale in self.path.glob(pattern):
-                stale.unlink(missing_ok=True)
+        remove_leftovers(self.path)
+        for stale in (*self.path.glob(".probe_*"), *self.path.glob(".token_*")):
+            stale.unlink(missing_ok=True)
 
     def note_resume(self, step: int, world_size: int) -> None:
         """Where this attempt begins; and how many before it, in a row, have begun there and saved nothing further."""
@@ -187,11 +200,12 @@ class RunDir:
             RunDirError: this attempt was superseded.
         """
         if self.is_superseded():
-            current = self.read_status()["attempt"]
+            current = self.read_status().get("attempt")
             raise RunDirError(f"{self.path}: attempt {self.attempt} was superseded by attempt {current}.")
 
     def is_superseded(self) -> bool:
-        return 0 < self.attempt < int(self.read_status().get("attempt", 0))
+        newest: int = self.read_status().get("attempt", 0)
+        return 0 < self.attempt < newest
 
     def set_status(self, **fields: Any) -> None:
         """Update status.json; the heartbeat is now. Without a new state it is written at most once a second.
@@ -275,7 +289,19 @@ class RunDir:
         return found
 
     def read_status(self) -> dict[str, Any]:
-        return read_json(self.status)
+        return read_record(self.status, Status)
+
+    def read_facts(self) -> dict[str, Any]:
+        return read_record(self.run_json, Facts)
+
+    def read_error(self) -> dict[str, Any]:
+        return read_record(self.error, Error)
+
+    def read_result(self) -> dict[str, Any]:
+        return read_record(self.result, Result)
+
+    def read_submission(self) -> dict[str, Any]:
+        return read_record(self.slurm_json, Submission)
 
     def check_room(self, needed_bytes: int) -> None:
         """See that a first checkpoint fits.
@@ -291,7 +317,14 @@ class RunDir:
             )
 
 
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint by the name of its folder, put aside or not; None for a name that is none of ours."""
+    found = re.fullmatch(r"(?:damaged_|\.replaced_)?step_([0-9]{8}|[1-9][0-9]{8,})", folder.name)
+    return int(found[1]) if found else None
+
+
 def _is_earlier_start(status: Mapping[str, Any], env: Mapping[str, str]) -> bool:
     """Whether `status` was written by an earlier start of the Slurm job that we are in."""
     job, restarts = slurm_job(env), int(env.get("SLURM_RESTART_COUNT") or 0)
-    return job is not None and status.get("slurm_job_id") == job and int(status["slurm_restart_count"] or 0) < restarts
+    former = int(status.get("slurm_restart_count") or 0)
+    return job is not None and status.get("slurm_job_id") == job and former < restarts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from dist_train.manifest import MODEL
 from dist_train.models import build_model
 from dist_train.results import find_trained
 from dist_train.run_dir import RunDir
-from dist_train.small_files import read_json
+from dist_train.whole import whole
 
 _AT_ONCE = 256  # pictures
 _CPU = torch.device("cpu")
@@ -63,7 +62,7 @@ class SavedNet:
         """
         config, folder = find_trained(path, which)
         # A run of an older version has not noted it down.
-        facts = read_json(RunDir(path).run_json).get("data") or load_splits(config.data, config.seed).facts
+        facts = RunDir(path).read_facts().get("data") or load_splits(config.data, config.seed).facts
         if not facts["pixels"] or facts["in_channels"] not in (1, 3) or not facts["image_size"]:
             raise DataError(
                 f"{path} was trained on {config.data.bundle or config.data.name}: inputs of its own making, or no "
@@ -128,15 +127,13 @@ def export(saved: SavedNet, out: Path) -> list[Path]:
         program=PROGRAM, channels=channels, size=size, logits=f"float [B, {shape[1]}]",
         classes=class_names(saved.classes, shape[1]),
     )  # fmt: skip
-    made = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        made.mkdir(parents=True)
-        shutil.copyfile(saved.folder / MODEL, made / MODEL)
-        torch.export.save(program, made / PROGRAM)
-        (made / "load.py").write_text(text)
-        made.rename(out)
+        with whole(out) as aside:
+            aside.mkdir(parents=True)
+            shutil.copyfile(saved.folder / MODEL, aside / MODEL)
+            torch.export.save(program, aside / PROGRAM)
+            (aside / "load.py").write_text(text)
     except (OSError, RuntimeError) as error:  # the latter by torch's writer
-        shutil.rmtree(made, ignore_errors=True)
         raise RunDirError(f"{out} cannot be written: {error}.") from None
     return [out / name for name in (MODEL, PROGRAM, "load.py")]
 

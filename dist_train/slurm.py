@@ -15,7 +15,6 @@ from dist_train.environment import slurm_job
 from dist_train.error_file import describe_error
 from dist_train.errors import LaunchError, PeerLost
 from dist_train.run_dir import RunDir
-from dist_train.small_files import read_json
 from dist_train.stop_request import StopState
 
 _log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def decide_requeue(
     `told`: the batch shell was, by the time limit or by someone, which the ranks may have been too young to hear.
     """
     status = run_dir.read_status()
-    state, error = status.get("state"), read_json(run_dir.error)
+    state, error = status.get("state"), run_dir.read_error()
     restarts = int(env.get("SLURM_RESTART_COUNT") or 0)
     if state == "FINISHED":
         return "ended", "state FINISHED"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from dist_train.whole import whole
 
 
 def to_json(value: Any) -> str:
@@ -19,24 +20,28 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, or {} where there is none yet."""
+    """The object in `path`, or {} where there is none, or none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"no object but a {type(found).__name__}")
+    return found
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """The old file or the whole new one is there at any moment; `durable` also survives a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """As `whole`."""
+    with whole(path, durable=durable) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -47,7 +47,7 @@ def check_start(run_dir: RunDir, config: Config, start: Start, *, create: bool =
         ConfigError, RunDirError: it belongs to another config, is in use, cannot be written, or was to be new.
     """
     run_dir.check_config(config)
-    if start.resume == "never" and any(run_dir.checkpoints.glob("step_*")):
+    if start.resume == "never" and run_dir.holds_checkpoints:
         raise RunDirError(
             f"{run_dir.path} holds checkpoints and --resume=never forbids to go on from them. Give the new run a name "
             f"of its own with --run-name, or leave --resume out."

@@ -63,6 +63,7 @@ class Step:
         self.window = self.eager.window
         self._update: Update = self.eager
         self.observed = Observation(net)  # in the warm-up
+        self._former_norm: float | None = None  # until this attempt has taken a step
 
     @property
     def evaluated_net(self) -> nn.Module:
@@ -72,6 +73,7 @@ class Step:
     def take(self, step: int) -> None:
         """One update over one global batch, `step` (from 0) having gone before. Nothing here waits for the device."""
         self._update(step)
+        self._former_norm = None
         if self.ema is not None:
             self.ema.update_parameters(self.net)
 
@@ -130,7 +132,7 @@ class Step:
 
     def grad_norm(self) -> float:
         """L2 norm of the last update's gradient, before clipping. Waits for the device."""
-        return self.eager.grad_norm()
+        return self.eager.grad_norm() if self._former_norm is None else self._former_norm
 
     def pop_window(self) -> dict[str, float]:
         """Sums (loss, correct, seen) over all ranks since the last call.
@@ -164,6 +166,7 @@ class Step:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "overflows": self.eager.overflows.counts if self.eager.overflows is not None else None,
+            "grad_norm": self.grad_norm(),
             "window": self.world.all_gather(self.window.sums),  # [world_size, 3]
         }
 
@@ -177,6 +180,7 @@ class Step:
             self.world.accelerator.scaler.load_state_dict(state["scaler"])
         if self.eager.overflows is not None and state.get("overflows") is not None:
             self.eager.overflows.counts.copy_(state["overflows"])
+        self._former_norm = state.get("grad_norm")
         windows: Tensor = state["window"]
         if len(windows) == self.world.size:
             self.window.sums.copy_(windows[self.world.rank])

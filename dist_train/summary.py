@@ -12,7 +12,6 @@ from typing import Any
 
 from dist_train.launch import is_alive
 from dist_train.run_dir import ENDS, RunDir
-from dist_train.small_files import read_json
 
 # A live run writes a heartbeat every few seconds, but not while it compiles its step or waits for a data set.
 SILENT_S = 120.0
@@ -82,24 +81,20 @@ class Summary:
 def summarise(path: Path) -> Summary:
     """`path`: a run directory, or what may become one."""
     run_dir = RunDir(path)
-    status, result = run_dir.read_status(), read_json(run_dir.result)
-    try:
-        state, step, attempt = _state_of(status), int(status.get("step", 0)), int(status.get("attempt", 0))
-    except (KeyError, TypeError, ValueError):  # not ours
-        status, state, step, attempt = {}, "NEW", 0, 0
+    status = run_dir.read_status()
     return Summary(
         run_dir=run_dir,
-        state=state,
-        step=step,
+        state=_state_of(status),
+        step=status.get("step", 0),
         total_steps=status.get("total_steps"),
         epoch=status.get("epoch"),
-        attempt=attempt,
+        attempt=status.get("attempt", 0),
         world_size=status.get("world_size"),
         heartbeat=status.get("heartbeat"),
-        best=status.get("best") or {},
-        metrics=status.get("metrics") or {},
-        result=result,
-        job=_job_of(status, read_json(run_dir.slurm_json)),
+        best=status.get("best", {}),
+        metrics=status.get("metrics", {}),
+        result=run_dir.read_result(),
+        job=_job_of(status, run_dir.read_submission()),
     )
 
 
@@ -119,17 +114,18 @@ def is_run(path: Path) -> bool:
 
 
 def _state_of(status: Mapping[str, Any]) -> str:
-    state = str(status.get("state", "NEW"))
+    state: str = status.get("state", "NEW")
     if state in (*ENDS, "NEW"):
         return state
-    silent_s = time.time() - status["heartbeat"]
+    silent_s = time.time() - status.get("heartbeat", 0.0)
     # A container may have this machine's name and processes of its own.
-    if silent_s > _BEAT_S and status["host"] == socket.gethostname() and not is_alive(status["pid"]):
+    here = status.get("host") == socket.gethostname() and "pid" in status
+    if silent_s > _BEAT_S and here and not is_alive(status["pid"]):
         return "KILLED"
     return "SILENT" if silent_s > SILENT_S else state
 
 
 def _job_of(status: Mapping[str, Any], submitted: Mapping[str, Any]) -> str | None:
     """The newest: it may have been submitted again."""
-    found = [str(job) for job in (submitted.get("job"), status.get("slurm_job_id")) if job]
+    found: list[str] = [job for job in (submitted.get("job"), status.get("slurm_job_id")) if job]
     return max(found, key=lambda job: int(job.partition("_")[0]), default=None)

@@ -21,7 +21,7 @@ from urllib.parse import urlparse
 from dist_train.config import Config, TrackingConfig
 from dist_train.distributed import first_line
 from dist_train.errors import DistTrainError, RunDirError
-from dist_train.manifest import MODEL, best, good, read_manifest
+from dist_train.manifest import MODEL, best, manifests
 from dist_train.run_dir import RunDir
 
 _log = logging.getLogger(__name__)
@@ -124,10 +124,10 @@ class _Mirror:
             return
         import wandb
 
-        found = {"best": best(self._run_dir), "last": next(iter(good(self._run_dir, check=False)), None)}
+        there = manifests(self._run_dir)
+        found = {"best": best(self._run_dir), "last": next(iter(there), None)}
         alias, folder = next((alias, folder) for alias, folder in found.items() if folder is not None)
-        manifest = read_manifest(folder)
-        about = {name: manifest[name] for name in ("step", "score")}
+        about = {name: there[folder][name] for name in ("step", "score")}
         artifact = wandb.Artifact(f"{sink.run.id}-model", type="model", metadata=about)
         # Not copied: an offline run is sent from where it lies.
         artifact.add_file(str(folder / MODEL), policy="immutable")
@@ -212,7 +212,7 @@ def start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Si
     init = {
         "dir": str(run_dir.path),
         # One W&B run over all attempts.
-        "id": os.environ.get("WANDB_RUN_ID") or run_dir.read_status()["wandb_id"],
+        "id": os.environ.get("WANDB_RUN_ID") or run_dir.run_id,
         "resume": "allow",
         "name": os.environ.get("WANDB_NAME") or settings.name or run_dir.path.name,
         "entity": os.environ.get("WANDB_ENTITY") or settings.entity,

@@ -22,7 +22,7 @@ from dist_train.evaluate import evaluate
 from dist_train.final_passes import FinalPasses, final_passes
 from dist_train.journal import Journal
 from dist_train.metrics import Overflows, Pace
-from dist_train.run_dir import State
+from dist_train.records import State
 from dist_train.schedule import LearningRate, is_due
 from dist_train.step import Step
 from dist_train.train_state import TrainState
@@ -56,6 +56,7 @@ class Run:
         )
         self.val = self.batches_of(self.splits.val) if self.splits.val is not None else None
         self._pace = Pace(self.state.train_s)
+        self._pace.lap(self.state.step, self.step.data_wait_s)
 
     def __enter__(self) -> Run:
         self.journal.screen.__enter__()
@@ -151,7 +152,7 @@ class Run:
         )
 
     def evaluate(self) -> None:
-        """One `val` line; a stop agreed meanwhile leaves it to the resumed run.
+        """One `val` line, and those of an early stop; a stop agreed meanwhile leaves it to the resumed run.
 
         Collective: every rank must call this.
         """
@@ -168,6 +169,18 @@ class Run:
                 self._note_evaluation({f"val/{name}": value for name, value in found.items()}, seconds)
             self.journal.enter("EVALUATED")
         self._go_on()
+        if self.early_stopped:
+            self._close_early()
+
+    def _close_early(self) -> None:
+        """The lines of the end that came early, unless they were due here anyway.
+
+        Before the save, in which they are no longer due: they are written once, whatever kills the run in between.
+        """
+        if not is_due(self.state.step, self.log_every, self.total_steps):
+            self.log()
+        if not is_due(self.state.step, self.steps_per_epoch, self.total_steps):
+            self.close_epoch()
 
     def _note_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
         stopping = self.config.early_stop

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import stat
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
 from dist_train.config import default_data_root
 from dist_train.errors import UserCodeError
+from dist_train.whole import whole
 
 _MIB = 2**20
 MAX_BYTES = 256 * _MIB  # of all files together: this is code, not data
@@ -23,7 +22,7 @@ _CHUNK = _MIB
 def unpacked(archive: Path, label: str) -> Path:
     """The folder with the contents of the zip `archive`, named by a digest of its bytes.
 
-    Ranks may call this at the same time: each unpacks aside and renames, and the first rename counts.
+    Ranks may call this at the same time: each unpacks for itself, and the first rename counts.
 
     Raises:
         UserCodeError: not a zip, a damaged one, or one with entries that unpacking code must not follow.
@@ -38,12 +37,13 @@ def unpacked(archive: Path, label: str) -> Path:
         if folder.is_dir():
             return folder
         bundles.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{digest}.", dir=bundles))
         try:
-            _extract(archive, aside, label)
-            _rename(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            with whole(folder) as aside:
+                aside.mkdir()
+                _extract(archive, aside, label)
+        except OSError:
+            if not folder.is_dir():  # it is there if another rank was quicker; the contents are the same
+                raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserCodeError(
             f"{label} is not a zip that can be read: {error}. Pack it again, or give a folder."
@@ -52,15 +52,6 @@ def unpacked(archive: Path, label: str) -> Path:
         fix = "Set DIST_TRAIN_DATA_DIR to a folder that can be written to, or give a folder instead of a zip."
         raise UserCodeError(f"{label} cannot be unpacked into {bundles}: {error}. {fix}") from error
     return folder
-
-
-def _rename(aside: Path, folder: Path) -> None:
-    try:
-        aside.chmod(0o755)  # mkdtemp makes it for this user only
-        aside.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # it is there if another rank was quicker; the contents are the same
-            raise
 
 
 def _extract(archive: Path, folder: Path, label: str) -> None:

@@ -16,14 +16,14 @@ from support.processes import ROOT
 PACKAGE = ROOT / "dist_train"
 # From the bottom up: a module imports only what stands before it.
 LAYERS = [
-    "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "small_files", "error_file",
-    "metrics_file", "time_sheet", "run_dir", "manifest", "watchdog", "stop_request", "slurm", "terminal", "start",
-    "nodes", "post_mortem", "launch", "batch_script", "summary", "compare", "sweep", "charts", "page", "hardware",
-    "distributed", "agreement", "batching", "audit", "vision", "user_code", "unpack", "bundle", "nets", "models",
-    "generators", "data", "metrics", "objective", "optimizers", "averaging", "weights", "rehearsal", "observation",
-    "eager_update", "whole_update", "step", "confusion", "evaluate", "train_state", "checkpoint", "checkpoints",
-    "facts", "tracking", "progress", "parts", "final_passes", "journal", "train", "reporting", "attempt", "results",
-    "saved_net", "submission", "simulate", "doctor", "verify", "bench", "cli",
+    "errors", "seeding", "schedule", "config", "config_file", "plan", "environment", "whole", "small_files",
+    "records", "error_file", "metrics_file", "time_sheet", "run_dir", "manifest", "watchdog", "stop_request", "slurm",
+    "terminal", "start", "nodes", "post_mortem", "launch", "batch_script", "summary", "compare", "sweep", "charts",
+    "page", "hardware", "distributed", "agreement", "batching", "audit", "vision", "user_code", "unpack", "bundle",
+    "nets", "models", "generators", "data", "metrics", "objective", "optimizers", "averaging", "weights", "rehearsal",
+    "observation", "eager_update", "whole_update", "step", "confusion", "evaluate", "train_state", "checkpoint",
+    "checkpoints", "facts", "tracking", "progress", "parts", "final_passes", "journal", "train", "reporting",
+    "attempt", "results", "saved_net", "submission", "simulate", "doctor", "verify", "bench", "cli",
 ]  # fmt: skip
 DATA_LAYERS = [
     "image_set", "storage", "memory", "idx", "bundled_mnist", "catalog", "download", "named", "image_folder", "user",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dist_train.manifest import MODEL, STATE, TRAINING, find_damage, folder_of
 from dist_train.run_dir import RunDir
 from dist_train.train_state import TrainState
 from support.run_files import assert_equal
-from support.tiny_runs import checkpoints_of, new_net, new_step, steps, take, write_at
+from support.tiny_runs import checkpoints_of, names, new_net, new_step, steps, take, write_at
 
 # --- what comes back -----------------------------------------------------------------------------------------------
 
@@ -175,6 +176,51 @@ def test_last_best_and_every_stay(world: World, run_dir: RunDir) -> None:
     ]  # fmt: skip
     links = {name: (run_dir.checkpoints / name).resolve() for name in ("last", "best")}
     assert links == {"last": folder_of(run_dir, 9), "best": folder_of(run_dir, 6)}
+    checkpoints.close()
+
+
+def test_a_copy_of_a_checkpoint_takes_the_place_of_none(world: World, run_dir: RunDir) -> None:
+    """Under whatever name: only what a folder and its manifest agree on counts as one that is kept."""
+    config = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 1, "keep_best": 0})
+    checkpoints, step = checkpoints_of(run_dir, world, config=config), new_step(world, 0)
+    for number in (1, 2):
+        checkpoints.save(TrainState(step=number), step)
+        checkpoints.finish()
+        if number == 1:
+            for name in ("step_backup", "step_00000099"):
+                shutil.copytree(folder_of(run_dir, 1), run_dir.checkpoints / name)
+    assert names(run_dir) == ["step_00000002", "step_00000099", "step_backup"]
+    assert checkpoints.restore_latest(new_step(world, 1)) == TrainState(step=2)
+    assert names(run_dir) == ["damaged_step_00000099", "step_00000002", "step_backup"]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("linking", ["a folder is there", "no links here"])
+def test_a_link_that_cannot_be_made_is_no_failed_save(
+    linking: str,
+    world: World,
+    run_dir: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In a copy that followed them `last` and `best` are folders; some file systems have no links at all."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, linking)
+
+    checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
+    if linking == "no links here":
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+    else:
+        write_at(run_dir, 1)
+        folder_of(run_dir, 1).rename(run_dir.checkpoints / "last")
+    for number in (2, 3):
+        checkpoints.save(TrainState(step=number), step)
+        checkpoints.finish()
+    (warning,) = caplog.messages
+    assert f"{run_dir.checkpoints / 'last'} is no link to step_00000002: {linking}" in warning
+    there = {path.name for path in run_dir.checkpoints.iterdir()}
+    assert there - {"last"} == {"step_00000002", "step_00000003"}
     checkpoints.close()
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.errors import CheckpointError
+from dist_train.config_file import load_config, parse_config
+from dist_train.errors import CheckpointError, ConfigError, RunDirError
 from dist_train.manifest import (
     MANIFEST,
     MODEL,
@@ -18,9 +19,12 @@ from dist_train.manifest import (
     find_damage,
     folder_of,
     good,
+    manifests,
     read_manifest,
+    run_id_by_checkpoints,
 )
 from dist_train.run_dir import RunDir
+from dist_train.start import Start, check_start
 from support import damages
 from support.tiny_runs import write_at
 
@@ -106,6 +110,67 @@ def test_all_damaged_is_none_good(run_dir: RunDir, caplog: pytest.LogCaptureFixt
 def test_a_folder_under_another_name_is_damaged(run_dir: RunDir) -> None:
     moved = folder_of(run_dir, 2).rename(folder_of(run_dir, 9))
     assert find_damage(moved) == f"{MANIFEST} belongs to another checkpoint"
+
+
+STRANGE = ["step_backup", "step_7", "step_00000002.bak", "step_0000000002", "of yesterday"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_folder_is_named_and_left_alone(name: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    """Somebody's copy of the newest, say: nothing to go on from, and no reason to prune what is."""
+    newest, before = folder_of(run_dir, 2), folder_of(run_dir, 1)
+    strange = shutil.copytree(newest, run_dir.checkpoints / name)
+    shutil.copytree(newest, run_dir.checkpoints / "last")  # a copy that followed links
+    assert list(good(run_dir, set_aside=True)) == [newest, before]
+    assert caplog.messages == [f"{strange} is no checkpoint of this run: left alone"]
+    assert read_manifest(strange) == read_manifest(newest)
+    assert find_checkpoint(run_dir, "best") == newest
+
+
+def test_only_folders_of_checkpoints_take_the_name_of_a_run(run_dir: RunDir) -> None:
+    run_dir.config.write_text("seed: 1")
+    config = parse_config({})
+    for folder in run_dir.step_folders():
+        folder.rename(folder.with_name(f"{folder.name}.bak"))
+    run_dir.check_config(config)
+    check_start(run_dir, config, Start("c", resume="never"))
+    for name in ("step_00000002", "damaged_step_00000002", ".replaced_step_00000002"):  # as a kill or a damage left it
+        (run_dir.checkpoints / name).mkdir()
+        with pytest.raises(ConfigError, match="seed: 1 there, 0 now"):
+            run_dir.check_config(config)
+        with pytest.raises(RunDirError, match="--resume=never forbids"):
+            check_start(run_dir, load_config(str(run_dir.config)), Start("c", resume="never"))
+        (run_dir.checkpoints / name).rmdir()
+
+
+def test_steps_are_numbers(run_dir: RunDir) -> None:
+    """As text step_100000000 comes before step_99999999."""
+    late = [write_at(run_dir, step) for step in (99_999_999, 100_000_000, 2_000_000_000)]
+    assert list(good(run_dir))[:3] == late[::-1]
+    assert find_checkpoint(run_dir, "last") == late[-1]
+
+
+def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither to go on from, nor as a reason to prune. Where one of the two names no run, nothing speaks against it."""
+    newest = folder_of(run_dir, 2)  # written before the run had an id, as by an older version
+    other = RunDir(run_dir.path.with_name("other"))
+    for each, name in ((run_dir, "mine"), (other, "another")):
+        each.create()
+        each.begin_attempt(parse_config({}), wandb_id=name)
+    shutil.copytree(write_at(other, 9, accuracy=0.99), folder_of(run_dir, 9))
+    assert [*manifests(run_dir)] == [newest, folder_of(run_dir, 1)]
+    mine = write_at(run_dir, 3)
+    (mine / MANIFEST).rename(mine / "aside")
+    shutil.copytree(mine, folder_of(run_dir, 4))
+    (mine / "aside").rename(mine / MANIFEST)
+    (folder_of(run_dir, 4) / "aside").rename(folder_of(run_dir, 4) / MANIFEST)  # whole, under another step's name
+    assert find_checkpoint(run_dir, "best") == newest
+    assert [*manifests(run_dir)] == list(good(run_dir, set_aside=True)) == [mine, newest, folder_of(run_dir, 1)]
+    assert "manifest.json belongs to run another, and this is mine" in caplog.messages[0]
+    assert "manifest.json belongs to another checkpoint" in caplog.messages[1]
+    run_dir.status.unlink()
+    assert run_id_by_checkpoints(RunDir(run_dir.path)) == "mine"
+    assert next(good(RunDir(run_dir.path))) == mine
 
 
 def test_looking_moves_nothing(run_dir: RunDir) -> None:

@@ -1,7 +1,8 @@
-"""Writing a checkpoint: the order on the disk, and failures at every point of it."""
+"""Writing a checkpoint: failures at every point of it. In which order it comes to the disk: test_whole.py."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,51 +14,21 @@ import torch
 from dist_train import checkpoint as module
 from dist_train.distributed import World
 from dist_train.errors import CheckpointError, RunDirError
-from dist_train.manifest import MANIFEST, MODEL, STATE, TRAINING, folder_of, good
+from dist_train.manifest import folder_of, good
 from dist_train.run_dir import RunDir
 from dist_train.train_state import TrainState
+from dist_train.whole import beside
 from support.mounts import needs_mounts
 from support.patience import wait_until
 from support.tiny_runs import CONFIG, checkpoints_of, names, new_step, steps, write_at
 
-
-def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file is on the disk before the manifest names it, all before the rename, and the rename before anyone
-    relies on it."""
-    trace: list[tuple[str, str]] = []
-    fsync, rename, replace = os.fsync, Path.rename, Path.replace
-
-    def traced_fsync(descriptor: int) -> None:
-        trace.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
-        fsync(descriptor)
-
-    def traced_rename(self: Path, target: Path) -> Path:
-        trace.append(("rename", target.name))
-        return rename(self, target)
-
-    def traced_replace(self: Path, target: Path) -> Path:
-        trace.append(("rename", target.name))
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", traced_fsync)
-    monkeypatch.setattr(Path, "rename", traced_rename)
-    monkeypatch.setattr(Path, "replace", traced_replace)
-    write_at(RunDir(tmp_path), 1)
-    files = [("sync", name) for name in (MODEL, TRAINING, STATE)]
-    assert [entry for entry in trace if entry not in files] == [
-        ("rename", STATE),
-        ("sync", f".{MANIFEST}.{os.getpid()}"),
-        ("rename", MANIFEST),
-        ("sync", ".writing_step_00000001_1"),
-        ("rename", "step_00000001"),
-        ("sync", "checkpoints"),
-    ]
-    assert all(trace.index(entry) < trace.index(("sync", f".{MANIFEST}.{os.getpid()}")) for entry in files)
-    assert trace.index(("rename", STATE)) < trace.index(("sync", STATE))
+FAILURES = ["save_file", "save", "write_json", "fingerprint", "digest", "fsync", "replace"]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["another step", "the same step"])
-@pytest.mark.parametrize("point", ["save_file", "save", "write_json", "fingerprint", "sync", "rename", "digest"])
+@pytest.mark.parametrize(
+    ("point", "again"),
+    [*itertools.product(FAILURES, [False, True]), ("rename", True)],  # again: the same step
+)
 def test_a_failure_anywhere_leaves_the_older_one_and_no_rest(
     point: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +38,7 @@ def test_a_failure_anywhere_leaves_the_older_one_and_no_rest(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    owner: object = {"save": torch, "rename": Path}.get(point, module)
+    owner: object = {"save": torch, "fsync": os, "replace": Path, "rename": Path}.get(point, module)
     monkeypatch.setattr(owner, point, fail)
     with pytest.raises((OSError, CheckpointError), match="No space left"):
         write_at(run, 1 if again else 2)
@@ -80,14 +51,14 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
     """A run that is resumed at its last checkpoint and stopped before its first step saves the same step again."""
     run = RunDir(tmp_path)
     write_at(run, 1)
-    rename = Path.rename
+    replace = Path.replace
 
     def killed(self: Path, target: Path) -> Path:
-        if self.name.startswith(".writing_"):
+        if target == folder_of(run, 1):
             raise KeyboardInterrupt
-        return rename(self, target)
+        return replace(self, target)
 
-    monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr(Path, "replace", killed)
     monkeypatch.setattr(module, "settle", lambda _: None)  # a kill gives no time for that
     with pytest.raises(KeyboardInterrupt):
         write_at(run, 1)
@@ -100,8 +71,8 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
 
 def test_what_a_kill_left_behind_is_removed(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    rest = run.checkpoints / ".writing_step_00000001" / "half"
-    rest.mkdir(parents=True)
+    for rest in (".writing_step_00000001_1", beside(folder_of(run, 1)).name, ".removing_step_00000001"):
+        (run.checkpoints / rest / "half").mkdir(parents=True)
     write_at(run, 2)
     assert names(run) == ["step_00000002"]
 

@@ -122,6 +122,21 @@ def test_show_says_how_to_go_on(folder: Path) -> None:
     assert "val/accuracy" in call("runs", "show", folder / "half").output
 
 
+@pytest.mark.parametrize("key", ["step", "epoch", "samples", "attempt", "time", "epoch_s", "train/loss"])
+def test_lines_without_what_each_has(key: str, folder: Path) -> None:
+    """One bit makes "epoch" another word."""
+    path = RunDir(folder / "lr0.1-s0").metrics.path
+    path.write_text(path.read_text().replace(f'"{key}"', '"another"', 3))
+    for command in ("show", "tail", "compare"):
+        said = call("runs", command, folder / "lr0.1-s0")
+        assert (said.exit_code, said.exception) == (0, None), said.output
+    trained = read_run(folder / "lr0.1-s0")
+    for axis in ("step", "samples", "seconds"):
+        at, values = trained.curve("val/loss", axis)
+        assert len(at) == len(values) > 0
+        assert at == sorted(at)
+
+
 def test_stop_is_for_runs_that_go_on(folder: Path) -> None:
     assert call("runs", "stop", folder / "live").exit_code == 0
     assert (folder / "live/STOP").exists()

@@ -21,6 +21,7 @@ from dist_train.data import bundled_mnist as module
 from dist_train.data.bundled_mnist import FILES, MARKER_NAME, unpack_mnist
 from dist_train.errors import DataError
 from dist_train.vision import import_torchvision
+from dist_train.whole import beside
 from support.mounts import needs_mounts
 
 LABELS = "t10k-labels-idx1-ubyte"
@@ -137,7 +138,7 @@ def test_a_second_start_neither_hashes_nor_writes(root: Path, monkeypatch: pytes
         raise AssertionError("not needed")
 
     monkeypatch.setattr(hashlib, "md5", never)
-    monkeypatch.setattr(module, "whole_file", never)
+    monkeypatch.setattr(module, "whole", never)
     monkeypatch.setattr(module, "locked", never)
     assert unpack_mnist(root) == raw(root)
 
@@ -173,7 +174,7 @@ def test_a_damaged_file_is_restored_with_a_warning(
 
 def test_what_a_killed_process_left_is_removed(root: Path) -> None:
     (raw(root) / LABELS).unlink()
-    leftover = raw(root) / f".{LABELS}.0123.part"
+    leftover = beside(raw(root) / LABELS)
     leftover.write_bytes(b"half")
     unpack_mnist(root)
     assert not leftover.exists()

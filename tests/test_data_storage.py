@@ -1,38 +1,14 @@
-"""The data folder: one writer at a time, whole files, errors in one line."""
+"""The data folder: one writer at a time, errors in one line."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from dist_train.data import storage
-from dist_train.data.storage import LOCK_NAME, disk_errors, locked, whole_file
+from dist_train.data.storage import LOCK_NAME, disk_errors, locked
 from dist_train.errors import DataError
-
-
-def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    with whole_file(path) as file:
-        file.write(b"after")
-        assert path.read_bytes() == b"before"
-    assert path.read_bytes() == b"after"
-    with pytest.raises(TypeError), whole_file(path) as file:
-        file.writelines([b"ha", None])  # type: ignore[list-item]
-    assert path.read_bytes() == b"after"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_files_are_as_readable_as_the_user_wants(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        with whole_file(tmp_path / "file") as file:
-            file.write(b"x")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640  # and not 0o600: a group shares the folder
 
 
 def test_a_lock_that_is_never_given_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from dist_train.run_dir import RunDir
 from dist_train.saved_net import SavedNet
+from dist_train.small_files import write_json
 from support.processes import DIST_TRAIN, ROOT, run
-from support.ranks import run_forked, train_on_ranks
+from support.ranks import run_forked, run_on_ranks, train_here, train_on_ranks
 from support.run_files import metrics, train_losses, weights
 from support.user_sets import mnist_part
 
@@ -221,15 +223,23 @@ def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], told: str, 
         train_on_ranks(own(**settings), tmp_path / "r")
 
 
-def test_early_stop(tmp_path: Path) -> None:
-    settings = SMALL | {
-        "train_for": "500 epochs", "eval_every": "2 steps", "early_stop": {"patience": 3, "min_delta": 0.5},
-    }  # fmt: skip
-    train_on_ranks(settings, tmp_path / "r", world_size=2)
-    result = json.loads((tmp_path / "r/result.json").read_text())
-    assert result["early_stopped"]
-    assert result["step"] <= 20
-    assert result["step"] - result["best/step"] == 3 * 2
+def finished_by_another(run_dir: Path) -> None:
+    """In the moment between a look at the state and the lock."""
+    lock = RunDir.lock
+
+    def locked_later(self: RunDir) -> None:
+        write_json(self.status, {"state": "FINISHED", "attempt": 1})
+        write_json(self.result, {"step": 7})
+        lock(self)
+
+    RunDir.lock = locked_later  # type: ignore[method-assign]
+    assert train_here(SMALL, run_dir) == "FINISHED"
+
+
+def test_a_run_that_another_start_has_just_finished_stays_so(tmp_path: Path) -> None:
+    run_on_ranks(finished_by_another, tmp_path, world_size=1)
+    assert RunDir(tmp_path).read_status() == {"state": "FINISHED", "attempt": 1}
+    assert RunDir(tmp_path).read_result() == {"step": 7}
 
 
 def test_diverged_runs_stop_and_save_nothing_poisoned(tmp_path: Path) -> None:

@@ -229,6 +229,31 @@ def test_rubbish_in_the_metrics_is_set_aside(rubbish: str, run: RunDir) -> None:
     assert [line["step"] for line in run.metrics.read()] == [1, 2]
 
 
+# No line of ours, however it came to be: other bytes, other types, more than a parser can take.
+DAMAGED = [
+    b"garbage{", b"\0\0\0", b"\xff\xfe\x85 \x0c", b"[1]", b"null", b"", b"[" * 9999, b'{"no step": 1}',
+    b'{"step": 1e999}', b'{"step": null}', b'{"step": "2"}', b'{"step": 2, "train/lo{"step": 2}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=repr)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_damaged_line_costs_itself_alone(
+    damaged: bytes, place: int, run: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    for line in lines(1, 2, 3, 4):
+        run.append_metrics(line)
+    whole = run.metrics.path.read_bytes().splitlines(keepends=True)
+    run.metrics.path.write_bytes(b"".join([*whole[:place], damaged + b"\n", *whole[place:]]))
+    assert list(run.metrics.read()) == lines(1, 2, 3, 4)
+    assert run.metrics.cut(3) == 1
+    assert run.metrics.path.read_bytes() == b"".join(whole[:3])
+    assert run.metrics.discarded.read_bytes() == damaged + b"\n" + whole[3]
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{run.metrics.path} was damaged in line {place + 1}: set aside in metrics.discarded")
+    assert run.metrics.cut(3) == 0
+
+
 def test_lines_wait_for_a_disk_that_is_full(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     """/dev/full takes nothing, as a full disk does. What is put off is written in its order, once."""
     run_dir.append_metrics({"step": 1})

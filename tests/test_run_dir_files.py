@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,37 +14,26 @@ from dist_train.config_file import parse_config
 from dist_train.error_file import note_error
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.run_dir import RunDir
-from dist_train.small_files import read_json, write_atomically
+from dist_train.small_files import read_json
+from dist_train.whole import beside
 from support.mounts import needs_mounts
 from support.run_files import contents
-
-# --- whole files -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("broken", ["replace", "fsync"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "file"
-    write_atomically(path, "before")
-    owner: object = Path if broken == "replace" else os
-    monkeypatch.setattr(owner, broken, fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "after")
-    assert contents(tmp_path) == {"file": b"before"}
 
 
 def test_the_next_start_removes_what_killed_ones_left(run_dir: RunDir) -> None:
     before = {path.name for path in run_dir.path.iterdir()}
-    left = [".probe_host_7", ".token_ab12", ".status.json.7", ".metrics.jsonl.7", ".error.json.1.7"]
-    left += ["..error.json.1.7.7"]  # what was to become the one before
-    for name in (*left, ".mine"):
+    for name in (".probe_host_7", ".token_ab12", beside(run_dir.status).name, ".mine"):
         (run_dir.path / name).touch()
     run_dir.begin_attempt(parse_config({}), "id")
     assert {path.name for path in run_dir.path.iterdir()} == before | {".mine"}
+
+
+def test_a_first_error_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")  # FAT says so, and some network file systems
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_the_first_error_stays(tmp_path)
 
 
 def test_unreadable_json_is_an_empty_object(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from dist_train.bench.task import MEAN, STD, Found, Task
 from dist_train.launch import output_of
 from dist_train.run_dir import RunDir
-from dist_train.small_files import read_json
 
 
 def measure(task: Task, mode: str = "eager", nproc: int = 1, threads: int | None = None) -> Found:
@@ -51,4 +50,4 @@ def train(
         command = ["train", "-q", "-c", config or str(path), "--run-name", "run", *processes, *overrides]
         started = time.time()
         output_of("dist_train", *command, environment={"OMP_NUM_THREADS": str(threads)} if threads else None)
-        return list(run_dir.metrics.read()), read_json(run_dir.result) | {"started": started}
+        return list(run_dir.metrics.read()), run_dir.read_result() | {"started": started}

@@ -69,19 +69,20 @@ def show(run: Path) -> None:
     """All about one run."""
     from dist_train.compare import read_run
     from dist_train.error_file import describe_error
-    from dist_train.manifest import good
+    from dist_train.manifest import manifests
     from dist_train.post_mortem import how_to_go_on
-    from dist_train.small_files import read_json
     from dist_train.time_sheet import effective_ratio
 
     trained = read_run(run)
     summary, run_dir = trained.summary, trained.summary.run_dir
     rows = [["run", str(run_dir.path)], ["state", f"{summary.state}, heard of {_age(summary)} ago"]]
     rows.append(["progress", f"{_progress(summary)}, start {summary.attempt}, world size {summary.world_size or '-'}"])
-    facts = read_json(run_dir.run_json)
+    facts = run_dir.read_facts()
     if facts:
-        step = f"{facts['step_mode']} step, mixed precision {facts['mixed_precision']}"
-        rows.append(["computed by", f"{facts['device']}, {facts['num_threads']} threads a rank, {step}"])
+        device, threads, mode, precision = (
+            facts.get(name, "?") for name in ("device", "num_threads", "step_mode", "mixed_precision")
+        )
+        rows.append(["computed by", f"{device}, {threads} threads a rank, {mode} step, mixed precision {precision}"])
     newest: dict[str, Any] = {}
     for line in trained.lines:
         newest |= {key: value for key, value in line.items() if "/" in key and not key.startswith(("perf/", "audit/"))}
@@ -92,11 +93,11 @@ def show(run: Path) -> None:
     if seconds := summary.seconds:
         spent = ", ".join(f"{use} {value:.1f}" for use, value in seconds.items() if value)
         rows.append(["seconds", f"{spent}; {effective_ratio(seconds):.1%} of them new steps"])
-    rows.append(["checkpoints", ", ".join(path.name for path in good(run_dir, check=False)) or "none"])
+    rows.append(["checkpoints", ", ".join(path.name for path in manifests(run_dir)) or "none"])
     job = _jobs_of([summary]).get(summary.job or "")
     if summary.job:
         rows.append(["Slurm", f"job {summary.job}" + (f", {job.state} {job.reason}" if job else "")])
-    if error := read_json(run_dir.error):
+    if error := run_dir.read_error():
         rows.append(["error", describe_error(error)])
     waits = job is not None and job.state in ("PENDING", "CONFIGURING", "RUNNING")
     if not summary.is_live and summary.state not in ("FINISHED", "NEW") and not waits:

@@ -120,7 +120,7 @@ def status(runs: tuple[Path, ...]) -> None:
     rows = []
     for run, job in found.items():
         own = RunDir(run).read_status()
-        steps = f"{own['step']}/{own['total_steps']}" if "step" in own else "-"
+        steps = f"{own['step']}/{own.get('total_steps', '?')}" if "step" in own else "-"
         rows.append(
             (run.name, job, states[job].state, states[job].reason or "-", own.get("state", "-"), steps,
              str(own.get("attempt", 0)))
@@ -144,9 +144,8 @@ def _job_of(run_dir: RunDir) -> str:
 def logs(run: Path, count: int) -> None:
     """The last lines of a job's log."""
     from dist_train.run_dir import RunDir
-    from dist_train.small_files import read_json
 
-    log = Path(read_json(RunDir(run).slurm_json).get("log", ""))
+    log = Path(RunDir(run).read_submission().get("log", ""))
     if not log.is_file():
         raise RunDirError(f"{run} has no log of a job yet ({log}): it waits, or it was not submitted from here.")
     with log.open(errors="replace") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -65,8 +65,7 @@ def _show(run: Summary, ended: bool) -> None:
 
 def _why(run: Summary) -> str:
     from dist_train.error_file import describe_error
-    from dist_train.small_files import read_json
 
-    error: dict[str, Any] = read_json(run.run_dir.error)
+    error = run.run_dir.read_error()
     said = describe_error(error) if error else f"see {run.run_dir.logs / 'sweep.log'}"
     return f"{run.state}, {said}"

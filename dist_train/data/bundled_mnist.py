@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_train.data.storage import disk_errors, locked, remove_leftovers, whole_file
+from dist_train.data.storage import disk_errors, locked
 from dist_train.errors import DataError
+from dist_train.whole import remove_leftovers, whole
 
 _log = logging.getLogger(__name__)
 _PACKED = Path(__file__).with_name("mnist")
@@ -70,8 +71,8 @@ def _not_right(folder: Path) -> list[str]:
     }
     if right and right != known:
         # On a read-only disk the marker cannot be kept; then each start hashes anew, which takes a tenth of a second.
-        with suppress(OSError), whole_file(folder / MARKER_NAME) as file:
-            file.write(json.dumps(right).encode())
+        with suppress(OSError), whole(folder / MARKER_NAME) as aside:
+            aside.write_text(json.dumps(right))
     return [name for name in FILES if name not in right]
 
 
@@ -110,7 +111,7 @@ def _unpack(name: str, folder: Path) -> None:
         _log.warning("%s is not the MNIST file it should be; restored. The old one is now %s.", target, aside.name)
     packed = _PACKED / f"{name}.xz"
     digest = hashlib.md5(usedforsecurity=False)
-    with whole_file(target) as file:
+    with whole(target) as aside, aside.open("wb") as file:
         try:
             with lzma.open(packed) as source:
                 while chunk := source.read(_CHUNK_BYTES):

@@ -17,6 +17,7 @@ from dist_train.data.bundled_mnist import unpack_mnist
 from dist_train.data.catalog import SETS, NamedSet, check_packages, fetch_command
 from dist_train.data.storage import disk_errors, locked, unwritable
 from dist_train.errors import ConfigError, DataError
+from dist_train.whole import sync
 
 _log = logging.getLogger(__name__)
 _STAGING = ".download-"
@@ -91,7 +92,9 @@ def _move_files(known: NamedSet, staging: Path, root: Path) -> None:
         if path.is_file() and not path.is_symlink() and path not in packed:  # archives have done their work
             target = root / path.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
+            sync(path)
             path.replace(target)
+            sync(target.parent)
 
 
 @contextmanager

@@ -1,14 +1,11 @@
-"""The data folder: changed by one process at a time, its files appear whole, its errors are one line."""
+"""The data folder: changed by one process at a time, its errors are one line."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
-from uuid import uuid4
 
 from dist_train.errors import DataError
 
@@ -61,37 +58,3 @@ def unwritable(folder: Path, error: OSError, needed_bytes: int | None = None) ->
         f"Cannot write to {folder}: {error.strerror or error}{room}. "
         "Set data.root or DIST_TRAIN_DATA_DIR to a folder that can be written and has room."
     )
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when complete and on disk; a failure leaves nothing behind."""
-    # Not tempfile: its files are private to the user, and a data folder is often shared by a group.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed process left half-written in `folder`. Only under the lock: nobody is writing then."""
-    for stale in folder.glob(".*.part"):
-        with suppress(OSError):
-            stale.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

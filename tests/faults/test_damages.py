@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import random
 import shutil
@@ -26,7 +27,13 @@ from dist_train.step import Step
 from support.damages import DAMAGES, FILES, Damage, delete, flip_bits, manifest_of_another, truncate, zero_a_block
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked, train_on_ranks
-from support.run_files import assert_bit_identical, assert_equal
+from support.run_files import (
+    assert_bit_identical,
+    assert_equal,
+    metrics_without_times,
+    optimizer_state,
+    status_of,
+)
 
 TABLE = "damages and mutations"
 COLUMNS = ("what", "how many", "outcome")
@@ -225,3 +232,25 @@ def test_resumed_after_a_damage_as_if_nothing_had_been(
         }
         assert_bit_identical(path, undisturbed)
     row("`dist-train train` started again after one of these", count(len(damages)), "weights and metrics to the bit")
+
+
+def test_resumed_beside_all_that_is_no_checkpoint_and_with_files_damaged(
+    stopped: Path, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+) -> None:
+    """Copied with its links followed; somebody's copy beside the checkpoints; bits gone of files that tell of it."""
+    path = shutil.copytree(stopped, tmp_path / "run")
+    shutil.copytree(path / "checkpoints/step_00000008", path / "checkpoints/step_backup")
+    lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_bytes(b"".join([*lines[:2], lines[2].replace(b'"', b"\xff"), *lines[3:]]))
+    status = json.loads((path / "status.json").read_text())
+    (path / "status.json").write_text(json.dumps(status | {"attempt": None, "reached": float("inf")}))
+    done = run_forked([*DIST_TRAIN, "train", "-q", "--resume", str(path)], tmp_path)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    for told in ("status.json is damaged: attempt=None, reached=inf", "step_backup is no checkpoint", "in line 3: "):
+        assert (done.stdout + done.stderr).count(told) == 1
+    assert_equal(optimizer_state(path), optimizer_state(undisturbed))
+    whole = metrics_without_times(undisturbed)
+    assert metrics_without_times(path) == [*whole[:2], *whole[3:]]
+    assert status_of(path)["attempt"] == 2
+    row("copied with links followed, a copy beside the checkpoints, `metrics.jsonl` and `status.json` damaged", 1,
+        "named; to the bit, but for the one line")  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from dist_train.run_dir import RunDir
 from dist_train.small_files import read_json
 
 
@@ -26,7 +27,7 @@ def status(run_dir: Path) -> str:
 
 
 def last_checkpoint(run_dir: Path) -> Path:
-    return max((run_dir / "checkpoints").glob("step_*"))
+    return RunDir(run_dir).step_folders()[0]
 
 
 def weights(run_dir: Path) -> dict[str, Any]:

@@ -69,5 +69,6 @@ def write_at(run_dir: RunDir, step: int, accuracy: float | None = None) -> Path:
     if accuracy is not None:
         state.note_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
     weights = {"weight": torch.full((20, 10), float(step)), "bias": torch.arange(10) + step}
-    write(Snapshot(state, weights, {"window": torch.full((1, 3), float(step))}), folder_of(run_dir, step), attempt=1)
-    return folder_of(run_dir, step)
+    snapshot, folder = Snapshot(state, weights, {"window": torch.full((1, 3), float(step))}), folder_of(run_dir, step)
+    write(snapshot, folder, attempt=1, run_id=run_dir.run_id)
+    return folder

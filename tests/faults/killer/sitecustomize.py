@@ -71,7 +71,7 @@ def plain(path: object) -> str:
     """The name of a file without what differs from one write to the next."""
     name = Path(os.fsdecode(path)).name  # type: ignore[arg-type]
     for pattern, replacement in {
-        r"\.(\w+\.\w+)\.\d+": r"\1",  # what small_files writes aside
+        r"\.writing_(\w+\.\w+)_[0-9a-f]{32}": r"\1",  # a file, what is left is a folder
         r"step_\d+": "step",
         r"\.(writing|removing|replaced|probe|token)_.*": r"\1",
         r"\.(last|best)": r"\1",
