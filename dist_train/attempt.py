@@ -71,6 +71,10 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
         world = _same_threads(world, run_dir)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
         with _build(config, world, run_dir, splits, start, request, started) as run:
+            # The set-up is over: compiling may take long, a step may not.
+            world.wait_at_most(config.stall_timeout_s)
+            watchdog.expect_within(config.stall_timeout_s)
+            reporting.waits = f"stall_timeout_s={config.stall_timeout_s:g}"
             state = run.train()
     if world.is_rank_zero:
         run_dir.unlock()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 from typing import Literal
 
+from dist_train.config import Config
 from dist_train.launch import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S
 
 Launcher = Literal["torchrun", "srun", "accelerate"]
@@ -32,6 +34,7 @@ class BatchScript:
     log: str = "%x-%j.out"
     lead_s: int = 120  # the job hears this long before its time limit
     max_requeues: int = 100
+    join_timeout_s: float = Config.model_fields["setup_timeout_s"].default  # launchers wait so long for each other
     options: tuple[str, ...] = ()  # further #SBATCH lines
     setup: tuple[str, ...] = ()  # shell lines before the start: modules, an environment
     python: str = "python"
@@ -85,7 +88,7 @@ class BatchScript:
             ]
         # torchrun and accelerate would set one thread.
         threads = "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SRUN_CPUS_PER_TASK + NPROC - 1) / NPROC))}"
-        shutdown_s = max(SHUTDOWN_TIMEOUT_S, self.lead_s)
+        shutdown_s, join_s = max(SHUTDOWN_TIMEOUT_S, self.lead_s), math.ceil(self.join_timeout_s)
         if self.launcher == "torchrun":
             return [
                 ranks,
@@ -94,6 +97,7 @@ class BatchScript:
                 f'{srun} "$PYTHON" -m torch.distributed.run \\',
                 '  --nnodes="$SLURM_NNODES" --nproc-per-node="$NPROC" --rdzv-backend=c10d \\',
                 '  --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \\',
+                f"  --rdzv-conf=join_timeout={join_s} \\",
                 f"  --signals-to-handle={HANDLED_SIGNALS} --shutdown-timeout={shutdown_s} \\",
                 f"  {train}",
             ]
@@ -106,6 +110,7 @@ class BatchScript:
             f"""{srun} bash -c 'exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --mixed_precision no \\""",
             '  --dynamo_backend no --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * NPROC)) \\',
             '  --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \\',
+            f"  --rdzv_conf timeout={join_s} \\",
             f"""  -m dist_train train "$@"' train {self._train()} &""",
         ]
 

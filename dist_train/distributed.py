@@ -54,12 +54,12 @@ class World:
 
     @classmethod
     def join(cls, config: Config) -> World:
-        """Meet the other ranks.
+        """Meet the other ranks. Until `wait_at_most` says otherwise each waits setup_timeout_s for the others.
 
         Collective: every rank must call this.
 
         Raises:
-            LaunchError: a half or lone launcher environment, or another world than asked for.
+            LaunchError: a half or lone launcher environment, another world than asked for, or not all of it came.
             ConfigError: a device or precision that is not to be had.
         """
         place = find_place(os.environ)
@@ -74,7 +74,7 @@ class World:
             keep_freed_memory(os.environ)
         torch.set_default_dtype(getattr(torch, config.dtype))
 
-        timeout = timedelta(seconds=config.stall_timeout_s)
+        timeout = timedelta(seconds=config.setup_timeout_s)
         handlers = [
             DistributedDataParallelKwargs(
                 find_unused_parameters=config.ddp.find_unused_parameters, gradient_as_bucket_view=True
@@ -91,10 +91,11 @@ class World:
             )
         except (RuntimeError, ValueError, dist.DistError) as error:
             port = os.environ.get("MASTER_PORT")
+            why = first_line(error)
             if "EADDRINUSE" in str(error):
                 why = f"MASTER_PORT={port} is taken on {socket.gethostname()}. Unset it, or set another for this job."
-            else:
-                why = first_line(error)
+            elif is_timeout(error):
+                why += f" If one of them takes longer to begin, raise setup_timeout_s={config.setup_timeout_s:g}."
             raise LaunchError(
                 f"Rank {place.rank} of {place.world_size} could not meet the others at "
                 f"{os.environ.get('MASTER_ADDR')}:{port}: {why}"
@@ -111,6 +112,12 @@ class World:
         """The same world, computing with `num_threads`: one thread and two give different bits."""
         torch.set_num_threads(num_threads)
         return replace(self, num_threads=num_threads)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """How long this rank waits for the others in each collective from now on; then a RuntimeError ends it."""
+        if self.size > 1:
+            assert dist.group.WORLD is not None
+            dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
@@ -273,6 +280,11 @@ def is_peer_failure(error: BaseException) -> bool:
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket", "nccl")
     text = str(error).lower()
     return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in inside)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether others were waited for in vain; torch says so in words alone."""
+    return any(words in str(error).lower() for words in ("timed out", "timeout"))
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import time
@@ -22,9 +23,10 @@ class Nodes:
     at_least: int
     at_most: int
     endpoint: str  # HOST:PORT
+    join_timeout_s: float  # so long they wait for each other
 
     @classmethod
-    def parse(cls, text: str, endpoint: str) -> Nodes:
+    def parse(cls, text: str, endpoint: str, join_timeout_s: float) -> Nodes:
         """`text`: "2" or "1:4".
 
         Raises:
@@ -43,7 +45,7 @@ class Nodes:
                 f'--rdzv-endpoint={endpoint}: "{host}" cannot be resolved on {socket.gethostname()}. '
                 f"Write the name or address of one of the machines."
             ) from None
-        return cls(least, most, f"{host}:{port or _PORT}")
+        return cls(least, most, f"{host}:{port or _PORT}", join_timeout_s)
 
     def options(self, run_dir: RunDir) -> list[str]:
         """Of torchrun. They meet for the next attempt of the run: machines that come late must not join this one."""
@@ -52,7 +54,8 @@ class Nodes:
         return [
             f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
             f"--rdzv-id={run_dir.path.name}.{attempt}",
-            "--rdzv-conf=last_call_timeout=10",  # so long a smaller world waits for more machines
+            # The last: so long a smaller world waits for more machines.
+            f"--rdzv-conf=join_timeout={math.ceil(self.join_timeout_s)},last_call_timeout=10",
         ]  # fmt: skip
 
 

@@ -228,4 +228,4 @@ def test_start_from_weights_and_never(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "x" * 300, ""])
 def test_a_meeting_place_that_has_no_address(host: str) -> None:
     with pytest.raises(LaunchError, match=rf'--rdzv-endpoint={host}:1: "{host}" cannot be resolved'):
-        Nodes.parse("2", f"{host}:1")
+        Nodes.parse("2", f"{host}:1", 60.0)

@@ -16,7 +16,9 @@ from dist_train.errors import RunDirError
 
 if TYPE_CHECKING:
     from dist_train.batch_script import BatchScript
+    from dist_train.config import Config
     from dist_train.run_dir import RunDir
+    from dist_train.start import Start
 
 
 @click.group()
@@ -53,22 +55,27 @@ _OF_JOB = (
 )  # fmt: skip
 
 
-def _script(options: dict[str, Any], config_name: str) -> BatchScript:
+def _script(options: dict[str, Any], config: Config, start: Start) -> BatchScript:
     from dist_train.batch_script import BatchScript
 
     arguments = arguments_of_train(options)[1:]
     if options["run_name"]:
         arguments += (f"--run-name={options['run_name']}",)
     asked = {name: options[name] for name in _OF_JOB}
-    return BatchScript(arguments=arguments, job_name=config_name, python=sys.executable, **asked)
+    return BatchScript(
+        arguments=arguments,
+        job_name=start.config_name,
+        join_timeout_s=config.setup_timeout_s,
+        python=sys.executable,
+        **asked,
+    )
 
 
 @slurm.command()
 @_job_options
 def render(**options: Any) -> None:
     """Print the sbatch script that submit would hand in."""
-    _config, start = resolve(options)
-    click.echo(_script(options, start.config_name).render(), nl=False)
+    click.echo(_script(options, *resolve(options)).render(), nl=False)
 
 
 @slurm.command()
@@ -84,7 +91,7 @@ def submit(**options: Any) -> None:
     from dist_train.submission import check_partition, check_submission
 
     config, start = resolve(options)
-    script = _script(options, start.config_name)
+    script = _script(options, config, start)
     named = find_run_dir(config, start) if start.run_name or start.run_dir else None
     if named is not None and check_start(named, config, start, create=False):
         click.echo(f"{named.path} is finished already: nothing to do.")

@@ -133,7 +133,7 @@ def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
             f"--nnodes={text} needs --rdzv-endpoint=HOST, where the machines meet, and --run-name=N, so that they "
             f"train one run: give both, the same on each."
         )
-    nodes = Nodes.parse(text, endpoint)
+    nodes = Nodes.parse(text, endpoint, config.setup_timeout_s)
     for number in range(nodes.at_least, nodes.at_most + 1):
         BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, number * nproc)
     return nodes
