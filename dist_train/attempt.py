@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,6 +24,7 @@ from dist_train.config_file import to_yaml
 from dist_train.data import Splits, load_splits
 from dist_train.distributed import World
 from dist_train.environment import batch_stop_file, find_place
+from dist_train.errors import DistTrainError
 from dist_train.facts import bit_changes, collect_facts
 from dist_train.journal import Journal
 from dist_train.manifest import find_checkpoint
@@ -32,7 +35,7 @@ from dist_train.reporting import Reporting
 from dist_train.run_dir import RunDir, State
 from dist_train.slurm import check_save_time, judge_term
 from dist_train.small_files import read_json
-from dist_train.start import Start, check_start, find_run_dir
+from dist_train.start import Start, check_start, find_run_dir, remove_if_unbegun
 from dist_train.stop_request import StopRequest
 from dist_train.terminal import print_to
 from dist_train.tracking import Tracker
@@ -49,12 +52,13 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
     """
     place = find_place(os.environ)
     launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
-    with Reporting(place, config, launched_in) as reporting:
+    reporting = Reporting(place, config, launched_in)
+    with _leaving_no_rubbish(reporting, start), reporting:
         # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
         splits = load_splits(config.data, config.seed, place.local_world_size)
         watchdog.expect_within(config.setup_timeout_s)
         world = World.join(config)
-        run_dir = RunDir(Path(world.from_rank_zero(str(find_run_dir(config, start).path))))
+        run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, start, claim=True).path))))
         attempt = world.on_rank_zero(lambda: _open(run_dir, config, start, started))
         if attempt is None:
             if world.is_rank_zero:
@@ -84,12 +88,23 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
     return state
 
 
+@contextmanager
+def _leaving_no_rubbish(reporting: Reporting, start: Start) -> Iterator[None]:
+    """Of a process that trains alone; for several ranks their launcher does it, when all have ended."""
+    try:
+        yield
+    except DistTrainError:
+        if reporting.run_dir is not None:
+            remove_if_unbegun(reporting.run_dir, start)
+        raise
+
+
 def _open(run_dir: RunDir, config: Config, start: Start, started: float) -> int | None:
     """The number of this attempt, None if the run is finished. Rank zero only."""
     if check_start(run_dir, config, start):
         return None
     run_dir.lock()
-    run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8], started=started)
+    run_dir.begin_attempt(config, wandb_id=uuid4().hex[:8], started=started, asked_at=start.asked_at)
     return run_dir.attempt
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from dist_train.errors import LaunchError
 
 RUN_DIR = "DIST_TRAIN_RUN_DIR"  # our launcher -> its ranks: the run directory it chose
+ASKED_AT = "DIST_TRAIN_ASKED_AT"  # our launcher -> its ranks: when the command was given, as time.perf_counter()
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"  # our launcher -> its ranks: whose death they must not outlive
+REQUEUED = "DIST_TRAIN_REQUEUED"  # launch/restart.sh -> our launcher: it has started this run before
 
 _STOP_FILE = "DIST_TRAIN_STOP_FILE"  # the batch shell -> rank zero: there once the job has to make room
 
@@ -153,8 +155,8 @@ def batch_stop_file(env: Mapping[str, str]) -> Path | None:
     return Path(env[_STOP_FILE]) if slurm_job(env) and env.get(_STOP_FILE) else None
 
 
-def default_run_name(config_name: str, env: Mapping[str, str], now: str) -> str:
-    """`<config>-<job id>` under Slurm (a requeue finds it again), `<config>-<run id>` in a sweep, else by time."""
+def lasting_run_name(config_name: str, env: Mapping[str, str]) -> str | None:
+    """A name that a later start finds again: `<config>-<job id>` under Slurm, `<config>-<run id>` in a sweep of W&B."""
     if env.get("WANDB_SWEEP_ID") and env.get("WANDB_RUN_ID"):
         return f"{config_name}-{env['WANDB_RUN_ID']}"
-    return f"{config_name}-{slurm_job(env) or now}"
+    return f"{config_name}-{job}" if (job := slurm_job(env)) else None

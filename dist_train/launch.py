@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from dist_train.environment import LAUNCHER_PID, RUN_DIR, threads_per_process
+from dist_train.environment import ASKED_AT, LAUNCHER_PID, RUN_DIR, threads_per_process
 from dist_train.errors import LaunchError
 from dist_train.nodes import Nodes
 from dist_train.post_mortem import find_cause, how_to_go_on, log_sizes, says_enough
@@ -37,6 +37,7 @@ class LaunchSpec:
 
     arguments: tuple[str, ...]  # of `python -m dist_train`
     run_dir: RunDir
+    asked_at: float  # time.perf_counter() when the command was given
     nproc: int
     nodes: Nodes | None = None  # None: this machine alone
     max_restarts: int = 0
@@ -59,6 +60,7 @@ class LaunchSpec:
         return {
             "OMP_NUM_THREADS": str(threads_per_process(self.nproc, os.environ)),
             RUN_DIR: str(self.run_dir.path),
+            ASKED_AT: repr(self.asked_at),
             LAUNCHER_PID: str(os.getpid()),
         }
 

@@ -6,6 +6,7 @@ import math
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dist_train.errors import ConfigError, LaunchError
@@ -13,6 +14,7 @@ from dist_train.run_dir import ENDS, RunDir
 from dist_train.small_files import write_atomically
 
 _PORT = 29_400  # torchrun's own
+_WISH = "PREEMPTED\n"
 _SILENT_S = 30.0  # a run whose heartbeat, of every 5 s, has not changed for so long is not at work
 
 
@@ -72,6 +74,8 @@ def make_room(run_dir: RunDir) -> None:
         if status.get("heartbeat") != seen:
             seen, seen_at = status.get("heartbeat"), time.monotonic()
             if not run_dir.stop_wish.exists():
-                write_atomically(run_dir.stop_wish, "PREEMPTED\n", durable=False)
+                write_atomically(run_dir.stop_wish, _WISH, durable=False)
         time.sleep(0.5)
-    run_dir.stop_wish.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # a STOP of somebody else is to be heard
+        if run_dir.stop_wish.read_bytes() == _WISH.encode():
+            run_dir.stop_wish.unlink()

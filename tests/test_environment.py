@@ -7,10 +7,10 @@ import pytest
 from dist_train.environment import (
     Place,
     available_cores,
-    default_run_name,
     export_rendezvous,
     find_place,
     first_host,
+    lasting_run_name,
     threads_per_process,
 )
 from dist_train.errors import LaunchError
@@ -156,16 +156,16 @@ def test_a_list_without_a_host(nodelist: str) -> None:
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({}, "mnist-now"),
+        ({}, None),
         ({"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "2"}, "mnist-17"),
         ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}, "mnist-17_2"),
         ({"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "abc", "SLURM_JOB_ID": "17"}, "mnist-abc"),
-        ({"WANDB_RUN_ID": "abc"}, "mnist-now"),
+        ({"WANDB_RUN_ID": "abc"}, None),
     ],
 )
-def test_default_run_name(env: dict[str, str], expected: str) -> None:
+def test_lasting_run_name(env: dict[str, str], expected: str | None) -> None:
     """A requeued job has the same name, another task of its array has not."""
-    assert default_run_name("mnist", env, "now") == expected
+    assert lasting_run_name("mnist", env) == expected
 
 
 def test_cores() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+import torch.distributed as dist
 
 from dist_train.config_file import parse_config
 from dist_train.distributed import World, is_peer_failure, is_timeout
@@ -33,6 +34,10 @@ def join(port: int, rank_one_after_s: float, setup_timeout_s: float) -> World:
     return World.join(parse_config({"device": "cpu", "stall_timeout_s": 0.5, "setup_timeout_s": setup_timeout_s}))
 
 
+def store_of_a_launcher() -> Any:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
 def begin_late(port: int) -> None:
     world = join(port, LATE_S, PATIENCE_S)
     if world.rank == 0:
@@ -43,7 +48,7 @@ def begin_late(port: int) -> None:
 
 def test_a_rank_that_is_late_is_waited_for() -> None:
     """Later than stall_timeout_s: first to meet the others, then in its set-up."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = store_of_a_launcher()
     run_on_ranks(begin_late, store.port, world_size=2)
 
 
@@ -59,7 +64,7 @@ def miss_one(port: int, over: Path) -> None:
 
 
 def test_a_rank_that_does_not_come_is_waited_for_no_longer(tmp_path: Path) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = store_of_a_launcher()
     run_on_ranks(miss_one, store.port, tmp_path / "over", world_size=2)
 
 

@@ -85,9 +85,9 @@ def submit(**options: Any) -> None:
     from dataclasses import replace
 
     from dist_train import slurm as cluster
-    from dist_train.environment import default_run_name
+    from dist_train.environment import lasting_run_name
     from dist_train.small_files import write_json
-    from dist_train.start import check_start, find_run_dir
+    from dist_train.start import check_start, find_run_dir, fit_name
     from dist_train.submission import check_partition, check_submission
 
     config, start = resolve(options)
@@ -103,9 +103,8 @@ def submit(**options: Any) -> None:
         return
     job = cluster.submit(script.render())
     if named is None:
-        named = find_run_dir(
-            config, replace(start, run_name=default_run_name(start.config_name, {"SLURM_JOB_ID": job}, ""))
-        )
+        as_the_job_finds_it = lasting_run_name(fit_name(start.config_name), {"SLURM_JOB_ID": job})
+        named = find_run_dir(config, replace(start, run_name=as_the_job_finds_it))
     named.create()
     (named.path / "job.sbatch").write_text(script.render())
     log = Path(script.log.replace("%x", script.job_name).replace("%j", job)).absolute()

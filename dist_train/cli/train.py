@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import arguments_of_train, end_rank, resolve, start_options
-from dist_train.errors import ConfigError
+from dist_train.cli.options import STARTED, arguments_of_train, end_rank, resolve, start_options
+from dist_train.errors import ConfigError, DistTrainError
 
 if TYPE_CHECKING:
     from dist_train.config import Config
     from dist_train.nodes import Nodes
     from dist_train.start import Start
     from dist_train.stop_request import StopRequest
-
-_STARTED = time.perf_counter()
-
 
 _simulating = click.option(
     "--simulate-world-size", type=click.IntRange(1, 4096), metavar="N",
@@ -94,14 +90,15 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
     """Everything that can be refused is refused here, before any process starts."""
     from dist_train.launch import LaunchSpec, start_ranks
     from dist_train.nodes import make_room
-    from dist_train.start import check_start, find_run_dir
+    from dist_train.start import check_start, find_run_dir, remove_if_unbegun
 
     nodes = _nodes(options, nproc, config)
-    run_dir = find_run_dir(config, start)
+    run_dir = find_run_dir(config, start, claim=not options["dry_run"])
     finished = check_start(run_dir, config, start, create=not options["dry_run"])
     spec = LaunchSpec(
         arguments=arguments_of_train(options),
         run_dir=run_dir,
+        asked_at=start.asked_at,
         nproc=nproc,
         nodes=nodes,
         max_restarts=options.get("max_restarts", 0),
@@ -117,7 +114,12 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
     if nodes is None:
         run_dir.lock()  # in use? then say so before any process starts
         run_dir.unlock()
-    sys.exit(start_ranks(spec))
+    try:
+        code = start_ranks(spec)
+    except DistTrainError:
+        remove_if_unbegun(run_dir, start)
+        raise
+    sys.exit(code)
 
 
 def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
@@ -144,5 +146,5 @@ def _train_here(config: Config, start: Start, request: StopRequest) -> None:
 
     request.preempt_signal = signal.Signals[f"SIG{config.preempt_signal}"]
     with request:
-        run_attempt(config, start, request, _STARTED)
+        run_attempt(config, start, request, STARTED)
     end_rank()
