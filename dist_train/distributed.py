@@ -72,6 +72,9 @@ class World:
         torch.set_num_threads(threads)
         if device == "cpu":
             keep_freed_memory(os.environ)
+        if device == "cuda" and place.world_size > 1:
+            # Accelerate takes it for the number of the device, which is 0 for a task that sees its own alone.
+            os.environ["LOCAL_RANK"] = str(place.local_rank % torch.cuda.device_count())
         torch.set_default_dtype(getattr(torch, config.dtype))
 
         timeout = timedelta(seconds=config.setup_timeout_s)
@@ -106,7 +109,10 @@ class World:
                 f"{accelerator.process_index} of {accelerator.num_processes}. Start with dist-train launch --nproc "
                 f"{place.world_size}."
             )
-        return cls(accelerator, place, precision, threads)
+        world = cls(accelerator, place, precision, threads)
+        if device == "cuda":
+            world.check_alone_on(str(torch.cuda.get_device_properties(world.device).uuid))
+        return world
 
     def with_threads(self, num_threads: int) -> World:
         """The same world, computing with `num_threads`: one thread and two give different bits."""
@@ -232,6 +238,27 @@ class World:
         """
         if value != self.from_rank_zero(value):
             raise ConfigError(f"Rank {self.rank} on {socket.gethostname()} has another {what} than rank 0.")
+
+    def check_alone_on(self, device: str) -> None:
+        """See that no other rank computes on `device`, an id that is unique on its host.
+
+        Collective: every rank must call this. Through the store, since NCCL does not start with two ranks on a device.
+
+        Raises:
+            LaunchError: on every rank, naming two that share one.
+        """
+        if self.size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"device_{self.rank}", f"{device} on {socket.gethostname()}")
+        ranks: dict[str, int] = {}
+        for rank, found in enumerate(store.multi_get([f"device_{rank}" for rank in range(self.size)])):
+            first = ranks.setdefault(found.decode(), rank)
+            if first != rank:
+                raise LaunchError(
+                    f"Ranks {first} and {rank} share the device {found.decode()}. Start as many processes on a machine "
+                    f"as it has devices, under srun with --gpus-per-task=1, or set device=cpu."
+                )
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read after this counts what was asked for before."""

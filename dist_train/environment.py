@@ -59,12 +59,14 @@ def find_place(env: Mapping[str, str]) -> Place:
 
 
 def _from_rendezvous(env: Mapping[str, str]) -> Place:
+    env = {**env, **_local_place(env)}
     missing = [name for name in _RENDEZVOUS if not env.get(name)]
     if missing:
         there = [f"{name}={env[name]}" for name in _RENDEZVOUS if env.get(name)]
         raise LaunchError(
             f"Half a launcher environment: {' '.join(there)} but no {', '.join(missing)}. "
-            f"Start with dist-train launch, torchrun, accelerate launch or srun, or unset these variables."
+            + ("Set LOCAL_RANK, to 0 where each process has a machine to itself. " if missing == ["LOCAL_RANK"] else "")
+            + "Start with dist-train launch, torchrun, accelerate launch or srun, or unset these variables."
         )
     rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     if not 0 <= rank < world_size:
@@ -77,6 +79,26 @@ def _from_rendezvous(env: Mapping[str, str]) -> Place:
         local_world_size=_number(env, "LOCAL_WORLD_SIZE", world_size),
         started_by="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else started_by,
     )
+
+
+def _local_place(env: Mapping[str, str]) -> dict[str, str]:
+    """LOCAL_RANK and LOCAL_WORLD_SIZE, where all else is there and leaves no doubt about them."""
+    if env.get("LOCAL_RANK") or not all(env.get(name) for name in _RENDEZVOUS if name != "LOCAL_RANK"):
+        return {}
+    whole = rank, size = env["RANK"], env["WORLD_SIZE"]
+    local_size = "1" if size == "1" else env.get("LOCAL_WORLD_SIZE")
+    if env.get("SLURM_STEP_ID") and whole == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
+        place = _from_srun(env)
+        local = str(place.local_rank), str(place.local_world_size)
+    elif whole == (env.get("OMPI_COMM_WORLD_RANK"), env.get("OMPI_COMM_WORLD_SIZE")):
+        local = env.get("OMPI_COMM_WORLD_LOCAL_RANK", ""), env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    elif local_size == "1":
+        local = "0", "1"
+    elif local_size == size or env["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
+        local = rank, size
+    else:
+        return {}
+    return dict(zip(("LOCAL_RANK", "LOCAL_WORLD_SIZE"), local, strict=True))
 
 
 def _from_srun(env: Mapping[str, str]) -> Place:
@@ -103,14 +125,15 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def export_rendezvous(place: Place, env: MutableMapping[str, str]) -> None:
-    """Give an srun task the variables torch.distributed reads. An explicit MASTER_ADDR or MASTER_PORT wins."""
-    if place.started_by != "srun":
+    """Complete what torch.distributed and Accelerate read. An explicit MASTER_ADDR or MASTER_PORT wins."""
+    if place.world_size == 1:
         return
-    one_node = place.local_world_size == place.world_size
-    env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(env.get("SLURM_STEP_NODELIST", "")))
-    # From the job and step, so that jobs and steps that share a node do not meet on one port.
-    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
-    env.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 12000))
+    if place.started_by == "srun":
+        one_node = place.local_world_size == place.world_size
+        env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(env.get("SLURM_STEP_NODELIST", "")))
+        # From the job and step, so that jobs and steps that share a node do not meet on one port.
+        job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
+        env.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 12000))
     env["RANK"], env["WORLD_SIZE"] = str(place.rank), str(place.world_size)
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(place.local_rank), str(place.local_world_size)
 
@@ -141,6 +164,11 @@ def threads_per_process(processes: int, env: Mapping[str, str]) -> int:
     """An explicit OMP_NUM_THREADS, of a list its first, else the cores shared out among this machine's processes."""
     explicit = re.match(r"\s*0*([1-9]\d*)", env.get("OMP_NUM_THREADS", ""))
     return int(explicit[1]) if explicit else max(1, available_cores() // processes)
+
+
+def without_torchrun_options(env: Mapping[str, str]) -> dict[str, str]:
+    """torchrun takes PET_X for an option --x that is not given; ours are all given."""
+    return {name: value for name, value in env.items() if not name.startswith("PET_")}
 
 
 def slurm_job(env: Mapping[str, str]) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from dist_train.environment import ASKED_AT, LAUNCHER_PID, RUN_DIR, threads_per_process
+from dist_train.environment import ASKED_AT, LAUNCHER_PID, RUN_DIR, threads_per_process, without_torchrun_options
 from dist_train.errors import LaunchError
 from dist_train.nodes import Nodes
 from dist_train.post_mortem import find_cause, how_to_go_on, log_sizes, says_enough
@@ -81,7 +81,7 @@ def start_ranks(spec: LaunchSpec) -> int:
     with spec.run_dir.launcher_log.open("ab") as log:
         agent = subprocess.Popen(
             spec.torchrun(),
-            env=os.environ | spec.environment(),
+            env=without_torchrun_options(os.environ) | spec.environment(),
             stderr=log,
             # A terminal's Ctrl-C must reach the ranks once, through us.
             start_new_session=True,
@@ -128,7 +128,9 @@ def output_of(module: str, *arguments: str, environment: Mapping[str, str] | Non
         LaunchError: it failed; with the end of what it said.
     """
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=without_torchrun_options(os.environ) | (environment or {})
+    )
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's own summary alone has 15 and more
         raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")

@@ -37,7 +37,7 @@ def train(nproc: int | None, **options: Any) -> None:
 @start_options
 @_simulating
 @click.option("--nproc", type=click.IntRange(min=1), required=True, metavar="N", help="Processes on this machine.")
-@click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines that train together.")
+@click.option("--nnodes", metavar="N|MIN:MAX", show_default="1", help="Machines that train together.")
 @click.option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: one of them, the same for all.")
 @click.option(
     "--max-restarts",
@@ -127,7 +127,15 @@ def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
     from dist_train.nodes import Nodes
     from dist_train.plan import BatchPlan
 
-    text, endpoint = options.get("nnodes", "1"), options.get("rdzv_endpoint")
+    text, endpoint = options.get("nnodes"), options.get("rdzv_endpoint")
+    outside = os.environ.get("PET_NNODES") or "1"
+    if text is None and outside not in ("1", "1:1"):
+        raise ConfigError(
+            f"PET_NNODES={outside} from outside asks torchrun for several machines. Start with launch "
+            f"--nnodes={outside} --rdzv-endpoint={os.environ.get('PET_MASTER_ADDR') or 'HOST'}, or unset PET_NNODES to "
+            f"train on this machine alone."
+        )
+    text = text or "1"
     if text == "1" and endpoint is None:
         return None
     if endpoint is None or not options["run_name"]:
