@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from dist_train.config import Config
+from dist_train.environment import OF_ONE_WANDB_RUN
+from dist_train.errors import ConfigError
 from dist_train.launch import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S
 
 Launcher = Literal["torchrun", "srun", "accelerate"]
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and what is no text
+_OF_SEVERAL_LINES = ("setup", "usage")  # of a shell, and a comment of ours
+_OPTIONS = {"options": "--sbatch", "arguments": "An argument", "job_name": "The name", "python": "The Python"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,18 @@ class BatchScript:
     setup: tuple[str, ...] = ()  # shell lines before the start: modules, an environment
     python: str = "python"
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ConfigError: a text that would become more than its place in the script, such as a further #SBATCH line.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if field.name not in _OF_SEVERAL_LINES and isinstance(text, str) and _CONTROL.search(text):
+                    option = _OPTIONS.get(field.name, f"--{field.name}")
+                    raise ConfigError(f"{option}={text!r} has a control character in it. Leave it out.")
+
     def render(self) -> str:
         """The whole text."""
         parts = [
@@ -46,6 +65,10 @@ class BatchScript:
             [f"#SBATCH {option}" for option in self._options()],
             ["set -euo pipefail"],
             _HEAR.splitlines(),
+            [
+                "# Of the shell that submitted this: each job is a run of its own.",
+                f"unset {' '.join(OF_ONE_WANDB_RUN)}",
+            ],
             [*self.setup],
             [f"export PYTHON={shlex.quote(self.python) if self.arguments is not None else '${PYTHON:-python}'}"],
             _MEET.splitlines(),

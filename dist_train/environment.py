@@ -19,6 +19,9 @@ ASKED_AT = "DIST_TRAIN_ASKED_AT"  # our launcher -> its ranks: when the command 
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"  # our launcher -> its ranks: whose death they must not outlive
 REQUEUED = "DIST_TRAIN_REQUEUED"  # launch/restart.sh -> our launcher: it has started this run before
 
+# Of one run. What starts several, or a job from a shell in which they are set, does not pass them on.
+OF_ONE_WANDB_RUN = ("WANDB_RUN_ID", "WANDB_NAME")
+
 _STOP_FILE = "DIST_TRAIN_STOP_FILE"  # the batch shell -> rank zero: there once the job has to make room
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -16,7 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from dist_train.environment import ASKED_AT, LAUNCHER_PID, RUN_DIR, threads_per_process, without_torchrun_options
+from dist_train.environment import (
+    ASKED_AT,
+    LAUNCHER_PID,
+    OF_ONE_WANDB_RUN,
+    RUN_DIR,
+    threads_per_process,
+    without_torchrun_options,
+)
 from dist_train.errors import LaunchError
 from dist_train.nodes import Nodes
 from dist_train.post_mortem import find_cause, how_to_go_on, log_sizes, says_enough
@@ -106,9 +113,9 @@ Training: TypeAlias = subprocess.Popen[bytes]
 def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: str) -> Training:
     """Begin a training in a process of its own that does not outlive this one; what it prints goes to `log`.
 
-    `group`: for W&B, unless the environment names one.
+    `group`: for W&B, unless the environment names one; the run that it names is another.
     """
-    environment = {
+    environment = {name: value for name, value in os.environ.items() if name not in OF_ONE_WANDB_RUN} | {
         "OMP_NUM_THREADS": str(num_threads),
         LAUNCHER_PID: str(os.getpid()),
         "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or group,
@@ -116,7 +123,7 @@ def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: st
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "dist_train", "train", *arguments],
-            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=os.environ | environment,
+            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
             start_new_session=True,  # a terminal's Ctrl-C must reach it once, through us
         )  # fmt: skip
 
