@@ -30,7 +30,7 @@ from dist_train.journal import Journal
 from dist_train.manifest import find_checkpoint
 from dist_train.models import not_invariant
 from dist_train.parts import build_parts
-from dist_train.progress import Screen, set_up_logging
+from dist_train.progress import Screen, log_to_file, log_to_screen
 from dist_train.reporting import Reporting
 from dist_train.run_dir import RunDir, State
 from dist_train.slurm import check_save_time, judge_term
@@ -53,6 +53,7 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
     place = find_place(os.environ)
     launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
     reporting = Reporting(place, config, launched_in)
+    log_to_screen(place.rank, start.verbosity)
     with _leaving_no_rubbish(reporting, start), reporting:
         # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
         splits = load_splits(config.data, config.seed, place.local_world_size)
@@ -69,7 +70,7 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
         reporting.run_dir = run_dir
         world.check_shared(run_dir.path)
         world.check_same("config", to_yaml(config))
-        set_up_logging(run_dir, world.rank, start.verbosity)
+        log_to_file(run_dir, world.rank)
         if not world.is_rank_zero:  # of a hundred nodes one speaks
             reporting.errors = print_to(run_dir.rank_log(world.rank))
         world = _same_threads(world, run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirEr
 from dist_train.hardware import choose_device, choose_precision, keep_freed_memory
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class World:
             ),
             InitProcessGroupKwargs(timeout=timeout),
         ]
+        if place.world_size > place.local_world_size:
+            _log.info("waiting for %d processes to meet at %s", place.world_size, os.environ.get("MASTER_ADDR"))
         try:
             # On a machine without accelerator a plain Accelerator() under torchrun is N worlds of one: say cpu.
             accelerator = Accelerator(

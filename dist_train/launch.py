@@ -135,9 +135,8 @@ def output_of(module: str, *arguments: str, environment: Mapping[str, str] | Non
         LaunchError: it failed; with the end of what it said.
     """
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=without_torchrun_options(os.environ) | (environment or {})
-    )
+    environment = {**without_torchrun_options(os.environ), **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's own summary alone has 15 and more
         raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")

@@ -143,6 +143,15 @@ def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
     return load_config(name, overrides)
 
 
+def look_up(config: Config) -> None:
+    """See that net and data set are there, without making them."""
+    from dist_train.data import check_there
+    from dist_train.models import check_name
+
+    check_there(config.data)
+    check_name(config.model)
+
+
 def end_rank() -> None:
     """At the end of a command that may be one of several ranks."""
     from dist_train.distributed import end_process

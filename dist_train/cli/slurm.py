@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import RunPath, arguments_of_train, print_table, resolve, start_options
+from dist_train.cli.options import RunPath, arguments_of_train, look_up, print_table, resolve, start_options
 from dist_train.errors import RunDirError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def submit(**options: Any) -> None:
     if named is not None and check_start(named, config, start, create=False):
         click.echo(f"{named.path} is finished already: nothing to do.")
         return
+    look_up(config)
     check_submission(script, config, named.read_status().get("save_s", 0.0) if named is not None else 0.0)
     check_partition(script, cluster.partitions())
     if options["dry_run"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import STARTED, arguments_of_train, end_rank, resolve, start_options
+from dist_train.cli.options import STARTED, arguments_of_train, end_rank, look_up, resolve, start_options
 from dist_train.errors import ConfigError, DistTrainError
 
 if TYPE_CHECKING:
@@ -79,10 +79,13 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
         raise ConfigError(f"--nproc={nproc} inside a world of {place.world_size} processes. Leave --nproc out.")
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or place.world_size)
     if options["dry_run"]:
+        look_up(config)
         click.echo(f"{to_yaml(config)}# {plan}")
     if nproc is not None:
         _launch(nproc, config, start, options)
     elif not options["dry_run"]:
+        if options["fast_dev_run"]:
+            os.environ["WANDB_MODE"] = "disabled"  # where it is set it would win over the settings
         _train_here(config, start, request)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataConfig, default_data_root
-from dist_train.data.image_folder import load_image_folder
+from dist_train.data.image_folder import check_folder, load_image_folder
 from dist_train.data.image_set import Examples, ImageSet, num_examples, part_of
 from dist_train.data.named import load_named
 from dist_train.data.pixels import yields_pixels
@@ -20,6 +20,7 @@ from dist_train.data.settings import check_pixels, check_settings
 from dist_train.data.user import check_map_style, load_user_sets
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.seeding import derive_seed
+from dist_train.user_code import check_object
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,27 @@ class Splits:
         return channels, height, width
 
 
+def check_there(config: DataConfig) -> None:
+    """See that the data set is there, as far as can be told without reading it. Code of the user as in `check_object`.
+
+    Raises:
+        ConfigError, DataError, UserCodeError: as `load_splits`.
+    """
+    check_settings(config)
+    if config.bundle is not None:
+        from dist_train.bundle import check_bundle
+
+        check_bundle(config.bundle, "bks_dataset.py", "UserDataset", "data.bundle")
+    elif ":" in config.name:
+        check_object(config.name)
+    elif config.image_size is not None:
+        check_folder(_root(config))
+
+
+def _root(config: DataConfig) -> Path:
+    return (config.root or default_data_root()).expanduser().absolute()
+
+
 def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Splits:
     """Training, validation and test examples, the same on every rank.
 
@@ -87,8 +109,7 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
         UserCodeError: the user's data set fails.
     """
     check_settings(config)
-    root = (config.root or default_data_root()).expanduser().absolute()
-    found = _load(config, root, ranks_per_node)
+    found = _load(config, _root(config), ranks_per_node)
     check_pixels(config, found["train"])
     return _with_validation(config, seed, found)
 
