@@ -14,7 +14,7 @@ from dist_train.run_dir import ENDS, RunDir
 from dist_train.small_files import write_atomically
 
 _PORT = 29_400  # torchrun's own
-_WISH = "PREEMPTED\n"
+_WISH = "PREEMPTED\n"  # what a machine that comes writes into STOP
 _SILENT_S = 30.0  # a run whose heartbeat, of every 5 s, has not changed for so long is not at work
 
 

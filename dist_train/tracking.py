@@ -24,10 +24,9 @@ from dist_train.errors import DistTrainError, RunDirError
 from dist_train.manifest import MODEL, best, good, read_manifest
 from dist_train.run_dir import RunDir
 
-_log = logging.getLogger(__name__)
-
-
 _SOON_S = 2.0  # a wait that is not worth a word
+
+_log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):

@@ -35,7 +35,11 @@ def test_files_are_as_readable_as_the_user_wants(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640  # and not 0o600: a group shares the folder
 
 
-def test_a_lock_that_is_never_given_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_is_never_given_back_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And before that, that it is waited for."""
+    caplog.set_level("INFO")
     monkeypatch.setattr(storage, "LOCK_TIMEOUT_S", 0.1)
     with (
         locked(tmp_path / "new"),
@@ -43,6 +47,7 @@ def test_a_lock_that_is_never_given_back_is_named(tmp_path: Path, monkeypatch: p
         locked(tmp_path / "new"),
     ):
         pass
+    assert caplog.messages == [f"waiting for another process that fills {tmp_path / 'new'}"]
     with locked(tmp_path / "new"):  # given back
         pass
 

@@ -80,6 +80,7 @@ def test_one_is_powered_off_and_comes_back(
     )
 
 
+@pytest.mark.full
 def test_three_start_at_once_and_are_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may find each other at once, or make room for the one that is late. No start sweeps the STOP away."""
     monkeypatch.chdir(tmp_path)
