@@ -6,12 +6,16 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from dist_train import launch
 from dist_train import start as module
+from dist_train.cli import main
 from dist_train.config import Config
 from dist_train.config_file import parse_config
-from dist_train.errors import ConfigError
-from dist_train.small_files import read_json
+from dist_train.errors import ConfigError, LaunchError
+from dist_train.launch import LaunchSpec
+from dist_train.small_files import read_json, write_json
 from dist_train.start import Start, check_name, find_run_dir, fit_name
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked
@@ -115,3 +119,19 @@ def test_what_a_failed_start_leaves(settings: list[str], stays: bool, tmp_path: 
     left = list((tmp_path / "runs").iterdir())
     assert len(left) == stays
     assert all(read_json(path / "error.json") for path in left)
+
+
+@pytest.mark.parametrize(("kind", "reached", "stays"), [("UserCodeError", {}, False), ("PeerLost", {}, True),
+                                                        ("UserCodeError", {"resumed_at": 0}, True)])  # fmt: skip
+def test_what_a_failed_launch_leaves(
+    kind: str, reached: dict[str, int], stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(spec: LaunchSpec) -> int:
+        write_json(spec.run_dir.status, {"attempt": 1, "state": "ERROR", **reached})
+        write_json(spec.run_dir.error, {"kind": kind, "message": "", "rank": 1, "host": "n1"})
+        raise LaunchError("failed")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "start_ranks", fail)
+    assert CliRunner().invoke(main, ["launch", "--nproc=2", "-c", "smoke"]).exit_code == 1
+    assert len(list((tmp_path / "runs").iterdir())) == stays
