@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,17 +26,17 @@ from dist_train.data import Splits, load_splits
 from dist_train.data.identity import differences
 from dist_train.distributed import World
 from dist_train.environment import batch_stop_file, find_place
-from dist_train.errors import DataError
+from dist_train.errors import DataError, DistTrainError
 from dist_train.facts import DIVIDING, bit_changes, collect_facts, data_changes
 from dist_train.journal import Journal
 from dist_train.manifest import find_checkpoint, run_id_by_checkpoints
 from dist_train.parts import build_parts
-from dist_train.progress import Screen, set_up_logging
+from dist_train.progress import Screen, log_to_file, log_to_screen
 from dist_train.records import State
 from dist_train.reporting import Reporting
 from dist_train.run_dir import RunDir
 from dist_train.slurm import check_save_time, judge_term
-from dist_train.start import Start, check_start, find_run_dir
+from dist_train.start import Start, check_start, find_run_dir, remove_if_unbegun
 from dist_train.step import Step
 from dist_train.stop_request import StopRequest
 from dist_train.terminal import print_to
@@ -52,12 +54,14 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
     """
     place = find_place(os.environ)
     launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
-    with Reporting(place, config, launched_in) as reporting:
+    reporting = Reporting(place, config, launched_in)
+    log_to_screen(place.rank, start.verbosity)
+    with _leaving_no_rubbish(reporting, start), reporting:
         # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
         splits = load_splits(config.data, config.seed, place.local_world_size)
         watchdog.expect_within(config.setup_timeout_s)
         world = World.join(config, find_run_dir(config, start).precision)
-        run_dir = RunDir(Path(world.from_rank_zero(str(find_run_dir(config, start).path))))
+        run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, start, claim=True).path))))
         attempt = world.on_rank_zero(lambda: _open(run_dir, config, splits, start, started))
         if attempt is None:
             if world.is_rank_zero:
@@ -69,12 +73,16 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
         world.check_shared(run_dir.path)
         world.check_same("config", to_yaml(config))
         _check_same_data(world, splits)
-        set_up_logging(run_dir, world.rank, start.verbosity)
+        log_to_file(run_dir, world.rank)
         if not world.is_rank_zero:  # of a hundred nodes one speaks
             reporting.errors = print_to(run_dir.rank_log(world.rank))
         world = _same_threads(world, run_dir)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
         with _build(config, world, run_dir, splits, start, request, started) as run:
+            # The set-up is over: compiling may take long, a step may not.
+            world.wait_at_most(config.stall_timeout_s)
+            watchdog.expect_within(config.stall_timeout_s)
+            reporting.waits = f"stall_timeout_s={config.stall_timeout_s:g}"
             state = run.train()
     if world.is_rank_zero:
         run_dir.unlock()
@@ -82,6 +90,17 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
             _report_results(run_dir)
     world.leave()
     return state
+
+
+@contextmanager
+def _leaving_no_rubbish(reporting: Reporting, start: Start) -> Iterator[None]:
+    """Of a process that trains alone; for several ranks their launcher does it, when all have ended."""
+    try:
+        yield
+    except DistTrainError:
+        if reporting.run_dir is not None:
+            remove_if_unbegun(reporting.run_dir, start)
+        raise
 
 
 def _open(run_dir: RunDir, config: Config, splits: Splits, start: Start, started: float) -> int | None:
@@ -100,7 +119,7 @@ def _open(run_dir: RunDir, config: Config, splits: Splits, start: Start, started
         return None
     # A new id where no file tells the old one; but then checkpoints may, and must not pass for another run's.
     wandb_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
-    run_dir.begin_attempt(config, wandb_id=wandb_id, started=started)
+    run_dir.begin_attempt(config, wandb_id=wandb_id, started=started, asked_at=start.asked_at)
     return run_dir.attempt
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from dist_train.config import Config
+from dist_train.environment import OF_ONE_WANDB_RUN
+from dist_train.errors import ConfigError
 from dist_train.launch import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S
 
 Launcher = Literal["torchrun", "srun", "accelerate"]
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and what is no text
+_OF_SEVERAL_LINES = ("setup", "usage")  # of a shell, and a comment of ours
+_OPTIONS = {"options": "--sbatch", "arguments": "An argument", "job_name": "The name", "python": "The Python"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +41,22 @@ class BatchScript:
     log: str = "%x-%j.out"
     lead_s: int = 120  # the job hears this long before its time limit
     max_requeues: int = 100
+    join_timeout_s: float = Config.model_fields["setup_timeout_s"].default  # launchers wait so long for each other
     options: tuple[str, ...] = ()  # further #SBATCH lines
     setup: tuple[str, ...] = ()  # shell lines before the start: modules, an environment
     python: str = "python"
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ConfigError: a text that would become more than its place in the script, such as a further #SBATCH line.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if field.name not in _OF_SEVERAL_LINES and isinstance(text, str) and _CONTROL.search(text):
+                    option = _OPTIONS.get(field.name, f"--{field.name}")
+                    raise ConfigError(f"{option}={text!r} has a control character in it. Leave it out.")
 
     def render(self) -> str:
         """The whole text."""
@@ -43,6 +65,10 @@ class BatchScript:
             [f"#SBATCH {option}" for option in self._options()],
             ["set -euo pipefail"],
             _HEAR.splitlines(),
+            [
+                "# Of the shell that submitted this: each job is a run of its own.",
+                f"unset {' '.join(OF_ONE_WANDB_RUN)}",
+            ],
             [*self.setup],
             [f"export PYTHON={shlex.quote(self.python) if self.arguments is not None else '${PYTHON:-python}'}"],
             _MEET.splitlines(),
@@ -85,7 +111,7 @@ class BatchScript:
             ]
         # torchrun and accelerate would set one thread.
         threads = "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SRUN_CPUS_PER_TASK + NPROC - 1) / NPROC))}"
-        shutdown_s = max(SHUTDOWN_TIMEOUT_S, self.lead_s)
+        shutdown_s, join_s = max(SHUTDOWN_TIMEOUT_S, self.lead_s), math.ceil(self.join_timeout_s)
         if self.launcher == "torchrun":
             return [
                 ranks,
@@ -94,6 +120,7 @@ class BatchScript:
                 f'{srun} "$PYTHON" -m torch.distributed.run \\',
                 '  --nnodes="$SLURM_NNODES" --nproc-per-node="$NPROC" --rdzv-backend=c10d \\',
                 '  --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \\',
+                f"  --rdzv-conf=join_timeout={join_s} \\",
                 f"  --signals-to-handle={HANDLED_SIGNALS} --shutdown-timeout={shutdown_s} \\",
                 f"  {train}",
             ]
@@ -106,6 +133,7 @@ class BatchScript:
             f"""{srun} bash -c 'exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --mixed_precision no \\""",
             '  --dynamo_backend no --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * NPROC)) \\',
             '  --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \\',
+            f"  --rdzv_conf timeout={join_s} \\",
             f"""  -m dist_train train "$@"' train {self._train()} &""",
         ]
 

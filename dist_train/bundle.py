@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.unpack import unpacked
-from dist_train.user_code import check_arguments, closest, explained, found, import_file, line_of
+from dist_train.user_code import check_arguments, closest, defines, explained, found, import_file, line_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,8 +76,24 @@ def load_model_bundle(path: Path, args: Mapping[str, Any] | None = None) -> nn.M
 # --- finding and importing ---------------------------------------------------------------------------------------
 
 
+def check_bundle(path: Path, filename: str, name: str, setting: str) -> None:
+    """See that the class `name` is there. A file whose source shows it is not run.
+
+    Raises:
+        ConfigError, UserCodeError
+    """
+    file = _find(path, filename, f"{setting}={path}")
+    if not defines(file, name):
+        _class(_import_bundled(file, f"{setting}={path}"), name)
+
+
 def _open(path: Path, filename: str, setting: str) -> ModuleType:
     label = f"{setting}={path}"
+    return _import_bundled(_find(path, filename, label), label)
+
+
+def _find(path: Path, filename: str, label: str) -> Path:
+    """The file in a folder or zip."""
     path = path.expanduser()
     if not path.exists():
         raise ConfigError(f"{label}: no such file or folder. Give a folder or a zip that holds {filename}.")
@@ -94,7 +110,7 @@ def _open(path: Path, filename: str, setting: str) -> ModuleType:
             f"{label}: {filename} is missing, or in more than one folder. Found: {', '.join(names) or 'no .py file'}."
             f"{f' Did you mean {near}?' if near and near != filename else ''}"
         )
-    return _import_bundled(homes[0].resolve() / filename, label)
+    return homes[0].resolve() / filename
 
 
 def _import_bundled(file: Path, label: str) -> ModuleType:

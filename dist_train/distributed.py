@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirEr
 from dist_train.hardware import choose_device, choose_precision, keep_freed_memory
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class World:
 
     @classmethod
     def join(cls, config: Config, begun_with: str | None = None) -> World:
-        """Meet the other ranks. `begun_with`: the precision of the run that goes on.
+        """Meet the other ranks. Until `wait_at_most` says otherwise each waits setup_timeout_s for the others.
+
+        `begun_with`: the precision of the run that goes on.
 
         Collective: every rank must call this.
 
         Raises:
-            LaunchError: a half or lone launcher environment, or another world than asked for.
+            LaunchError: a half or lone launcher environment, another world than asked for, or not all of it came.
             ConfigError: a device or precision that is not to be had.
         """
         place = find_place(os.environ)
@@ -72,15 +76,20 @@ class World:
         torch.set_num_threads(threads)
         if device == "cpu":
             keep_freed_memory(os.environ)
+        if device == "cuda" and place.world_size > 1:
+            # Accelerate takes it for the number of the device, which is 0 for a task that sees its own alone.
+            os.environ["LOCAL_RANK"] = str(place.local_rank % torch.cuda.device_count())
         torch.set_default_dtype(getattr(torch, config.dtype))
 
-        timeout = timedelta(seconds=config.stall_timeout_s)
+        timeout = timedelta(seconds=config.setup_timeout_s)
         handlers = [
             DistributedDataParallelKwargs(
                 find_unused_parameters=config.ddp.find_unused_parameters, gradient_as_bucket_view=True
             ),
             InitProcessGroupKwargs(timeout=timeout),
         ]
+        if place.world_size > place.local_world_size:
+            _log.info("waiting for %d processes to meet at %s", place.world_size, os.environ.get("MASTER_ADDR"))
         try:
             # On a machine without accelerator a plain Accelerator() under torchrun is N worlds of one: say cpu.
             accelerator = Accelerator(
@@ -91,10 +100,11 @@ class World:
             )
         except (RuntimeError, ValueError, dist.DistError) as error:
             port = os.environ.get("MASTER_PORT")
+            why = first_line(error)
             if "EADDRINUSE" in str(error):
                 why = f"MASTER_PORT={port} is taken on {socket.gethostname()}. Unset it, or set another for this job."
-            else:
-                why = first_line(error)
+            elif is_timeout(error):
+                why += f" If one of them takes longer to begin, raise setup_timeout_s={config.setup_timeout_s:g}."
             raise LaunchError(
                 f"Rank {place.rank} of {place.world_size} could not meet the others at "
                 f"{os.environ.get('MASTER_ADDR')}:{port}: {why}"
@@ -105,12 +115,21 @@ class World:
                 f"{accelerator.process_index} of {accelerator.num_processes}. Start with dist-train launch --nproc "
                 f"{place.world_size}."
             )
-        return cls(accelerator, place, precision, threads)
+        world = cls(accelerator, place, precision, threads)
+        if device == "cuda":
+            world.check_alone_on(str(torch.cuda.get_device_properties(world.device).uuid))
+        return world
 
     def with_threads(self, num_threads: int) -> World:
         """The same world, computing with `num_threads`: one thread and two give different bits."""
         torch.set_num_threads(num_threads)
         return replace(self, num_threads=num_threads)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """How long this rank waits for the others in each collective from now on; then a RuntimeError ends it."""
+        if self.size > 1:
+            assert dist.group.WORLD is not None
+            dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
@@ -226,6 +245,27 @@ class World:
         if value != self.from_rank_zero(value):
             raise ConfigError(f"Rank {self.rank} on {socket.gethostname()} has another {what} than rank 0.")
 
+    def check_alone_on(self, device: str) -> None:
+        """See that no other rank computes on `device`, an id that is unique on its host.
+
+        Collective: every rank must call this. Through the store, since NCCL does not start with two ranks on a device.
+
+        Raises:
+            LaunchError: on every rank, naming two that share one.
+        """
+        if self.size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"device_{self.rank}", f"{device} on {socket.gethostname()}")
+        ranks: dict[str, int] = {}
+        for rank, found in enumerate(store.multi_get([f"device_{rank}" for rank in range(self.size)])):
+            first = ranks.setdefault(found.decode(), rank)
+            if first != rank:
+                raise LaunchError(
+                    f"Ranks {first} and {rank} share the device {found.decode()}. Start as many processes on a machine "
+                    f"as it has devices, under srun with --gpus-per-task=1, or set device=cpu."
+                )
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read after this counts what was asked for before."""
         if self.device.type == "cuda":
@@ -273,6 +313,11 @@ def is_peer_failure(error: BaseException) -> bool:
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket", "nccl")
     text = str(error).lower()
     return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in inside)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether others were waited for in vain; torch says so in words alone."""
+    return any(words in str(error).lower() for words in ("timed out", "timeout"))
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,12 @@ from pathlib import Path
 from dist_train.errors import LaunchError
 
 RUN_DIR = "DIST_TRAIN_RUN_DIR"  # our launcher -> its ranks: the run directory it chose
+ASKED_AT = "DIST_TRAIN_ASKED_AT"  # our launcher -> its ranks: when the command was given, as time.perf_counter()
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"  # our launcher -> its ranks: whose death they must not outlive
+REQUEUED = "DIST_TRAIN_REQUEUED"  # launch/restart.sh -> our launcher: it has started this run before
+
+# Of one run. What starts several, or a job from a shell in which they are set, does not pass them on.
+OF_ONE_WANDB_RUN = ("WANDB_RUN_ID", "WANDB_NAME")
 
 _STOP_FILE = "DIST_TRAIN_STOP_FILE"  # the batch shell -> rank zero: there once the job has to make room
 
@@ -57,12 +62,14 @@ def find_place(env: Mapping[str, str]) -> Place:
 
 
 def _from_rendezvous(env: Mapping[str, str]) -> Place:
+    env = {**env, **_local_place(env)}
     missing = [name for name in _RENDEZVOUS if not env.get(name)]
     if missing:
         there = [f"{name}={env[name]}" for name in _RENDEZVOUS if env.get(name)]
         raise LaunchError(
             f"Half a launcher environment: {' '.join(there)} but no {', '.join(missing)}. "
-            f"Start with dist-train launch, torchrun, accelerate launch or srun, or unset these variables."
+            + ("Set LOCAL_RANK, to 0 where each process has a machine to itself. " if missing == ["LOCAL_RANK"] else "")
+            + "Start with dist-train launch, torchrun, accelerate launch or srun, or unset these variables."
         )
     rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     if not 0 <= rank < world_size:
@@ -75,6 +82,26 @@ def _from_rendezvous(env: Mapping[str, str]) -> Place:
         local_world_size=_number(env, "LOCAL_WORLD_SIZE", world_size),
         started_by="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else started_by,
     )
+
+
+def _local_place(env: Mapping[str, str]) -> dict[str, str]:
+    """LOCAL_RANK and LOCAL_WORLD_SIZE, where all else is there and leaves no doubt about them."""
+    if env.get("LOCAL_RANK") or not all(env.get(name) for name in _RENDEZVOUS if name != "LOCAL_RANK"):
+        return {}
+    whole = rank, size = env["RANK"], env["WORLD_SIZE"]
+    local_size = "1" if size == "1" else env.get("LOCAL_WORLD_SIZE")
+    if env.get("SLURM_STEP_ID") and whole == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
+        place = _from_srun(env)
+        local = str(place.local_rank), str(place.local_world_size)
+    elif whole == (env.get("OMPI_COMM_WORLD_RANK"), env.get("OMPI_COMM_WORLD_SIZE")):
+        local = env.get("OMPI_COMM_WORLD_LOCAL_RANK", ""), env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    elif local_size == "1":
+        local = "0", "1"
+    elif local_size == size or env["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
+        local = rank, size
+    else:
+        return {}
+    return dict(zip(("LOCAL_RANK", "LOCAL_WORLD_SIZE"), local, strict=True))
 
 
 def _from_srun(env: Mapping[str, str]) -> Place:
@@ -101,14 +128,15 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def export_rendezvous(place: Place, env: MutableMapping[str, str]) -> None:
-    """Give an srun task the variables torch.distributed reads. An explicit MASTER_ADDR or MASTER_PORT wins."""
-    if place.started_by != "srun":
+    """Complete what torch.distributed and Accelerate read. An explicit MASTER_ADDR or MASTER_PORT wins."""
+    if place.world_size == 1:
         return
-    one_node = place.local_world_size == place.world_size
-    env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(env.get("SLURM_STEP_NODELIST", "")))
-    # From the job and step, so that jobs and steps that share a node do not meet on one port.
-    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
-    env.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 12000))
+    if place.started_by == "srun":
+        one_node = place.local_world_size == place.world_size
+        env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(env.get("SLURM_STEP_NODELIST", "")))
+        # From the job and step, so that jobs and steps that share a node do not meet on one port.
+        job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
+        env.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 12000))
     env["RANK"], env["WORLD_SIZE"] = str(place.rank), str(place.world_size)
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(place.local_rank), str(place.local_world_size)
 
@@ -141,6 +169,11 @@ def threads_per_process(processes: int, env: Mapping[str, str]) -> int:
     return int(explicit[1]) if explicit else max(1, available_cores() // processes)
 
 
+def without_torchrun_options(env: Mapping[str, str]) -> dict[str, str]:
+    """torchrun takes PET_X for an option --x that is not given; ours are all given."""
+    return {name: value for name, value in env.items() if not name.startswith("PET_")}
+
+
 def slurm_job(env: Mapping[str, str]) -> str | None:
     """The id of the job we are in; of an array, with the member: the bare id may mean all of them."""
     if env.get("SLURM_ARRAY_JOB_ID"):
@@ -153,8 +186,8 @@ def batch_stop_file(env: Mapping[str, str]) -> Path | None:
     return Path(env[_STOP_FILE]) if slurm_job(env) and env.get(_STOP_FILE) else None
 
 
-def default_run_name(config_name: str, env: Mapping[str, str], now: str) -> str:
-    """`<config>-<job id>` under Slurm (a requeue finds it again), `<config>-<run id>` in a sweep, else by time."""
+def lasting_run_name(config_name: str, env: Mapping[str, str]) -> str | None:
+    """A name that a later start finds again: `<config>-<job id>` under Slurm, `<config>-<run id>` in a sweep of W&B."""
     if env.get("WANDB_SWEEP_ID") and env.get("WANDB_RUN_ID"):
         return f"{config_name}-{env['WANDB_RUN_ID']}"
-    return f"{config_name}-{slurm_job(env) or now}"
+    return f"{config_name}-{job}" if (job := slurm_job(env)) else None

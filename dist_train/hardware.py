@@ -26,7 +26,8 @@ def choose_device(config: Config, place: Place) -> str:
             wanted = "mps" if torch.backends.mps.is_available() and alone else "cpu"
     if wanted == "cuda":
         there = torch.cuda.device_count()
-        if place.local_world_size > there:
+        see_the_same = place.started_by in ("torchrun", "accelerate")  # a task of srun may see its own alone
+        if there == 0 or (see_the_same and place.local_world_size > there):
             raise LaunchError(
                 f"{place.local_world_size} processes on a machine with {there} CUDA devices. "
                 f"Start at most {there}, or set device=cpu."

@@ -16,7 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from dist_train.environment import LAUNCHER_PID, RUN_DIR, threads_per_process
+from dist_train.environment import (
+    ASKED_AT,
+    LAUNCHER_PID,
+    OF_ONE_WANDB_RUN,
+    RUN_DIR,
+    threads_per_process,
+    without_torchrun_options,
+)
 from dist_train.errors import LaunchError
 from dist_train.nodes import Nodes
 from dist_train.post_mortem import find_cause, how_to_go_on, log_sizes, says_enough
@@ -36,6 +43,7 @@ class LaunchSpec:
 
     arguments: tuple[str, ...]  # of `python -m dist_train`
     run_dir: RunDir
+    asked_at: float  # time.perf_counter() when the command was given
     nproc: int
     nodes: Nodes | None = None  # None: this machine alone
     max_restarts: int = 0
@@ -58,6 +66,7 @@ class LaunchSpec:
         return {
             "OMP_NUM_THREADS": str(threads_per_process(self.nproc, os.environ)),
             RUN_DIR: str(self.run_dir.path),
+            ASKED_AT: repr(self.asked_at),
             LAUNCHER_PID: str(os.getpid()),
         }
 
@@ -78,7 +87,7 @@ def start_ranks(spec: LaunchSpec) -> int:
     with spec.run_dir.launcher_log.open("ab") as log:
         agent = subprocess.Popen(
             spec.torchrun(),
-            env=os.environ | spec.environment(),
+            env=without_torchrun_options(os.environ) | spec.environment(),
             stderr=log,
             # A terminal's Ctrl-C must reach the ranks once, through us.
             start_new_session=True,
@@ -103,9 +112,9 @@ Training: TypeAlias = subprocess.Popen[bytes]
 def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: str) -> Training:
     """Begin a training in a process of its own that does not outlive this one; what it prints goes to `log`.
 
-    `group`: for W&B, unless the environment names one.
+    `group`: for W&B, unless the environment names one; the run that it names is another.
     """
-    environment = {
+    environment = {name: value for name, value in os.environ.items() if name not in OF_ONE_WANDB_RUN} | {
         "OMP_NUM_THREADS": str(num_threads),
         LAUNCHER_PID: str(os.getpid()),
         "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or group,
@@ -113,7 +122,7 @@ def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: st
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "dist_train", "train", *arguments],
-            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=os.environ | environment,
+            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
             start_new_session=True,  # a terminal's Ctrl-C must reach it once, through us
         )  # fmt: skip
 
@@ -125,7 +134,8 @@ def output_of(module: str, *arguments: str, environment: Mapping[str, str] | Non
         LaunchError: it failed; with the end of what it said.
     """
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
+    environment = {**without_torchrun_options(os.environ), **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's own summary alone has 15 and more
         raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")

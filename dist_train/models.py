@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_train.bundle import load_model_bundle
+from dist_train.bundle import check_bundle, load_model_bundle
 from dist_train.config import ModelConfig
 from dist_train.errors import ConfigError, DistTrainError, UserCodeError
 from dist_train.nets import MODELS
 from dist_train.seeding import derive_seed
-from dist_train.user_code import accepted, check_arguments, closest, explained, load_object
+from dist_train.user_code import accepted, check_arguments, check_object, closest, explained, load_object
 from dist_train.vision import import_torchvision
 
 Known = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
@@ -57,6 +57,25 @@ def build_model(config: ModelConfig, known: Known, seed: int) -> nn.Module:
     return model
 
 
+def check_name(config: ModelConfig) -> None:
+    """See that the net is there. Code of the user is not run where its source shows the name.
+
+    Raises:
+        ConfigError, UserCodeError: as `build_model`.
+    """
+    source, colon, name = config.name.partition(":")
+    if config.bundle is not None:
+        check_bundle(config.bundle, "bks_model.py", "UserModel", "model.bundle")
+    elif not colon:
+        _check_own(config)
+    elif source == "torchvision":
+        _check_torchvision(name, config)
+    elif source == "timm":
+        _import_timm(name, config)
+    else:
+        check_object(config.name)
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
@@ -71,10 +90,14 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _own(config: ModelConfig, known: Known) -> nn.Module:
+def _check_own(config: ModelConfig) -> None:
     if config.name not in MODELS:
         elsewhere = "torchvision:NAME, timm:NAME, package.module:Class"
         raise _unknown(config, "", list(MODELS), f"Nets: {', '.join(MODELS)}; {elsewhere}.")
+
+
+def _own(config: ModelConfig, known: Known) -> nn.Module:
+    _check_own(config)
     make = MODELS[config.name]
     check_arguments(make, config.args, "model.args")
     try:
@@ -105,12 +128,16 @@ def _is_required(factory: Callable[..., Any], key: str) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
-def _torchvision(name: str, config: ModelConfig, known: Known) -> nn.Module:
+def _check_torchvision(name: str, config: ModelConfig) -> None:
     models = import_torchvision().models
     names = models.list_models(module=models)  # the classifiers
     if name not in names:
         raise _unknown(config, "torchvision:", names, "See https://pytorch.org/vision/stable/models.html.")
-    factory = models.get_model_builder(name)
+
+
+def _torchvision(name: str, config: ModelConfig, known: Known) -> nn.Module:
+    _check_torchvision(name, config)
+    factory = import_torchvision().models.get_model_builder(name)
     check_arguments(factory, config.args, "model.args")
     needed = _needed(config, known, "in_channels", "num_classes")
     channels = needed.pop("in_channels")
@@ -147,7 +174,8 @@ def _with_channels(conv: nn.Conv2d, in_channels: int, pretrained: bool) -> nn.Co
     return made
 
 
-def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
+def _import_timm(name: str, config: ModelConfig) -> Any:
+    """timm, which has a net of this name."""
     import_torchvision()  # timm imports it
     try:
         import timm
@@ -157,6 +185,11 @@ def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
         raise ConfigError(f"model.name={config.name} needs timm: pip install 'dist-train[timm]'.") from None
     if not timm.is_model(name):
         raise _unknown(config, "timm:", timm.list_models(), "timm.list_models() has all names.")
+    return timm
+
+
+def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
+    timm = _import_timm(name, config)
     needed = _needed(config, known, "in_channels", "num_classes")
     offered = {"in_chans": needed.get("in_channels"), "num_classes": needed.get("num_classes")}
     args: dict[str, Any] = {"pretrained": False, **offered, **config.args}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dist_train.errors import ConfigError, LaunchError
@@ -12,6 +14,7 @@ from dist_train.run_dir import ENDS, RunDir
 from dist_train.small_files import write_atomically
 
 _PORT = 29_400  # torchrun's own
+_WISH = "PREEMPTED\n"  # what a machine that comes writes into STOP
 _SILENT_S = 30.0  # a run whose heartbeat, of every 5 s, has not changed for so long is not at work
 
 
@@ -22,9 +25,10 @@ class Nodes:
     at_least: int
     at_most: int
     endpoint: str  # HOST:PORT
+    join_timeout_s: float  # so long they wait for each other
 
     @classmethod
-    def parse(cls, text: str, endpoint: str) -> Nodes:
+    def parse(cls, text: str, endpoint: str, join_timeout_s: float) -> Nodes:
         """`text`: "2" or "1:4".
 
         Raises:
@@ -43,7 +47,7 @@ class Nodes:
                 f'--rdzv-endpoint={endpoint}: "{host}" cannot be resolved on {socket.gethostname()}. '
                 f"Write the name or address of one of the machines."
             ) from None
-        return cls(least, most, f"{host}:{port or _PORT}")
+        return cls(least, most, f"{host}:{port or _PORT}", join_timeout_s)
 
     def options(self, run_dir: RunDir) -> list[str]:
         """Of torchrun. They meet for the next attempt of the run: machines that come late must not join this one."""
@@ -52,7 +56,8 @@ class Nodes:
         return [
             f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
             f"--rdzv-id={run_dir.path.name}.{attempt}",
-            "--rdzv-conf=last_call_timeout=10",  # so long a smaller world waits for more machines
+            # The last: so long a smaller world waits for more machines.
+            f"--rdzv-conf=join_timeout={math.ceil(self.join_timeout_s)},last_call_timeout=10",
         ]  # fmt: skip
 
 
@@ -69,6 +74,8 @@ def make_room(run_dir: RunDir) -> None:
         if status.get("heartbeat") != seen:
             seen, seen_at = status.get("heartbeat"), time.monotonic()
             if not run_dir.stop_wish.exists():
-                write_atomically(run_dir.stop_wish, "PREEMPTED\n", durable=False)
+                write_atomically(run_dir.stop_wish, _WISH, durable=False)
         time.sleep(0.5)
-    run_dir.stop_wish.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # a STOP of somebody else is to be heard
+        if run_dir.stop_wish.read_bytes() == _WISH.encode():
+            run_dir.stop_wish.unlink()

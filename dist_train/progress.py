@@ -20,21 +20,25 @@ _COLUMNS = ("epoch", "step", "train loss", "train acc", "val loss", "val acc", "
 _ROW = "{:>7}{:>12}{:>12}{:>11}{:>11}{:>11}{:>10}"
 
 
-def set_up_logging(run_dir: RunDir, rank: int, verbosity: int) -> None:
-    """Everything to this rank's log file; on rank zero also to the screen. `verbosity`: -1 quiet, 0, 1 verbose."""
+def log_to_screen(rank: int, verbosity: int) -> None:
+    """Of rank zero, from before there is a run directory on. `verbosity`: -1 quiet, 0, 1 verbose."""
     logger = logging.getLogger("dist_train")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
-    file = _FileHandler(run_dir.rank_log(rank), encoding="utf-8")
-    file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
-    logger.addHandler(file)
     if rank == 0:
         screen = _ScreenHandler()
         screen.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))
         logger.addHandler(screen)
+
+
+def log_to_file(run_dir: RunDir, rank: int) -> None:
+    """Everything to this rank's log file too."""
+    file = _FileHandler(run_dir.rank_log(rank), encoding="utf-8")
+    file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
+    logging.getLogger("dist_train").addHandler(file)
     logging.captureWarnings(True)  # Python's warnings go to the log file, not through the bar
     logging.getLogger("py.warnings").handlers = [file]
     logging.getLogger("py.warnings").propagate = False

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from dist_train import watchdog
 from dist_train.config import Config
-from dist_train.distributed import end_process, first_line, is_peer_failure
+from dist_train.distributed import end_process, first_line, is_peer_failure, is_timeout
 from dist_train.environment import Place
 from dist_train.error_file import note_error
 from dist_train.errors import DistTrainError, OutOfMemory, PeerLost
@@ -34,6 +34,7 @@ class Reporting:
         self.place = place
         self.run_dir = run_dir  # None until this start owns one
         self.errors: TextIO = sys.stderr  # the shared one, of all ranks
+        self.waits = f"setup_timeout_s={config.setup_timeout_s:g}"  # for an answer of the others
         self._config = config
         self._launched = run_dir is not None
 
@@ -77,11 +78,8 @@ class Reporting:
         if is_out_of_memory(error):
             return self._out_of_memory(error)
         if is_peer_failure(error):
-            if "timed out" in str(error).lower():
-                return PeerLost(
-                    f"Another rank did not answer within stall_timeout_s={self._config.stall_timeout_s:g}: it hangs, "
-                    f"or is much slower."
-                )
+            if is_timeout(error):
+                return PeerLost(f"Another rank did not answer within {self.waits}: it hangs, or is much slower.")
             return PeerLost("Another rank is gone and left no error of its own: killed, or its node is lost?")
         return error
 

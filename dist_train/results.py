@@ -70,6 +70,7 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
     load_weights(net, folder)
     net.to(world.device)
     batches = evaluation_batches(examples, net, world, config)
+    world.wait_at_most(config.stall_timeout_s)
     confusion = Confusion()
     found = evaluate(net, batches, Objective(net, config.label_smoothing), world, confusion=confusion)
     counts = confusion.total(world)

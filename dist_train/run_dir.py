@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from dist_train.config import Config
 from dist_train.config_file import load_config, to_yaml
-from dist_train.environment import slurm_job
+from dist_train.environment import REQUEUED, slurm_job
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.metrics_file import MetricsFile
 from dist_train.records import Error, Facts, Result, Status, Submission, read_record
@@ -65,15 +65,27 @@ class RunDir:
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:05d}.log"
 
-    def create(self) -> None:
-        """Make the folder and see that it can be written."""
+    def create(self, *, new: bool = False) -> bool:
+        """Make the folder and see that it can be written; False, and nothing done, if it was to be `new` and is there.
+
+        Raises:
+            RunDirError: it cannot be written.
+        """
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(exist_ok=not new)
+            except FileExistsError:
+                if new:
+                    return False
+                raise
+            self.logs.mkdir(exist_ok=True)
             probe = self.path / f".probe_{socket.gethostname()}_{os.getpid()}"
             probe.write_text("x")
             probe.unlink(missing_ok=True)  # another start may have swept it away
         except OSError as error:
             raise self._unusable(error) from None
+        return True
 
     def _unusable(self, error: OSError) -> RunDirError:
         return RunDirError(
@@ -148,15 +160,19 @@ class RunDir:
     def unlock(self) -> None:
         self._lock.release()
 
-    def begin_attempt(self, config: Config, wandb_id: str, started: float | None = None) -> None:
+    def begin_attempt(
+        self, config: Config, wandb_id: str, started: float | None = None, asked_at: float | None = None
+    ) -> None:
         """Number this start of the run and write config.yaml. Needs the lock. `wandb_id` counts on the first one.
 
-        `started`: time.perf_counter() when the process began.
+        `started`: time.perf_counter() when the process began; `asked_at`: when the command was given.
         """
         started = time.perf_counter() if started is None else started
         # A power cut may have taken status.json, or a part of it; run.json is older, and synced.
         before = self.read_facts() | self.read_status()
         self.attempt = before.get("attempt", 0) + 1
+        if self._was_of_another(config):
+            before = {}
         last_seen = before.get("heartbeat") or self.read_submission().get("submitted") or time.time()
         reached = max(before.get("reached", 0), before.get("step", 0))  # by any attempt: one may die in its set-up
         self.time_sheet = TimeSheet(
@@ -175,12 +191,37 @@ class RunDir:
             "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
             **{name: before[name] for name in ("resumed_at", "fruitless_starts") if name in before},
         }
-        for stale in (self.error, self.result, self.stop_wish, self.save_wish):
+        for stale in (self.error, self.result):
             stale.unlink(missing_ok=True)
         with self._put_off(self.config, unless=True):
             write_atomically(self.config, to_yaml(config))
+        self._sweep_wishes(started if asked_at is None else asked_at)
         self.set_status(state="STARTING")
         self._sweep()
+
+    def _sweep_wishes(self, asked_at: float) -> None:
+        """Remove a STOP and a SAVE that were meant for an earlier start; config.yaml has just been written.
+
+        What is younger than the moment when this start was asked for is meant for it: a job waits in its queue, and one
+        that is queued again since it was last heard of. By the clock of the file system, which stamps them.
+        """
+        if _is_earlier_start(self.read_status(), os.environ) or REQUEUED in os.environ:
+            since = self.status.stat().st_mtime if self.status.exists() else 0.0
+        elif slurm_job(os.environ) is not None and self.read_submission().get("job") == slurm_job(os.environ):
+            since = self.slurm_json.stat().st_mtime
+        else:
+            since = self.config.stat().st_mtime - (time.perf_counter() - asked_at)
+        for wish in (self.stop_wish, self.save_wish):
+            with suppress(OSError):
+                if wish.stat().st_mtime < since:
+                    wish.unlink()
+
+    def _was_of_another(self, config: Config) -> bool:
+        """Whether the folder is of a run with other settings, which has left nothing to go on from (`check_config`)."""
+        try:
+            return bool(self.config.exists() and load_config(str(self.config)).result_diff(config))
+        except ConfigError:  # damaged
+            return True
 
     def _sweep(self) -> None:
         """Remove what starts that were killed have left half written."""
@@ -282,11 +323,11 @@ class RunDir:
     def pop_wish(self, path: Path) -> str | None:
         """What somebody wrote into this file, which is gone after it; None if there is none."""
         try:
-            found = path.read_text()
+            found = path.read_bytes()
             path.unlink()
         except OSError:
             return None
-        return found
+        return found.decode(errors="replace")
 
     def read_status(self) -> dict[str, Any]:
         return read_record(self.status, Status)

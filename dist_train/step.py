@@ -210,6 +210,8 @@ class Step:
         fresh = not optimizer.state
         if fresh:
             eager.make_optimizer_state(step)
+        doing = "capturing" if mode == "graph" else "compiling"
+        _log.info("step_mode=%s: %s the update, which may take a minute where it was not done before", mode, doing)
         groups = [dict(group) for group in optimizer.param_groups]
         try:
             update, found = rehearse(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from dist_train.environment import threads_per_process
 from dist_train.errors import ConfigError
 from dist_train.launch import Training, begin_train
 from dist_train.run_dir import RunDir
+from dist_train.start import check_name
 from dist_train.summary import Summary, summarise
 
 
@@ -92,9 +94,9 @@ def _is_wrong(config_name: str, fixed: Sequence[str], setting: str) -> bool:
 
 
 def _as_name(setting: str) -> str:
-    """The last part of the key, and the value as far as a file may be called so."""
+    """The last part of the key, and the value, as far as a run may be called so."""
     key, _, value = setting.partition("=")
-    return f"{key.rpartition('.')[2]}={''.join(c if c.isalnum() or c in '.-+_' else '_' for c in value)}"
+    return "=".join(re.sub(r"[^\w.+-]", "_", part) for part in (key.rpartition(".")[2], value))
 
 
 class Sweep:
@@ -104,12 +106,13 @@ class Sweep:
         """`folder`: of the run directories.
 
         Raises:
-            ConfigError: one of the runs is there already, with other settings.
+            ConfigError: one of the runs is there already, with other settings, or cannot have its name.
         """
         self.grid = grid
         self.runs = {point: RunDir(folder / point.name) for point in grid.points}
         self.stopped = False
         for point, run_dir in self.runs.items():
+            check_name("--name", point.name, folder)
             try:
                 run_dir.check_config(point.config)
             except ConfigError as error:

@@ -24,6 +24,8 @@ from dist_train.errors import DistTrainError, RunDirError
 from dist_train.manifest import MODEL, best, manifests
 from dist_train.run_dir import RunDir
 
+_SOON_S = 2.0  # a wait that is not worth a word
+
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +84,11 @@ class _Mirror:
     def finish(self, summary: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
         self._summary, self._pictures = summary, pictures
         self._queue.put(None)
-        self._thread.join(self._timeout_s)  # W&B's files remain whatever happens
+        soon_s = min(_SOON_S, self._timeout_s)
+        self._thread.join(soon_s)
+        if self._thread.is_alive():
+            _log.info("waiting for W&B to take what is left, for %g s at most", self._timeout_s)
+            self._thread.join(self._timeout_s - soon_s)  # its files remain whatever happens
         if self._thread.is_alive():
             _log.warning(
                 "W&B did not take all within tracking.timeout_s=%g. Later: dist-train wandb sync %s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
@@ -27,13 +28,7 @@ def load_object(spec: str) -> Any:
         ConfigError: `spec` is not of this form.
         UserCodeError: no such module or name, or the module fails while it is imported.
     """
-    module_name, _, name = spec.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
-        raise ConfigError(f"{spec}: not of the form package.module:Name, as in my_nets:Net.")
-    if sys.path[:1] != [""]:  # a console script, unlike `python -m`, does not have the current folder there
-        _first_on_path(Path.cwd())
-    importlib.invalidate_caches()
-    source = _source_of(module_name)
+    module_name, name, source = _look_up(spec)
     with explained(spec, "cannot be imported"):
         try:
             module = _import(lambda: importlib.import_module(module_name), source)
@@ -44,6 +39,41 @@ def load_object(spec: str) -> Any:
     if hasattr(module, name):
         return getattr(module, name)
     raise UserCodeError(f"{spec}: {module.__file__ or module_name} has no {name}. {found(module, name)}")
+
+
+def check_object(spec: str) -> None:
+    """See that `load_object` would find it. A module whose source shows the name is not run.
+
+    Raises:
+        ConfigError, UserCodeError: as there.
+    """
+    _module_name, name, source = _look_up(spec)
+    if source is None or not defines(source, name):
+        load_object(spec)
+
+
+def defines(source: Path, name: str) -> bool:
+    """Whether a file of Python defines a class, a function or a value of this name, as far as its text shows."""
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # gone, or no Python
+        return False
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else ()
+        if name in (getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)):
+            return True
+    return False
+
+
+def _look_up(spec: str) -> tuple[str, str, Path | None]:
+    """Of `package.module:Name` the module, the name, and the module's file if it can be told without an import."""
+    module_name, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise ConfigError(f"{spec}: not of the form package.module:Name, as in my_nets:Net.")
+    if sys.path[:1] != [""]:  # a console script, unlike `python -m`, does not have the current folder there
+        _first_on_path(Path.cwd())
+    importlib.invalidate_caches()
+    return module_name, name, _source_of(module_name)
 
 
 def import_file(path: Path, name: str, setting: str) -> ModuleType:

@@ -14,6 +14,7 @@ while [[ $again == requeue ]]; do
   until wait "$nodes"; code=$?; ! kill -0 "$nodes" 2>/dev/null; do :; done  # a trap ends one wait
   if ((code == 2 || code > 128)); then exit "$code"; fi  # wrong settings; told to stop
   again=$(python -m dist_train slurm requeue-check "$@")
+  export DIST_TRAIN_REQUEUED=yes  # a STOP that was made meanwhile holds
   sleep 2
 done
 [[ $again == ended ]]

@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from dist_train import slurm
 from dist_train.batch_script import BUNDLED, BatchScript
+from dist_train.cli import main
 from dist_train.config_file import parse_config
 from dist_train.errors import ConfigError, DataError
 from dist_train.run_dir import RunDir
@@ -94,6 +96,59 @@ def test_what_is_asked_of_slurm() -> None:
     assert "#SBATCH --ntasks-per-node=4" in one_task_a_rank
     assert "torch.distributed.run" not in one_task_a_rank
     assert shlex.split(one_task_a_rank, comments=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"time": "60\n#SBATCH --uid=0"}, "--time='60\\n#SBATCH --uid=0' has a control character in it. Leave it out."),
+        ({"options": ("--qos=long", "-A x\n#SBATCH --uid=0")}, "--sbatch="),
+        ({"job_name": "mnist\nid >seen"}, "The name="),
+        ({"partition": "a\rb"}, "--partition="),
+        ({"log": "a\x85b"}, "--log="),
+        ({"arguments": ("-c", "a\n#SBATCH --uid=0")}, "An argument="),
+        ({"arguments": ("-c", "\udcff.yaml")}, "An argument="),  # bytes that are no text
+        ({"setup": ("module load a\nmodule load b",), "arguments": ("n\u00fcll \u2713",)}, ""),
+    ],
+)  # fmt: skip
+def test_no_text_becomes_a_line_of_its_own(asked: dict[str, object], said: str) -> None:
+    if said:
+        with pytest.raises(ConfigError) as refused:
+            BatchScript(**asked)  # type: ignore[arg-type]
+        assert str(refused.value).startswith(said)
+        assert len(str(refused.value).splitlines()) == 1
+    else:
+        assert "module load b" in BatchScript(**asked).render().splitlines()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--time", "60\n#SBATCH --uid=0"], ["--sbatch", "x\n#SBATCH --uid=0"], ["-c", "x\n#SBATCH --uid=0.yaml"]],
+)
+def test_the_command_line_refuses_it(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x\n#SBATCH --uid=0.yaml").touch()
+    said = CliRunner().invoke(main, ["slurm", "render", "-c", "smoke", *options])
+    assert said.exit_code == 2
+    assert "has a control character in it" in said.output
+    assert "\n#SBATCH" not in said.output
+
+
+def test_a_job_is_no_run_of_the_shell_that_submits_it(tmp_path: Path) -> None:
+    fake = stand_ins(tmp_path / "bin", {
+        "srun": 'echo "${WANDB_RUN_ID-unset} ${WANDB_NAME-unset} $WANDB_PROJECT" > seen\n', "scontrol": "echo n1\n",
+        "scancel": "", "getent": "", "python": "echo ended\n",
+    })  # fmt: skip
+    env = {"PATH": f"{fake}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"}
+    shell = {"WANDB_RUN_ID": "outer", "WANDB_NAME": "outer", "WANDB_PROJECT": "p"}
+    script = BatchScript(arguments=("-c", "mnist"), python=str(fake / "python")).render()
+    subprocess.run(["bash"], input=script, text=True, check=True, cwd=tmp_path, env=env | shell)
+    assert (tmp_path / "seen").read_text() == "unset unset p\n"
+
+
+def test_launchers_wait_as_long_as_the_settings_say() -> None:
+    said = CliRunner().invoke(main, ["slurm", "render", "-c", "smoke", "-o", "setup_timeout_s=1234.5"])
+    assert "--rdzv-conf=join_timeout=1235 " in said.output
 
 
 # --- what is to become of the job ------------------------------------------------------------------------------------

@@ -11,7 +11,11 @@ from dist_train.data.storage import LOCK_NAME, disk_errors, locked
 from dist_train.errors import DataError
 
 
-def test_a_lock_that_is_never_given_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_is_never_given_back_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And before that, that it is waited for."""
+    caplog.set_level("INFO")
     monkeypatch.setattr(storage, "LOCK_TIMEOUT_S", 0.1)
     with (
         locked(tmp_path / "new"),
@@ -19,6 +23,7 @@ def test_a_lock_that_is_never_given_back_is_named(tmp_path: Path, monkeypatch: p
         locked(tmp_path / "new"),
     ):
         pass
+    assert caplog.messages == [f"waiting for another process that fills {tmp_path / 'new'}"]
     with locked(tmp_path / "new"):  # given back
         pass
 

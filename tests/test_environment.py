@@ -7,10 +7,10 @@ import pytest
 from dist_train.environment import (
     Place,
     available_cores,
-    default_run_name,
     export_rendezvous,
     find_place,
     first_host,
+    lasting_run_name,
     threads_per_process,
 )
 from dist_train.errors import LaunchError
@@ -20,6 +20,11 @@ TORCHRUN = {
     "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "none",
 }  # fmt: skip
 BY_HAND = {name: value for name, value in TORCHRUN.items() if name not in ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")}
+NO_LOCAL = {name: value for name, value in BY_HAND.items() if name != "LOCAL_RANK"}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 # A batch shell and `salloc` have a place among tasks that were never started; only a step has them.
 BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
@@ -38,6 +43,12 @@ PLACES = {
     "accelerate, several": (TORCHRUN | ACCELERATE, Place(3, 1, 4, 2, "accelerate")),
     "accelerate, one": (ACCELERATE, Place(started_by="accelerate")),
     "by hand": (BY_HAND, Place(3, 1, 4, 4, "the environment")),
+    "by hand on one machine": (NO_LOCAL | {"MASTER_ADDR": "localhost"}, Place(3, 3, 4, 4, "the environment")),
+    "by hand, all on one": (NO_LOCAL | {"LOCAL_WORLD_SIZE": "4"}, Place(3, 3, 4, 4, "the environment")),
+    "by hand, one on each": (NO_LOCAL | {"LOCAL_WORLD_SIZE": "1"}, Place(3, 0, 4, 1, "the environment")),
+    "by hand, alone": (NO_LOCAL | {"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 0, 1, 1, "the environment")),
+    "by hand inside an srun step": (SRUN | NO_LOCAL, Place(3, 1, 4, 2, "the environment")),
+    "by hand under mpirun": (NO_LOCAL | MPIRUN, Place(3, 1, 4, 2, "the environment")),
     "batch shell": (BATCH, Place()),
     "batch shell with an empty step id": (BATCH | {"SLURM_STEP_ID": ""}, Place()),
     "srun of one task": (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Place()),
@@ -70,6 +81,8 @@ REFUSED = {
     "an empty rank alone": ({"RANK": ""}, "no RANK"),
     "rank too high": (TORCHRUN | {"RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
     "rank below zero": (TORCHRUN | {"RANK": "-1"}, "RANK=-1 is not below"),
+    "one of an unknown number on a machine": (NO_LOCAL, r"but no LOCAL_RANK. Set LOCAL_RANK, to 0 where each"),
+    "a step of others": (SRUN | NO_LOCAL | {"RANK": "2"}, "but no LOCAL_RANK"),
     "words": (TORCHRUN | {"WORLD_SIZE": "four"}, 'WORLD_SIZE="four" is not a number'),
     "words of Slurm": (SRUN | {"SLURM_PROCID": "x"}, 'SLURM_PROCID="x" is not a number'),
     "a step without a place": (without(SRUN, "SLURM_PROCID"), 'SLURM_PROCID="" is not a number'),
@@ -96,6 +109,12 @@ def test_rendezvous_of_srun() -> None:
         assert (again.rank, again.local_rank, again.world_size, again.local_world_size) == (rank, rank % 2, 4, 2)
     assert {(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in made} == {("gpu07", made[0]["MASTER_PORT"])}
     assert [env["RANK"] for env in made] == ["0", "1", "2", "3"]
+
+
+def test_accelerate_finds_its_local_rank() -> None:
+    env = NO_LOCAL | {"MASTER_ADDR": "localhost"}
+    export_rendezvous(find_place(env), env)
+    assert env == NO_LOCAL | {"MASTER_ADDR": "localhost", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 
 
 def port(**changes: str) -> int:
@@ -156,16 +175,16 @@ def test_a_list_without_a_host(nodelist: str) -> None:
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({}, "mnist-now"),
+        ({}, None),
         ({"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "2"}, "mnist-17"),
         ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}, "mnist-17_2"),
         ({"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "abc", "SLURM_JOB_ID": "17"}, "mnist-abc"),
-        ({"WANDB_RUN_ID": "abc"}, "mnist-now"),
+        ({"WANDB_RUN_ID": "abc"}, None),
     ],
 )
-def test_default_run_name(env: dict[str, str], expected: str) -> None:
+def test_lasting_run_name(env: dict[str, str], expected: str | None) -> None:
     """A requeued job has the same name, another task of its array has not."""
-    assert default_run_name("mnist", env, "now") == expected
+    assert lasting_run_name("mnist", env) == expected
 
 
 def test_cores() -> None:

@@ -10,8 +10,9 @@ import torch
 
 from dist_train.config_file import parse_config
 from dist_train.distributed import World
-from dist_train.errors import ConfigError
-from dist_train.hardware import choose_precision
+from dist_train.environment import Place
+from dist_train.errors import ConfigError, LaunchError
+from dist_train.hardware import choose_device, choose_precision
 from support.ranks import join_group, run_on_ranks
 
 PAGES = 12_288  # 48 MiB: more than malloc keeps if it is not told to
@@ -57,6 +58,46 @@ def count_page_faults(out: Path) -> None:
     for _ in range(50):
         torch.ones(PAGES * 1024)
     out.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+
+
+@pytest.mark.parametrize(
+    ("place", "devices", "refused"),
+    [
+        (Place(0, 0, 4, 4, "torchrun"), 2, True),  # its ranks see the same
+        (Place(3, 3, 4, 4, "torchrun"), 4, False),
+        (Place(3, 3, 4, 4, "srun"), 1, False),  # --gpus-per-task=1: its own alone, as number 0
+        (Place(3, 3, 4, 4, "the environment"), 1, False),
+        (Place(0, 0, 1, 1, "python"), 0, True),
+    ],
+)
+def test_devices_that_are_seen(place: Place, devices: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    config = parse_config({"device": "cuda"})
+    if refused:
+        with pytest.raises(LaunchError, match=f"{place.local_world_size} processes on a machine with {devices} CUDA"):
+            choose_device(config, place)
+    else:
+        assert choose_device(config, place) == "cuda"
+
+
+def share_devices(of_rank: list[str], refused: str) -> None:
+    join_group("devices")
+    world = World.join(parse_config({"device": "cpu"}))
+    if not refused:
+        world.check_alone_on(of_rank[world.rank])
+        return
+    with pytest.raises(LaunchError, match=refused):
+        world.check_alone_on(of_rank[world.rank])
+    world.leave()
+
+
+@pytest.mark.parametrize(
+    ("of_rank", "refused"),
+    [(["GPU-a", "GPU-b"], ""), (["GPU-a", "GPU-b", "GPU-a"], "Ranks 0 and 2 share the device GPU-a")],
+)
+def test_two_ranks_on_one_device(of_rank: list[str], refused: str) -> None:
+    """Every rank ends with the same line: none waits for another."""
+    run_on_ranks(share_devices, of_rank, refused, world_size=len(of_rank))
 
 
 def test_memory_once_freed_is_used_again(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from dist_train.cli import main
 from dist_train.errors import LaunchError
-from dist_train.launch import is_alive
+from dist_train.launch import is_alive, output_of
 from dist_train.nodes import Nodes
+from dist_train.start import fit_name
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, ranks_of, run, started
 from support.ranks import run_forked
@@ -33,14 +36,15 @@ WAYS = {
 
 def test_every_way_to_start_gives_the_same(tmp_path: Path) -> None:
     """20 steps in float64, where nothing can hide behind rounding."""
-    for name, command in WAYS.items():
+    for way, command in WAYS.items():
+        name = fit_name(way)
         done = run(
             [*command, *SETTINGS, "-o", "train_for=20 steps", "-o", "dtype=float64", "--run-name", name],
             tmp_path, NPROC="2",
         )  # fmt: skip
         assert done.returncode == 0, (name, done.stdout, done.stderr)
         result = json.loads((tmp_path / "runs" / name / "result.json").read_text())
-        assert result["world_size"] == (1 if name in ("python", "accelerate, one process") else 2), name
+        assert result["world_size"] == (1 if way in ("python", "accelerate, one process") else 2), name
         assert result["test/seen"] == 10_000
         assert train_losses(tmp_path / "runs" / name) == pytest.approx(
             train_losses(tmp_path / "runs/python"), rel=1e-10
@@ -228,4 +232,31 @@ def test_start_from_weights_and_never(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "x" * 300, ""])
 def test_a_meeting_place_that_has_no_address(host: str) -> None:
     with pytest.raises(LaunchError, match=rf'--rdzv-endpoint={host}:1: "{host}" cannot be resolved'):
-        Nodes.parse("2", f"{host}:1")
+        Nodes.parse("2", f"{host}:1", 60.0)
+
+
+@pytest.mark.parametrize("command", [["launch", "--nproc=2"], ["train", "--nproc=2"]])
+def test_machines_that_are_asked_for_from_outside(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun would wait for them for ever; on each of them a training of its own would begin, were they left out."""
+    for name, value in {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "head"}.items():
+        monkeypatch.setenv(name, value)
+    said = CliRunner().invoke(main, [*command, "-c", "smoke", "--dry-run"])
+    assert said.exit_code == 2
+    assert "PET_NNODES=2 from outside" in said.output
+    assert "--nnodes=2 --rdzv-endpoint=head" in said.output
+    if command[0] == "launch":
+        assert CliRunner().invoke(main, [*command, "-c", "smoke", "--dry-run", "--nnodes=1"]).exit_code == 0
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])
+def test_scripts_for_one_machine_say_so(script: str, tmp_path: Path) -> None:
+    done = run([str(ROOT / "launch" / script), "-c", "smoke"], tmp_path, PET_NNODES="2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: PET_NNODES=2: this is for one machine.")
+
+
+def test_torchrun_gets_no_options_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PET_RDZV_ID", "x")
+    (tmp_path / "show.py").write_text("import os\nprint([name for name in os.environ if name.startswith('PET_')])\n")
+    assert output_of("show") == "[]\n"

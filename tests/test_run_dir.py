@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from dist_train import run_dir as module
 from dist_train.config_file import parse_config
+from dist_train.environment import REQUEUED
 from dist_train.errors import ConfigError, RunDirError
+from dist_train.nodes import make_room
 from dist_train.run_dir import RunDir
 from dist_train.small_files import to_json, write_json
 from support.run_files import contents
@@ -37,6 +40,7 @@ def attempt_of(path: Path) -> RunDir:
 
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from dist_train.config_file import parse_config
 from dist_train.run_dir import RunDir
@@ -128,6 +132,76 @@ def test_an_attempt_clears_the_end_of_the_one_before(run: RunDir) -> None:
     run.begin_attempt(CONFIG, wandb_id="x")
     assert not run.error.exists()
     assert not run.result.exists()
+
+
+# --- wishes of other shells --------------------------------------------------------------------------------------
+
+
+def wish(run: RunDir, age_s: float) -> None:
+    run.stop_wish.touch()
+    made = run.stop_wish.stat().st_mtime - age_s
+    os.utime(run.stop_wish, (made, made))
+
+
+def begin_a_minute_ago(path: Path) -> RunDir:
+    """Asked for then; what waits for a lock, a data set or other ranks begins its attempt late."""
+    made = RunDir(path)
+    made.begin_attempt(CONFIG, wandb_id="x", asked_at=time.perf_counter() - 60)
+    return made
+
+
+@pytest.mark.parametrize(("age_s", "holds"), [(30, True), (90, False)])
+def test_a_stop_holds_from_the_command_on(age_s: float, holds: bool, run: RunDir) -> None:
+    wish(run, age_s)
+    assert begin_a_minute_ago(run.path).stop_wish.exists() == holds
+
+
+@pytest.mark.parametrize(("age_s", "holds"), [(300, True), (900, False)])
+@pytest.mark.parametrize("how", ["queued again", "submitted", "restart.sh"])
+def test_a_stop_holds_from_before_the_command(
+    how: str, age_s: float, holds: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job since its submission, of a start after a start since that one was last heard of."""
+    if how != "restart.sh":
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    if how == "submitted":
+        write_json(run.slurm_json, {"job": "7"})
+    else:
+        run.begin_attempt(CONFIG, wandb_id="x")
+        monkeypatch.setenv("SLURM_RESTART_COUNT" if how == "queued again" else REQUEUED, "1")
+    for path in (run.slurm_json, run.status):
+        if path.exists():
+            os.utime(path, (path.stat().st_mtime - 600,) * 2)
+    wish(run, age_s)
+    assert begin_a_minute_ago(run.path).stop_wish.exists() == holds
+
+
+def test_a_stop_that_is_no_text_is_a_stop(run: RunDir) -> None:
+    run.stop_wish.write_bytes(b"\xff\xfe")
+    assert run.pop_wish(run.stop_wish) is not None
+    assert not run.stop_wish.exists()
+
+
+@pytest.mark.parametrize(("text", "stays"), [("", True), ("INTERRUPT", True), ("PREEMPTED\n", False)])
+def test_a_machine_that_joins_takes_its_own_stop_away(text: str, stays: bool, run: RunDir) -> None:
+    write_json(run.status, {"state": "PREEMPTED"})
+    run.stop_wish.write_text(text)
+    make_room(run)
+    assert run.stop_wish.exists() == stays
+
+
+# --- another run -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_checkpoints_is_free_for_another_run(run: RunDir) -> None:
+    """Which begins by itself: W&B would append it to the other, and drop what is behind its last step."""
+    run.begin_attempt(CONFIG, wandb_id="first")
+    run.set_status(state="TRAINING", step=7)
+    for settings, wandb_id in (({}, "first"), ({"seed": 1}, "second")):
+        later = RunDir(run.path)
+        later.begin_attempt(parse_config(settings), wandb_id="second")
+        status = later.read_status()
+        assert (status["wandb_id"], status["reached"]) == (wandb_id, 7 if wandb_id == "first" else 0)
 
 
 def test_another_config_is_refused_and_nothing_changes(run: RunDir) -> None:

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from dist_train.cli import main
 from dist_train.config_file import load_config
 from dist_train.errors import ConfigError
-from dist_train.sweep import Grid
+from dist_train.launch import begin_train
+from dist_train.sweep import Grid, Sweep
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, run, started
 from support.trainings import let_go
@@ -145,6 +146,23 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
     assert "1 of 2 runs are finished." in done.stdout
     assert "smoke-sweep-size=0: " in done.stdout
     assert "AssertionError" in done.stdout
+
+
+def test_its_runs_are_none_of_an_outer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "outer")
+    monkeypatch.setenv("WANDB_NAME", "outer")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # stands in for the training
+    (tmp_path / "python").write_text('#!/bin/bash\necho "${WANDB_RUN_ID-unset} ${WANDB_NAME-unset} $WANDB_RUN_GROUP"\n')
+    (tmp_path / "python").chmod(0o755)
+    assert begin_train([], tmp_path / "log", 1, "s").wait() == 0
+    assert (tmp_path / "log").read_text() == "unset unset s\n"
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", "-x"])
+def test_a_name_that_no_run_may_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--name="):
+        Sweep(Grid.of(name, "smoke", ["seed=[0]"]), tmp_path, jobs=1, nproc=None)
 
 
 def test_an_agent_of_wandb(tmp_path: Path) -> None:

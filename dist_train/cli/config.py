@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dist_train.cli.options import load, settings_options
+from dist_train.cli.options import load, look_up, settings_options
 
 
 @click.group()
@@ -37,10 +37,11 @@ def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[st
 @settings_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
 def config_validate(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...], nproc: int) -> None:
-    """Check a config, and that its batch can be shared out over N processes."""
+    """Check a config: that its net and data set are there, and that N processes can share its batch out."""
     from dist_train.plan import BatchPlan
 
     found = load(config_name, (*overrides, *settings))
+    look_up(found)
     plan = BatchPlan.fit(found.global_batch_size, found.per_device_batch_size, nproc)
     click.echo(
         f"{config_name} is fine: global batch {plan.global_batch_size} = {plan.per_device_batch_size} per device "

@@ -60,7 +60,7 @@ def _examine(config: Config) -> list[dict[str, str]] | None:
     runs_dir = parent_of_runs(config.runs_dir)
     mine = [*examine(config, runs_dir)]
     try:
-        world = World.join(config.model_copy(update={"stall_timeout_s": _MEET_S}))
+        world = World.join(config.model_copy(update={"setup_timeout_s": _MEET_S}))
         mine.append(exchange(world))
         world.check_shared(runs_dir.absolute())
     except (DistTrainError, RuntimeError) as error:  # the latter by gloo and NCCL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from dist_train.errors import ConfigError
 if TYPE_CHECKING:
     from dist_train.config import Config
     from dist_train.start import Start
+
+
+STARTED = time.perf_counter()  # this process
 
 
 class RunPath(click.Path):
@@ -70,8 +74,8 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
         ConfigError: no config, or one that is wrong.
     """
     from dist_train.config_file import load_config
-    from dist_train.environment import RUN_DIR
-    from dist_train.start import Start
+    from dist_train.environment import ASKED_AT, RUN_DIR
+    from dist_train.start import Start, check_name, parent_of_runs
 
     resume, name = options["resume"], options["config_name"]
     told = os.environ.get(RUN_DIR)
@@ -101,8 +105,12 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
         resume="never" if resume == "never" else "auto",
         init_from=options["init_from"],
         verbosity=-1 if options["quiet"] else int(options["verbose"]),
+        asked_at=float(os.environ.get(ASKED_AT, STARTED)),
     )
-    return load_config(name, overrides), start
+    config = load_config(name, overrides)
+    if start.run_name is not None:
+        check_name("--run-name", start.run_name, parent_of_runs(config.runs_dir))
+    return config, start
 
 
 def _holds_config(folder: Path) -> bool:
@@ -133,6 +141,15 @@ def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
     if name is None:
         raise ConfigError("No config. Name one with -c, for example -c mnist.")
     return load_config(name, overrides)
+
+
+def look_up(config: Config) -> None:
+    """See that net and data set are there, without making them."""
+    from dist_train.data import check_there
+    from dist_train.models import check_name
+
+    check_there(config.data)
+    check_name(config.model)
 
 
 def end_rank() -> None:

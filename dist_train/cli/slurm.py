@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import RunPath, arguments_of_train, print_table, resolve, start_options
+from dist_train.cli.options import RunPath, arguments_of_train, look_up, print_table, resolve, start_options
 from dist_train.errors import RunDirError
 
 if TYPE_CHECKING:
     from dist_train.batch_script import BatchScript
+    from dist_train.config import Config
     from dist_train.run_dir import RunDir
+    from dist_train.start import Start
 
 
 @click.group()
@@ -53,22 +55,27 @@ _OF_JOB = (
 )  # fmt: skip
 
 
-def _script(options: dict[str, Any], config_name: str) -> BatchScript:
+def _script(options: dict[str, Any], config: Config, start: Start) -> BatchScript:
     from dist_train.batch_script import BatchScript
 
     arguments = arguments_of_train(options)[1:]
     if options["run_name"]:
         arguments += (f"--run-name={options['run_name']}",)
     asked = {name: options[name] for name in _OF_JOB}
-    return BatchScript(arguments=arguments, job_name=config_name, python=sys.executable, **asked)
+    return BatchScript(
+        arguments=arguments,
+        job_name=start.config_name,
+        join_timeout_s=config.setup_timeout_s,
+        python=sys.executable,
+        **asked,
+    )
 
 
 @slurm.command()
 @_job_options
 def render(**options: Any) -> None:
     """Print the sbatch script that submit would hand in."""
-    _config, start = resolve(options)
-    click.echo(_script(options, start.config_name).render(), nl=False)
+    click.echo(_script(options, *resolve(options)).render(), nl=False)
 
 
 @slurm.command()
@@ -78,17 +85,18 @@ def submit(**options: Any) -> None:
     from dataclasses import replace
 
     from dist_train import slurm as cluster
-    from dist_train.environment import default_run_name
+    from dist_train.environment import lasting_run_name
     from dist_train.small_files import write_json
-    from dist_train.start import check_start, find_run_dir
+    from dist_train.start import check_start, find_run_dir, fit_name
     from dist_train.submission import check_partition, check_submission
 
     config, start = resolve(options)
-    script = _script(options, start.config_name)
+    script = _script(options, config, start)
     named = find_run_dir(config, start) if start.run_name or start.run_dir else None
     if named is not None and check_start(named, config, start, create=False):
         click.echo(f"{named.path} is finished already: nothing to do.")
         return
+    look_up(config)
     check_submission(script, config, named.read_status().get("save_s", 0.0) if named is not None else 0.0)
     check_partition(script, cluster.partitions())
     if options["dry_run"]:
@@ -96,9 +104,8 @@ def submit(**options: Any) -> None:
         return
     job = cluster.submit(script.render())
     if named is None:
-        named = find_run_dir(
-            config, replace(start, run_name=default_run_name(start.config_name, {"SLURM_JOB_ID": job}, ""))
-        )
+        as_the_job_finds_it = lasting_run_name(fit_name(start.config_name), {"SLURM_JOB_ID": job})
+        named = find_run_dir(config, replace(start, run_name=as_the_job_finds_it))
     named.create()
     (named.path / "job.sbatch").write_text(script.render())
     log = Path(script.log.replace("%x", script.job_name).replace("%j", job)).absolute()

@@ -29,12 +29,12 @@ def sweep(
     The same command again goes on with what is missing. At the end the runs are compared.
     """
     from dist_train.compare import compare, read_run
-    from dist_train.start import parent_of_runs
+    from dist_train.start import fit_name, parent_of_runs
     from dist_train.sweep import Grid, Sweep
 
     load(config_name)
     assert config_name is not None
-    name = name or f"{Path(config_name).stem}-sweep"
+    name = name or fit_name(f"{Path(config_name).stem}-sweep")
     grid = Grid.of(name, config_name, [*overrides, *settings])
     if lines:
         click.echo("\n".join(grid.lines()))

@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import arguments_of_train, end_rank, resolve, start_options
-from dist_train.errors import ConfigError
+from dist_train.cli.options import STARTED, arguments_of_train, end_rank, look_up, resolve, start_options
+from dist_train.errors import ConfigError, DistTrainError
 
 if TYPE_CHECKING:
     from dist_train.config import Config
     from dist_train.nodes import Nodes
     from dist_train.start import Start
     from dist_train.stop_request import StopRequest
-
-_STARTED = time.perf_counter()
-
 
 _simulating = click.option(
     "--simulate-world-size", type=click.IntRange(1, 4096), metavar="N",
@@ -41,7 +37,7 @@ def train(nproc: int | None, **options: Any) -> None:
 @start_options
 @_simulating
 @click.option("--nproc", type=click.IntRange(min=1), required=True, metavar="N", help="Processes on this machine.")
-@click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines that train together.")
+@click.option("--nnodes", metavar="N|MIN:MAX", show_default="1", help="Machines that train together.")
 @click.option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: one of them, the same for all.")
 @click.option(
     "--max-restarts",
@@ -83,10 +79,13 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
         raise ConfigError(f"--nproc={nproc} inside a world of {place.world_size} processes. Leave --nproc out.")
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or place.world_size)
     if options["dry_run"]:
+        look_up(config)
         click.echo(f"{to_yaml(config)}# {plan}")
     if nproc is not None:
         _launch(nproc, config, start, options)
     elif not options["dry_run"]:
+        if options["fast_dev_run"]:
+            os.environ["WANDB_MODE"] = "disabled"  # where it is set it would win over the settings
         _train_here(config, start, request)
 
 
@@ -94,14 +93,15 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
     """Everything that can be refused is refused here, before any process starts."""
     from dist_train.launch import LaunchSpec, start_ranks
     from dist_train.nodes import make_room
-    from dist_train.start import check_start, find_run_dir
+    from dist_train.start import check_start, find_run_dir, remove_if_unbegun
 
     nodes = _nodes(options, nproc, config)
-    run_dir = find_run_dir(config, start)
+    run_dir = find_run_dir(config, start, claim=not options["dry_run"])
     finished = check_start(run_dir, config, start, create=not options["dry_run"])
     spec = LaunchSpec(
         arguments=arguments_of_train(options),
         run_dir=run_dir,
+        asked_at=start.asked_at,
         nproc=nproc,
         nodes=nodes,
         max_restarts=options.get("max_restarts", 0),
@@ -117,7 +117,12 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
     if nodes is None:
         run_dir.lock()  # in use? then say so before any process starts
         run_dir.unlock()
-    sys.exit(start_ranks(spec))
+    try:
+        code = start_ranks(spec)
+    except DistTrainError:
+        remove_if_unbegun(run_dir, start)
+        raise
+    sys.exit(code)
 
 
 def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
@@ -125,7 +130,15 @@ def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
     from dist_train.nodes import Nodes
     from dist_train.plan import BatchPlan
 
-    text, endpoint = options.get("nnodes", "1"), options.get("rdzv_endpoint")
+    text, endpoint = options.get("nnodes"), options.get("rdzv_endpoint")
+    outside = os.environ.get("PET_NNODES") or "1"
+    if text is None and outside not in ("1", "1:1"):
+        raise ConfigError(
+            f"PET_NNODES={outside} from outside asks torchrun for several machines. Start with launch "
+            f"--nnodes={outside} --rdzv-endpoint={os.environ.get('PET_MASTER_ADDR') or 'HOST'}, or unset PET_NNODES to "
+            f"train on this machine alone."
+        )
+    text = text or "1"
     if text == "1" and endpoint is None:
         return None
     if endpoint is None or not options["run_name"]:
@@ -133,7 +146,7 @@ def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
             f"--nnodes={text} needs --rdzv-endpoint=HOST, where the machines meet, and --run-name=N, so that they "
             f"train one run: give both, the same on each."
         )
-    nodes = Nodes.parse(text, endpoint)
+    nodes = Nodes.parse(text, endpoint, config.setup_timeout_s)
     for number in range(nodes.at_least, nodes.at_most + 1):
         BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, number * nproc)
     return nodes
@@ -144,5 +157,5 @@ def _train_here(config: Config, start: Start, request: StopRequest) -> None:
 
     request.preempt_signal = signal.Signals[f"SIG{config.preempt_signal}"]
     with request:
-        run_attempt(config, start, request, _STARTED)
+        run_attempt(config, start, request, STARTED)
     end_rank()

@@ -80,6 +80,15 @@ class ImageFolder(Dataset[Any]):
         return ImageSet(images, self.labels, self.classes, self.names)
 
 
+def check_folder(root: Path) -> None:
+    """
+    Raises:
+        DataError: there is nothing to train on.
+    """
+    if not (root / "train").is_dir():
+        raise DataError(f"There is no folder {root / 'train'}. Set data.root to the folder that holds train/CLASS/*.")
+
+
 def load_image_folder(
     root: Path, image_size: int, resident: bool | None = None, ranks_per_node: int = 1
 ) -> dict[str, Examples]:
@@ -91,8 +100,7 @@ def load_image_folder(
     Raises:
         DataError: no train folder, no pictures, splits with different classes, a picture that cannot be decoded.
     """
-    if not (root / "train").is_dir():
-        raise DataError(f"There is no folder {root / 'train'}. Set data.root to the folder that holds train/CLASS/*.")
+    check_folder(root)
     found = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
     splits = {name: ImageFolder(folder, image_size) for name, folder in found.items()}
     for name, split in splits.items():
@@ -103,6 +111,8 @@ def load_image_folder(
         if not resident:
             sizes = f"{needed / 1e9:.1f} GB decoded, {(free or 0) / 1e9:.1f} GB free, {ranks_per_node} ranks per node"
             _log.info("%s is streamed: %s.", root, sizes)
+    if resident:
+        _log.info("decoding %d pictures of %s into memory", sum(map(len, splits.values())), root)
     return {name: split.in_memory() if resident else split for name, split in splits.items()}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_train.config import DataConfig, default_data_root
 from dist_train.data.child import in_child
 from dist_train.data.identity import Identity, identify
-from dist_train.data.image_folder import ImageFolder, load_image_folder
+from dist_train.data.image_folder import ImageFolder, check_folder, load_image_folder
 from dist_train.data.image_set import Examples, ImageSet, Part, num_examples, part_of
 from dist_train.data.named import load_named
 from dist_train.data.pixels import yields_pixels
@@ -21,7 +21,7 @@ from dist_train.data.settings import check_pixels, check_settings
 from dist_train.data.user import check_map_style, load_user_sets
 from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.seeding import derive_seed
-from dist_train.user_code import explained
+from dist_train.user_code import check_object, explained
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,27 @@ class Splits:
         return self.look.identity
 
 
+def check_there(config: DataConfig) -> None:
+    """See that the data set is there, as far as can be told without reading it. Code of the user as in `check_object`.
+
+    Raises:
+        ConfigError, DataError, UserCodeError: as `load_splits`.
+    """
+    check_settings(config)
+    if config.bundle is not None:
+        from dist_train.bundle import check_bundle
+
+        check_bundle(config.bundle, "bks_dataset.py", "UserDataset", "data.bundle")
+    elif ":" in config.name:
+        check_object(config.name)
+    elif config.image_size is not None:
+        check_folder(_root(config))
+
+
+def _root(config: DataConfig) -> Path:
+    return (config.root or default_data_root()).expanduser().absolute()
+
+
 def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Splits:
     """Training, validation and test examples, the same on every rank.
 
@@ -81,8 +102,7 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
         UserCodeError: the user's data set fails.
     """
     check_settings(config)
-    root = (config.root or default_data_root()).expanduser().absolute()
-    found = _load(config, root, ranks_per_node)
+    found = _load(config, _root(config), ranks_per_node)
     of_user = [split for split, examples in found.items() if not isinstance(examples, (ImageSet, ImageFolder))]
     # Where workers are to be forked, a set of the user stays as it was made, its length unasked: it may open a file.
     apart = of_user if config.num_workers else []

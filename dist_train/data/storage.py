@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dist_train.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 LOCK_NAME = ".dist_train.lock"
 LOCK_TIMEOUT_S = 1800.0  # another rank may be downloading half a gigabyte over a slow line
@@ -22,10 +25,14 @@ def locked(root: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(root / LOCK_NAME, timeout=LOCK_TIMEOUT_S)
+    lock = FileLock(root / LOCK_NAME)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.info("waiting for another process that fills %s", root)
+            lock.acquire(timeout=LOCK_TIMEOUT_S)
     except Timeout:
         raise DataError(
             f"Another process has held {root / LOCK_NAME} for {LOCK_TIMEOUT_S:.0f} s. "

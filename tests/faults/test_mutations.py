@@ -47,7 +47,8 @@ class Shell:
         error, what = found.exception, self._described(argv)
         assert error is None or isinstance(error, SystemExit), f"{what}: a traceback: {type(error).__name__}: {error}"
         assert "Traceback" not in found.output, what
-        assert found.exit_code in (0, 2), f"{what}: exit code {found.exit_code}: {found.output}"
+        # 1: no fault of the settings, but there is no net or data set of that name.
+        assert found.exit_code in (0, 1, 2), f"{what}: exit code {found.exit_code}: {found.output}"
         return found
 
     def is_refused(self, *argv: str, named: str) -> None:
@@ -425,7 +426,7 @@ def test_any_change_of_a_file_is_a_config_or_refused(
     row(
         "configs with 1 to 4 random edits",
         len(codes),
-        f"{codes.count(0)} still configs, {codes.count(2)} refused with 2",
+        f"{codes.count(0)} still configs, {len(codes) - codes.count(0)} refused",
     )
 
 
@@ -444,7 +445,7 @@ def test_any_command_line_is_understood_or_refused(
         assert shell.started == []
 
     check()
-    row("random command lines", len(codes), f"{codes.count(0)} understood, {codes.count(2)} refused with 2")
+    row("random command lines", len(codes), f"{codes.count(0)} understood, {len(codes) - codes.count(0)} refused")
 
 
 # --- in a process of its own -----------------------------------------------------------------------------------------

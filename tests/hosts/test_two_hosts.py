@@ -1,4 +1,4 @@
-"""Two machines without a scheduler: one is powered off, the other goes on; then both again."""
+"""Machines without a scheduler: one is powered off, the other goes on; then both again. And three at once."""
 
 from __future__ import annotations
 
@@ -78,3 +78,28 @@ def test_one_is_powered_off_and_comes_back(
     row(
         "the host is there again", "the run is asked to save and stop; all meet anew", f"train {back_s:.0f}", "0", exact
     )
+
+
+@pytest.mark.full
+def test_three_start_at_once_and_are_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may find each other at once, or make room for the one that is late. No start sweeps the STOP away."""
+    monkeypatch.chdir(tmp_path)
+    names = ["node1", "node2", "node3"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"HEAD": "node1", "NODES": "1:3", "NPROC": "1", "PATH": path}
+    held = ["model.name=support.user_nets:Gated", "model.args.slow_s=0.5", "train_for=400 steps"]
+    train = [str(ROOT / "launch/restart.sh"), *SETTINGS, *held, "global_batch_size=96", "--run-name=r"]
+    status = tmp_path / "runs/r/status.json"
+    with Hosts(tmp_path / "hosts", names) as hosts:
+        started = []
+        for name in names:
+            with (tmp_path / f"{name}.log").open("wb") as log:
+                started.append(subprocess.Popen(hosts.command(name, *train), env=env, stdout=log, stderr=log))
+        wait_until(
+            lambda: read_json(status).get("world_size") == 3 and read_json(status).get("step"), "training on three"
+        )
+        (tmp_path / "runs/r/STOP").touch()
+        codes = [process.wait() for process in started]
+        said = "\n".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
+    assert (codes, read_json(status)["state"]) == ([0, 0, 0], "INTERRUPT"), said
+    assert read_json(status)["step"] < 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,18 @@ def test_told_by_a_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path,
     end_well(cluster, again, run_dir, 2)
     as_undisturbed(run_dir)
     row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "submitted again: to the bit")
+
+
+def test_a_stop_for_a_job_that_waits(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is older than any process of the run, and holds."""
+    monkeypatch.chdir(tmp_path)
+    ours = [sys.executable, "-m", "dist_train", "slurm", "submit", "--launcher=srun", "--nproc=1", "--time=30"]
+    job = cluster.ask(*ours, "--partition=low", "--sbatch=--hold", "--run-name=r", *LONG).split()[1].rstrip(",")
+    run_dir = tmp_path / "runs/r"
+    (run_dir / "STOP").touch()
+    cluster.ask("scontrol", "release", job)
+    wait_until(lambda: ended(cluster, job, run_dir), "end")
+    assert (status_of(run_dir)["state"], status_of(run_dir)["step"]) == ("INTERRUPT", 1), log_of(run_dir)
 
 
 def test_one_member_of_an_array(
