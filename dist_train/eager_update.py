@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor, nn
 
 from dist_train.config import Config
-from dist_train.data.batches import Batches
+from dist_train.data.batches import Batch, Batches
 from dist_train.distributed import World
 from dist_train.generators import seeding_for
 from dist_train.metrics import Counts, Overflows
-from dist_train.objective import Objective, count_correct
+from dist_train.objective import Objective, count_correct, told
 from dist_train.optimizers import bare_step, build_optimizer
 from dist_train.plan import BatchPlan
 from dist_train.rehearsal import unchanged
@@ -64,8 +64,9 @@ class EagerUpdate:
         for micro_step in range(micro_steps):
             batch = self.batches.at(step, micro_step)
             self.seed_forward(step, micro_step)
-            with self.sync_gradients(when=micro_step == micro_steps - 1):
+            with self.sync_gradients(when=micro_step == micro_steps - 1), self.told(f"at step {step + 1}", batch):
                 output = self.objective.forward(self.model, batch.inputs)  # [B, K]
+                self.objective.check_labels(output, batch.labels)
                 loss = self.objective.loss(output, batch.targets)
                 # Micro-batches are equal parts of the rank's share, shares are equal and DDP averages them: the sum
                 # of the parts is the mean over the global batch.
@@ -76,6 +77,10 @@ class EagerUpdate:
         self.optimize()
         if self.overflows is not None and scale is not None:
             self.overflows.note_update(scale)
+
+    def told(self, when: str, batch: Batch) -> AbstractContextManager[None]:
+        """Errors of the net and its loss over `batch` as one line."""
+        return told(self.net, when, batch.indices, self.batches.examples)
 
     def seed_forward(self, step: int, micro_step: int) -> None:
         """Dropout and the like, of the net or of user code, as a function of where we are."""

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_train.config import Config, StepMode, WantedMode
-from dist_train.data.batches import Batches
-from dist_train.distributed import World, is_peer_failure
+from dist_train.data.batches import Batch, Batches, ResidentBatches
+from dist_train.distributed import World
 from dist_train.eager_update import EagerUpdate
 from dist_train.errors import UserCodeError
-from dist_train.hardware import is_out_of_memory
 from dist_train.objective import Objective
 from dist_train.optimizers import load_state
 from dist_train.plan import BatchPlan
 from dist_train.rehearsal import Update, rehearse, unchanged, worth_trying
 from dist_train.schedule import LearningRate
-from dist_train.user_code import explained
 from dist_train.whole_update import obstacle, prepare
 
 _log = logging.getLogger(__name__)
@@ -96,11 +94,18 @@ class Step:
                 batch = eager.batches.at(step, 0)
                 inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
                 eager.seed_forward(step, 0)
-                with explained(type(self.net).__name__, "failed on its first batch", unless=_not_of_the_net):
+                with eager.told("on its first batch", batch):
                     output = eager.objective.forward(eager.model, inputs)
+                    eager.objective.check(output, batch.targets)
                     eager.objective.loss(output, batch.targets).backward()
                 self.world.synchronize()
                 pass_s = time.perf_counter() - started
+        if isinstance(
+            eager.batches, ResidentBatches
+        ):  # all of them now: neither a graph nor a compiled step could tell
+            labels = eager.batches.labels
+            with eager.told("on its data", Batch(None, labels, torch.arange(len(labels)))):
+                eager.objective.check_labels(output, labels)
         eager.forget_gradients()
         self._choose_mode(step, wanted, pass_s)
         self.warm_up_s = time.perf_counter() - began
@@ -203,10 +208,6 @@ class Step:
             self._update, self.mode = update, mode
             _log.info("step_mode=%s: %s", mode, found)
         return why_not
-
-
-def _not_of_the_net(error: BaseException) -> bool:
-    return is_peer_failure(error) or is_out_of_memory(error)
 
 
 def _check_state(net: nn.Module) -> None:

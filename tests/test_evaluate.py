@@ -18,7 +18,7 @@ from dist_train.data.evaluation_batches import EvaluationBatches
 from dist_train.data.image_set import ImageSet
 from dist_train.data.pixels import Pixels
 from dist_train.distributed import World
-from dist_train.errors import DistTrainError, TrainingDiverged
+from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.evaluate import evaluate
 from dist_train.objective import Objective
 from dist_train.stop_request import StopRequest
@@ -148,7 +148,7 @@ def test_the_mode_is_as_before_also_after_an_error(training: bool, world: World)
     evaluate(net, batches(images(), world), Objective(net), world)
     assert net.training == training
     bad = ImageSet(torch.zeros(3, 2, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), ("a",))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserCodeError, match=r"Net failed in evaluation: .*test_evaluate\.py:\d+: RuntimeError: "):
         evaluate(net, batches(bad, world), Objective(net), world)
     assert net.training == training
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dist_train.config import DataConfig, default_data_root
 from dist_train.data.image_folder import load_image_folder
-from dist_train.data.image_set import Examples, ImageSet, num_examples, part_of
+from dist_train.data.image_set import Examples, ImageSet, example_at, num_examples, part_of
 from dist_train.data.named import load_named
 from dist_train.data.pixels import yields_pixels
 from dist_train.data.settings import check_pixels, check_settings
 from dist_train.data.user import check_map_style, load_user_sets
-from dist_train.errors import ConfigError, UserCodeError
+from dist_train.errors import ConfigError
 from dist_train.seeding import derive_seed
 
 
@@ -65,12 +65,7 @@ class Splits:
         if isinstance(self.train, ImageSet):
             image: Any = self.train.images[0]
         else:
-            try:
-                example = self.train[0]
-            except Exception as error:
-                raise UserCodeError(
-                    f"The first training example cannot be read: {type(error).__name__}: {error}."
-                ) from error
+            example = example_at(self.train, 0)
             image = example[0] if isinstance(example, (tuple, list)) and example else None
         if not isinstance(image, Tensor) or image.ndim != 3:
             return None
