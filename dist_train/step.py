@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from copy import deepcopy
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -92,7 +92,7 @@ class Step:
                 self.world.synchronize()
                 started = time.perf_counter()
                 batch = eager.batches.at(step, 0)
-                inputs = recursively_apply(torch.clone, batch.inputs)  # a net may change them in place
+                inputs = deepcopy(batch.inputs)  # a net may change them in place
                 eager.seed_forward(step, 0)
                 with eager.told("on its first batch", batch):
                     output = eager.objective.forward(eager.model, inputs)
