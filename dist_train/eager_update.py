@@ -11,7 +11,7 @@ from dist_train.data.batches import Batch, Batches
 from dist_train.distributed import World
 from dist_train.generators import seeding_for
 from dist_train.metrics import Counts, Overflows
-from dist_train.objective import Objective, count_correct, told
+from dist_train.objective import Objective, Told, count_correct
 from dist_train.optimizers import bare_step, build_optimizer
 from dist_train.plan import BatchPlan
 from dist_train.rehearsal import unchanged
@@ -78,9 +78,9 @@ class EagerUpdate:
         if self.overflows is not None and scale is not None:
             self.overflows.note_update(scale)
 
-    def told(self, when: str, batch: Batch) -> AbstractContextManager[None]:
+    def told(self, when: str, batch: Batch) -> Told:
         """Errors of the net and its loss over `batch` as one line."""
-        return told(self.net, when, batch.indices, self.batches.examples)
+        return Told(self.net, when, batch.indices, self.batches.examples)
 
     def seed_forward(self, step: int, micro_step: int) -> None:
         """Dropout and the like, of the net or of user code, as a function of where we are."""

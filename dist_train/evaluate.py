@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from dist_train.distributed import World
 from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.generators import seeding_for
 from dist_train.metrics import Counts
-from dist_train.objective import Objective, count_correct, told
+from dist_train.objective import Objective, Told, count_correct
 
 _log = logging.getLogger(__name__)
 
@@ -107,9 +106,9 @@ class _Sums:
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_waiting = 0  # numbers of outputs in there
 
-    def told(self, indices: Tensor) -> AbstractContextManager[None]:
+    def told(self, indices: Tensor) -> Told:
         """Errors of the net and its loss over these examples as one line."""
-        return told(self._net, "in evaluation", indices, self._examples)
+        return Told(self._net, "in evaluation", indices, self._examples)
 
     def add(self, output: Any, targets: Any, indices: Tensor) -> None:
         tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)

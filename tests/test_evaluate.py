@@ -153,6 +153,19 @@ def test_the_mode_is_as_before_also_after_an_error(training: bool, world: World)
     assert net.training == training
 
 
+def test_a_label_that_is_no_class_is_named_with_its_example(world: World) -> None:
+    """Batches are judged together: the example is not that of the last one."""
+    examples = images()
+    examples.labels[38] = 3
+    four = ImageSet(examples.images, examples.labels, ("a", "b", "c", "d"))
+
+    class Plain(Net):
+        metrics = None  # type: ignore[assignment]
+
+    with pytest.raises(UserCodeError, match="Example 38 of ImageSet has label 3, which is none of the 3 classes"):
+        evaluate(Plain(), batches(four, world), Objective(Plain()), world)
+
+
 class Drawing(Net):
     """Random in evaluation too, as a VAE is."""
 

@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_train.batching import ShardSampler
+from dist_train.config import DataConfig
+from dist_train.config_file import parse_config
+from dist_train.data.batches import training_batches
+from dist_train.data.image_set import ImageSet
+from dist_train.distributed import World
 from dist_train.errors import ConfigError, UserCodeError
-from dist_train.objective import Objective, count_correct, told
+from dist_train.objective import Objective, Told, count_correct
+from dist_train.plan import BatchPlan
+from dist_train.schedule import LearningRate
+from dist_train.step import Step
 
 
 class Net(nn.Module):
@@ -95,10 +104,10 @@ def test_what_does_not_fit_is_shown(output: Any, targets: Any, expected: str) ->
     objective = Objective(Plain())
     examples: Any = []
     indices = torch.tensor([3, 5, 7, 11, 13, 17])
-    with pytest.raises(UserCodeError, match=expected), told(Plain(), "at step 3", indices, examples):
+    with pytest.raises(UserCodeError, match=expected), Told(Plain(), "at step 3", indices, examples):
         objective.check(output, targets)
     if "gives float32" not in expected:  # of those there is a loss, though not one that anybody means
-        with pytest.raises(UserCodeError, match=expected), told(Plain(), "at step 3", indices, examples):
+        with pytest.raises(UserCodeError, match=expected), Told(Plain(), "at step 3", indices, examples):
             objective.loss(output, targets)
 
 
@@ -120,5 +129,21 @@ def test_labels_are_looked_at_where_the_host_has_them() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus.")])
 def test_what_is_not_the_nets_is_not_blamed_on_it(error: Exception) -> None:
-    with pytest.raises(type(error)), told(Plain(), "at step 3", LABELS, torch.zeros(6)):  # type: ignore[arg-type]
+    with pytest.raises(type(error)), Told(Plain(), "at step 3", LABELS, torch.zeros(6)):  # type: ignore[arg-type]
         raise error
+
+
+def test_all_labels_of_a_resident_set_are_looked_at_before_the_first_step(world: World) -> None:
+    """A compiled step, or a graph, could not tell of one that comes later."""
+    train = ImageSet(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.arange(40) % 3, ("a", "b", "c", "d"))
+    train.labels[17] = 3
+    plan = BatchPlan.fit(4, 4, 1)
+    sampler = ShardSampler(len(train), plan, 0, 0)
+    assert 17 not in sampler.indices(0)
+    batches = training_batches(train, sampler, DataConfig(), world.device, 0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    step = Step(
+        parse_config({"device": "cpu", "global_batch_size": 4}), world, net, batches, plan, LearningRate(0.1, 9)
+    )
+    with pytest.raises(UserCodeError, match="Example 17 of ImageSet has label 3, which is none of the 3 classes"):
+        step.warm_up(0)
