@@ -18,12 +18,13 @@ from dist_train.data.batches import Placing
 from dist_train.data.image_set import Examples, part_of
 from dist_train.data.loader import Made, loader_fault, loader_of, stream
 from dist_train.errors import DataError, UserCodeError
+from support.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
 
 
-class Made20(Dataset[Any]):
+class Twenty(Dataset[Any]):
     """Twenty examples; number 13 is as `odd` makes it."""
 
     def __init__(self, odd: Callable[[], Any], length: int = 20) -> None:
@@ -65,20 +66,20 @@ def corrupt() -> Any:
 @WORKERS
 def test_an_example_that_cannot_be_made_is_named(num_workers: int) -> None:
     here = __file__.replace(".", r"\.")
-    expected = rf"Example 13 of Made20 cannot be made: {here}:\d+: OSError: image file is truncated\."
-    assert re.fullmatch(expected, told(Made20(corrupt), num_workers))
+    expected = rf"Example 13 of Twenty cannot be made: {here}:\d+: OSError: image file is truncated\."
+    assert re.fullmatch(expected, told(Twenty(corrupt), num_workers))
 
 
 def test_it_is_named_as_its_own_set_counts_it() -> None:
     """Where validation was held out, another number is asked for."""
-    part = part_of(Made20(corrupt), torch.tensor([5, 6, 7, 13]))
-    assert told(part, indices=[0, 1, 2, 3]).startswith("Example 13 of Made20 cannot be made")
+    part = part_of(Twenty(corrupt), torch.tensor([5, 6, 7, 13]))
+    assert told(part, indices=[0, 1, 2, 3]).startswith("Example 13 of Twenty cannot be made")
 
 
 @WORKERS
 def test_a_length_that_is_too_large(num_workers: int) -> None:
-    said = told(Made20(lambda: (torch.zeros(1, 4, 4), 0), length=24), num_workers, indices=list(range(24)))
-    assert said.startswith("Example 20 of Made20 cannot be made: ")
+    said = told(Twenty(lambda: (torch.zeros(1, 4, 4), 0), length=24), num_workers, indices=list(range(24)))
+    assert said.startswith("Example 20 of Twenty cannot be made: ")
     assert said.endswith("Its len() is 24: more than it holds?")
 
 
@@ -94,17 +95,17 @@ def test_a_length_that_is_too_large(num_workers: int) -> None:
     ids=["another size", "nothing", "no tensor", "one more"],
 )
 def test_examples_that_make_no_batch_are_shown(odd: Callable[[], Any], form: str, num_workers: int) -> None:
-    expected = rf"Example 12 of Made20 is \(float32 \[1, 4, 4\], int\); Example 13 of Made20 is {form} \("
-    assert re.search(expected, told(Made20(odd), num_workers))
+    expected = rf"Example 12 of Twenty is \(float32 \[1, 4, 4\], int\); Example 13 of Twenty is {form} \("
+    assert re.search(expected, told(Twenty(odd), num_workers))
 
 
 def test_examples_that_are_alike_and_make_no_batch() -> None:
-    said = told(Made20(lambda: (object(), 0)), indices=[13])
-    assert "Example 13 of Made20 is (object, int) (default_collate: batch must contain tensors" in said
-    assert "give Made20 a method collate(batch)" in said
+    said = told(Twenty(lambda: (object(), 0)), indices=[13])
+    assert "Example 13 of Twenty is (object, int) (default_collate: batch must contain tensors" in said
+    assert "give Twenty a method collate(batch)" in said
 
 
-class Collated(Made20):
+class Collated(Twenty):
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         super().__init__(lambda: (torch.zeros(1, 4, 4), -1))
         self.collate = collate
@@ -126,7 +127,7 @@ def without_the_odd(targets: Callable[[Tensor], Any]) -> Callable[[list[Any]], A
 )
 def test_a_collate_that_leaves_examples_out_is_refused(targets: Callable[[Tensor], Any], num_workers: int) -> None:
     said = told(Collated(without_the_odd(targets)), num_workers)
-    assert "Made20" not in said
+    assert "Twenty" not in said
     assert said.startswith("Collated.collate made 3 targets of 4 examples (12, 13, 14, 15).")
 
 
@@ -165,7 +166,14 @@ def test_a_collate_that_fails_is_located(num_workers: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
 def test_a_worker_that_is_gone(number: int) -> None:
-    said = told(Made20(lambda: os.kill(os.getpid(), number)), num_workers=2)
+    run_on_ranks(lose_a_worker, number, world_size=1)  # a process of its own: torch raises from a signal's handler
+
+
+def lose_a_worker(number: int) -> None:
+    try:
+        said = told(Twenty(lambda: os.kill(os.getpid(), number)), num_workers=2)
+    except RuntimeError as error:  # of the handler, between two of our lines
+        said = str(loader_fault(error))
     assert "/dev/shm" in said
     assert "data.num_workers" in said
 

@@ -74,7 +74,7 @@ class _Batches(Dataset[Any]):
 
     def __init__(self, examples: Examples, seed: int) -> None:
         self._seeded = Seeded(examples, seed)
-        self._collate = Collate(examples)
+        self._collate = _Collate(examples)
 
     def __getitem__(self, keys: list[Key]) -> Made | DistTrainError:
         try:
@@ -144,7 +144,7 @@ def _faults_told() -> Iterator[None]:
         raise _too_many_files() from error
 
 
-class Collate:
+class _Collate:
     """The data set's own `collate(batch)`, else torch's, inside ours, which keeps the indices beside it."""
 
     def __init__(self, examples: Examples) -> None:
@@ -250,9 +250,7 @@ def _received(batches: Iterator[Made | DistTrainError]) -> Iterator[Made]:
             try:
                 raise made
             finally:
-                del (
-                    made
-                )  # else a cycle, error to frame to error, holds the workers, for each of which an exit waits 5 s
+                del made  # else error and frame would hold each other, and the workers: an exit waits 5 s for each
         yield made
 
 
@@ -263,8 +261,7 @@ def _begin(_worker: int) -> None:
 
 
 def _tell_parent(queue: Queue[Any], error: Exception, item: tuple[int, Any]) -> None:
-    """A batch could not be handed over, as its memory or files were not to be had. In its place goes why: by itself a
-    queue would print a traceback and drop it, and the parent wait for ever."""
+    """In place of a batch that could not be handed over, why: a queue by itself drops it, and the parent waits on."""
     number, _made = item
     try:
         with _faults_told():
