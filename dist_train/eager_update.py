@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import Config
-from dist_train.data.batches import Batches, Nudged
+from dist_train.data.batches import Batch, Batches, Nudged
 from dist_train.distributed import World
 from dist_train.generators import seeding_for
 from dist_train.metrics import Counts, Overflows
-from dist_train.objective import Objective, count_correct
+from dist_train.objective import Objective, Told, count_correct
 from dist_train.optimizers import bare_step, build_optimizer
 from dist_train.plan import BatchPlan
 from dist_train.rehearsal import unchanged
@@ -65,8 +65,9 @@ class EagerUpdate:
         for micro_step in range(micro_steps):
             batch = self.batches.at(step, micro_step)
             self.seed_forward(step, micro_step)
-            with self.sync_gradients(when=micro_step == micro_steps - 1):
+            with self.sync_gradients(when=micro_step == micro_steps - 1), self.told(f"at step {step + 1}", batch):
                 output = self.objective.forward(self.model, batch.inputs)  # [B, K]
+                self.objective.check_labels(output, batch.labels)
                 loss = self.objective.loss(output, batch.targets)
                 # Micro-batches are equal parts of the rank's share, shares are equal and DDP averages them: the sum
                 # of the parts is the mean over the global batch.
@@ -87,6 +88,10 @@ class EagerUpdate:
             self(step)
         finally:
             self.batches = exact
+
+    def told(self, when: str, batch: Batch) -> Told:
+        """Errors of the net and its loss over `batch` as one line."""
+        return Told(self.net, when, batch.indices, self.batches.examples)
 
     def seed_forward(self, step: int, micro_step: int) -> None:
         """Dropout and the like, of the net or of user code, as a function of where we are."""

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from dist_train.agreement import Agreement
 from dist_train.confusion import Confusion
 from dist_train.data.evaluation_batches import EvaluationBatches
+from dist_train.data.image_set import Examples
 from dist_train.distributed import World
 from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.generators import seeding_for
 from dist_train.metrics import Counts
-from dist_train.objective import Objective, count_correct
+from dist_train.objective import Objective, Told, count_correct
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def evaluate(
     world.broadcast([buffer for buffer in net.buffers() if buffer.numel()])
     was_training = net.training
     net.eval()
-    sums = _Sums(objective, world.device, confusion)
+    sums = _Sums(net, batches.examples, objective, world.device, confusion)
     seed_generators = seeding_for(net, training=False)
     stream = iter(batches)
     try:
@@ -55,8 +56,9 @@ def evaluate(
             batch = next(stream, None)  # a rank's shard may end a batch before the longest one
             if batch is not None:
                 seed_generators(batches.seed_of(batch))
-                with world.accelerator.autocast():
+                with sums.told(batch.indices), world.accelerator.autocast():
                     output = objective.forward(net, batch.inputs)
+                    objective.check_labels(output, batch.labels)
                 sums.add(output, batch.targets, batch.indices)
             if agreement is not None:
                 agreement.tick("evaluate")
@@ -96,13 +98,26 @@ def _check_accuracy(theirs: float, ours: float) -> None:
 class _Sums:
     """What a split's outputs come to. Small ones of a classifier are judged together: one operation instead of ten."""
 
-    def __init__(self, objective: Objective, device: torch.device, confusion: Confusion | None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        examples: Examples,
+        objective: Objective,
+        device: torch.device,
+        confusion: Confusion | None,
+    ) -> None:
+        self._net = net
+        self._examples = examples
         self._objective = objective
         self._device = device
         self._confusion = confusion
         self._counts: Counts | None = None  # until there was a batch
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_waiting = 0  # numbers of outputs in there
+
+    def told(self, indices: Tensor) -> Told:
+        """Errors of the net and its loss over these examples as one line."""
+        return Told(self._net, "in evaluation", indices, self._examples)
 
     def add(self, output: Any, targets: Any, indices: Tensor) -> None:
         tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)
@@ -126,7 +141,8 @@ class _Sums:
             self._judge(torch.cat(outputs), torch.cat(targets), torch.cat(indices))
 
     def _judge(self, output: Any, targets: Any, indices: Tensor) -> None:
-        loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
+        with self.told(indices):
+            loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
         counts = self._counts = self._counts or Counts(self._device, tuple(own))
         if tuple(own) != counts.names[3:]:
             raise UserCodeError(

@@ -75,6 +75,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
+def is_device_assert(error: BaseException) -> bool:
+    """Whether a kernel found an index that there is none of. The steps around it say nothing of which."""
+    return isinstance(error, RuntimeError) and "device-side assert" in str(error)
+
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of mallopt(3)
 
 

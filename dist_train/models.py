@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import random
 import re
 import textwrap
@@ -17,7 +18,7 @@ from torch import nn
 
 from dist_train.bundle import check_bundle, load_model_bundle
 from dist_train.config import ModelConfig
-from dist_train.errors import ConfigError, DistTrainError, UserCodeError
+from dist_train.errors import ConfigError, DataError, DistTrainError, UserCodeError
 from dist_train.nets import MODELS
 from dist_train.seeding import derive_seed
 from dist_train.user_code import accepted, check_arguments, check_object, closest, explained, load_object
@@ -147,6 +148,9 @@ def _torchvision(name: str, config: ModelConfig, known: Known) -> nn.Module:
         model: nn.Module = factory(**(offered | config.args))
     except (TypeError, ValueError) as error:
         raise _cannot_make(config, error) from error
+    except OSError as error:  # of the network, or of the cache
+        once = f"import torchvision; torchvision.models.get_model('{name}', weights='{config.args.get('weights')}')"
+        raise _cannot_fetch(config, error, once) from error
     path, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
     if isinstance(conv, nn.Conv2d) and conv.in_channels != channels:
         parent, _, leaf = path.rpartition(".")
@@ -193,10 +197,18 @@ def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
     needed = _needed(config, known, "in_channels", "num_classes")
     offered = {"in_chans": needed.get("in_channels"), "num_classes": needed.get("num_classes")}
     args: dict[str, Any] = {"pretrained": False, **offered, **config.args}
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.ERROR)  # without a network it tells of each of ten tries
     try:
         model: nn.Module = timm.create_model(name, **args)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _cannot_make(config, error) from error
+    except OSError as error:
+        once = f"import timm; timm.create_model('{name}', pretrained=True)"
+        raise _cannot_fetch(config, error, once) from error
+    finally:
+        hub.setLevel(before)
     return model
 
 
@@ -228,6 +240,14 @@ def _unknown(config: ModelConfig, prefix: str, names: list[str], where: str) -> 
 def _cannot_make(config: ModelConfig, error: Exception) -> DistTrainError:
     args = ", ".join(f"model.args.{key}={value}" for key, value in config.args.items()) or "no model.args"
     return ConfigError(f"model.name={config.name} cannot be made with {args}: {error}.")
+
+
+def _cannot_fetch(config: ModelConfig, error: OSError, once: str) -> DistTrainError:
+    return DataError(
+        f"The weights of model.name={config.name} could not be fetched ({type(error).__name__}: "
+        f"{' '.join(str(error).split()).rstrip('.')}). Where there is network, on a login node for example, run this "
+        f'once, and they lie in the cache: python -c "{once}"'
+    )
 
 
 # --- what depends on the world size ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,9 +12,48 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_train.data.image_set import Examples, form_of, name_of
+from dist_train.data.loader import loader_fault
+from dist_train.distributed import is_peer_failure
 from dist_train.errors import ConfigError, UserCodeError
+from dist_train.hardware import is_device_assert, is_out_of_memory
+from dist_train.user_code import explained
 
 _IGNORE_NOTHING = -(2**31)  # torch's own default, -100, would pass over such labels in silence
+_LABELS = (torch.int64, torch.uint8)  # that cross-entropy takes
+
+
+class Misfit(UserCodeError):
+    """Output and targets that cross-entropy cannot be taken of."""
+
+    def __init__(self, text: str, row: int | None = None) -> None:
+        super().__init__(text)
+        self.row = row  # of the micro-batch, if one is to blame
+
+
+class Told(AbstractContextManager[None]):
+    """What a net, its loss or cross-entropy raise over the examples at `indices` [B], in one line.
+
+    No generator: it is entered at each micro-step, and takes 0.6 us where that takes 2.
+    """
+
+    def __init__(self, net: nn.Module, when: str, indices: Tensor, examples: Examples) -> None:
+        self._net = net
+        self._when = when
+        self._indices = indices
+        self._examples = examples
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, Misfit) and error.row is not None:
+            raise UserCodeError(f"{name_of(self._examples, int(self._indices[error.row]))} has {error}") from error
+        if error is not None:
+            with explained(type(self._net).__name__, f"failed {self._when}", unless=_is_not_the_nets):
+                raise error
+
+
+def _is_not_the_nets(error: BaseException) -> bool:
+    faults = (is_peer_failure, is_out_of_memory, is_device_assert, loader_fault)
+    return any(is_fault(error) for is_fault in faults)
 
 
 class Objective:
@@ -23,6 +63,7 @@ class Objective:
     """
 
     def __init__(self, net: nn.Module, label_smoothing: float = 0.0) -> None:
+        self._name = type(net).__name__
         self._own_loss = getattr(net, "loss", None)
         self._own_metrics = getattr(net, "metrics", None)
         self._label_smoothing = label_smoothing
@@ -51,14 +92,62 @@ class Objective:
         """The mean loss over the micro-batch, [] (nats for cross-entropy)."""
         if self._own_loss is None:
             # Labels that are ignored would make the mean one over fewer examples, and micro-batches unequal parts.
-            return functional.cross_entropy(
-                output, targets, label_smoothing=self._label_smoothing, ignore_index=_IGNORE_NOTHING
-            )
+            try:
+                return functional.cross_entropy(
+                    output, targets, label_smoothing=self._label_smoothing, ignore_index=_IGNORE_NOTHING
+                )
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                self.check(output, targets)
+                raise
         loss = self._own_loss(output, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserCodeError(f"loss(output, target) must return one number, the mean over the batch; got {found}.")
         return loss.reshape(())
+
+    def check(self, output: Any, targets: Any) -> None:
+        """See that cross-entropy, where the net has no loss of its own, can be taken of these. Waits for the device.
+
+        Raises:
+            Misfit
+        """
+        if self._own_loss is not None:
+            return
+        fix = f"give {self._name} a method loss(output, target)"
+        if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[1] < 2:
+            raise Misfit(
+                f"{self._name} gives {form_of(output)}, and cross-entropy takes logits [B, K > 1]. Return the logits "
+                f"alone, or {fix}."
+            )
+        if isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == output.shape:
+            return  # probabilities of the classes
+        labels_of = [len(output), *output.shape[2:]]
+        if not isinstance(targets, Tensor) or targets.dtype not in _LABELS or list(targets.shape) != labels_of:
+            raise Misfit(
+                f"The targets are {form_of(targets)}, and cross-entropy over {form_of(output)} takes labels, int64 "
+                f"{labels_of}. Make them whole numbers in the data set, or {fix}."
+            )
+        self.check_labels(output, targets)
+
+    def check_labels(self, output: Any, labels: Tensor | None) -> None:
+        """See that these (of any shape) are of classes that the net tells apart. Waits for the device they are on.
+
+        Raises:
+            Misfit
+        """
+        if labels is None or self._own_loss is not None or not isinstance(output, Tensor):
+            return
+        if labels.dtype not in _LABELS or not labels.numel():
+            return
+        low, high = (int(end) for end in labels.aminmax())
+        classes = output.shape[1]
+        if low < 0 or high >= classes:
+            place = ((labels < 0) | (labels >= classes)).nonzero()[0].tolist()
+            raise Misfit(
+                f"label {int(labels[tuple(place)])}, which is none of the {classes} classes that {self._name} tells "
+                f"apart: 0 to {classes - 1}. Number them from 0, or give the net more outputs.",
+                row=place[0],
+            )
 
     def metrics(self, output: Any, targets: Any) -> dict[str, float]:
         """The net's own metrics, means over the micro-batch. Evaluation only: they may wait for the device."""

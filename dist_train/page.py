@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import logging
 from collections.abc import Sequence
 
 from dist_train.charts import AXES, learning_curves
-from dist_train.compare import Table, Trained, value_of
+from dist_train.compare import Axis, Table, Trained, value_of
+from dist_train.errors import DistTrainError
 
+_log = logging.getLogger(__name__)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -20,19 +23,25 @@ td.best { font-weight: 700; background: #e6f4e6; } img { max-width: 100%; }
 
 
 def to_page(runs: Sequence[Trained], tables: Sequence[Table]) -> str:
-    """The tables, and the curves over each axis. In a cell's `data-value` its number in full."""
+    """The tables, and the curves over each axis if they can be drawn. In a cell's `data-value` its number in full."""
     title = f"{len(runs)} runs" if len(runs) > 1 else runs[0].name
     parts = [_table(table) for table in tables]
-    for axis in AXES:
-        picture = base64.b64encode(learning_curves(runs, axis)).decode()
-        name = f"Learning curves over {axis}"
-        parts.append(f'<h2>{name}</h2>\n<img alt="{name}" src="data:image/png;base64,{picture}">')
+    try:
+        parts += [_curves(runs, axis) for axis in AXES]
+    except DistTrainError as error:  # matplotlib is not installed
+        _log.warning("The page has no curves. %s", error)
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<title>{html.escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _curves(runs: Sequence[Trained], axis: Axis) -> str:
+    picture = base64.b64encode(learning_curves(runs, axis)).decode()
+    name = f"Learning curves over {axis}"
+    return f'<h2>{name}</h2>\n<img alt="{name}" src="data:image/png;base64,{picture}">'
 
 
 def _table(table: Table) -> str:

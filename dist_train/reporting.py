@@ -10,11 +10,12 @@ from typing import TextIO
 
 from dist_train import watchdog
 from dist_train.config import Config
+from dist_train.data.loader import loader_fault
 from dist_train.distributed import end_process, first_line, is_peer_failure, is_timeout
 from dist_train.environment import Place
 from dist_train.error_file import note_error
-from dist_train.errors import DistTrainError, OutOfMemory, PeerLost
-from dist_train.hardware import is_out_of_memory
+from dist_train.errors import DistTrainError, OutOfMemory, PeerLost, UserCodeError
+from dist_train.hardware import is_device_assert, is_out_of_memory
 from dist_train.plan import BatchPlan
 from dist_train.post_mortem import how_to_go_on, says_enough
 from dist_train.run_dir import RunDir
@@ -81,7 +82,12 @@ class Reporting:
             if is_timeout(error):
                 return PeerLost(f"Another rank did not answer within {self.waits}: it hangs, or is much slower.")
             return PeerLost("Another rank is gone and left no error of its own: killed, or its node is lost?")
-        return error
+        if is_device_assert(error):
+            return UserCodeError(
+                "A kernel found an index out of range: most often a label that is none of the net's classes, or a word "
+                "beyond an embedding. Start again with device=cpu, which names the example."
+            )
+        return loader_fault(error) or error
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         config, size = self._config, self.place.world_size

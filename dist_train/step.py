@@ -13,18 +13,16 @@ from torch import Tensor, nn
 
 from dist_train.averaging import AveragedNet
 from dist_train.config import Config, StepMode, WantedMode
-from dist_train.data.batches import Batches
-from dist_train.distributed import World, is_peer_failure
+from dist_train.data.batches import Batch, Batches, ResidentBatches
+from dist_train.distributed import World
 from dist_train.eager_update import EagerUpdate
 from dist_train.errors import UserCodeError
-from dist_train.hardware import is_out_of_memory
 from dist_train.objective import Objective
 from dist_train.observation import Observation
 from dist_train.optimizers import load_state
 from dist_train.plan import BatchPlan
 from dist_train.rehearsal import Update, rehearse, worth_trying
 from dist_train.schedule import LearningRate
-from dist_train.user_code import explained
 from dist_train.weights import load_into
 from dist_train.whole_update import obstacle, prepare
 
@@ -99,16 +97,18 @@ class Step:
             # Code of the user may change what it is given, which the first step is given again.
             inputs, targets = deepcopy((batch.inputs, batch.targets))
             eager.seed_forward(step, 0)
-            with (
-                explained(type(self.net).__name__, "failed on its first batch", unless=_not_of_the_net),
-                self.observed.of_a_pass(),
-            ):
+            with eager.told("on its first batch", batch), self.observed.of_a_pass():
                 output = eager.objective.forward(eager.model, inputs)
+                eager.objective.check(output, targets)
                 eager.objective.loss(output, targets).backward()
             self.world.synchronize()
             pass_s = time.perf_counter() - started
             self._check_gradients()
         self.observed.of_a_loss(eager.objective, output, batch.targets, len(batch))
+        if isinstance(eager.batches, ResidentBatches):  # all of them now: a graph or a compiled step could not tell
+            labels = eager.batches.labels
+            with eager.told("on its data", Batch(None, labels, torch.arange(len(labels)))):
+                eager.objective.check_labels(output, labels)
         eager.forget_gradients()
         self._choose_mode(step, wanted, pass_s)
         self.warm_up_s = time.perf_counter() - began
@@ -231,10 +231,6 @@ class Step:
             self._update, self.mode = update, mode
             _log.info("step_mode=%s: %s", mode, found)
         return why_not
-
-
-def _not_of_the_net(error: BaseException) -> bool:
-    return is_peer_failure(error) or is_out_of_memory(error)
 
 
 def _check_state(net: nn.Module) -> None:

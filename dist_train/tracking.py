@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
-from dist_train.config import Config, TrackingConfig
+from dist_train.config import Config, TrackingConfig, cache_stand_in
 from dist_train.distributed import first_line
 from dist_train.errors import DistTrainError, RunDirError
 from dist_train.manifest import MODEL, best, manifests
@@ -211,6 +211,8 @@ def start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Si
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
+    if (cache := cache_stand_in()) is not None:  # W&B would print its log where it cannot write it
+        os.environ.setdefault("WANDB_CACHE_DIR", str(cache / "wandb"))
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's own telemetry, which may fail
     import wandb
     from accelerate.tracking import WandBTracker

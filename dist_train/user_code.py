@@ -159,14 +159,19 @@ def explained(label: str, what: str, unless: Callable[[BaseException], bool] = l
         yield
     except DistTrainError:
         raise
-    except SyntaxError as error:
-        where = f"{error.filename}:{error.lineno}" if error.filename else "its source"
-        raise UserCodeError(f"{label} {what}: {where}: {type(error).__name__}: {error.msg}.") from error
     except (Exception, SystemExit) as error:  # SystemExit: a script without `if __name__ == "__main__"`
         if unless(error):
             raise
-        text = f"{type(error).__name__}: {error}".rstrip(".")
-        raise UserCodeError(f"{label} {what}: {_where(error)}: {text}.") from error
+        raise explanation(f"{label} {what}", error) from error
+
+
+def explanation(what: str, error: BaseException, hint: str = "") -> UserCodeError:
+    """One line that begins with `what`, says where in the user's code `error` was raised, and ends with `hint`."""
+    if isinstance(error, SyntaxError):
+        where, text = f"{error.filename}:{error.lineno}" if error.filename else "its source", error.msg
+    else:
+        where, text = _where(error), " ".join(str(error).split())
+    return UserCodeError(f"{what}: {where}: {f'{type(error).__name__}: {text}'.rstrip('.')}.{hint}")
 
 
 def _where(error: BaseException) -> str:

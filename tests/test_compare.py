@@ -273,14 +273,22 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     assert "&lt;b&gt;&amp;|x" in page
 
 
-def test_no_matplotlib_is_said(folder: Path, tmp_path: Path) -> None:
+def test_without_matplotlib_the_rest_is_written(folder: Path, tmp_path: Path) -> None:
+    """The page without its curves; and each thing that cannot be is said."""
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    files = [tmp_path / name for name in ("a.png", "b.html", "c.csv")]
     done = subprocess.run(
-        [sys.executable, "-m", "dist_train", "runs", "compare", folder / "live", "--out", tmp_path / "x.png"],
+        [sys.executable, "-m", "dist_train", "runs", "compare", folder / "live", *(f"--out={file}" for file in files)],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 1
-    assert 'pip install "dist-train[plot]"' in done.stderr
+    no_curves, not_written = done.stderr.splitlines()
+    assert no_curves.startswith("The page has no curves. ")
+    assert not_written.startswith(f"error: {files[0]} was not written. ")
+    assert all('pip install "dist-train[plot]"' in line for line in (no_curves, not_written))
+    assert [file.exists() for file in files] == [False, True, True]
+    assert "<table>" in files[1].read_text()
+    assert "<img" not in files[1].read_text()
 
 
 def test_a_run_that_goes_on_is_summarised(folder: Path) -> None:

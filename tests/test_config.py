@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dist_train.config import default_data_root
+from dist_train.config import default_data_root, user_cache
 from dist_train.config_file import bundled_configs, find_config, load_config, parse_config, to_yaml
 from dist_train.errors import ConfigError
 from dist_train.schedule import Duration
@@ -110,6 +112,43 @@ def test_default_data_root(env: dict[str, str], expected: str, monkeypatch: pyte
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert default_data_root() == Path(expected)
+
+
+def test_a_home_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Caches are temporary then, with one line, unless the user chose the place; data that lie there are read."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    for name in ("DIST_TRAIN_DATA_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert (user_cache(), default_data_root()) == (tmp_path / "home/.cache/dist_train",) * 2
+    (tmp_path / "home").write_text("no folder")
+    found = {user_cache(), default_data_root()}
+    assert [path.parent for path in found] == [tmp_path / "tmp"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path / 'home/.cache/dist_train'} cannot be written: caches go to {tmp_path / 'tmp'}/")
+    (tmp_path / "home").unlink()
+    (tmp_path / "home/.cache/dist_train").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    assert user_cache().parent == tmp_path / "tmp"
+    assert default_data_root() == tmp_path / "home/.cache/dist_train"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "chosen"))
+    assert user_cache() == tmp_path / "chosen/dist_train"
+
+
+def test_nobody_else_gets_at_the_temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name can be guessed: a link that somebody else has put there is not followed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"dist_train-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    found = user_cache()
+    assert found.resolve().parent == tmp_path
+    assert found.stat().st_mode & 0o077 == 0
 
 
 # --- which settings decide the result ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from dist_train.config import DataConfig, Normalize
 from dist_train.data import Examples, ImageSet, load_splits, num_examples
@@ -99,6 +99,49 @@ def test_pictures_become_what_torchvision_makes_of_them(
     path = picture(tmp_path / "x.png", size, mode)
     chain = [transforms.Resize(16), transforms.CenterCrop(16), transforms.PILToTensor()]
     assert decode(path, 16).equal(transforms.Compose(chain)(Image.open(path).convert("RGB")))
+
+
+def test_what_is_transparent_is_white(tmp_path: Path) -> None:
+    """Whatever the format keeps it by; half transparent is half of it, and what is not at all keeps its bits."""
+    ink = NUMBERS.integers(0, 2, (8, 8), dtype=np.uint8) * 255  # black, or nothing at all
+    on_white = torch.from_numpy(255 - ink).expand(3, 8, 8)
+    alpha = Image.fromarray(ink)
+    black = Image.new("L", (8, 8))
+    pictures = {"la.png": Image.merge("LA", (black, alpha)), "rgba.webp": Image.merge("RGBA", (black,) * 3 + (alpha,))}
+    pictures["p.png"] = pictures["p.gif"] = Image.fromarray(ink // 255, "P")  # of two colours one is none
+    pictures["p.png"].putpalette([200, 100, 0, 0, 0, 0])
+    for name, made in pictures.items():
+        made.save(tmp_path / name, **({"transparency": 0} if made.mode == "P" else {"lossless": True}))
+        assert decode(tmp_path / name, 8).equal(on_white), name
+        assert decode(tmp_path / name, 8, channels=1).equal(on_white[:1]), name
+    half = Image.new("RGBA", (8, 8), (0, 0, 255, 128))
+    half.save(tmp_path / "half.png")
+    assert decode(tmp_path / "half.png", 8)[:, 0, 0].tolist() == [127, 127, 255]
+    opaque = Image.open(picture(tmp_path / "opaque.png", (8, 8))).convert("RGBA")
+    opaque.save(tmp_path / "alpha.png")
+    assert decode(tmp_path / "alpha.png", 8).equal(decode(tmp_path / "opaque.png", 8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_picture_is_upright(orientation: int, mode: str, tmp_path: Path) -> None:
+    """As PIL's own function for it says, in any format."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    plain = Image.open(picture(tmp_path / "plain.png", (9, 6), "RGB")).convert(mode)
+    for name in ("turned.png", "turned.webp", "turned.tiff"):
+        plain.save(tmp_path / name, exif=exif, lossless=True)
+        ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB").save(tmp_path / "upright.png")
+        assert decode(tmp_path / name, 6).equal(decode(tmp_path / "upright.png", 6)), name
+    assert decode(tmp_path / "turned.png", 6).equal(decode(tmp_path / "plain.png", 6)) == (orientation == 1)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_data_are_no_broken_picture(tmp_path: Path) -> None:
+    drawn = Image.open(picture(tmp_path / "drawn.png"))
+    drawn.save(tmp_path / "none.jpg")
+    drawn.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode(tmp_path / "broken.jpg", 6).equal(decode(tmp_path / "none.jpg", 6))
 
 
 def test_without_val_folder_the_test_folder_validates(root: Path) -> None:

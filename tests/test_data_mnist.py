@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from dist_train.config import DataConfig
-from dist_train.data import ImageSet, load_splits
+from dist_train.data import ImageSet, load_splits, named
 from dist_train.data import bundled_mnist as module
 from dist_train.data.bundled_mnist import FILES, MARKER_NAME, unpack_mnist
 from dist_train.errors import DataError
@@ -239,3 +239,23 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     assert lines[0].startswith(f"DataError Cannot write to {root}: No space left on device (55.0 MB to write, ")
     free_mb = float(lines[0].split(" MB to write, ")[1].split(" MB free")[0])
     assert free_mb > 20  # the half-written file is gone again
+
+
+def test_where_the_default_root_cannot_be_written_the_package_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(root: Path) -> Path:
+        if root == tmp_path / "cache/dist_train":
+            raise DataError(f"Cannot write to {root}")
+        return unpack_mnist(root)
+
+    monkeypatch.setattr(named, "unpack_mnist", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "cache/dist_train"))
+    with pytest.raises(DataError, match="Cannot write to"):  # it was named
+        load_splits(DataConfig(), seed=0)
+    monkeypatch.delenv("DIST_TRAIN_DATA_DIR")
+    found = load_splits(DataConfig(), seed=0).train
+    assert isinstance(found, ImageSet)
+    assert len(found) == 60_000
+    assert list(tmp_path.iterdir()) == []

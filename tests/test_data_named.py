@@ -31,6 +31,8 @@ from dist_train.data.catalog import EMNIST_CLASSES, SETS
 from dist_train.data.named import load_named
 from dist_train.errors import ConfigError, DataError
 from dist_train.vision import import_torchvision
+from support.processes import DIST_TRAIN
+from support.ranks import run_forked
 
 NUMBERS = np.random.default_rng(0)
 IDX_SETS = [
@@ -309,6 +311,51 @@ def test_archives_that_were_put_there_by_hand_are_used(
     assert {path.name: path.read_bytes() for path in raw.iterdir() if path.suffix != ".gz"} == contents
     assert len(list(raw.glob("*.gz"))) == 4
     assert not any(path.is_symlink() for path in raw.iterdir())
+
+
+@pytest.mark.usefixtures("no_network")
+def test_archives_packed_in_another_way_are_taken_and_their_checksum_named(
+    tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    contents = fashion_archives(raw, theirs, monkeypatch)
+    name = "t10k-labels-idx1-ubyte"
+    other = gzip.compress(contents[name], compresslevel=1, mtime=7)
+    (raw / f"{name}.gz").write_bytes(other)
+    train, test = load_named("fashion_mnist", tmp_path, None)
+    assert (len(train), len(test)) == (5, 5)
+    assert {path.name: path.read_bytes() for path in raw.iterdir() if path.suffix != ".gz"} == contents
+    assert (raw / f"{name}.gz").read_bytes() == other
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"{raw / name}.gz is a good archive" in warning
+    assert hashlib.md5(other).hexdigest() in warning
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("damaged", [b"", b"no archive", gzip.compress(b"no IDX file"), gzip.compress(b"x" * 99)[:-20]])
+def test_a_damaged_archive_is_not_taken(
+    damaged: bytes, tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    fashion_archives(raw, theirs, monkeypatch)
+    (raw / "train-labels-idx1-ubyte.gz").write_bytes(damaged)
+    point_to("http://127.0.0.1:1/", theirs, monkeypatch)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(DataError, match="could not be downloaded"):
+        fetch("fashion_mnist", tmp_path)
+    assert {path.suffix for path in raw.iterdir()} == {".gz"}
+    assert (raw / "train-labels-idx1-ubyte.gz").read_bytes() == damaged
+
+
+def test_fetching_says_what_was_taken_and_where_it_lies(tmp_path: Path) -> None:
+    command = [*DIST_TRAIN, "data", "fetch", "mnist", "--root", str(tmp_path / "data")]
+    done = run_forked(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    raw = tmp_path / "data/MNIST/raw"
+    lines = done.stdout.splitlines()
+    assert f"Unpacked {raw / 'train-images-idx3-ubyte'}." in lines
+    assert lines[-1] == f"mnist is in {raw}: 4 files, 55.0 MB"
+    assert run_forked(command, tmp_path).stdout.splitlines() == lines[-1:]
 
 
 @pytest.mark.usefixtures("no_network")

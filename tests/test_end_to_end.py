@@ -215,7 +215,10 @@ def test_averaged_weights_are_evaluated_with_their_own_loss(tmp_path: Path) -> N
             {"model": {"name": "support.user_nets:Extra"}},
             r"Extra\.state_dict\(\) holds _extra_state, which is no tensor",
         ),
-        ({"data": {"name": "support.user_nets:negative"}}, "Target -100 is out of bounds"),
+        (
+            {"data": {"name": "support.user_nets:negative"}},
+            "Example 3 of ImageSet has label -100, which is none of the 10 classes that Mlp",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dist_train.data.evaluation_batches import EvaluationBatches
 from dist_train.data.image_set import ImageSet
 from dist_train.data.pixels import Pixels
 from dist_train.distributed import World
-from dist_train.errors import DistTrainError, TrainingDiverged
+from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.evaluate import evaluate
 from dist_train.objective import Objective
 from dist_train.stop_request import StopRequest
@@ -148,9 +148,22 @@ def test_the_mode_is_as_before_also_after_an_error(training: bool, world: World)
     evaluate(net, batches(images(), world), Objective(net), world)
     assert net.training == training
     bad = ImageSet(torch.zeros(3, 2, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), ("a",))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserCodeError, match=r"Net failed in evaluation: .*test_evaluate\.py:\d+: RuntimeError: "):
         evaluate(net, batches(bad, world), Objective(net), world)
     assert net.training == training
+
+
+def test_a_label_that_is_no_class_is_named_with_its_example(world: World) -> None:
+    """Batches are judged together: the example is not that of the last one."""
+    examples = images()
+    examples.labels[38] = 3
+    four = ImageSet(examples.images, examples.labels, ("a", "b", "c", "d"))
+
+    class Plain(Net):
+        metrics = None  # type: ignore[assignment]
+
+    with pytest.raises(UserCodeError, match="Example 38 of ImageSet has label 3, which is none of the 3 classes"):
+        evaluate(Plain(), batches(four, world), Objective(Plain()), world)
 
 
 class Drawing(Net):

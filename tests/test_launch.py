@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -188,7 +189,8 @@ def test_the_first_failing_rank_is_the_one_shown(tmp_path: Path) -> None:
     net = ["model.name=support.user_nets:Failing", "model.args.call=30", "model.args.rank=1"]
     done = run([*DIST_TRAIN, "launch", "--nproc", "2", *SETTINGS, "--run-name", "x", *net], tmp_path)
     assert done.returncode == 1
-    assert "no such digit" in done.stderr
+    assert re.search(r"Failing failed at step \d+: .*/user_nets\.py:\d+: ValueError: no such digit\.", done.stderr)
+    assert "Traceback" not in done.stdout + done.stderr
     assert "[rank 1 on " in done.stderr
     assert "Connection closed" not in done.stderr
     assert alive(tmp_path) == []

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.config import ModelConfig
-from dist_train.errors import ConfigError, UserCodeError
+from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.models import build_model, not_invariant
 from dist_train.nets import MODELS
 from dist_train.vision import import_torchvision
@@ -234,6 +234,23 @@ def test_timm() -> None:
     pytest.importorskip("timm")
     model = build("timm:test_vit", num_classes=7, args={"img_size": 28, "patch_size": 7})
     assert model(torch.rand(2, 1, 28, 28)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
+def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised without a network: hub's LocalEntryNotFoundError and urllib's URLError, each an OSError."""
+    timm = pytest.importorskip("timm")
+
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError("An error happened while trying to locate the file.\nPlease check your connection.")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    args = {"pretrained": True} if name.startswith("timm") else {"weights": "IMAGENET1K_V1", "num_classes": 1000}
+    said = fails(DataError, name, args=args)
+    assert f"The weights of model.name={name} could not be fetched (FileNotFoundError: An error" in said
+    assert "\n" not in said
+    assert said.endswith('True)"' if name.startswith("timm") else """weights='IMAGENET1K_V1')\"""")
 
 
 def test_timm_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

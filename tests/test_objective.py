@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_train.batching import ShardSampler
+from dist_train.config import DataConfig
+from dist_train.config_file import parse_config
+from dist_train.data.batches import training_batches
+from dist_train.data.image_set import ImageSet
+from dist_train.distributed import World
 from dist_train.errors import ConfigError, UserCodeError
-from dist_train.objective import Objective, count_correct
+from dist_train.objective import Objective, Told, count_correct
+from dist_train.plan import BatchPlan
+from dist_train.schedule import LearningRate
+from dist_train.step import Step
 
 
 class Net(nn.Module):
@@ -74,3 +83,80 @@ def test_inputs_are_passed_as_the_net_takes_them() -> None:
     pair = [torch.ones(2), torch.ones(2)]
     assert Objective(TwoInputs()).forward(TwoInputs(), pair).tolist() == [2, 2]
     assert Objective(Net()).forward(Net(), pair) is pair
+
+
+# --- what cross-entropy cannot be taken of -----------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+LOGITS, LABELS = torch.zeros(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("output", "targets", "expected"),
+    [
+        ((LOGITS, LOGITS), LABELS, r"Plain gives \(float32 \[6, 4\], float32 \[6, 4\]\), and .* takes logits \[B, K"),
+        (torch.zeros(6, 1), LABELS * 0, r"Plain gives float32 \[6, 1\]"),
+        (torch.zeros(6), torch.zeros(6), r"Plain gives float32 \[6\]"),
+        (LOGITS, LABELS.double(), r"The targets are float64 \[6\], and .* takes labels, int64 \[6\]"),
+        (LOGITS, LABELS.int(), r"The targets are int32 \[6\]"),
+        (LOGITS, LABELS[:, None], r"The targets are int64 \[6, 1\]"),
+        (LOGITS, {"label": LABELS}, r"The targets are {label: int64 \[6\]}"),
+        (LOGITS, torch.tensor([0, 1, 2, 3, 4, 0]), "Example 13 of list has label 4, which is none of the 4 classes"),
+        (LOGITS, torch.tensor([0, 1, 2, 3, 4, -1]), "Example 13 of list has label 4"),
+        (torch.zeros(6, 4, 2), torch.full((6, 2), 3).index_fill(0, torch.tensor(4), -2), "Example 13 .* label -2"),
+    ],
+    ids=["tuple", "one output", "no batch", "floats", "int32", "a column", "dict", "label", "two labels", "pixels"],
+)
+def test_what_does_not_fit_is_shown(output: Any, targets: Any, expected: str) -> None:
+    """Where it is looked for before the first loss; and where the loss failed, if it does."""
+    objective = Objective(Plain())
+    examples: Any = []
+    indices = torch.tensor([3, 5, 7, 11, 13, 17])
+    with pytest.raises(UserCodeError, match=expected), Told(Plain(), "at step 3", indices, examples):
+        objective.check(output, targets)
+    if "gives float32" not in expected:  # of those there is a loss, though not one that anybody means
+        with pytest.raises(UserCodeError, match=expected), Told(Plain(), "at step 3", indices, examples):
+            objective.loss(output, targets)
+
+
+def test_what_fits_is_taken() -> None:
+    for output, targets in ((LOGITS, LABELS), (LOGITS, LABELS.to(torch.uint8)), (LOGITS, LOGITS.softmax(1)),
+                            (torch.zeros(6, 4, 2), torch.zeros(6, 2, dtype=torch.int64))):  # fmt: skip
+        Objective(Plain()).check(output, targets)
+        assert Objective(Plain()).loss(output, targets).isfinite()
+    Objective(Net()).check((LOGITS, LOGITS), None)  # a loss of its own
+
+
+def test_labels_are_looked_at_where_the_host_has_them() -> None:
+    """Before a GPU's kernel could: after one of those there is nothing left to ask."""
+    with pytest.raises(UserCodeError, match="label 4"):
+        Objective(Plain()).check_labels(LOGITS, LABELS + 1)
+    Objective(Plain()).check_labels(LOGITS, None)
+    Objective(Net()).check_labels(LOGITS, LABELS + 1)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus.")])
+def test_what_is_not_the_nets_is_not_blamed_on_it(error: Exception) -> None:
+    with pytest.raises(type(error)), Told(Plain(), "at step 3", LABELS, torch.zeros(6)):  # type: ignore[arg-type]
+        raise error
+
+
+def test_all_labels_of_a_resident_set_are_looked_at_before_the_first_step(world: World) -> None:
+    """A compiled step, or a graph, could not tell of one that comes later."""
+    train = ImageSet(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.arange(40) % 3, ("a", "b", "c", "d"))
+    train.labels[17] = 3
+    plan = BatchPlan.fit(4, 4, 1)
+    sampler = ShardSampler(len(train), plan, 0, 0)
+    assert 17 not in sampler.indices(0)
+    batches = training_batches(train, sampler, DataConfig(), world.device, 0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    step = Step(
+        parse_config({"device": "cpu", "global_batch_size": 4}), world, net, batches, plan, LearningRate(0.1, 9)
+    )
+    with pytest.raises(UserCodeError, match="Example 17 of ImageSet has label 3, which is none of the 3 classes"):
+        step.warm_up(0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_train.config import OptimizerConfig
+from dist_train.errors import UserCodeError
 from dist_train.optimizers import bare_step, build_optimizer
 
 CPU = torch.device("cpu")
@@ -56,3 +57,12 @@ def test_a_run_imports_no_compiler(tmp_path: Any) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_net_that_brings_its_own_is_refused_with_what_works() -> None:
+    class Net(nn.Linear):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(UserCodeError, match=r"Net\.configure_optimizers is not called: .* optimizer\.name=adamw"):
+        build_optimizer(OptimizerConfig(), Net(2, 2), CPU)

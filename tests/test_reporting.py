@@ -7,7 +7,7 @@ import torch
 
 from dist_train.config_file import parse_config
 from dist_train.environment import find_place
-from dist_train.errors import OutOfMemory, PeerLost
+from dist_train.errors import DataError, OutOfMemory, PeerLost, UserCodeError
 from dist_train.hardware import is_out_of_memory
 from dist_train.reporting import Reporting
 from dist_train.run_dir import RunDir
@@ -33,6 +33,20 @@ def test_other_errors_are_not_of_memory(said: str) -> None:
     assert not is_out_of_memory(RuntimeError(said))
     with pytest.raises(RuntimeError, match=said.split()[0]), Reporting(find_place({}), parse_config({}), None):
         raise RuntimeError(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        ("CUDA error: device-side assert triggered\nmore", UserCodeError, "device=cpu"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", DataError, r"data\.num_workers"),
+    ],
+)
+def test_what_may_come_from_anywhere(said: str, kind: type[Exception], told: str) -> None:
+    """Of a kernel launched long before, or of a signal's handler."""
+    with pytest.raises(kind, match=told) as found, Reporting(find_place({}), parse_config({}), None):
+        raise RuntimeError(said)
+    assert "\n" not in str(found.value)
 
 
 def test_what_a_cpu_says() -> None:

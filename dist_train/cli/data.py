@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 
 import click
@@ -29,5 +31,10 @@ def data_fetch(name: str, root: Path | None, split: str | None) -> None:
     """Put a data set's files in place, for nodes without network."""
     from dist_train.config import default_data_root
     from dist_train.data import fetch
+    from dist_train.data.catalog import SETS
 
-    fetch(name, root or default_data_root(), split)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    root = root or default_data_root()
+    folder = fetch(name, root, split, progress=True)
+    sizes = [path.stat().st_size for path in SETS[name].files(root, split)]
+    click.echo(f"{name} is in {folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dist_train.cli.options import RunPath, print_table
-from dist_train.errors import ConfigError, LaunchError, RunDirError
+from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 
 if TYPE_CHECKING:
     from dist_train.slurm import Job
@@ -177,13 +177,20 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
     for file in files:
         if file.suffix not in writers:
             raise ConfigError(f"--out={file}: a comparison can be written as {', '.join(writers)}.")
+    failed: DistTrainError | None = None
     for file in files:
-        content = writers[file.suffix]()
+        try:
+            content = writers[file.suffix]()
+        except DistTrainError as error:  # the other files need no matplotlib
+            failed = type(error)(f"{file} was not written. {error}")
+            continue
         try:
             file.write_bytes(content if isinstance(content, bytes) else content.encode())
         except OSError as error:
             raise RunDirError(f"{file} cannot be written: {error.strerror}.") from None
         click.echo(f"written: {file}")
+    if failed is not None:
+        raise failed
     if not files:
         for number, table in enumerate(tables):
             if number:

@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor
 
 from dist_train.batching import ShardSampler
 from dist_train.config import DataConfig
 from dist_train.data.image_set import Examples, ImageSet
 from dist_train.data.loader import Key, Made, loader_of, stream
-from dist_train.data.pixels import Augment, Pixels, to_default_dtype, yields_pixels
+from dist_train.data.pixels import Augment, Pixels, change_each, to_default_dtype, yields_pixels
 
 Place = tuple[int, int]  # (step, micro-step)
 
@@ -29,6 +28,7 @@ class Batch:
     inputs: Any
     targets: Any
     indices: Tensor  # int64 [B]: which examples of the set these are
+    labels: Tensor | None = None  # the targets as the host has them, where they are on another device
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -37,6 +37,7 @@ class Batch:
 class Batches(Protocol):
     """The training batches of one rank."""
 
+    examples: Examples  # that they are made of
     wait_s: float  # seconds spent waiting for data since the start
     on_gather: Callable[[Tensor], object]  # told the indices of each batch that is handed out
 
@@ -51,6 +52,7 @@ class ResidentBatches:
     def __init__(
         self, examples: ImageSet, sampler: ShardSampler, pixels: Pixels, augment: Augment | None, device: torch.device
     ) -> None:
+        self.examples: Examples = examples
         self.images, self.labels = examples.images.to(device), examples.labels.to(device)
         self.sampler = sampler.on(device)
         self.pixels = pixels
@@ -82,6 +84,7 @@ class Nudged:
     wait_s = 0.0
 
     def __init__(self, exact: Batches, by: float) -> None:
+        self.examples = exact.examples
         self.on_gather: Callable[[Tensor], object] = _ignore
         self._exact, self._by = exact, by
 
@@ -108,6 +111,7 @@ class StreamingBatches:
         num_workers: int,
         seed: int,
     ) -> None:
+        self.examples = examples
         self.wait_s = 0.0
         self.on_gather: Callable[[Tensor], object] = _ignore
         self._sampler = sampler
@@ -162,7 +166,13 @@ def _hand_over(batch: Batch, side: torch.cuda.Stream) -> None:
     """From the stream it was made on to the one that trains, which must wait for it and holds its memory."""
     here = torch.cuda.current_stream(side.device)
     here.wait_stream(side)
-    recursively_apply(lambda tensor: tensor.record_stream(here), (batch.inputs, batch.targets))
+    change_each(partial(_record, here), (batch.inputs, batch.targets))
+
+
+def _record(stream: torch.cuda.Stream, item: Any) -> Any:
+    if isinstance(item, Tensor):
+        item.record_stream(stream)
+    return item
 
 
 def _keys(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[Key]]:
@@ -188,8 +198,14 @@ class Placing:
 
     def __call__(self, made: Made, change: Callable[[Tensor], Tensor] = lambda images: images) -> Batch:
         inputs, targets, indices = made
-        inputs, targets = send_to_device((inputs, targets), self.device, non_blocking=True)
-        return Batch(self.pixels(change(inputs)) if self.pixels else to_default_dtype(inputs), targets, indices)
+        labels = None
+        if self.device.type != "cpu":
+            labels = targets if isinstance(targets, Tensor) and targets.device.type == "cpu" else None
+            inputs, targets = change_each(self._move, (inputs, targets))
+        return Batch(self.pixels(change(inputs)) if self.pixels else to_default_dtype(inputs), targets, indices, labels)
+
+    def _move(self, item: Any) -> Any:
+        return item.to(self.device, non_blocking=True) if isinstance(item, Tensor) else item.to(self.device)
 
 
 def training_batches(

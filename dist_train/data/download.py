@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import hashlib
 import io
 import logging
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from dist_train.data.bundled_mnist import unpack_mnist
 from dist_train.data.catalog import SETS, NamedSet, check_packages, fetch_command
+from dist_train.data.idx import read_idx_set
 from dist_train.data.storage import disk_errors, locked, unwritable
 from dist_train.errors import ConfigError, DataError
 from dist_train.whole import sync
@@ -50,14 +54,15 @@ def fetch(name: str, root: Path, split: str | None = None, *, progress: bool = F
             return folder
         for stale in root.glob(f"{_STAGING}*"):  # of a killed process: nobody else is writing now
             shutil.rmtree(stale, ignore_errors=True)
-        _log.info("Downloading %s to %s.", name, folder)
         build = getattr(import_torchvision().datasets, known.class_name)
         # Into a folder of its own first: torchvision writes in place, and others look for the files without the lock.
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=root))
         try:
-            _link_archives(known, root, staging)
-            with nullcontext() if progress else _quiet(), _impatient():
-                _download(name, build, staging, split)
+            if not _unpack_idx(known, dict(getattr(build, "resources", ())), root, staging):
+                _log.info("Downloading %s to %s.", name, folder)
+                _link_archives(known, root, staging)
+                with nullcontext() if progress else _quiet(), _impatient():
+                    _download(name, build, staging, split)
             _move_files(known, staging, root)
         except Exception as error:
             raise _explain(error, name, known, root) from None
@@ -76,6 +81,34 @@ def _download(name: str, build: Callable[..., Any], staging: Path, split: str | 
         halves = [{"split": "train"}, {"split": "test"}]
     for arguments in halves:
         build(staging, download=True, **arguments)
+
+
+def _unpack_idx(known: NamedSet, checksums: Mapping[str, str], root: Path, staging: Path) -> bool:
+    """From archives that somebody already put where torchvision looks for them, if our own reader takes them all.
+
+    torchvision would load them anew, and over them, where a mirror has packed the same files in another way.
+    """
+    archives = [root / archive for archive in known.archives]
+    if known.classes is None or not all(archive.is_file() for archive in archives):
+        return False
+    train_images, train_labels, test_images, test_labels = files = known.files(staging)
+    try:
+        for archive, file in zip(archives, files, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with gzip.open(archive) as packed, file.open("wb") as out:
+                shutil.copyfileobj(packed, out)
+        read_idx_set(train_images, train_labels, known.classes)
+        read_idx_set(test_images, test_labels, known.classes)
+    except (gzip.BadGzipFile, EOFError, zlib.error, DataError) as error:
+        _log.warning("%s cannot be used: %s", archives[0].parent, error)
+        return False
+    for archive in archives:
+        with archive.open("rb") as packed:
+            checksum = hashlib.file_digest(packed, "md5").hexdigest()
+        if checksum != checksums[archive.name]:
+            _log.warning("%s is a good archive, of another checksum (%s) than torchvision's; taken.", archive, checksum)
+    _log.info("Unpacked %s from the archives in %s.", known.class_name, archives[0].parent)
+    return True
 
 
 def _link_archives(known: NamedSet, root: Path, staging: Path) -> None:

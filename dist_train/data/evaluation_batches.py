@@ -38,7 +38,8 @@ class EvaluationBatches:
         num_workers: int,
         seed: int,
     ) -> None:
-        self.num_examples = len(examples)  # type: ignore[arg-type]  # of the whole split
+        self.examples = examples  # of the whole split
+        self.num_examples = num_examples(examples)
         self.num_batches = num_batches
         self._chunks = torch.split(shard, batch_size) if len(shard) else ()
         self._place = Placing(pixels, device)

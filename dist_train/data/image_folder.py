@@ -1,18 +1,19 @@
 """Folders of pictures: root/train/CLASS/*, and root/val/CLASS/* or root/test/CLASS/* beside it.
 
-Each picture becomes RGB, its shorter side `image_size`, and the middle square is kept.
+Each picture, as a viewer shows it, becomes RGB, its shorter side `image_size`, and the middle square is kept.
 """
 
 from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +22,15 @@ from dist_train.data.memory import available_bytes
 from dist_train.errors import DataError
 
 _log = logging.getLogger(__name__)
+_TURNS = {  # by EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DEEP_MODES = ("I", "F")  # more than 8 bits a pixel: PIL would cut the values off, not scale them
 
 
@@ -126,7 +136,7 @@ def decode(path: Path, image_size: int, channels: int = 3) -> Tensor:
         with Image.open(path) as picture:
             if picture.mode.split(";")[0] in _DEEP_MODES:
                 raise DataError(f"{path} has more than 8 bits per pixel (mode {picture.mode}). Convert it to 8 bits.")
-            converted = picture.convert("RGB" if channels == 3 else "L")
+            converted = _as_shown(picture).convert("RGB" if channels == 3 else "L")
     except DataError:
         raise
     except FileNotFoundError:
@@ -140,6 +150,18 @@ def decode(path: Path, image_size: int, channels: int = 3) -> Tensor:
     square = resized.crop((left, top, left + image_size, top + image_size))
     pixels = torch.from_numpy(np.array(square)).view(image_size, image_size, channels)
     return pixels.permute(2, 0, 1).contiguous()
+
+
+def _as_shown(picture: Image.Image) -> Image.Image:
+    """As a viewer shows it: upright, and white where it is transparent."""
+    picture.load()
+    turn = None
+    with suppress(Exception):  # viewers show a picture with broken EXIF data too
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    if picture.has_transparency_data:
+        ink = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", ink.size, "white"), ink)
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _check_classes(folder: Path, classes: tuple[str, ...], wanted: tuple[str, ...]) -> None:

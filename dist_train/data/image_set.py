@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dist_train.errors import DataError
+from dist_train.errors import DataError, DistTrainError
+from dist_train.hardware import is_out_of_memory
+from dist_train.user_code import explanation
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: == of tensors is a tensor
@@ -27,9 +30,9 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise DataError(f"Images must be uint8 [N, C, H, W], these are {_describe(self.images)}.")
+            raise DataError(f"Images must be uint8 [N, C, H, W], these are {form_of(self.images)}.")
         if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            raise DataError(f"Labels must be int64 [N], these are {_describe(self.labels)}.")
+            raise DataError(f"Labels must be int64 [N], these are {form_of(self.labels)}.")
         if len(self.images) != len(self.labels):
             raise DataError(f"{len(self.images)} images but {len(self.labels)} labels; each image needs one.")
         if not len(self.images):
@@ -86,5 +89,46 @@ def part_of(examples: Examples, indices: Tensor) -> Examples:
     return examples.subset(indices) if isinstance(examples, ImageSet) else Part(examples, indices)
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def origin(examples: Examples, index: int) -> tuple[Any, int]:
+    """The data set as it was given, and where in it the example at `index` is: validation may have been held out."""
+    return (examples.whole, int(examples.indices[index])) if isinstance(examples, Part) else (examples, index)
+
+
+def name_of(examples: Examples, index: int) -> str:
+    """For people: "Example 77 of Mine"."""
+    whole, place = origin(examples, index)
+    return f"Example {place} of {type(whole).__name__}"
+
+
+def example_at(examples: Examples, index: int) -> Any:
+    """`examples[index]`.
+
+    Raises:
+        UserCodeError: that failed; the example and the user's file and line are named.
+    """
+    try:
+        return examples[index]
+    except DistTrainError:
+        raise
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
+        hint = ""
+        if isinstance(error, (IndexError, KeyError)):
+            hint = f" Its len() is {len(origin(examples, index)[0])}: more than it holds?"
+        raise explanation(f"{name_of(examples, index)} cannot be made", error, hint) from error
+
+
+def form_of(made: Any) -> str:
+    """For people: "(float32 [1, 28, 28], int)"."""
+    if hasattr(made, "shape") and hasattr(made, "dtype"):
+        return f"{str(made.dtype).removeprefix('torch.')} {list(made.shape)}"
+    if isinstance(made, Mapping):
+        return f"{{{', '.join(f'{key}: {form_of(item)}' for key, item in made.items())}}}"
+    if isinstance(made, (list, tuple)):
+        return f"({', '.join(map(form_of, made[:_SHOWN]))}{', ...' * (len(made) > _SHOWN)})"
+    kind = type(made)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+_SHOWN = 4  # items of a list

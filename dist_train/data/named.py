@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from dist_train.config import default_data_root
 from dist_train.data.bundled_mnist import unpack_mnist
 from dist_train.data.catalog import DIGITS, EMNIST_CLASSES, SETS, check_packages, fetch_command
 from dist_train.data.download import fetch
@@ -25,7 +28,13 @@ def load_named(name: str, root: Path, split: str | None) -> tuple[ImageSet, Imag
     known = SETS[name]
     check_packages(name)
     if name == "mnist":
-        unpack_mnist(root)
+        try:
+            unpack_mnist(root)
+        except DataError:
+            if os.environ.get("DIST_TRAIN_DATA_DIR") or root != default_data_root():
+                raise  # somebody wants it there
+            with TemporaryDirectory(prefix="dist_train-") as aside:  # the package has it: each start unpacks it anew
+                return load_named(name, Path(aside), split)
     elif not known.is_present(root, split):
         fetch(name, root, split)
     classes = EMNIST_CLASSES[split] if name == "emnist" and split else known.classes

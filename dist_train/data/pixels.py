@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -31,15 +33,28 @@ class Pixels:
         return images if self.is_identity else images.sub_(self.shift)
 
 
+def change_each(change: Callable[[Any], Any], made: Any) -> Any:
+    """`made` with every tensor, and what else can be moved by `.to`, changed; containers keep their form."""
+    if isinstance(made, Tensor) or hasattr(made, "to"):
+        return change(made)
+    if isinstance(made, (list, tuple)):
+        items = [change_each(change, item) for item in made]
+        return type(made)(*items) if hasattr(made, "_fields") else type(made)(items)  # a named tuple takes each alone
+    if isinstance(made, Mapping):
+        changed: Any = {key: change_each(change, item) for key, item in made.items()}
+        if not isinstance(made, MutableMapping):
+            return type(made)(changed)  # type: ignore[call-arg]
+        made = copy(made)  # it may be more than its items, as a defaultdict is
+        made.update(changed)
+    return made
+
+
 def to_default_dtype(inputs: Any) -> Any:
     """What user code made, with float32 tensors in the run's dtype (float64 is for exactness checks)."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(torch.get_default_dtype()) if inputs.dtype == torch.float32 else inputs
-    if isinstance(inputs, (list, tuple)):
-        return type(inputs)(to_default_dtype(item) for item in inputs)
-    if isinstance(inputs, dict):
-        return {key: to_default_dtype(item) for key, item in inputs.items()}
-    return inputs
+    dtype = torch.get_default_dtype()
+    if dtype == torch.float32:
+        return inputs
+    return change_each(lambda item: item.to(dtype) if getattr(item, "dtype", None) == torch.float32 else item, inputs)
 
 
 def yields_pixels(examples: Examples) -> bool:

@@ -14,12 +14,12 @@ from dist_train.config import DataConfig, default_data_root
 from dist_train.data.child import in_child
 from dist_train.data.identity import Identity, identify
 from dist_train.data.image_folder import ImageFolder, check_folder, load_image_folder
-from dist_train.data.image_set import Examples, ImageSet, Part, num_examples, part_of
+from dist_train.data.image_set import Examples, ImageSet, Part, example_at, num_examples, part_of
 from dist_train.data.named import load_named
 from dist_train.data.pixels import yields_pixels
 from dist_train.data.settings import check_pixels, check_settings
 from dist_train.data.user import check_map_style, load_user_sets
-from dist_train.errors import ConfigError, DataError, UserCodeError
+from dist_train.errors import ConfigError, DataError
 from dist_train.seeding import derive_seed
 from dist_train.user_code import check_object, explained
 
@@ -132,10 +132,7 @@ def _look(found: Mapping[str, Examples], seed: int) -> Look:
 
 
 def _image_shape(train: Examples) -> tuple[int, int, int] | None:
-    try:
-        example = train[0]
-    except Exception as error:
-        raise UserCodeError(f"The first training example cannot be read: {type(error).__name__}: {error}.") from error
+    example = example_at(train, 0)
     image = example[0] if isinstance(example, (tuple, list)) and example else None
     if not isinstance(image, Tensor) or image.ndim != 3:
         return None

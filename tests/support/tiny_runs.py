@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ CONFIG = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 2, "keep_
 class Numbers:
     """Batches that depend on the step alone."""
 
+    examples: Any = None
     wait_s = 0.0
     on_gather: Callable[[torch.Tensor], object] = staticmethod(lambda indices: None)
 
