@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dist_train.bundle import check_bundle, load_model_bundle
 from dist_train.config import ModelConfig
@@ -49,6 +50,7 @@ def build_model(config: ModelConfig, known: Known, seed: int) -> nn.Module:
                 model = _timm(name, config, known)
             else:
                 model = _of_user(config, known)
+    _refuse_lazy(model)
     for method in ("loss", "metrics"):
         if not callable(getattr(model, method, print)):
             raise UserCodeError(
@@ -75,6 +77,16 @@ def check_name(config: ModelConfig) -> None:
         _import_timm(name, config)
     else:
         check_object(config.name)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise UserCodeError(
+                f"{type(model).__name__}: layer {name} is a {type(module).__name__} without a size, and its weights "
+                f"must follow from the seed before any data are seen. Give the size, or call the net once in its "
+                f"constructor, on zeros of the inputs' shape."
+            )
 
 
 @contextmanager

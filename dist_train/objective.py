@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.data.image_set import Examples, form_of, name_of
 from dist_train.data.loader import loader_fault
+from dist_train.data.pixels import change_each
 from dist_train.distributed import is_peer_failure
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.hardware import is_device_assert, is_out_of_memory
@@ -86,7 +86,7 @@ class Objective:
         """The output for a micro-batch; logits [B, K] of a classifier. Never of half precision: whatever is counted
         from it would be rounded to two digits."""
         output = model(*inputs) if self._unpack and isinstance(inputs, (list, tuple)) else model(inputs)
-        return convert_to_fp32(output) if _has_half(output) else output
+        return change_each(_in_full, output) if _has_half(output) else output
 
     def loss(self, output: Any, targets: Any) -> Tensor:
         """The mean loss over the micro-batch, [] (nats for cross-entropy)."""
@@ -162,9 +162,16 @@ class Objective:
         return {str(name): float(value) for name, value in found.items()}
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _in_full(item: Any) -> Any:
+    return item.float() if getattr(item, "dtype", None) in _HALF else item
+
+
 def _has_half(output: Any) -> bool:
     if isinstance(output, Tensor):
-        return output.dtype in (torch.bfloat16, torch.float16)
+        return output.dtype in _HALF
     values = output.values() if isinstance(output, Mapping) else output
     return isinstance(output, (list, tuple, Mapping)) and any(map(_has_half, values))
 

@@ -17,7 +17,7 @@ Update = Callable[[int], None]  # one optimizer update, that many having gone be
 
 _COMPARED = 3  # steps, each from where the eager updates had come to
 # What two right forms of a step may be apart, as a part of the step; the median of the steps counts. In fp32 they were
-# 3e-5 apart, and 4e-3 where BatchNorm and max-pooling carry rounding far (docs/benchmarks.md): a fault of 1 % is found.
+# 3e-5 apart, and 4e-3 where BatchNorm and max-pooling carry rounding far (docs/step_mode.md): a fault of 1 % is found.
 # Where rounding alone carries further, as in bf16 or where the true gradient is zero, it is twice as far.
 MAX_DISTANCE = 8e-3
 _ROUNDINGS = 2

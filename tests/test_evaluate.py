@@ -217,3 +217,24 @@ def test_what_is_not_finite(world: World, caplog: pytest.LogCaptureFixture) -> N
     nn.init.constant_(net.linear.weight, float("inf"))
     with pytest.raises(TrainingDiverged, match=r"loss over 101 examples is not finite.*Lower optimizer\.lr"):
         evaluate(net, batches(images(), world), Objective(net), world)
+
+
+class OwnAccuracy(Net):
+    """With a metric that has the name of ours."""
+
+    off = 0.0
+
+    def metrics(self, output: Tensor, targets: Tensor) -> dict[str, float]:
+        return {"accuracy": float((output.argmax(1) == targets).float().mean()) + self.off}
+
+
+def test_an_accuracy_that_is_not_ours_is_refused(world: World) -> None:
+    net = OwnAccuracy()
+    found = evaluate(net, batches(images(), world), Objective(net), world)
+    assert found is not None
+    assert found["accuracy"] == truth(Net(), images())["accuracy"]
+    net.off = 0.1
+    with pytest.raises(
+        UserCodeError, match=r"returned accuracy=0\.\d+ for a batch of which 0\.\d+ are right.*another name"
+    ):
+        evaluate(net, batches(images(), world), Objective(net), world)

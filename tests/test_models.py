@@ -58,6 +58,12 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     file = tmp_path / "my_own_nets.py"
     file.write_text(
         "import torch\nfrom torch import nn\nimport torch.nn.functional as F\n"
+        "class Lazy(nn.Sequential):\n"
+        "    def __init__(self): super().__init__(nn.Flatten(), nn.LazyLinear(10))\n"
+        "class Made(Lazy):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self(torch.zeros(1, 784))\n"
         "class Fixed(nn.Linear):\n"
         "    def __init__(self): super().__init__(784, 10)\n"
         "class Sized(nn.Linear):\n"
@@ -304,7 +310,15 @@ def test_user_classes_that_do_not_fit(own_module: Path) -> None:
     assert fails(UserCodeError, "my_own_nets:OddLoss").startswith(
         "OddLoss.loss is of type str. Make it a method loss(output"
     )
-    assert "has no Fixd. Found: Fixed (line 4)" in fails(UserCodeError, "my_own_nets:Fixd")
+    assert "has no Fixd. Found: Lazy (line 4), Made (line 6), Fixed (line 10)" in fails(
+        UserCodeError, "my_own_nets:Fixd"
+    )
+
+
+def test_a_lazy_layer_is_named(own_module: Path) -> None:
+    assert fails(UserCodeError, "my_own_nets:Lazy").startswith("Lazy: layer 1 is a LazyLinear without a size")
+    one, other = build("my_own_nets:Made"), build("my_own_nets:Made")
+    assert torch.equal(one[1].weight, other[1].weight)
 
 
 # --- what depends on the world size ---
