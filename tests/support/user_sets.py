@@ -22,6 +22,13 @@ def mnist_part(train: bool, length: int = 960) -> ImageSet:
     return whole.subset(torch.arange(length))
 
 
+def noise(train: bool, size: int) -> ImageSet:
+    """A dozen pictures of `size` pixels per side, of ten classes."""
+    generator = torch.Generator().manual_seed(int(train))
+    pixels = torch.randint(256, (12, 3, size, size), dtype=torch.uint8, generator=generator)
+    return ImageSet(pixels, torch.randint(10, (12,), generator=generator), tuple("abcdefghij"))
+
+
 class Jittered(Dataset[tuple[Tensor, int]]):
     """Small random images whose transform draws from all three generators that user code uses."""
 
