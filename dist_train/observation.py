@@ -69,7 +69,7 @@ class Observation:
                 halves = (over(slice(0, size // 2)) + over(slice(size // 2, size))) / size
         except Exception:  # it wants more than rows: what `forward` has kept, say
             return
-        if not math.isclose(whole, halves, rel_tol=_LOSS):
+        if not math.isclose(whole, halves, rel_tol=_LOSS, abs_tol=1e-7):
             self._loss = f"the loss ({whole:.6g} over a micro-batch, {halves:.6g} over its halves)"
 
     @property
