@@ -22,6 +22,7 @@ from support.ranks import join_group, run_on_ranks
 from support.run_files import metrics
 from support.trainings import let_go, save, train
 
+CONFIG = parse_config({"optimizer": {"lr": 0.125}, "tracking": {"project": "test", "tags": ["a"]}})
 FIRST: list[dict[str, Any]] = [
     {"step": 2, "train/loss": 0.5, "train/grad_norm": None},
     {"step": 4, "train/loss": 0.25, "train/grad_norm": 1.5},
@@ -33,12 +34,11 @@ SECOND: list[dict[str, Any]] = [{"step": 6, "train/loss": 0.125}]
 def log_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     os.environ["WANDB_MODE"] = "offline"
     run_dir = RunDir(path)
-    config = parse_config({"optimizer": {"lr": 0.125}, "tracking": {"project": "test", "tags": ["a"]}})
     join_group("wandb")
-    world = World.join(config)  # Accelerate's trackers want its state
-    run_dir.begin_attempt(config, wandb_id="of this attempt")
+    world = World.join(CONFIG)  # Accelerate's trackers want its state
+    run_dir.begin_attempt(CONFIG, wandb_id="of this attempt")
     tracker = Tracker(
-        run_dir, config, {"world_size": world.size, "device": "cpu", "mixed_precision": "no"}, enabled=True
+        run_dir, CONFIG, {"world_size": world.size, "device": "cpu", "mixed_precision": "no"}, enabled=True
     )
     for line in lines:
         tracker.log(line)
@@ -73,6 +73,7 @@ def without_own(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir) -> None:
+    run_dir.begin_attempt(CONFIG, wandb_id="id")
     history = []
     for records in (attempt(run_dir, FIRST), attempt(run_dir, SECOND)):
         run = of_kind(records, "run")[0]
