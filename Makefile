@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := pytest -q -n 4 --dist loadgroup
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup train test test-all faults nets cluster cluster-full cpus check fix exactness bench bench-gpu clean
+.PHONY: help setup train test test-all faults sets nets cluster cluster-full cpus check fix exactness bench bench-gpu clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -43,6 +43,9 @@ cluster-full: $(VENV)/.test  ## the same with all jobs; prints the table of docs
 
 faults: $(VENV)/.test  ## kills, damages and mutated configs in full; prints the table of docs/faults.md
 	$(PYTEST) --full tests/faults
+
+sets: $(VENV)/.test  ## sets and nets of users, drawn at random: stopped, resumed with other loader workers
+	$(PYTEST) --full tests/test_random_sets.py
 
 nets: $(VENV)/.test  ## nets of torchvision and timm: trained, resumed, evaluated, exported
 	$(PYTEST) --full tests/test_nets_of_others.py

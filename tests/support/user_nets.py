@@ -7,6 +7,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +94,26 @@ class Shifting(Mlp):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output, target.sub_(1))
+
+
+class ForOdd(nn.Module):
+    """Takes what `user_sets.Odd` gives; `in_place` changes what it and its loss are given."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, inputs: Any) -> Tensor:
+        image = inputs
+        if not isinstance(inputs, Tensor):
+            image, mask = inputs.values() if isinstance(inputs, dict) else inputs
+            image = image * mask
+        logits: Tensor = self.layers(image.mul_(0.9) if self.in_place else image)
+        return logits
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, (target.add_(1) if self.in_place else target + 1) - 1)
 
 
 class Frozen(Mlp):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,50 @@ class Jittered(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         noise = 0.1 * torch.rand(1, 8, 8) + 0.1 * random.random() + 0.1 * float(np.random.rand())
         return self.images[index] + noise, int(self.labels[index])
+
+
+Pair = namedtuple("Pair", "image mask")
+
+
+class Odd(Dataset[Any]):
+    """Of any length and form, drawing from any generators; with a `folder` its pictures lie in a file there, which is
+    opened at the first use."""
+
+    classes = ("a", "b", "c")
+
+    def __init__(self, train: bool, length: int, form: str, draws: list[str], folder: str | None) -> None:
+        self.length, self.form, self.draws = (length if train else 17), form, draws
+        self.images = np.random.default_rng(int(train)).random((self.length, 1, 8, 8), dtype=np.float32)
+        self.path = Path(folder, f"train={train}") if folder else None
+        self.file: Any = None
+        if self.path:
+            self.path.write_bytes(self.images.tobytes())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image = torch.from_numpy(self.read(index)) + 0.1 * sum(NOISE[name]() for name in self.draws)
+        label = index % 3
+        if self.form == "mapping":
+            return {"image": image, "mask": image > 0.5}, label
+        if self.form == "named tuple":
+            return Pair(image, image > 0.5), label
+        return (image.numpy(), np.int64(label)) if self.form == "array" else (image, torch.tensor(label))
+
+    def read(self, index: int) -> Any:
+        if self.path is None:
+            return self.images[index].copy()
+        self.file = self.file or self.path.open("rb", buffering=0)
+        self.file.seek(index * 256)
+        return np.frombuffer(self.file.read(256), dtype=np.float32).reshape(1, 8, 8).copy()
+
+
+NOISE: dict[str, Callable[[], float]] = {
+    "python": random.random,
+    "numpy": lambda: float(np.random.rand()),
+    "torch": lambda: float(torch.rand(())),
+}
 
 
 class FromOne(Jittered):
