@@ -55,10 +55,7 @@ def choose_precision(config: Config, device: str, begun_with: str | None = None)
     if begun_with and precision != begun_with:
         wish = f"mixed_precision={ours}" if ours else f"ACCELERATE_MIXED_PRECISION={theirs}"
         fix = f"Set mixed_precision={begun_with}" if ours else "Unset it"
-        raise ConfigError(
-            f"{wish}, and the run was begun with {begun_with}. {fix}, or give the new run a name of its own with "
-            f"--run-name."
-        )
+        raise ConfigError(f"{wish}, and the run was begun with {begun_with}. {fix}.")
     if precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: no, bf16 or fp16.")
     if precision == "fp16" and device == "cpu":

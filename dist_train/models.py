@@ -81,7 +81,7 @@ def check_name(config: ModelConfig) -> None:
 
 def _refuse_lazy(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if any(map(is_lazy, module.parameters(recurse=False))):
+        if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
             raise UserCodeError(
                 f"{type(model).__name__}: layer {name} is a {type(module).__name__} without a size, and its weights "
                 f"must follow from the seed before any data are seen. Give the size, or call the net once in its "

@@ -6,7 +6,7 @@ import math
 import pickle
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -37,21 +37,14 @@ class Observation:
     @contextmanager
     def of_a_pass(self) -> Iterator[None]:
         """Buffers hold afterwards what they held before, and are the tensors that they were."""
-        modules = dict(self._net.named_modules())
-        places = [(path, name) for path, module in modules.items() for name, _ in module.named_buffers(recurse=False)]
-        tensors = [modules[path].get_buffer(name) for path, name in places]
         generators = generator_states()
-        with unchanged(tensors) as before:
-            try:
-                yield
-            finally:
-                for (path, name), tensor, old in zip(places, tensors, before, strict=True):
-                    module = modules[path]
-                    if not isinstance(module, _BatchNorm) and not _is_same(old, module.get_buffer(name)):
-                        self._changes[_joined(path, name)] = None
-                    setattr(module, name, tensor)
+        with _same_buffers(self._net) as before:
+            yield
+            for module, path, old in before:
+                if not isinstance(module, _BatchNorm) and not _is_same(old, self._net.get_buffer(path)):
+                    self._changes[path] = None
         self._draws |= generator_states() != generators
-        self._kept.append(dict(_kept_by(modules)))
+        self._kept.append(dict(_kept_by(self._net)))
 
     def of_a_loss(self, objective: Objective, output: Any, targets: Any, size: int) -> None:
         """Of the loss over `size` examples and over its halves. One that cannot be divided so is left alone."""
@@ -64,7 +57,7 @@ class Observation:
             return total
 
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _same_buffers(self._net):
                 whole = over(slice(0, size)) / size
                 halves = (over(slice(0, size // 2)) + over(slice(size // 2, size))) / size
         except Exception:  # it wants more than rows: what `forward` has kept, say
@@ -93,19 +86,45 @@ class Observation:
         return [name for name in first if name in last and not _is_same(first[name], last[name])]
 
 
-def _kept_by(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+@contextmanager
+def _same_buffers(net: nn.Module) -> Iterator[list[tuple[nn.Module, str, Tensor]]]:
+    """Buffers hold afterwards what they held before, and are the tensors that they were, also where a net assigns
+    others to their names. Yields for each its module, its path and a copy."""
+    places = [
+        (module, f"{path}.{name}" if path else name, name, buffer)
+        for path, module in net.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    with unchanged(buffer for *_, buffer in places) as values:
+        try:
+            yield [(module, path, value) for (module, path, *_), value in zip(places, values, strict=True)]
+        finally:
+            for module, _, name, buffer in places:
+                setattr(module, name, buffer)
+
+
+def _kept_by(net: nn.Module) -> Iterator[tuple[str, Any]]:
     """Numbers, tensors and generators that are plain attributes: by path, what can be compared later."""
-    for path, module in modules.items():
+    for path, module in net.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, (int, float)):
-                yield _joined(path, name), value
-            elif isinstance(value, Tensor):  # of a large one, an output that is kept say, no copy
-                numbers = value.detach().to("cpu", torch.float64)
-                yield _joined(path, name), (value.shape, float(numbers.sum()), float(numbers.square().sum()))
-            elif isinstance(value, torch.Generator):
-                yield _joined(path, name), value.get_state().numpy().tobytes()
-            elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
-                yield _joined(path, name), pickle.dumps(value)
+            found = _print_of(value)
+            if found is not None:
+                yield f"{path}.{name}" if path else name, found
+
+
+def _print_of(value: Any) -> Any:
+    """None for what is none of these."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Tensor):  # it may be large, an output that is kept say: only its sums are
+        with suppress(Exception):  # of a kind that cannot be added up
+            numbers = value.detach().to("cpu", torch.float64)
+            return value.shape, float(numbers.sum()), float(numbers.square().sum())
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+        return pickle.dumps(value)
+    return None
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -114,8 +133,8 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=_KEPT) or (math.isnan(one) and math.isnan(other))
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        same = one.isclose(other, rtol=_KEPT, atol=0, equal_nan=True) if one.shape == other.shape else one.new_tensor(0)
-        return bool(same.all())
+        alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        return alike and bool(one.isclose(other, rtol=_KEPT, atol=0, equal_nan=True).all())
     return bool(one == other)
 
 
@@ -130,9 +149,6 @@ def _rows(value: Any, rows: slice, size: int) -> Any:
     if isinstance(value, Mapping):
         return {name: _rows(each, rows, size) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_rows(each, rows, size) for each in value)
+        items = [_rows(each, rows, size) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     raise ValueError
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dist_train.checkpoint import load_weights
@@ -62,7 +63,9 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
     examples = splits.test if split == "test" else splits.val
     if examples is None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
-    world = World.join(config, RunDir(path).precision)
+    begun_with = RunDir(path).precision
+    # What fp16 has trained may be looked at without a GPU.
+    world = World.join(config, None if begun_with == "fp16" and not torch.cuda.is_available() else begun_with)
     if world.is_rank_zero:
         for change in data_changes(RunDir(path).read_facts(), splits.identity):
             _log.warning("%s These numbers are not comparable with its own.", change)

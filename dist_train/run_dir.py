@@ -135,9 +135,13 @@ class RunDir:
     @property
     def precision(self) -> str | None:
         """What the run was begun with, whether settings or a launcher said so; None while nothing could be lost."""
-        if not self.holds_checkpoints:
-            return None
-        return self.read_facts().get("mixed_precision") or load_config(str(self.config)).mixed_precision
+        try:
+            if not self.holds_checkpoints:
+                return None
+        except OSError as error:  # a name that is too long, say
+            raise self._unusable(error) from None
+        recorded = self.read_facts().get("mixed_precision")
+        return recorded or (load_config(str(self.config)).mixed_precision if self.config.exists() else None)
 
     def lock(self) -> None:
         """Take the directory for this process. Of two starts the second is refused.
@@ -218,6 +222,8 @@ class RunDir:
 
     def _was_of_another(self, config: Config) -> bool:
         """Whether the folder is of a run with other settings, which has left nothing to go on from (`check_config`)."""
+        if self.holds_checkpoints:
+            return False
         try:
             return bool(self.config.exists() and load_config(str(self.config)).result_diff(config))
         except ConfigError:  # damaged

@@ -49,6 +49,9 @@ def find_run_dir(config: Config, start: Start, *, claim: bool = False) -> RunDir
         return RunDir(start.run_dir)
     own = fit_name(start.config_name)
     parent, name = parent_of_runs(config.runs_dir), start.run_name or lasting_run_name(own, os.environ)
+    former = lasting_run_name(start.config_name, os.environ)  # of a version that took any name
+    if start.run_name is None and former and os.path.isdir(parent / former):  # noqa: PTH112 - Path.is_dir may raise
+        name = former
     if name is not None:
         return RunDir(parent / name)
     by_time = f"{own}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -107,5 +110,6 @@ def remove_if_unbegun(run_dir: RunDir, start: Start) -> None:
     """
     named = start.run_name or start.run_dir or lasting_run_name(start.config_name, os.environ)
     status, kind = run_dir.read_status(), run_dir.read_error().get("kind")
-    if not named and kind in _SAY_ALL and status.get("attempt", 1) == 1 and "resumed_at" not in status:
+    begun = "resumed_at" in status or status.get("attempt", 1) > 1 or run_dir.holds_checkpoints
+    if not named and kind in _SAY_ALL and not begun:
         shutil.rmtree(run_dir.path, ignore_errors=True)

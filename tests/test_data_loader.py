@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dist_train.data.batches import Placing
-from dist_train.data.image_set import Examples, part_of
+from dist_train.data.image_set import Examples, Part, origin, part_of
 from dist_train.data.loader import Made, loader_fault, loader_of, stream
 from dist_train.errors import DataError, UserCodeError
 from support.ranks import run_on_ranks
@@ -68,6 +68,11 @@ def test_an_example_that_cannot_be_made_is_named(num_workers: int) -> None:
     here = __file__.replace(".", r"\.")
     expected = rf"Example 13 of Twenty cannot be made: {here}:\d+: OSError: image file is truncated\."
     assert re.fullmatch(expected, told(Twenty(corrupt), num_workers))
+
+
+def test_a_part_of_a_part_is_named_as_the_set_itself() -> None:
+    inner = Part([7, 8, 9, 10], torch.tensor([3, 2, 1]))
+    assert origin(Part(inner, range(3)), 1) == ([7, 8, 9, 10], 2)
 
 
 def test_it_is_named_as_its_own_set_counts_it() -> None:

@@ -101,6 +101,35 @@ class Mean(Net):
         return functional.cross_entropy(output, target, label_smoothing=0.1)
 
 
+class Centered(Net):
+    """The loss itself keeps a running mean."""
+
+    center: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(3))
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.center += output.mean(dim=0)
+        return functional.cross_entropy(output, target)
+
+
+class OfAnotherType(Net):
+    """A buffer that the forward assigns anew, of another type."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.scale = inputs.abs().max()
+        return super().forward(inputs)
+
+
 class WithKept(Net):
     """The loss wants what the forward has kept: it cannot be tried on a part."""
 
@@ -137,6 +166,8 @@ spectral_norm = nn.utils.parametrizations.spectral_norm
         (Sum, ["the loss ("], []),
         (Mean, [], []),
         (WithKept, [], []),
+        (Centered, ["center (changed by each forward)"], []),
+        (OfAnotherType, ["scale (changed by each forward)"], []),
     ],
 )
 def test_what_is_named(make: Callable[[], nn.Module], dependent: list[str], unsaved: list[str], world: World) -> None:

@@ -227,6 +227,21 @@ def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> No
         run.check_config(parse_config({"mixed_precision": "no"}))
 
 
+def test_a_resume_that_is_silent_about_precision_is_the_same_run(run: RunDir) -> None:
+    bf16 = parse_config({"mixed_precision": "bf16", "device": "cpu"})
+    run.begin_attempt(bf16, wandb_id="x")
+    (run.checkpoints / "step_00000001").mkdir(parents=True)
+    run.set_status(state="TRAINING", step=7)
+    run.begin_attempt(CONFIG, wandb_id="y")
+    status = run.read_status()
+    assert (status["wandb_id"], status["reached"], status["attempt"]) == ("x", 7, 2)
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="cannot be written: File name too long"):
+        _ = RunDir(tmp_path / ("x" * 300)).precision
+
+
 # --- metrics -----------------------------------------------------------------------------------------------------
 
 

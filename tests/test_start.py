@@ -15,8 +15,9 @@ from dist_train.config import Config
 from dist_train.config_file import parse_config
 from dist_train.errors import ConfigError, LaunchError
 from dist_train.launch import LaunchSpec
+from dist_train.run_dir import RunDir
 from dist_train.small_files import read_json, write_json
-from dist_train.start import Start, check_name, find_run_dir, fit_name
+from dist_train.start import Start, check_name, find_run_dir, fit_name, remove_if_unbegun
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked
 from support.trainings import SETTINGS
@@ -135,3 +136,21 @@ def test_what_a_failed_launch_leaves(
     monkeypatch.setattr(launch, "start_ranks", fail)
     assert CliRunner().invoke(main, ["launch", "--nproc=2", "-c", "smoke"]).exit_code == 1
     assert len(list((tmp_path / "runs").iterdir())) == stays
+
+
+def test_what_holds_a_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    """However little its damaged files tell."""
+    run_dir = RunDir(tmp_path / "smoke-20261126-120000")
+    (run_dir.checkpoints / "step_00000001").mkdir(parents=True)
+    write_json(run_dir.error, {"kind": "UserCodeError", "message": "", "rank": 1, "host": "n1"})
+    remove_if_unbegun(run_dir, Start("smoke"))
+    assert run_dir.checkpoints.exists()
+
+
+def test_a_job_of_an_older_version_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They took any name of a config for the run's."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    config, start = parse_config({"runs_dir": str(tmp_path)}), Start("my config (2)")
+    assert find_run_dir(config, start).path.name == "my_config_2-12"
+    (tmp_path / "my config (2)-12").mkdir()
+    assert find_run_dir(config, start).path.name == "my config (2)-12"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -55,6 +56,8 @@ def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, .
             answer = error
         sender.send(answer)
         code = 0
+    except BaseException:  # not of the user's code: that is told by a DistTrainError
+        traceback.print_exc()
     finally:
         end_process(code)  # whatever threads the set has started
 

@@ -80,7 +80,8 @@ def _labels(examples: Examples) -> npt.NDArray[Any] | None:
     kept = getattr(examples, "__dict__", {})  # a property may have to read all examples for it
     stated = kept.get("targets", kept.get("labels"))
     if isinstance(stated, Tensor):
-        stated = stated.detach().cpu().numpy()
+        whole = stated.layout == torch.strided and not stated.is_floating_point() and not stated.is_complex()
+        stated = stated.cpu().numpy() if whole else None
     elif isinstance(stated, (list, tuple)) and all(isinstance(label, (int, str, np.integer)) for label in stated):
         stated = np.array(stated)
     if not isinstance(stated, np.ndarray) or stated.dtype.kind not in "iubU":
@@ -125,8 +126,9 @@ def _sketch(example: Any) -> dict[str, Any]:
     """A checksum of all that is exact, shapes too, and some numbers of each array of floats."""
     exact, numbers = 0, []
     for leaf in _leaves(example):
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
-            kept = leaf[np.isfinite(leaf)].clip(-1e100, 1e100)
+        # Pixels too: another version of what decodes and resizes them rounds in another way.
+        if isinstance(leaf, np.ndarray) and (leaf.dtype.kind == "f" or (leaf.dtype == np.uint8 and leaf.ndim > 1)):
+            kept = leaf[np.isfinite(leaf)].astype(np.float64).clip(-1e100, 1e100)
             exact = zlib.crc32(str(kept.size).encode(), exact)
             if kept.size:
                 numbers.append(_numbers(kept))

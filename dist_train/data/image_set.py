@@ -65,7 +65,7 @@ class Part(Dataset[Any]):
 
     def __init__(self, whole: Any, indices: Tensor | range) -> None:
         self.whole = whole
-        self.indices = indices  # int64 [M]
+        self.indices = indices  # int64 [M], or a range
         for name in self.CARRIED:
             if hasattr(whole, name):
                 setattr(self, name, getattr(whole, name))
@@ -91,7 +91,10 @@ def part_of(examples: Examples, indices: Tensor) -> Examples:
 
 def origin(examples: Examples, index: int) -> tuple[Any, int]:
     """The data set as it was given, and where in it the example at `index` is: validation may have been held out."""
-    return (examples.whole, int(examples.indices[index])) if isinstance(examples, Part) else (examples, index)
+    whole: Any = examples
+    while isinstance(whole, Part):
+        whole, index = whole.whole, int(whole.indices[index])
+    return whole, index
 
 
 def name_of(examples: Examples, index: int) -> str:
