@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
@@ -72,9 +72,7 @@ class Observation:
         if self._draws and not any("dropout" in each for each in found):
             found.append("random numbers in forward (drawn per rank and micro-batch)")
         if self._changes:
-            first, *others = self._changes
-            more = f" and {len(others)} more" if others else ""
-            found.append(f"{first}{more} (changed by each forward)")
+            found.append(f"{first_of([*self._changes])} (changed by each forward)")
         return [*found, self._loss] if self._loss else found
 
     @property
@@ -84,6 +82,11 @@ class Observation:
             return []
         first, last = self._kept[0], self._kept[-1]
         return [name for name in first if name in last and not _is_same(first[name], last[name])]
+
+
+def first_of(names: Sequence[str]) -> str:
+    """For people: "layers.0.weight and 11 more"."""
+    return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
 
 
 @contextmanager

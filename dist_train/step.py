@@ -18,7 +18,7 @@ from dist_train.distributed import World
 from dist_train.eager_update import EagerUpdate
 from dist_train.errors import UserCodeError
 from dist_train.objective import Objective
-from dist_train.observation import Observation
+from dist_train.observation import Observation, first_of
 from dist_train.optimizers import load_state
 from dist_train.plan import BatchPlan
 from dist_train.rehearsal import Update, rehearse, worth_trying
@@ -120,7 +120,7 @@ class Step:
         unused = [name for name, each in self.net.named_parameters() if each.requires_grad and each.grad is None]
         if unused:
             raise UserCodeError(
-                f"No gradient comes to {unused[0]}{f' and {len(unused) - 1} more' if unused[1:] else ''} of "
+                f"No gradient comes to {first_of(unused)} of "
                 f"{type(self.net).__name__}, and {self.world.size} processes exchange those of all parameters. Set "
                 f"ddp.find_unused_parameters=true, or take out what the forward does not use."
             )
