@@ -45,10 +45,10 @@ faults: $(VENV)/.test  ## kills, damages and mutated configs in full; prints the
 	$(PYTEST) --full tests/faults
 
 sets: $(VENV)/.test  ## sets and nets of users, drawn at random: stopped, resumed with other loader workers
-	$(PYTEST) --full tests/test_random_sets.py
+	$(PYTEST) --full tests/data/test_random_sets.py
 
 nets: $(VENV)/.test  ## nets of torchvision and timm: trained, resumed, evaluated, exported
-	$(PYTEST) --full tests/test_nets_of_others.py
+	$(PYTEST) --full tests/models/test_nets_of_others.py
 
 # The kernels that MKL and oneDNN take on other processors. Threads that spin while they wait would slow all others.
 CPUS := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 MKL_CBWR=AVX512 ONEDNN_MAX_CPU_ISA=AVX2

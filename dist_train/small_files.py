@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_train.whole import whole
+from dist_train.atomic_files import whole
 
 
 def to_json(value: Any) -> str:

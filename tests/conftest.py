@@ -16,8 +16,8 @@ from support.schedule import in_order
 from support.tables import tables_of
 
 if TYPE_CHECKING:
-    from dist_train.distributed import World
-    from dist_train.run_dir import RunDir
+    from dist_train.distributed.world import World
+    from dist_train.runs.directory import RunDir
 
 # The same examples each time, no database of past failures in the tree.
 settings.register_profile("dist_train", deadline=None, database=None, derandomize=True)
@@ -92,8 +92,8 @@ def world(_no_traces: None) -> Iterator[World]:
     """A world of this process alone."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from dist_train.config_file import parse_config
-    from dist_train.distributed import World
+    from dist_train.config.loading import parse_config
+    from dist_train.distributed.world import World
 
     before = dict(os.environ)
     yield World.join(parse_config({"device": "cpu"}))
@@ -106,8 +106,8 @@ def world(_no_traces: None) -> Iterator[World]:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
     """The directory of a run in its first attempt."""
-    from dist_train.config_file import parse_config
-    from dist_train.run_dir import RunDir
+    from dist_train.config.loading import parse_config
+    from dist_train.runs.directory import RunDir
 
     made = RunDir(tmp_path / "run")
     made.create()

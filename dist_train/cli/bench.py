@@ -28,7 +28,7 @@ def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
     Parts, all by default: speed, scaling, breakdown, startup, checkpoint, guards, growth, speedrun (four seeds a
     repetition). Before each measurement a line on stderr says what it is and about how long all will still take.
     """
-    from dist_train.bench.suite import Options, run
+    from dist_train.tools.bench.suite import Options, run
 
     names = tuple(dict.fromkeys(parts or _PARTS))
     say = partial(click.echo, err=True)

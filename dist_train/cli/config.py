@@ -17,7 +17,7 @@ def config() -> None:
 @config.command("ls")
 def config_ls() -> None:
     """The bundled configs."""
-    from dist_train.config_file import bundled_configs
+    from dist_train.config.loading import bundled_configs
 
     for name, path in bundled_configs().items():
         title = next((line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.strip("# ")), "")
@@ -28,7 +28,7 @@ def config_ls() -> None:
 @settings_options
 def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...]) -> None:
     """The settings that result from a file and its overrides, defaults included."""
-    from dist_train.config_file import to_yaml
+    from dist_train.config.loading import to_yaml
 
     click.echo(to_yaml(load(config_name, (*overrides, *settings))), nl=False)
 
@@ -38,7 +38,7 @@ def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[st
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
 def config_validate(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...], nproc: int) -> None:
     """Check a config: that its net and data set are there, and that N processes can share its batch out."""
-    from dist_train.plan import BatchPlan
+    from dist_train.config.batch_plan import BatchPlan
 
     found = load(config_name, (*overrides, *settings))
     look_up(found)

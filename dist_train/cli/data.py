@@ -17,7 +17,7 @@ def data() -> None:
 @data.command("ls")
 def data_ls() -> None:
     """The data sets by name and whether their files are here."""
-    from dist_train.data import available_sets
+    from dist_train.data.sets.catalog import available_sets
 
     for found in available_sets():
         click.echo(f"{found.name:15} {'here' if found.present else '-':5} {found.path}  {found.note}")
@@ -29,9 +29,9 @@ def data_ls() -> None:
 @click.option("--split", help="As data.split (emnist).")
 def data_fetch(name: str, root: Path | None, split: str | None) -> None:
     """Put a data set's files in place, for nodes without network."""
-    from dist_train.config import default_data_root
-    from dist_train.data import fetch
-    from dist_train.data.catalog import SETS
+    from dist_train.config.schema import default_data_root
+    from dist_train.data.sets.catalog import SETS
+    from dist_train.data.sets.download import fetch
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     root = root or default_data_root()

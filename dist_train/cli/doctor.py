@@ -13,8 +13,8 @@ import click
 from dist_train.cli.options import load, settings_options
 
 if TYPE_CHECKING:
-    from dist_train.config import Config
-    from dist_train.doctor import Finding
+    from dist_train.config.schema import Config
+    from dist_train.tools.doctor import Finding
 
 RANKS_OF_OURS = "DIST_TRAIN_DOCTOR"  # set for the ranks that `--nproc` starts: it reports what they found
 _MEET_S = 60  # ranks that do not meet within so long do not meet
@@ -29,8 +29,8 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
 
     Under torchrun or srun it looks at every rank and at the network between them.
     """
-    from dist_train.environment import find_place, threads_per_process
-    from dist_train.launch import output_of_ranks
+    from dist_train.distributed.process import find_place, threads_per_process
+    from dist_train.launch.torchrun import output_of_ranks
 
     changes = (*options["overrides"], *options["settings"])
     if nproc > 1 and find_place(os.environ).world_size == 1:
@@ -44,7 +44,7 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
         click.echo(json.dumps(rows) if as_json else _table(rows))
     wrong = any(row["fix"] for row in rows or ())
     if find_place(os.environ).world_size > 1:
-        from dist_train.distributed import end_process
+        from dist_train.distributed.world import end_process
 
         end_process(0 if RANKS_OF_OURS in os.environ else int(wrong))
     sys.exit(wrong)
@@ -52,10 +52,10 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
 
 def _examine(config: Config) -> list[dict[str, str]] | None:
     """What all ranks found, on rank zero; of the others only what is wrong there."""
-    from dist_train.distributed import World
-    from dist_train.doctor import Finding, examine, exchange
+    from dist_train.distributed.world import World
     from dist_train.errors import DistTrainError
-    from dist_train.start import parent_of_runs
+    from dist_train.runs.start_options import parent_of_runs
+    from dist_train.tools.doctor import Finding, examine, exchange
 
     runs_dir = parent_of_runs(config.runs_dir)
     mine = [*examine(config, runs_dir)]

@@ -13,8 +13,8 @@ import click
 from dist_train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dist_train.config import Config
-    from dist_train.start import Start
+    from dist_train.config.schema import Config
+    from dist_train.runs.start_options import Start
 
 
 STARTED = time.perf_counter()  # this process
@@ -31,8 +31,8 @@ class RunPath(click.Path):
 
 
 def find_run(path: Path) -> Path:
-    from dist_train.start import parent_of_runs
-    from dist_train.summary import is_run
+    from dist_train.runs.start_options import parent_of_runs
+    from dist_train.runs.summary import is_run
 
     named = parent_of_runs() / path
     return named if not is_run(path) and is_run(named) else path
@@ -73,9 +73,9 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
     Raises:
         ConfigError: no config, or one that is wrong.
     """
-    from dist_train.config_file import load_config
-    from dist_train.environment import ASKED_AT, RUN_DIR
-    from dist_train.start import Start, check_name, parent_of_runs
+    from dist_train.config.loading import load_config
+    from dist_train.distributed.process import ASKED_AT, RUN_DIR
+    from dist_train.runs.start_options import Start, check_name, parent_of_runs
 
     resume, name = options["resume"], options["config_name"]
     told = os.environ.get(RUN_DIR)
@@ -136,7 +136,7 @@ def arguments_of_train(options: dict[str, Any]) -> tuple[str, ...]:
 
 
 def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
-    from dist_train.config_file import load_config
+    from dist_train.config.loading import load_config
 
     if name is None:
         raise ConfigError("No config. Name one with -c, for example -c mnist.")
@@ -145,8 +145,8 @@ def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
 
 def look_up(config: Config) -> None:
     """See that net and data set are there, without making them."""
-    from dist_train.data import check_there
-    from dist_train.models import check_name
+    from dist_train.data.splits import check_there
+    from dist_train.models.registry import check_name
 
     check_there(config.data)
     check_name(config.model)
@@ -154,8 +154,8 @@ def look_up(config: Config) -> None:
 
 def end_rank() -> None:
     """At the end of a command that may be one of several ranks."""
-    from dist_train.distributed import end_process
-    from dist_train.environment import find_place
+    from dist_train.distributed.process import find_place
+    from dist_train.distributed.world import end_process
 
     if find_place(os.environ).world_size > 1:
         end_process(0)

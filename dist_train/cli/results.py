@@ -11,7 +11,7 @@ import click
 from dist_train.cli.options import RunPath, end_rank, print_table
 
 if TYPE_CHECKING:
-    from dist_train.results import Evaluated
+    from dist_train.inference.evaluate_run import Evaluated
 
 _MATRIX_UP_TO = 12  # classes; more fit on no screen
 _checkpoint = click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP")
@@ -27,7 +27,7 @@ def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
 
     On several processes: torchrun --standalone --nproc-per-node 2 -m dist_train evaluate RUN
     """
-    from dist_train.results import evaluate_run
+    from dist_train.inference.evaluate_run import evaluate_run
 
     found = evaluate_run(run, checkpoint, split)
     if found is not None:
@@ -36,7 +36,7 @@ def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
 
 
 def _print(found: Evaluated, what: str) -> None:
-    from dist_train.confusion import accuracy_by_class
+    from dist_train.models.tasks.confusion import accuracy_by_class
 
     click.echo(f"{what}: {found.metrics['seen']} examples")
     for name in sorted(found.metrics.keys() - {"seen"}):
@@ -55,7 +55,7 @@ def _print(found: Evaluated, what: str) -> None:
 
 
 def _print_json(found: Evaluated) -> None:
-    from dist_train.confusion import accuracy_by_class
+    from dist_train.models.tasks.confusion import accuracy_by_class
 
     line: dict[str, Any] = {"step": found.step, **found.metrics}
     if found.confusion is not None:
@@ -72,8 +72,8 @@ def _print_json(found: Evaluated) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each.")
 def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, as_json: bool) -> None:
     """What pictures show, by a run's net: the three most probable classes. PNG, JPEG, whatever PIL reads."""
-    from dist_train.saved_net import SavedNet
-    from dist_train.saved_net import predict as ask
+    from dist_train.inference.trained_net import SavedNet
+    from dist_train.inference.trained_net import predict as ask
 
     for found in ask(SavedNet.open(run, checkpoint), images, invert=invert):
         pairs = list(zip(found.classes, found.probabilities, strict=True))
@@ -89,8 +89,8 @@ def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, 
 @_checkpoint
 def export(run: Path, out: Path, checkpoint: str) -> None:
     """A run's net for use elsewhere, in a new folder OUT: weights, and a program that needs torch alone."""
-    from dist_train.saved_net import SavedNet
-    from dist_train.saved_net import export as write
+    from dist_train.inference.trained_net import SavedNet
+    from dist_train.inference.trained_net import export as write
 
     for path in write(SavedNet.open(run, checkpoint), out):
         click.echo(f"written: {path}")

@@ -14,8 +14,8 @@ from dist_train.cli.options import RunPath, print_table
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 
 if TYPE_CHECKING:
-    from dist_train.slurm import Job
-    from dist_train.summary import Summary
+    from dist_train.launch.slurm.commands import Job
+    from dist_train.runs.summary import Summary
 
 _SORTS = ("name", "age", "progress", "accuracy", "speed", "state")
 _run = click.argument("run", type=RunPath())
@@ -34,8 +34,8 @@ def runs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each.")
 def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sort: str, as_json: bool) -> None:
     """A line for each run. NAME may hold * and ?."""
-    from dist_train.start import parent_of_runs
-    from dist_train.summary import find_runs
+    from dist_train.runs.start_options import parent_of_runs
+    from dist_train.runs.summary import find_runs
 
     folder = folder or parent_of_runs()
     if not folder.is_dir():
@@ -67,11 +67,11 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
 @_run
 def show(run: Path) -> None:
     """All about one run."""
-    from dist_train.compare import read_run
-    from dist_train.error_file import describe_error
-    from dist_train.manifest import manifests
-    from dist_train.post_mortem import how_to_go_on
-    from dist_train.time_sheet import effective_ratio
+    from dist_train.checkpoints.manifest import manifests
+    from dist_train.launch.diagnosis import how_to_go_on
+    from dist_train.runs.error_report import describe_error
+    from dist_train.runs.reports.compare import read_run
+    from dist_train.runs.time_accounting import effective_ratio
 
     trained = read_run(run)
     summary, run_dir = trained.summary, trained.summary.run_dir
@@ -113,9 +113,9 @@ def show(run: Path) -> None:
 @click.option("-n", "count", default=10, show_default=True, type=click.IntRange(min=0), help="So many of the past.")
 def tail(run: Path, count: int) -> None:
     """The newest metrics of a run, and those to come, until it ends."""
-    from dist_train.compare import read_run
-    from dist_train.progress import describe
-    from dist_train.summary import summarise
+    from dist_train.runs.progress import describe
+    from dist_train.runs.reports.compare import read_run
+    from dist_train.runs.summary import summarise
 
     trained = read_run(run)
     past = sum(describe(line, None) is not None for line in trained.lines)
@@ -131,7 +131,7 @@ def tail(run: Path, count: int) -> None:
 @_run
 def stop(run: Path) -> None:
     """Ask a run to save and stop. Any machine that sees its directory may."""
-    from dist_train.compare import read_run
+    from dist_train.runs.reports.compare import read_run
 
     summary = read_run(run).summary
     if not summary.goes_on:
@@ -151,10 +151,10 @@ def stop(run: Path) -> None:
               help="Of the curves in a .png.")  # fmt: skip
 def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None:
     """Metrics side by side, the best marked, and the settings that differ; seeds as mean and spread."""
-    from dist_train.charts import learning_curves
-    from dist_train.compare import compare as tables_of
-    from dist_train.compare import read_run, to_csv, to_json, to_markdown
-    from dist_train.page import to_page
+    from dist_train.runs.reports.charts import learning_curves
+    from dist_train.runs.reports.compare import compare as tables_of
+    from dist_train.runs.reports.compare import read_run, to_csv, to_json, to_markdown
+    from dist_train.runs.reports.html import to_page
 
     found = []
     for path in paths:
@@ -250,7 +250,7 @@ def _plain(run: Summary) -> dict[str, Any]:
 
 def _jobs_of(found: Sequence[Summary]) -> dict[str, Job]:
     """What Slurm says of the jobs among them that have not ended; nothing where there is no Slurm."""
-    from dist_train import slurm as cluster
+    from dist_train.launch.slurm import commands as cluster
 
     ids = {run.job for run in found if run.job and run.state != "FINISHED"}
     try:

@@ -15,10 +15,10 @@ from dist_train.cli.options import RunPath, arguments_of_train, look_up, print_t
 from dist_train.errors import RunDirError
 
 if TYPE_CHECKING:
-    from dist_train.batch_script import BatchScript
-    from dist_train.config import Config
-    from dist_train.run_dir import RunDir
-    from dist_train.start import Start
+    from dist_train.config.schema import Config
+    from dist_train.launch.slurm.batch_script import BatchScript
+    from dist_train.runs.directory import RunDir
+    from dist_train.runs.start_options import Start
 
 
 @click.group()
@@ -56,7 +56,7 @@ _OF_JOB = (
 
 
 def _script(options: dict[str, Any], config: Config, start: Start) -> BatchScript:
-    from dist_train.batch_script import BatchScript
+    from dist_train.launch.slurm.batch_script import BatchScript
 
     arguments = arguments_of_train(options)[1:]
     if options["run_name"]:
@@ -84,11 +84,11 @@ def submit(**options: Any) -> None:
     """Queue a run; prints the job's id and the run's directory. What cannot work is refused first."""
     from dataclasses import replace
 
-    from dist_train import slurm as cluster
-    from dist_train.environment import lasting_run_name
+    from dist_train.distributed.process import lasting_run_name
+    from dist_train.launch.slurm import commands as cluster
+    from dist_train.launch.slurm.preflight import check_partition, check_submission
+    from dist_train.runs.start_options import check_start, find_run_dir, fit_name
     from dist_train.small_files import write_json
-    from dist_train.start import check_start, find_run_dir, fit_name
-    from dist_train.submission import check_partition, check_submission
 
     config, start = resolve(options)
     script = _script(options, config, start)
@@ -117,9 +117,9 @@ def submit(**options: Any) -> None:
 @click.argument("runs", nargs=-1, type=RunPath(), metavar="[RUN]...")
 def status(runs: tuple[Path, ...]) -> None:
     """What Slurm and the runs themselves say of them; without RUN: of all that were submitted."""
-    from dist_train import slurm as cluster
-    from dist_train.run_dir import RunDir
-    from dist_train.start import parent_of_runs
+    from dist_train.launch.slurm import commands as cluster
+    from dist_train.runs.directory import RunDir
+    from dist_train.runs.start_options import parent_of_runs
 
     paths = [*runs] or sorted(path.parent for path in parent_of_runs().glob("*/slurm.json"))
     found = {run: _job_of(RunDir(run)) for run in paths}
@@ -137,7 +137,7 @@ def status(runs: tuple[Path, ...]) -> None:
 
 def _job_of(run_dir: RunDir) -> str:
     """The id of the job that the run belongs to."""
-    from dist_train.summary import summarise
+    from dist_train.runs.summary import summarise
 
     job = summarise(run_dir.path).job
     if job is None:
@@ -150,7 +150,7 @@ def _job_of(run_dir: RunDir) -> str:
 @click.option("-n", "count", default=40, show_default=True, type=click.IntRange(min=1), help="So many lines.")
 def logs(run: Path, count: int) -> None:
     """The last lines of a job's log."""
-    from dist_train.run_dir import RunDir
+    from dist_train.runs.directory import RunDir
 
     log = Path(RunDir(run).read_submission().get("log", ""))
     if not log.is_file():
@@ -163,8 +163,8 @@ def logs(run: Path, count: int) -> None:
 @click.argument("run", type=RunPath())
 def cancel(run: Path) -> None:
     """End a run's job. It saves first if it is running."""
-    from dist_train import slurm as cluster
-    from dist_train.run_dir import RunDir
+    from dist_train.launch.slurm import commands as cluster
+    from dist_train.runs.directory import RunDir
 
     cluster.cancel(_job_of(RunDir(run)))
 
@@ -175,9 +175,9 @@ def cancel(run: Path) -> None:
 @click.option("--told", is_flag=True, help="The batch shell was told that its time is up.")
 def requeue_check(max_requeues: int, told: bool, **options: Any) -> None:
     """For batch scripts, after the step has ended: prints requeue, ended or failed, and on stderr why."""
-    from dist_train.post_mortem import how_to_go_on
-    from dist_train.slurm import decide_requeue
-    from dist_train.start import find_run_dir
+    from dist_train.launch.diagnosis import how_to_go_on
+    from dist_train.launch.slurm.commands import decide_requeue
+    from dist_train.runs.start_options import find_run_dir
 
     run_dir = find_run_dir(*resolve(options))
     decision, why = decide_requeue(run_dir, os.environ, max_requeues, told=told)

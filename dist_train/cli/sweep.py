@@ -11,7 +11,7 @@ import click
 from dist_train.cli.options import load, print_table, settings_options
 
 if TYPE_CHECKING:
-    from dist_train.summary import Summary
+    from dist_train.runs.summary import Summary
 
 
 @click.command()
@@ -28,9 +28,9 @@ def sweep(
 
     The same command again goes on with what is missing. At the end the runs are compared.
     """
-    from dist_train.compare import compare, read_run
-    from dist_train.start import fit_name, parent_of_runs
-    from dist_train.sweep import Grid, Sweep
+    from dist_train.launch.sweep import Grid, Sweep
+    from dist_train.runs.reports.compare import compare, read_run
+    from dist_train.runs.start_options import fit_name, parent_of_runs
 
     load(config_name)
     assert config_name is not None
@@ -64,7 +64,7 @@ def _show(run: Summary, ended: bool) -> None:
 
 
 def _why(run: Summary) -> str:
-    from dist_train.error_file import describe_error
+    from dist_train.runs.error_report import describe_error
 
     error = run.run_dir.read_error()
     said = describe_error(error) if error else f"see {run.run_dir.logs / 'sweep.log'}"

@@ -18,7 +18,7 @@ def wandb() -> None:
 @click.argument("runs", nargs=-1, required=True, type=RunPath())
 def sync(runs: tuple[Path, ...]) -> None:
     """Send to W&B what it has not got of these runs, recorded offline or cut off while online."""
-    from dist_train.run_dir import RunDir
-    from dist_train.tracking import sync as send
+    from dist_train.runs.directory import RunDir
+    from dist_train.training.tracking import sync as send
 
     send([RunDir(run) for run in runs])

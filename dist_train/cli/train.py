@@ -13,10 +13,10 @@ from dist_train.cli.options import STARTED, arguments_of_train, end_rank, look_u
 from dist_train.errors import ConfigError, DistTrainError
 
 if TYPE_CHECKING:
-    from dist_train.config import Config
-    from dist_train.nodes import Nodes
-    from dist_train.start import Start
-    from dist_train.stop_request import StopRequest
+    from dist_train.config.schema import Config
+    from dist_train.distributed.signals import StopRequest
+    from dist_train.launch.machines import Nodes
+    from dist_train.runs.start_options import Start
 
 _simulating = click.option(
     "--simulate-world-size", type=click.IntRange(1, 4096), metavar="N",
@@ -56,12 +56,12 @@ def launch(nproc: int, **options: Any) -> None:
 
 
 def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
-    from dist_train.config_file import to_yaml
-    from dist_train.environment import LAUNCHER_PID, find_place
-    from dist_train.launch import watch_launcher
-    from dist_train.plan import BatchPlan
-    from dist_train.stop_request import StopRequest
-    from dist_train.terminal import outlive_terminal
+    from dist_train.config.batch_plan import BatchPlan
+    from dist_train.config.loading import to_yaml
+    from dist_train.distributed.process import LAUNCHER_PID, find_place
+    from dist_train.distributed.signals import StopRequest
+    from dist_train.distributed.stdio import outlive_terminal
+    from dist_train.launch.torchrun import watch_launcher
 
     outlive_terminal()
     place = find_place(os.environ)
@@ -70,7 +70,7 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
         watch_launcher(lambda: request.tell("INTERRUPT"))
     config, start = resolve(options)
     if options["simulate_world_size"]:
-        from dist_train.simulate import simulate
+        from dist_train.tools.simulate import simulate
 
         for line in simulate(config, options["simulate_world_size"]):
             click.echo(line)
@@ -91,9 +91,9 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
 
 def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -> None:
     """Everything that can be refused is refused here, before any process starts."""
-    from dist_train.launch import LaunchSpec, start_ranks
-    from dist_train.nodes import make_room
-    from dist_train.start import check_start, find_run_dir, remove_if_unbegun
+    from dist_train.launch.machines import make_room
+    from dist_train.launch.torchrun import LaunchSpec, start_ranks
+    from dist_train.runs.start_options import check_start, find_run_dir, remove_if_unbegun
 
     nodes = _nodes(options, nproc, config)
     run_dir = find_run_dir(config, start, claim=not options["dry_run"])
@@ -127,8 +127,8 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
 
 def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
     """The machines of `launch --nnodes`, None for this one alone. Every number of them is checked that may come up."""
-    from dist_train.nodes import Nodes
-    from dist_train.plan import BatchPlan
+    from dist_train.config.batch_plan import BatchPlan
+    from dist_train.launch.machines import Nodes
 
     text, endpoint = options.get("nnodes"), options.get("rdzv_endpoint")
     outside = os.environ.get("PET_NNODES") or "1"
@@ -153,7 +153,7 @@ def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
 
 
 def _train_here(config: Config, start: Start, request: StopRequest) -> None:
-    from dist_train.attempt import run_attempt
+    from dist_train.training.run import run_attempt
 
     request.preempt_signal = signal.Signals[f"SIG{config.preempt_signal}"]
     with request:

@@ -20,8 +20,8 @@ def verify(config_name: str | None, overrides: tuple[str, ...], settings: tuple[
     The same losses for any number of processes, resumed as if never stopped, every example counted once, nothing lost
     by a kill.
     """
-    from dist_train.environment import find_place
-    from dist_train.verify.suite import verify as checks
+    from dist_train.distributed.process import find_place
+    from dist_train.tools.verify.suite import verify as checks
 
     inside = find_place(os.environ).world_size
     if inside > 1:

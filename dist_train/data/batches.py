@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_train.batching import ShardSampler
-from dist_train.config import DataConfig
-from dist_train.data.image_set import Examples, ImageSet
+from dist_train.config.schema import DataConfig
 from dist_train.data.loader import Key, Made, loader_of, stream
-from dist_train.data.pixels import Augment, Pixels, change_each, to_default_dtype, yields_pixels
+from dist_train.data.sampler import ShardSampler
+from dist_train.data.sets.image_set import Examples, ImageSet
+from dist_train.data.transforms import Augment, Pixels, change_each, to_default_dtype, yields_pixels
 
 Place = tuple[int, int]  # (step, micro-step)
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dist_train.data.image_folder import ImageFolder
-from dist_train.data.image_set import Examples, ImageSet, num_examples
 from dist_train.data.loader import Seeded
+from dist_train.data.sets.image_folder import ImageFolder
+from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
 
 Identity = dict[str, Any]  # of one split; plain enough for JSON
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dist_train.data.image_set import Examples, ImageSet, example_at, form_of, name_of, origin
+from dist_train.data.sets.image_set import Examples, ImageSet, example_at, form_of, name_of, origin
+from dist_train.distributed.devices import is_out_of_memory
+from dist_train.distributed.rng import derive_seed
 from dist_train.errors import DataError, DistTrainError, UserCodeError
-from dist_train.generators import seed_everything
-from dist_train.hardware import is_out_of_memory
-from dist_train.seeding import derive_seed
-from dist_train.user_code import explanation
+from dist_train.models.invariance import seed_everything
+from dist_train.user_code.importing import explanation
 
 Key = tuple[int, int]  # (epoch, index): what a loader worker needs to make an example
 Made = tuple[Any, Any, Tensor]  # inputs, targets and indices of a batch, on the CPU

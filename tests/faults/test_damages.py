@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train import checkpoint, checkpoints
-from dist_train.checkpoints import Checkpoints
-from dist_train.config import Config
-from dist_train.config_file import parse_config
-from dist_train.data import load_splits
-from dist_train.distributed import World
-from dist_train.manifest import find_damage
-from dist_train.parts import build_parts
-from dist_train.run_dir import RunDir
-from dist_train.step import Step
+from dist_train.checkpoints import manager as checkpoints
+from dist_train.checkpoints import storage as checkpoint
+from dist_train.checkpoints.manager import Checkpoints
+from dist_train.checkpoints.manifest import find_damage
+from dist_train.config.loading import parse_config
+from dist_train.config.schema import Config
+from dist_train.data.splits import load_splits
+from dist_train.distributed.world import World
+from dist_train.runs.directory import RunDir
+from dist_train.training.build import build_parts
+from dist_train.training.step.train_step import Step
 from support.damages import DAMAGES, FILES, Damage, delete, flip_bits, manifest_of_another, truncate, zero_a_block
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked, train_on_ranks

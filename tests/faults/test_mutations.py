@@ -19,10 +19,10 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import dist_train.attempt  # noqa: F401 - what is imported later would change the environment in the middle of a test
+import dist_train.training.run  # noqa: F401 - what is imported later would change the environment in the middle of a test
 from dist_train.cli import main
-from dist_train.config import Config, section_of
-from dist_train.config_file import bundled_configs, load_config, to_yaml
+from dist_train.config.loading import bundled_configs, load_config, to_yaml
+from dist_train.config.schema import Config, section_of
 from support.processes import DIST_TRAIN
 from support.settings import put
 
@@ -73,8 +73,8 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     found = Shell(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command line puts the current folder there
-    monkeypatch.setattr("dist_train.attempt.run_attempt", lambda *_: found.started.append("training"))
-    monkeypatch.setattr("dist_train.launch.start_ranks", lambda *_: found.started.append("ranks"))
+    monkeypatch.setattr("dist_train.training.run.run_attempt", lambda *_: found.started.append("training"))
+    monkeypatch.setattr("dist_train.launch.torchrun.start_ranks", lambda *_: found.started.append("ranks"))
     return found
 
 

@@ -71,13 +71,13 @@ RANK_ZERO: dict[str, tuple[tuple[str, int], ...]] = {
 }  # fmt: skip
 SAVE = [phase for phase in RANK_ZERO if phase not in ("start of the attempt", "metrics and status")]
 START_UP = (
-    ("launcher", "import dist_train.launch", "launcher", False),
+    ("launcher", "import dist_train.launch.torchrun", "launcher", False),
     ("rank 0", "import torch", "rank 0", False),
     ("torchrun", "import torch.distributed.elastic", "torchrun", False),
     ("rank 1", "import accelerate", "another rank", False),
     ("rank 0", "before join", "all", False),
     ("launcher", "before unlink probe", "launcher", False),
-    ("rank 1", "import dist_train.attempt", "all", False),
+    ("rank 1", "import dist_train.training.run", "all", False),
 )
 # The end of a run: all its steps are saved, so that the next start saves the last of them once more.
 RESULT = (("after rename result.json", 1), ("before FINISHED", 1))

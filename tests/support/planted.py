@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from dist_train.batching import ShardSampler, evaluation_shard
 from dist_train.data import evaluation_batches
-from dist_train.eager_update import EagerUpdate
-from dist_train.objective import Objective
-from dist_train.step import Step
-from dist_train.verify import rank
+from dist_train.data.sampler import ShardSampler, evaluation_shard
+from dist_train.models.tasks.objective import Objective
+from dist_train.tools.verify import rank
+from dist_train.training.step.eager import EagerUpdate
+from dist_train.training.step.train_step import Step
 
 _indices, _loss = ShardSampler.indices, Objective.loss
 

@@ -20,7 +20,7 @@ from support.processes import DIST_TRAIN
 
 # Forked from a server that has imported torch once: a rank is there in 0.1 s instead of 4.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dist_train.attempt", "dist_train.cli", "support.ranks", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["dist_train.training.run", "dist_train.cli", "support.ranks", "torch._dynamo"])
 
 
 def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = PATIENCE_S) -> None:
@@ -146,11 +146,12 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
     """One attempt of a run on this rank. `stop_after`: rank 0's neighbour is told to stop after that many steps."""
     import torch
 
-    from dist_train import agreement, step
-    from dist_train.attempt import run_attempt
-    from dist_train.config_file import parse_config
-    from dist_train.start import Start
-    from dist_train.stop_request import StopRequest
+    from dist_train.config.loading import parse_config
+    from dist_train.distributed.signals import StopRequest
+    from dist_train.runs.start_options import Start
+    from dist_train.training import agreement
+    from dist_train.training.run import run_attempt
+    from dist_train.training.step import train_step as step
 
     join_group(f"{run_dir.name}_{_count()}")
     config = parse_config({"tracking": {"wandb": "disabled", "pictures": False}, **settings})

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dist_train.run_dir import RunDir
+from dist_train.runs.directory import RunDir
 from dist_train.small_files import read_json
 
 

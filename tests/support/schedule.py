@@ -14,8 +14,8 @@ CLUSTERS = 2
 # Files in which single tests take long, by what they took; the others in their own order after them.
 LONG = [
     "test_wandb.py", "test_wandb_offline.py", "test_surroundings.py", "test_kills.py", "test_verify.py",
-    "test_bench.py", "test_sweep.py", "test_launch.py", "test_step_modes.py", "test_saved_net.py", "test_exactness.py",
-    "test_end_to_end.py",
+    "test_bench.py", "test_sweep.py", "test_torchrun.py", "test_step_modes.py", "test_trained_net.py",
+    "test_exactness.py", "test_end_to_end.py",
 ]  # fmt: skip
 
 

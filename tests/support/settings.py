@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dist_train.config import Config
-from dist_train.config_file import load_config, parse_config, to_yaml
+from dist_train.config.loading import load_config, parse_config, to_yaml
+from dist_train.config.schema import Config
 
 DEFAULT = parse_config({})
 

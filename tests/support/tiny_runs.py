@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.checkpoint import Snapshot, write
-from dist_train.checkpoints import Checkpoints
-from dist_train.config import Config
-from dist_train.config_file import parse_config
+from dist_train.checkpoints.manager import Checkpoints
+from dist_train.checkpoints.manifest import folder_of
+from dist_train.checkpoints.storage import Snapshot, write
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.durations import LearningRate
+from dist_train.config.loading import parse_config
+from dist_train.config.schema import Config
 from dist_train.data.batches import Batch
-from dist_train.distributed import World
-from dist_train.manifest import folder_of
-from dist_train.plan import BatchPlan
-from dist_train.run_dir import RunDir
-from dist_train.schedule import LearningRate
-from dist_train.step import Step
-from dist_train.train_state import TrainState
+from dist_train.distributed.world import World
+from dist_train.runs.directory import RunDir
+from dist_train.training.step.train_step import Step
 
 CONFIG = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 2, "keep_best": 1})
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_train import launch
-from dist_train.data import ImageSet
-from dist_train.nets import Bks, Mlp
+from dist_train.data.sets.image_set import ImageSet
+from dist_train.launch import torchrun as launch
+from dist_train.models.nets import Bks, Mlp
 from support.user_sets import mnist_part
 
 OPEN = "open"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dist_train.config import default_data_root
-from dist_train.data import ImageSet
-from dist_train.data.named import load_named
+from dist_train.config.schema import default_data_root
+from dist_train.data.sets.image_set import ImageSet
+from dist_train.data.sets.named import load_named
 
 
 def mnist_part(train: bool, length: int = 960) -> ImageSet:

@@ -205,15 +205,15 @@ def _journal(module: ModuleType) -> None:
 
 _WATCHED: dict[str, Callable[[ModuleType], None]] = {
     "torch": _torch,
-    "dist_train.checkpoint": _checkpoint,
-    "dist_train.metrics_file": _metrics_file,
-    "dist_train.run_dir": lambda module: _watch(module.RunDir, "begin_attempt"),
-    "dist_train.agreement": _agreement,
-    "dist_train.step": _step,
-    "dist_train.journal": _journal,
-    "dist_train.objective": lambda module: _watch(module.Objective, "forward"),
-    "dist_train.distributed": lambda module: _watch(module.World, "join", of_class=True),
-    "dist_train.checkpoints": _checkpoints,
+    "dist_train.checkpoints.storage": _checkpoint,
+    "dist_train.runs.metrics_log": _metrics_file,
+    "dist_train.runs.directory": lambda module: _watch(module.RunDir, "begin_attempt"),
+    "dist_train.training.agreement": _agreement,
+    "dist_train.training.step.train_step": _step,
+    "dist_train.training.recorder": _journal,
+    "dist_train.models.tasks.objective": lambda module: _watch(module.Objective, "forward"),
+    "dist_train.distributed.world": lambda module: _watch(module.World, "join", of_class=True),
+    "dist_train.checkpoints.manager": _checkpoints,
 }
 
 

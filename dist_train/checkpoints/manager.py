@@ -1,0 +1,219 @@
+"""The checkpoints of one run: snapshot (all ranks), write in the background (rank zero), prune, restore the latest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dist_train.checkpoints.manifest import LINKS, by_score, folder_of, good, manifests, remove_checkpoint
+from dist_train.checkpoints.storage import Snapshot, restore, write
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.weights import with_versions_of
+from dist_train.config.durations import is_due
+from dist_train.config.schema import Config
+from dist_train.distributed.world import World
+from dist_train.errors import CheckpointError, DistTrainError, TrainingDiverged
+from dist_train.runs.directory import RunDir
+from dist_train.training.step.train_step import Step
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Rank zero writes, in the background, one at a time."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        world: World,
+        config: Config,
+        keep_every_steps: int,
+        on_first_save: Callable[[float], None] = lambda save_s: None,
+    ) -> None:
+        """`on_first_save` is told on rank zero how many seconds it took."""
+        self.run_dir = run_dir
+        self.world = world
+        self._keep_last, self._keep_best, self._keep_every = config.keep_last, config.keep_best, keep_every_steps
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[float] | None = None
+        self._unlinked: set[Path] = set()  # links that could not be made: said once
+        self._failure = ""  # of the last write, if a later one may succeed
+        self._fatal: DistTrainError | None = None
+        self._on_first_save: Callable[[float], None] | None = on_first_save
+        self.saved_step = -1
+
+    def snapshot(self, state: TrainState, step: Step) -> Snapshot:
+        """Collective: every rank must call this.
+
+        Raises:
+            TrainingDiverged: on every rank, if weights or losses are not finite; a poisoned state is never saved.
+        """
+        if not step.is_finite():
+            since = min(state.logged_step + 1, state.step)
+            raise TrainingDiverged(
+                f"Weights or losses are not finite between step {since} and {state.step}. "
+                f"The last good checkpoint is {self.describe_last()}. Lower optimizer.lr or set max_grad_norm."
+            )
+        training = step.state_dict()
+        net = training.pop("net")
+        if step.ema is not None:
+            training["net"] = net
+        model = step.evaluated_net.state_dict()
+        if not self.world.is_rank_zero:
+            return Snapshot(state, {}, {})
+        return Snapshot(TrainState(**asdict(state)), _copy_to_cpu(model), _copy_to_cpu(training))
+
+    def save(self, state: TrainState, step: Step) -> None:
+        """Snapshot now, write in the background. A failed write is a warning: the next save tries again.
+
+        Collective: every rank must call this.
+        """
+        started = time.perf_counter()
+        snapshot = self.snapshot(state, step)
+        self.saved_step = state.step
+        if not self.world.is_rank_zero:
+            return
+        self._await()
+        try:
+            self.run_dir.metrics.sync()
+        except OSError as error:
+            self._fail(error)
+            return
+        self._pending = self._writer.submit(self._commit, snapshot, started)
+
+    def poll(self) -> DistTrainError | None:
+        """Rank zero only: takes note of a write that has ended. Returns an error that all ranks must end with."""
+        if self._pending is not None and self._pending.done():
+            self._take_note(self._pending)
+        return self._fatal
+
+    def finish(self) -> None:
+        """Wait for the write under way.
+
+        Collective: every rank must call this.
+
+        Raises:
+            DistTrainError: on every rank, if the last write failed.
+        """
+        self._await()
+        self.world.on_rank_zero(self._raise_failure)
+
+    def close(self) -> None:
+        self._writer.shutdown(wait=True)
+
+    def _await(self) -> None:
+        if self._pending is None:
+            return
+        started = time.perf_counter()
+        self._take_note(self._pending)
+        if (waited := time.perf_counter() - started) > 0.05:
+            _log.info("waited %.2f s until a checkpoint was written", waited)
+
+    def _take_note(self, write: Future[float]) -> None:
+        """How a write ended, which is waited for."""
+        self._pending = None
+        try:
+            self.run_dir.set_status(save_s=write.result())
+            self._failure = ""
+        except (OSError, CheckpointError) as error:
+            self._fail(error)
+        except DistTrainError as error:
+            self._fatal = error
+        except Exception as error:
+            self._fatal = CheckpointError(f"The thread that writes checkpoints failed: {type(error).__name__}: {error}")
+            self._fatal.__cause__ = error
+
+    def _fail(self, error: OSError | CheckpointError) -> None:
+        self._failure = (
+            f"A checkpoint could not be written to {self.run_dir.checkpoints}: {error}. Make room there; "
+            f"the last good checkpoint is {self.describe_last()}."
+        )
+        _log.warning("%s Training goes on, the next save tries again.", self._failure)
+
+    def _raise_failure(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal
+        if self._failure:
+            raise CheckpointError(self._failure)
+
+    def _commit(self, snapshot: Snapshot, started: float) -> float:
+        """The seconds since `started`, from the wish to save until all of it was on the disk."""
+        run_dir = self.run_dir
+        run_dir.check_not_superseded()
+        folder = folder_of(run_dir, snapshot.state.step)
+        write(snapshot, folder, run_dir.attempt, run_dir.run_id, before_rename=run_dir.check_not_superseded)
+        self.prune()
+        self._link()
+        save_s = round(time.perf_counter() - started, 3)
+        if self._on_first_save is not None:
+            self._on_first_save(save_s)
+            self._on_first_save = None
+        return save_s
+
+    def describe_last(self) -> str:
+        last = next(iter(good(self.run_dir)), None)
+        return str(last) if last else "none"
+
+    # --- keeping -------------------------------------------------------------------------------------------------
+
+    def prune(self) -> None:
+        """Delete what no rule keeps. The one just written is good, so an older one may go."""
+        there = manifests(self.run_dir)
+        keep = {*[*there][: self._keep_last], *by_score(there)[: self._keep_best]}
+        if self._keep_every:
+            keep |= {path for path, manifest in there.items() if is_due(manifest["step"], self._keep_every, -1)}
+        for path in there.keys() - keep:
+            remove_checkpoint(path)
+
+    def _link(self) -> None:
+        """`last` and `best`. The save has succeeded whatever becomes of them."""
+        there = manifests(self.run_dir)
+        for name, targets in zip(LINKS, ([*there], by_score(there)), strict=True):
+            if targets:
+                self._link_to(targets[0], self.run_dir.checkpoints / name)
+
+    def _link_to(self, target: Path, link: Path) -> None:
+        temporary = link.with_name(f".{link.name}")
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target.name)
+            temporary.replace(link)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if link not in self._unlinked:
+                a_folder = "a folder is there, as copies that follow links make it; remove it"
+                reason = a_folder if isinstance(error, IsADirectoryError) else error.strerror
+                _log.warning("%s is no link to %s: %s. No save depends on it.", link, target.name, reason)
+            self._unlinked.add(link)
+
+    # --- restoring -----------------------------------------------------------------------------------------------
+
+    def restore_latest(self, step: Step) -> TrainState | None:
+        """Load the newest good checkpoint into `step`. A damaged one is named and set aside.
+
+        Collective: every rank must call this.
+        """
+        name = ""
+        if self.world.is_rank_zero:
+            name = next((path.name for path in good(self.run_dir, set_aside=True)), "")
+        name = self.world.from_rank_zero(name)
+        return restore(self.run_dir.checkpoints / name, step) if name else None
+
+
+def _copy_to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)  # strides and all: fused Adam walks state and weights side by side
+    if isinstance(value, dict):
+        return with_versions_of({key: _copy_to_cpu(item) for key, item in value.items()}, value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy_to_cpu(item) for item in value)
+    return value

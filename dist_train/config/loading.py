@@ -1,0 +1,195 @@
+"""From a YAML file and `-o key=value` to a Config, and back; every mistake told in one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dist_train.config.schema import Config, section_of
+from dist_train.errors import ConfigError
+
+
+class _Numbers(yaml.resolver.Resolver):
+    """What is a number: 1e-3 is (YAML 1.1 wants 1.0e-3), 12:30:00 is not (there it is 45000)."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        if kind is yaml.ScalarNode and implicit[0]:
+            if tag == "tag:yaml.org,2002:str" and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+                return "tag:yaml.org,2002:float"
+            if tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in value:
+                return "tag:yaml.org,2002:str"
+        return tag
+
+
+class _Loader(_Numbers, yaml.SafeLoader):
+    """Refuses two things that SafeLoader lets pass."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """A key that stands there twice: of the two values one would be lost."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """A number that Python will not write, as it has more than 4300 digits; as 0x... it would read it."""
+        try:
+            value = super().construct_yaml_int(node)
+            str(value)
+        except ValueError as error:
+            problem = str(error).partition("; use sys.")[0]
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+class _Dumper(_Numbers, yaml.SafeDumper):
+    """Quotes the text that _Loader would take for a number."""
+
+
+def _read_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError only: PyYAML lets out whatever int(), date() and their like raise."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:
+        raise yaml.YAMLError(f"{error}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """All settings, defaults included; reads back as the same config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The configs that travel with the package, by name; that of a sweep is W&B's, and no training."""
+    package = Path(__file__).resolve().parents[1]
+    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
+    found = {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    found.pop("sweep", None)
+    return found
+
+
+def find_config(name: str) -> Path:
+    """A path as it stands, else the bundled config of that name (`mnist`, or `configs/mnist.yaml` from anywhere)."""
+    path = Path(name)
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise ConfigError(f"No config file {_short(name)}: {error.strerror}.") from None
+    bundled = bundled_configs()
+    if path.stem in bundled and name in (path.stem, f"configs/{path.stem}.yaml"):
+        return bundled[path.stem]
+    raise ConfigError(
+        f"No config file {name}.{_suggest(path.stem, list(bundled))} Bundled configs: {', '.join(bundled)}."
+    )
+
+
+def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Defaults < the YAML file < overrides of the form `optimizer.lr=3e-4`.
+
+    Raises:
+        ConfigError: one line per setting that is unknown, of the wrong type or out of range.
+    """
+    path = find_config(name)
+    try:
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold settings (`key: value`), not a {type(tree).__name__}.")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[Any, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f'"{override}" is not a setting. Write it as key=value, for example optimizer.lr=3e-4.')
+    try:
+        value = _read_yaml(text) if text else None
+    except yaml.YAMLError:
+        raise ConfigError(f'The value of "{override}" is not YAML. Quote it, for example {key}=\'"text"\'.') from None
+    node = tree
+    for part in parts[:-1]:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    node[parts[-1]] = value
+
+
+def listed(override: str) -> list[str]:
+    """The overrides that set one item each of the list that this one sets; empty if it sets none, or an empty one."""
+    key, _, text = override.partition("=")
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return []  # for _apply to explain
+    items = node.value if isinstance(node, yaml.SequenceNode) else []
+    return [f"{key}={text[item.start_mark.index : item.end_mark.index]}" for item in items]
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: the key as typed, the value, what is allowed."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = Config
+        for part in location[:-1]:
+            section = section_of(section.model_fields[part].annotation) if section else None
+        legal = list(section.model_fields) if section else []
+        where = f"Settings of {'.'.join(location[:-1])}" if location[:-1] else "Settings"
+        hint = _suggest(location[-1], legal, ".".join(location[:-1]))
+        return f"Unknown setting {key}.{hint} {where}: {', '.join(legal)}."
+    reason = str(item["msg"]).removeprefix("Value error, ").rstrip(".")
+    if item["type"] in ("value_error",) and isinstance(item["input"], dict):
+        return f"{key or 'The config'}: {reason}."
+    return f"{key}={_short(item['input'])}: {reason[:1].lower()}{reason[1:]}."
+
+
+def _short(value: object) -> str:
+    try:
+        text = str(value)
+    except RecursionError:
+        text = "..."
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _suggest(word: str, legal: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, legal, n=1, cutoff=0.5)
+    near = near or [name for name in legal if name in word.split("_") or word in name.split("_")][:1]
+    synonyms = {
+        "learning_rate": "lr",
+        "batch_size": "global_batch_size",
+        "epochs": "train_for",
+        "precision": "mixed_precision",
+    }
+    if synonyms.get(word) in legal:
+        near = [synonyms[word]]
+    return f" Did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else ""

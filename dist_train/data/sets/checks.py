@@ -1,0 +1,69 @@
+"""Whether the `data` settings name a data set, belong to it, and fit it."""
+
+from __future__ import annotations
+
+import difflib
+
+from dist_train.config.schema import DataConfig
+from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
+from dist_train.data.sets.image_set import Examples
+from dist_train.data.transforms import yields_pixels
+from dist_train.errors import ConfigError
+
+
+def check_settings(config: DataConfig) -> None:
+    """Whether the settings name a data set and belong to it; reads no data.
+
+    Raises:
+        ConfigError
+    """
+    name, is_user = config.name, ":" in config.name
+    if config.bundle is not None and name != DataConfig.model_fields["name"].default:
+        raise ConfigError(f"data.name={name} and data.bundle={config.bundle} are both set. Keep one of them.")
+    kind = "bundle" if config.bundle is not None else "user" if is_user else name
+    if kind not in ("bundle", "user", "image_folder", *SETS):
+        near = difflib.get_close_matches(name, ["image_folder", *SETS], n=1, cutoff=0.5)
+        raise ConfigError(
+            f"There is no data set data.name={name}.{f' Did you mean {near[0]}?' if near else ''} "
+            f"Known: {', '.join(SETS)}, image_folder; your own is written package.module:Name."
+        )
+    label = "data.bundle" if kind == "bundle" else f"data.name={name}"
+    for setting, value, owner, belongs in (
+        ("split", config.split, "emnist", kind == "emnist"),
+        ("image_size", config.image_size, "image_folder", kind == "image_folder"),
+        ("args", config.args or None, "package.module:Name", kind == "user"),
+    ):
+        if value is not None and not belongs:
+            raise ConfigError(f"data.{setting}={value} belongs to {owner}, not to {label}. Remove data.{setting}.")
+    if kind == "emnist" and config.split not in EMNIST_CLASSES:
+        had = f"has no data.split={config.split}" if config.split else "needs data.split"
+        raise ConfigError(f"data.name=emnist {had}. Set data.split to one of: {', '.join(EMNIST_CLASSES)}.")
+    if kind == "image_folder" and config.image_size is None:
+        raise ConfigError("data.name=image_folder needs data.image_size, the pixels per side. Set data.image_size=64.")
+
+
+def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, int, int] | None) -> None:
+    """Whether what is done to pixels fits the images [C, H, W]; sets that give none (most user code) have their own
+    transforms.
+
+    Raises:
+        ConfigError
+    """
+    for setting in ("normalize", "augment"):
+        if getattr(config, setting) is not None and not yields_pixels(train):
+            label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
+            raise ConfigError(f"data.{setting} and {label}, which has transforms of its own. Remove data.{setting}.")
+    channels, *sides = image_shape or (0, 0, 0)
+    if config.augment is not None and config.augment.shift >= (side := min(sides)):
+        raise ConfigError(
+            f"data.augment.shift={config.augment.shift} moves images of {side} pixels out of sight. "
+            f"Set it to less than {side}."
+        )
+    if config.normalize is None:
+        return
+    given = len(config.normalize.mean)
+    if channels != given:
+        raise ConfigError(
+            f"data.normalize has {given} channels, the images of data.name={config.name} have {channels}. "
+            f"Give {channels} numbers for mean and for std."
+        )

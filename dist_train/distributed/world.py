@@ -1,0 +1,340 @@
+"""The ranks together: joining them, reducing, broadcasting, leaving. The only user of torch.distributed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+
+from dist_train.config.schema import Config, Precision
+from dist_train.distributed.devices import choose_device, choose_precision, keep_freed_memory
+from dist_train.distributed.process import Place, export_rendezvous, find_place, threads_per_process
+from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, seen from one of them."""
+
+    accelerator: Accelerator
+    place: Place
+    mixed_precision: Precision
+    num_threads: int
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device  # type: ignore[no-any-return]
+
+    @classmethod
+    def join(cls, config: Config, begun_with: str | None = None) -> World:
+        """Meet the other ranks. Until `wait_at_most` says otherwise each waits setup_timeout_s for the others.
+
+        `begun_with`: the precision of the run that goes on.
+
+        Collective: every rank must call this.
+
+        Raises:
+            LaunchError: a half or lone launcher environment, another world than asked for, or not all of it came.
+            ConfigError: a device or precision that is not to be had.
+        """
+        place = find_place(os.environ)
+        export_rendezvous(place, os.environ)
+        _check_accelerate(os.environ)
+        device = choose_device(config, place)
+        precision = choose_precision(config, device, begun_with)
+        threads = threads_per_process(place.local_world_size, os.environ)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose one and warn
+        torch.set_num_threads(threads)
+        if device == "cpu":
+            keep_freed_memory(os.environ)
+        if device == "cuda" and place.world_size > 1:
+            # Accelerate takes it for the number of the device, which is 0 for a task that sees its own alone.
+            os.environ["LOCAL_RANK"] = str(place.local_rank % torch.cuda.device_count())
+        torch.set_default_dtype(getattr(torch, config.dtype))
+
+        timeout = timedelta(seconds=config.setup_timeout_s)
+        handlers = [
+            DistributedDataParallelKwargs(
+                find_unused_parameters=config.ddp.find_unused_parameters, gradient_as_bucket_view=True
+            ),
+            InitProcessGroupKwargs(timeout=timeout),
+        ]
+        if place.world_size > place.local_world_size:
+            _log.info("waiting for %d processes to meet at %s", place.world_size, os.environ.get("MASTER_ADDR"))
+        try:
+            # On a machine without accelerator a plain Accelerator() under torchrun is N worlds of one: say cpu.
+            accelerator = Accelerator(
+                cpu=device == "cpu",
+                mixed_precision=precision,
+                gradient_accumulation_steps=1,  # ours is in the step
+                kwargs_handlers=handlers,
+            )
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            port = os.environ.get("MASTER_PORT")
+            why = first_line(error)
+            if "EADDRINUSE" in str(error):
+                why = f"MASTER_PORT={port} is taken on {socket.gethostname()}. Unset it, or set another for this job."
+            elif is_timeout(error):
+                why += f" If one of them takes longer to begin, raise setup_timeout_s={config.setup_timeout_s:g}."
+            raise LaunchError(
+                f"Rank {place.rank} of {place.world_size} could not meet the others at "
+                f"{os.environ.get('MASTER_ADDR')}:{port}: {why}"
+            ) from error
+        if (accelerator.process_index, accelerator.num_processes) != (place.rank, place.world_size):
+            raise LaunchError(
+                f"Asked for rank {place.rank} of {place.world_size} (started by {place.started_by}), got rank "
+                f"{accelerator.process_index} of {accelerator.num_processes}. Start with dist-train launch --nproc "
+                f"{place.world_size}."
+            )
+        world = cls(accelerator, place, precision, threads)
+        if device == "cuda":
+            world.check_alone_on(str(torch.cuda.get_device_properties(world.device).uuid))
+        return world
+
+    def with_threads(self, num_threads: int) -> World:
+        """The same world, computing with `num_threads`: one thread and two give different bits."""
+        torch.set_num_threads(num_threads)
+        return replace(self, num_threads=num_threads)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """How long this rank waits for the others in each collective from now on; then a RuntimeError ends it."""
+        if self.size > 1:
+            assert dist.group.WORLD is not None
+            dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
+
+    # --- collectives ---------------------------------------------------------------------------------------------
+
+    def all_reduce(self, values: Tensor, op: str = "sum") -> Tensor:
+        """The element-wise sum (or max) of `values` over the ranks, on every rank. In place.
+
+        Collective: every rank must call this.
+        """
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        return values
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """`values` of every rank, stacked: [world_size, ...].
+
+        Collective: every rank must call this.
+        """
+        if self.size == 1:
+            return values.unsqueeze(0)
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values)
+        return torch.stack(gathered)
+
+    def gather(self, value: T) -> list[T]:
+        """The object (small, picklable) of every rank.
+
+        Collective: every rank must call this.
+        """
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def hosts(self) -> list[str]:
+        """The host of every rank.
+
+        Collective: every rank must call this.
+        """
+        return self.gather(socket.gethostname())
+
+    def broadcast(self, values: list[Tensor]) -> None:
+        """Rank zero's tensors, on every rank. In place.
+
+        Collective: every rank must call this.
+        """
+        if self.size > 1:
+            for value in values:
+                dist.broadcast(value, src=0)
+
+    def from_rank_zero(self, value: T) -> T:
+        """Rank zero's object (small, picklable), on every rank.
+
+        Collective: every rank must call this.
+        """
+        box: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]  # type: ignore[no-any-return]
+
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
+        """What `action` returned on rank zero, or its error, on every rank.
+
+        Collective: every rank must call this.
+
+        Raises:
+            DistTrainError: on every rank, if it was raised on rank zero.
+        """
+        result: T | DistTrainError | None = None
+        if self.is_rank_zero:
+            try:
+                result = action()
+            except DistTrainError as error:
+                result = error
+        result = self.from_rank_zero(result)
+        if isinstance(result, DistTrainError):
+            raise result
+        return cast(T, result)
+
+    def barrier(self) -> None:
+        """Collective: every rank must call this."""
+        self.accelerator.wait_for_everyone()
+
+    def check_shared(self, folder: Path) -> None:
+        """See that every rank sees the folder that rank zero writes.
+
+        Collective: every rank must call this.
+
+        Raises:
+            RunDirError: on every rank, naming the hosts that do not see it.
+        """
+        token = folder / f".token_{self.from_rank_zero(uuid4().hex)}"
+        if self.is_rank_zero:
+            token.touch()
+        self.barrier()
+        blind = self.all_reduce(torch.tensor(float(not token.exists()), device=self.device)).item()
+        if self.is_rank_zero:
+            token.unlink(missing_ok=True)
+        if blind:
+            raise RunDirError(
+                f"{int(blind)} of {self.size} ranks do not see the run directory {folder} that rank 0 writes "
+                f"(this is rank {self.rank} on {socket.gethostname()}). Put runs_dir on a file system that all nodes "
+                f"share."
+            )
+
+    def check_same(self, what: str, value: str) -> None:
+        """See that all ranks were given the same thing.
+
+        Collective: every rank must call this.
+
+        Raises:
+            ConfigError: on the ranks that differ from rank zero.
+        """
+        if value != self.from_rank_zero(value):
+            raise ConfigError(f"Rank {self.rank} on {socket.gethostname()} has another {what} than rank 0.")
+
+    def check_alone_on(self, device: str) -> None:
+        """See that no other rank computes on `device`, an id that is unique on its host.
+
+        Collective: every rank must call this. Through the store, since NCCL does not start with two ranks on a device.
+
+        Raises:
+            LaunchError: on every rank, naming two that share one.
+        """
+        if self.size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"device_{self.rank}", f"{device} on {socket.gethostname()}")
+        ranks: dict[str, int] = {}
+        for rank, found in enumerate(store.multi_get([f"device_{rank}" for rank in range(self.size)])):
+            first = ranks.setdefault(found.decode(), rank)
+            if first != rank:
+                raise LaunchError(
+                    f"Ranks {first} and {rank} share the device {found.decode()}. Start as many processes on a machine "
+                    f"as it has devices, under srun with --gpus-per-task=1, or set device=cpu."
+                )
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read after this counts what was asked for before."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def leave(self) -> None:
+        """Ranks leave together: without the barrier some abort at exit. End the process soon, by `end_process`.
+
+        Collective: every rank must call this.
+        """
+        if dist.is_initialized():
+            _kept_alive.append(dist.group.WORLD)
+        self.barrier()
+        self.accelerator.end_training()
+
+
+# gloo's destructor joins its threads while it holds the GIL that one of them may still be waiting for: of about 250
+# finished trainings 3 had a rank that hung there for ever. So no group is destroyed before its process ends.
+_kept_alive: list[Any] = []
+
+
+def end_process(code: int) -> NoReturn:
+    """End a rank without the interpreter's clean-up, which would destroy the process group (see above)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def backends() -> list[str]:
+    """What this build of torch can speak with other ranks by."""
+    return [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()]
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether a collective broke because another rank is gone: the cause is there, not here."""
+    if isinstance(error, dist.DistError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # Raised by a collective itself, in backward too: code of the user may well speak of sockets.
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/", "accelerate/")
+    words = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket", "nccl")
+    text = str(error).lower()
+    return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in inside)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether others were waited for in vain; torch says so in words alone."""
+    return any(words in str(error).lower() for words in ("timed out", "timeout"))
+
+
+def first_line(error: BaseException) -> str:
+    """Of libraries that write many; the kind of an error that says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _check_accelerate(env: MutableMapping[str, str]) -> None:
+    """Refuse what an accelerate config file of the user would change behind our back."""
+    unsupported = [
+        name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+        if env.get(name, "false").lower() in ("true", "1")
+    ]  # fmt: skip
+    if unsupported:
+        raise LaunchError(
+            f"{', '.join(unsupported)} is set, by a config of accelerate: dist_train trains with DDP. "
+            f"Use launch/accelerate.sh, which names a config file of this project."
+        )
+    env["ACCELERATE_DYNAMO_BACKEND"] = "NO"  # a compiled model would prefix the names of its weights
+    env["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # a launcher's value would divide our losses once more

@@ -1,0 +1,1 @@
+"""A trained net: evaluated again, asked for predictions, exported."""

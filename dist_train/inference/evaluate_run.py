@@ -1,0 +1,84 @@
+"""The metrics of a checkpoint, counted once more."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_train.checkpoints.manifest import find_checkpoint, read_manifest
+from dist_train.checkpoints.storage import load_weights
+from dist_train.config.loading import load_config
+from dist_train.config.schema import Config
+from dist_train.data.evaluation_batches import evaluation_batches
+from dist_train.data.splits import load_splits
+from dist_train.distributed.process import find_place
+from dist_train.distributed.world import World
+from dist_train.errors import CheckpointError, DataError
+from dist_train.models.registry import build_model
+from dist_train.models.tasks.confusion import Confusion, class_names
+from dist_train.models.tasks.objective import Objective
+from dist_train.runs.directory import RunDir
+from dist_train.runs.provenance import data_changes
+from dist_train.training.evaluate import evaluate
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    step: int
+    metrics: dict[str, float]
+    confusion: Tensor | None  # int64 [K, K]: of a class (row) so many were taken for another (column)
+    classes: list[str]  # [K]
+
+
+def find_trained(path: Path, which: str) -> tuple[Config, Path]:
+    """The settings of a run and the folder of its checkpoint `which` (last, best or a step).
+
+    Raises:
+        CheckpointError: no such run or checkpoint.
+    """
+    run_dir = RunDir(path)
+    if not run_dir.config.is_file():
+        raise CheckpointError(f"{path} has no config.yaml, so it is no run. Name a run directory.")
+    return load_config(str(run_dir.config)), find_checkpoint(run_dir, which)
+
+
+def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
+    """Metrics of checkpoint `which` (last, best or a step) on `split` (val or test); None on ranks other than zero.
+
+    Collective: every rank calls this with the same arguments.
+
+    Raises:
+        CheckpointError: no such run or checkpoint.
+        DataError: the data set has no such split.
+    """
+    config, folder = find_trained(path, which)
+    splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
+    examples = splits.test if split == "test" else splits.val
+    if examples is None:
+        raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
+    begun_with = RunDir(path).precision
+    # What fp16 has trained may be looked at without a GPU.
+    world = World.join(config, None if begun_with == "fp16" and not torch.cuda.is_available() else begun_with)
+    if world.is_rank_zero:
+        for change in data_changes(RunDir(path).read_facts(), splits.identity):
+            _log.warning("%s These numbers are not comparable with its own.", change)
+    net = build_model(config.model, splits.known, config.seed)
+    load_weights(net, folder)
+    net.to(world.device)
+    batches = evaluation_batches(examples, net, world, config)
+    world.wait_at_most(config.stall_timeout_s)
+    confusion = Confusion()
+    found = evaluate(net, batches, Objective(net, config.label_smoothing), world, confusion=confusion)
+    counts = confusion.total(world)
+    world.leave()
+    if not world.is_rank_zero or found is None:
+        return None
+    classes = class_names(splits.facts["classes"], 0 if counts is None else len(counts))
+    return Evaluated(read_manifest(folder)["step"], found, counts, classes)

@@ -1,0 +1,1 @@
+"""Starting processes and jobs: torchrun, sweeps, Slurm."""

@@ -1,0 +1,81 @@
+"""Several machines that train together, each with a launcher of its own: where they meet, and one that comes late."""
+
+from __future__ import annotations
+
+import math
+import re
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from dist_train.errors import ConfigError, LaunchError
+from dist_train.runs.directory import ENDS, RunDir
+from dist_train.small_files import write_atomically
+
+_PORT = 29_400  # torchrun's own
+_WISH = "PREEMPTED\n"  # what a machine that comes writes into STOP
+_SILENT_S = 30.0  # a run whose heartbeat, of every 5 s, has not changed for so long is not at work
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Several machines that train together, each with a launcher of its own."""
+
+    at_least: int
+    at_most: int
+    endpoint: str  # HOST:PORT
+    join_timeout_s: float  # so long they wait for each other
+
+    @classmethod
+    def parse(cls, text: str, endpoint: str, join_timeout_s: float) -> Nodes:
+        """`text`: "2" or "1:4".
+
+        Raises:
+            ConfigError: neither.
+            LaunchError: the host of the endpoint has no address.
+        """
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= least <= most:
+            raise ConfigError(f"--nnodes={text} is no number of machines. Write 2, or 1:4 for one to four.")
+        host, _, port = endpoint.partition(":")
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError):  # the latter of a name that none can be
+            raise LaunchError(
+                f'--rdzv-endpoint={endpoint}: "{host}" cannot be resolved on {socket.gethostname()}. '
+                f"Write the name or address of one of the machines."
+            ) from None
+        return cls(least, most, f"{host}:{port or _PORT}", join_timeout_s)
+
+    def options(self, run_dir: RunDir) -> list[str]:
+        """Of torchrun. They meet for the next attempt of the run: machines that come late must not join this one."""
+        attempt = run_dir.read_status().get("attempt", 0) + 1
+        number = f"{self.at_least}" if self.at_least == self.at_most else f"{self.at_least}:{self.at_most}"
+        return [
+            f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
+            f"--rdzv-id={run_dir.path.name}.{attempt}",
+            # The last: so long a smaller world waits for more machines.
+            f"--rdzv-conf=join_timeout={math.ceil(self.join_timeout_s)},last_call_timeout=10",
+        ]  # fmt: skip
+
+
+def make_room(run_dir: RunDir) -> None:
+    """Before this machine joins a run that others are training: they save and stop, to start again with one more.
+
+    torchrun itself takes in a machine while its ranks run, but then often waits for itself (torch 2.13).
+    """
+    seen, seen_at = run_dir.read_status().get("heartbeat"), time.monotonic()
+    while time.monotonic() - seen_at < _SILENT_S:  # by its change alone: the clocks of two machines may differ
+        status = run_dir.read_status()
+        if status.get("state") in (None, *ENDS):
+            break
+        if status.get("heartbeat") != seen:
+            seen, seen_at = status.get("heartbeat"), time.monotonic()
+            if not run_dir.stop_wish.exists():
+                write_atomically(run_dir.stop_wish, _WISH, durable=False)
+        time.sleep(0.5)
+    with suppress(FileNotFoundError):  # a STOP of somebody else is to be heard
+        if run_dir.stop_wish.read_bytes() == _WISH.encode():
+            run_dir.stop_wish.unlink()

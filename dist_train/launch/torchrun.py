@@ -1,0 +1,233 @@
+"""Starting processes: a LaunchSpec becomes a torchrun command (pure); `start_ranks` alone runs anything."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TypeAlias
+
+from dist_train.distributed.process import (
+    ASKED_AT,
+    LAUNCHER_PID,
+    OF_ONE_WANDB_RUN,
+    RUN_DIR,
+    threads_per_process,
+    without_torchrun_options,
+)
+from dist_train.errors import LaunchError
+from dist_train.launch.diagnosis import find_cause, how_to_go_on, log_sizes, says_enough
+from dist_train.launch.machines import Nodes
+from dist_train.runs.directory import CLEAN_ENDS, RunDir
+
+# What torchrun passes on to its ranks; of any other it would die and leave them behind.
+HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+# Ranks get this long to save after a signal before torchrun kills them.
+SHUTDOWN_TIMEOUT_S = 60
+# Ranks whose launcher has died get this long to save and leave.
+ORPHAN_GRACE_S = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSpec:
+    """What to start: `nproc` ranks on this machine. Rendering it has no side effects."""
+
+    arguments: tuple[str, ...]  # of `python -m dist_train`
+    run_dir: RunDir
+    asked_at: float  # time.perf_counter() when the command was given
+    nproc: int
+    nodes: Nodes | None = None  # None: this machine alone
+    max_restarts: int = 0
+
+    def torchrun(self) -> list[str]:
+        """The torchrun command line.
+
+        `--standalone` lets torchrun choose a free port.
+        """
+        return [
+            sys.executable, "-m", "torch.distributed.run",
+            *(self.nodes.options(self.run_dir) if self.nodes else ["--standalone"]), f"--nproc-per-node={self.nproc}",
+            *([f"--max-restarts={self.max_restarts}"] if self.max_restarts else []),
+            f"--signals-to-handle={HANDLED_SIGNALS}", f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
+            "-m", "dist_train", *self.arguments,
+        ]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """What the ranks get besides our own environment. An explicit OMP_NUM_THREADS wins."""
+        return {
+            "OMP_NUM_THREADS": str(threads_per_process(self.nproc, os.environ)),
+            RUN_DIR: str(self.run_dir.path),
+            ASKED_AT: repr(self.asked_at),
+            LAUNCHER_PID: str(os.getpid()),
+        }
+
+    def __str__(self) -> str:
+        return shlex.join(self.torchrun())
+
+
+def start_ranks(spec: LaunchSpec) -> int:
+    """Run the ranks to their end and return the exit code to leave with.
+
+    The screen belongs to rank zero; what torchrun and the libraries say on stderr goes to logs/launcher.log, and of
+    a failure the error of the rank that failed first is shown.
+    """
+    attempt_before = spec.run_dir.read_status().get("attempt", 0)
+    logs_before = log_sizes(spec.run_dir)
+    if spec.nodes is None:  # else another machine may not have read it yet
+        spec.run_dir.error.unlink(missing_ok=True)
+    with spec.run_dir.launcher_log.open("ab") as log:
+        agent = subprocess.Popen(
+            spec.torchrun(),
+            env=without_torchrun_options(os.environ) | spec.environment(),
+            stderr=log,
+            # A terminal's Ctrl-C must reach the ranks once, through us.
+            start_new_session=True,
+        )
+    with _Forwarding(agent) as forwarding:
+        agent.wait()
+
+    status = spec.run_dir.read_status()
+    if status.get("attempt", 0) > attempt_before and status.get("state") in CLEAN_ENDS:
+        return 0  # torchrun itself ends with 1 after a signal, also when all ranks ended well
+    if agent.returncode == 0:
+        return 0
+    if forwarding.told and not spec.run_dir.error.exists():
+        print(f"stopped by {forwarding.told.name} before the training had begun", file=sys.stderr)
+        return 128 + forwarding.told
+    raise _failure(spec, logs_before)
+
+
+Training: TypeAlias = subprocess.Popen[bytes]
+
+
+def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: str) -> Training:
+    """Begin a training in a process of its own that does not outlive this one; what it prints goes to `log`.
+
+    `group`: for W&B, unless the environment names one; the run that it names is another.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in OF_ONE_WANDB_RUN} | {
+        "OMP_NUM_THREADS": str(num_threads),
+        LAUNCHER_PID: str(os.getpid()),
+        "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or group,
+    }
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dist_train", "train", *arguments],
+            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C must reach it once, through us
+        )  # fmt: skip
+
+
+def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What `python -m MODULE ARGUMENT...` prints on stdout, with `environment` besides our own.
+
+    Raises:
+        LaunchError: it failed; with the end of what it said.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**without_torchrun_options(os.environ), **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's own summary alone has 15 and more
+        raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What `nproc` ranks of it under torchrun print together."""
+    options = ["--standalone", f"--nproc-per-node={nproc}", "-m", module]
+    return output_of("torch.distributed.run", *options, *arguments, environment=environment)
+
+
+def _failure(spec: LaunchSpec, logs_before: Mapping[Path, int]) -> LaunchError:
+    first = spec.run_dir.read_error()
+    alone = spec.nproc == 1 and spec.nodes is None
+    error = LaunchError(first["message"] if alone and "message" in first else find_cause(spec.run_dir, logs_before))
+    error.exit_code = first.get("exit_code", 1)
+    if not says_enough(first.get("kind", "")):
+        error.add_note(how_to_go_on(spec.run_dir, spec.nproc if spec.nodes is None else None))
+    return error
+
+
+class _Forwarding:
+    """While the ranks run, our signals are theirs. Ctrl-C twice ends them at once."""
+
+    # A terminal that closes (HUP) is a wish to stop; under nohup HUP is ignored and stays so.
+    SIGNALS = {
+        signal.SIGTERM: signal.SIGTERM,
+        signal.SIGINT: signal.SIGINT,
+        signal.SIGHUP: signal.SIGTERM,
+        signal.SIGUSR1: signal.SIGUSR1,
+        signal.SIGUSR2: signal.SIGUSR2,
+    }
+
+    def __init__(self, agent: subprocess.Popen[bytes]) -> None:
+        self.agent = agent
+        self.interrupts = 0
+        self.told: signal.Signals | None = None
+
+    def __enter__(self) -> _Forwarding:
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._forward) for number in heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        self.told = signal.Signals(number)
+        self.interrupts += number == signal.SIGINT
+        # The ranks notice that torchrun is gone and leave too (watch_launcher).
+        self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else self.SIGNALS[self.told])
+
+
+def watch_launcher(on_death: Callable[[], None]) -> None:
+    """Do not outlive the launcher: torchrun puts its workers in sessions of their own, and `kill -9` leaves them.
+
+    When our parent, or the `dist-train launch` above it, has died, `on_death` is called (ask for an agreed stop) and
+    after ORPHAN_GRACE_S this process ends, saved or not. A thread, since a parent-death signal would not reach past
+    torchrun to our own launcher and does not exist outside Linux.
+    """
+    parent = os.getppid()
+    launcher = int(os.environ.get(LAUNCHER_PID, parent))
+    orphaned = parent == 1 and not _launches(parent)  # it died before we could look
+
+    def watch() -> None:
+        while not orphaned and os.getppid() == parent and is_alive(launcher):
+            time.sleep(0.25)
+        on_death()
+        time.sleep(ORPHAN_GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch_launcher", daemon=True).start()
+
+
+def _launches(pid: int) -> bool:
+    """Whether this is a launcher: in a container torchrun itself may be process 1."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return True  # not Linux: nothing to tell from
+    return any(word in command for word in ("torchrun", "torch.distributed", "accelerate"))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with suppress(OSError):  # a zombie that nobody has waited for is dead too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    return True

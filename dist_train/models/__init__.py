@@ -1,0 +1,1 @@
+"""Nets by name: ours, torchvision's, timm's and the user's."""

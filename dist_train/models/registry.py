@@ -1,0 +1,307 @@
+"""A net by name: one of ours, of torchvision's or timm's, or the user's own; initialised by the seed alone."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import random
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from dist_train.config.schema import ModelConfig
+from dist_train.distributed.rng import derive_seed
+from dist_train.errors import ConfigError, DataError, DistTrainError, UserCodeError
+from dist_train.models.nets import MODELS
+from dist_train.torchvision_compat import import_torchvision
+from dist_train.user_code.bundles import check_bundle, load_model_bundle
+from dist_train.user_code.importing import accepted, check_arguments, check_object, closest, explained, load_object
+
+Known = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
+
+
+def build_model(config: ModelConfig, known: Known, seed: int) -> nn.Module:
+    """The net that `config` names, for a data set of which this is known, in torch's default dtype, on the CPU.
+
+    Its weights depend on `seed` alone, and no global generator is moved.
+
+    Raises:
+        ConfigError: an unknown name or argument, or the data set does not tell what the net needs to know.
+        UserCodeError: the user's class or bundle does not fit or fails.
+    """
+    with _seeded(derive_seed(seed, "init")):
+        if config.bundle is not None:
+            model = load_model_bundle(config.bundle, config.args)
+        else:
+            source, colon, name = config.name.partition(":")
+            if not colon:
+                model = _own(config, known)
+            elif source == "torchvision":
+                model = _torchvision(name, config, known)
+            elif source == "timm":
+                model = _timm(name, config, known)
+            else:
+                model = _of_user(config, known)
+    _refuse_lazy(model)
+    for method in ("loss", "metrics"):
+        if not callable(getattr(model, method, print)):
+            raise UserCodeError(
+                f"{type(model).__name__}.{method} is of type {type(getattr(model, method)).__name__}. "
+                f"Make it a method {method}(output, target), or give it another name."
+            )
+    return model
+
+
+def check_name(config: ModelConfig) -> None:
+    """See that the net is there. Code of the user is not run where its source shows the name.
+
+    Raises:
+        ConfigError, UserCodeError: as `build_model`.
+    """
+    source, colon, name = config.name.partition(":")
+    if config.bundle is not None:
+        check_bundle(config.bundle, "bks_model.py", "UserModel", "model.bundle")
+    elif not colon:
+        _check_own(config)
+    elif source == "torchvision":
+        _check_torchvision(name, config)
+    elif source == "timm":
+        _import_timm(name, config)
+    else:
+        check_object(config.name)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
+            raise UserCodeError(
+                f"{type(model).__name__}: layer {name} is a {type(module).__name__} without a size, and its weights "
+                f"must follow from the seed before any data are seen. Give the size, or call the net once in its "
+                f"constructor, on zeros of the inputs' shape."
+            )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _check_own(config: ModelConfig) -> None:
+    if config.name not in MODELS:
+        elsewhere = "torchvision:NAME, timm:NAME, package.module:Class"
+        raise _unknown(config, "", list(MODELS), f"Nets: {', '.join(MODELS)}; {elsewhere}.")
+
+
+def _own(config: ModelConfig, known: Known) -> nn.Module:
+    _check_own(config)
+    make = MODELS[config.name]
+    check_arguments(make, config.args, "model.args")
+    try:
+        return make(**(_needed(config, known, *known) | config.args))
+    except (TypeError, ValueError, RuntimeError) as error:  # an argument of the wrong type, or out of range
+        raise _cannot_make(config, error) from error
+
+
+def _of_user(config: ModelConfig, known: Known) -> nn.Module:
+    factory = load_object(config.name)
+    label = f"model.name={config.name}"
+    if not callable(factory):
+        raise UserCodeError(f"{label} is of type {type(factory).__name__}, not a class to make a net of.")
+    check_arguments(factory, config.args, "model.args")
+    # What the data set does not tell is left to the constructor's default, if it has one.
+    named = accepted(factory, dict(known))
+    required = [key for key in named if _is_required(factory, key)]
+    offered = {key: value for key, value in named.items() if value is not None} | _needed(config, known, *required)
+    with explained(label, "cannot be made"):
+        model = factory(**(offered | config.args))
+    if not isinstance(model, nn.Module):
+        raise UserCodeError(f"{label} makes a {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def _is_required(factory: Callable[..., Any], key: str) -> bool:
+    parameter = inspect.signature(factory).parameters.get(key)
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def _check_torchvision(name: str, config: ModelConfig) -> None:
+    models = import_torchvision().models
+    names = models.list_models(module=models)  # the classifiers
+    if name not in names:
+        raise _unknown(config, "torchvision:", names, "See https://pytorch.org/vision/stable/models.html.")
+
+
+def _torchvision(name: str, config: ModelConfig, known: Known) -> nn.Module:
+    _check_torchvision(name, config)
+    factory = import_torchvision().models.get_model_builder(name)
+    check_arguments(factory, config.args, "model.args")
+    needed = _needed(config, known, "in_channels", "num_classes")
+    channels = needed.pop("in_channels")
+    # Without aux_logits=False googlenet and inception_v3 would answer with a tuple in training.
+    offered = {"weights": None, **accepted(factory, {"aux_logits": False, **needed})}
+    try:
+        model: nn.Module = factory(**(offered | config.args))
+    except (TypeError, ValueError) as error:
+        raise _cannot_make(config, error) from error
+    except OSError as error:  # of the network, or of the cache
+        once = f"import torchvision; torchvision.models.get_model('{name}', weights='{config.args.get('weights')}')"
+        raise _cannot_fetch(config, error, once) from error
+    path, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
+    if isinstance(conv, nn.Conv2d) and conv.in_channels != channels:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _with_channels(conv, channels, bool(config.args.get("weights"))))
+    return model
+
+
+def _with_channels(conv: nn.Conv2d, in_channels: int, pretrained: bool) -> nn.Conv2d:
+    make: Any = nn.Conv2d
+    made: nn.Conv2d = make(
+        in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+    )
+    if pretrained:  # a gray image, copied into every channel, gives what it gave before
+        with torch.no_grad():
+            made.weight.copy_(conv.weight.sum(dim=1, keepdim=True) / in_channels)
+            if made.bias is not None and conv.bias is not None:
+                made.bias.copy_(conv.bias)
+    return made
+
+
+def _import_timm(name: str, config: ModelConfig) -> Any:
+    """timm, which has a net of this name."""
+    import_torchvision()  # timm imports it
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise ConfigError(f"model.name={config.name} needs timm: pip install 'dist-train[timm]'.") from None
+    if not timm.is_model(name):
+        raise _unknown(config, "timm:", timm.list_models(), "timm.list_models() has all names.")
+    return timm
+
+
+def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
+    timm = _import_timm(name, config)
+    needed = _needed(config, known, "in_channels", "num_classes")
+    offered = {"in_chans": needed.get("in_channels"), "num_classes": needed.get("num_classes")}
+    args: dict[str, Any] = {"pretrained": False, **offered, **config.args}
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.ERROR)  # without a network it tells of each of ten tries
+    try:
+        model: nn.Module = timm.create_model(name, **args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _cannot_make(config, error) from error
+    except OSError as error:
+        once = f"import timm; timm.create_model('{name}', pretrained=True)"
+        raise _cannot_fetch(config, error, once) from error
+    finally:
+        hub.setLevel(before)
+    return model
+
+
+def _needed(config: ModelConfig, known: Known, *keys: str) -> dict[str, int]:
+    fixes = {
+        "num_classes": "Give the data set's class an attribute `classes` or `num_classes`",
+        "in_channels": "Make each example (image tensor [C, H, W], label)",
+        "image_size": "Make each example (image tensor [C, H, W], label), with H = W",
+    }
+    needed: dict[str, int] = {}
+    for key in keys:
+        value = known[key]
+        if value is not None:
+            needed[key] = value
+        elif key not in config.args:
+            # torchvision and timm have no argument of this name; there only the data can tell.
+            elsewhere = key == "in_channels" and config.name.startswith(("torchvision:", "timm:"))
+            fix = fixes[key] + ("." if elsewhere else f", or set model.args.{key}.")
+            raise ConfigError(f"model.name={config.name} needs {key}, which the data set does not tell. {fix}")
+    return needed
+
+
+def _unknown(config: ModelConfig, prefix: str, names: list[str], where: str) -> ConfigError:
+    near = closest(config.name.removeprefix(prefix), names)
+    hint = f" Did you mean {prefix}{near}?" if near else ""
+    return ConfigError(f"model.name={config.name}: no such net.{hint} {where}")
+
+
+def _cannot_make(config: ModelConfig, error: Exception) -> DistTrainError:
+    args = ", ".join(f"model.args.{key}={value}" for key, value in config.args.items()) or "no model.args"
+    return ConfigError(f"model.name={config.name} cannot be made with {args}: {error}.")
+
+
+def _cannot_fetch(config: ModelConfig, error: OSError, once: str) -> DistTrainError:
+    return DataError(
+        f"The weights of model.name={config.name} could not be fetched ({type(error).__name__}: "
+        f"{' '.join(str(error).split()).rstrip('.')}). Where there is network, on a login node for example, run this "
+        f'once, and they lie in the cache: python -c "{once}"'
+    )
+
+
+# --- what depends on the world size ------------------------------------------------------------------------------
+
+_FUNCTIONAL_DROPOUT = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?_?")
+_DROPPING = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # of torchvision: by their `p`
+_RATES = ("dropout", "drop_rate", "drop_prob")  # of torch's attention and recurrent layers, torchvision, timm
+
+
+def not_invariant(model: nn.Module) -> list[str]:
+    """The parts of a net whose result depends on how a step is divided over ranks and micro-batches, for people."""
+    modules = list(model.modules())
+    parts = []
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+        parts.append("BatchNorm (statistics per forward)")
+    drops = any(drop_rates(module) for module in modules)
+    if drops or any(_calls_dropout(kind) for kind in {type(module) for module in modules}):
+        parts.append("dropout (drawn per rank and micro-batch)")
+    return parts
+
+
+def drop_rates(module: nn.Module) -> list[str]:
+    """The attributes of a module by which it drops something. Others' `p` may be a power."""
+    kind = type(module)
+    by_p = isinstance(module, nn.modules.dropout._DropoutNd) or kind.__name__ in _DROPPING or _calls_dropout(kind)
+    names = ("p", *_RATES) if by_p else _RATES
+    return [name for name in names if isinstance(rate := getattr(module, name, None), float) and rate > 0]
+
+
+def _calls_dropout(kind: type) -> bool:
+    """Whether the source of a class of the user calls `F.dropout` or a sister of it, which no module shows."""
+    for cls in kind.__mro__:
+        if cls.__module__.partition(".")[0] in ("builtins", "torch", "torchvision", "timm", "dist_train"):
+            continue  # known by their modules and attributes
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
+            function = call.func
+            on_self = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"  # a module
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            if not on_self and _FUNCTIONAL_DROPOUT.fullmatch(name):
+                return True
+    return False

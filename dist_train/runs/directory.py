@@ -1,0 +1,377 @@
+"""The run directory: the names in it, its lock and attempts, status.json.
+
+Everything a run knows lies here; W&B mirrors it. Only rank zero writes, the per-rank logs aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dist_train.atomic_files import remove_leftovers
+from dist_train.config.loading import load_config, to_yaml
+from dist_train.config.schema import Config
+from dist_train.distributed.process import REQUEUED, slurm_job
+from dist_train.errors import ConfigError, RunDirError
+from dist_train.runs.metrics_log import MetricsFile
+from dist_train.runs.records import Error, Facts, Result, Status, Submission, read_record
+from dist_train.runs.time_accounting import TimeSheet, Use
+from dist_train.small_files import write_atomically, write_json
+
+CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
+ENDS = (*CLEAN_ENDS, "ERROR")
+_USES: dict[str | None, Use] = {"TRAINING": "train", "EVALUATING": "evaluate", "EVALUATED": "train", "SAVING": "save"}
+
+_STATUS_S = 1.0  # a write costs a third of a millisecond, as much as half a small step
+
+_log = logging.getLogger(__name__)
+
+
+class RunDir:
+    """Paths and small files of one run. Making the object touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.config = self.path / "config.yaml"
+        self.run_json = self.path / "run.json"
+        self.status = self.path / "status.json"
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self.launcher_log = self.logs / "launcher.log"
+        self.error = self.path / "error.json"
+        self.result = self.path / "result.json"
+        self.pictures = self.path / "pictures"
+        self.stop_wish, self.save_wish = self.path / "STOP", self.path / "SAVE"  # left by any other shell
+        self.slurm_json = self.path / "slurm.json"  # of `slurm submit`
+        self.attempt = 0  # this and the next are set by begin_attempt
+        self.time_sheet = TimeSheet({}, 0.0, 0, 0.0)
+        self._fields: dict[str, Any] = {}
+        self._status_written = -math.inf  # time.monotonic()
+        self._unwritable: set[Path] = set()
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank:05d}.log"
+
+    def create(self, *, new: bool = False) -> bool:
+        """Make the folder and see that it can be written; False, and nothing done, if it was to be `new` and is there.
+
+        Raises:
+            RunDirError: it cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(exist_ok=not new)
+            except FileExistsError:
+                if new:
+                    return False
+                raise
+            self.logs.mkdir(exist_ok=True)
+            probe = self.path / f".probe_{socket.gethostname()}_{os.getpid()}"
+            probe.write_text("x")
+            probe.unlink(missing_ok=True)  # another start may have swept it away
+        except OSError as error:
+            raise self._unusable(error) from None
+        return True
+
+    def _unusable(self, error: OSError) -> RunDirError:
+        return RunDirError(
+            f"Run directory {self.path} cannot be written: {error.strerror}. "
+            f"Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
+        )
+
+    @property
+    def run_id(self) -> str | None:
+        """The same in all attempts and in copies of the directory; None where no file tells it."""
+        known = self._fields or self.read_status()
+        return known.get("wandb_id") or self.read_facts().get("wandb_id")
+
+    def step_folders(self) -> list[Path]:
+        """The folders of checkpoints, `step_<digits>`, newest first. Whatever else lies there is not ours."""
+        found = [(step, path) for path in self.checkpoints.glob("step_*") if (step := step_of(path)) is not None]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    @property
+    def holds_checkpoints(self) -> bool:
+        """Also such as a damage, or a kill in the middle of a save, has put aside."""
+        return any(step_of(path) is not None for path in self.checkpoints.glob("*step_*"))
+
+    def check_config(self, config: Config) -> None:
+        """Refuse a directory that belongs to another config; nothing is written.
+
+        Raises:
+            ConfigError: with the settings that differ and what each side has.
+            RunDirError: no such directory can be.
+        """
+        try:
+            there = self.config.exists()
+        except OSError as error:  # a name that is too long, say
+            raise self._unusable(error) from None
+        if not there or not self.holds_checkpoints:
+            return  # nothing of another run could be lost: a start that was refused leaves its name free
+        difference = load_config(str(self.config)).result_diff(config)
+        if config.mixed_precision in (None, self.precision):  # silence means that it stays
+            difference.pop("mixed_precision", None)
+        if difference:
+            lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in sorted(difference.items())]
+            raise ConfigError(
+                f"{self.path} belongs to a run with other settings:\n" + "\n".join(lines) + "\n"
+                "Give the new run a name of its own with --run-name, or undo the change."
+            )
+
+    @property
+    def precision(self) -> str | None:
+        """What the run was begun with, whether settings or a launcher said so; None while nothing could be lost."""
+        try:
+            if not self.holds_checkpoints:
+                return None
+        except OSError as error:  # a name that is too long, say
+            raise self._unusable(error) from None
+        recorded = self.read_facts().get("mixed_precision")
+        return recorded or (load_config(str(self.config)).mixed_precision if self.config.exists() else None)
+
+    def lock(self) -> None:
+        """Take the directory for this process. Of two starts the second is refused.
+
+        Not so where the first is an earlier start of our Slurm job: on a node that the controller lost sight of it may
+        live on for a while. From our first status on it is superseded.
+        """
+        try:
+            self._lock.acquire()
+        except (Timeout, OSError):
+            status = self.read_status()
+            if _is_earlier_start(status, os.environ):
+                return
+            raise RunDirError(
+                f"{self.path} is in use by process {status.get('pid')} on {status.get('host')} "
+                f"(attempt {status.get('attempt')}, state {status.get('state')}). "
+                f"Wait for it, stop it, or start under another --run-name."
+            ) from None
+
+    def unlock(self) -> None:
+        self._lock.release()
+
+    def begin_attempt(
+        self, config: Config, wandb_id: str, started: float | None = None, asked_at: float | None = None
+    ) -> None:
+        """Number this start of the run and write config.yaml. Needs the lock. `wandb_id` counts on the first one.
+
+        `started`: time.perf_counter() when the process began; `asked_at`: when the command was given.
+        """
+        started = time.perf_counter() if started is None else started
+        # A power cut may have taken status.json, or a part of it; run.json is older, and synced.
+        before = self.read_facts() | self.read_status()
+        self.attempt = before.get("attempt", 0) + 1
+        if self._was_of_another(config):
+            before = {}
+        last_seen = before.get("heartbeat") or self.read_submission().get("submitted") or time.time()
+        reached = max(before.get("reached", 0), before.get("step", 0))  # by any attempt: one may die in its set-up
+        self.time_sheet = TimeSheet(
+            before.get("seconds", {}),
+            down_s=time.time() - (time.perf_counter() - started) - last_seen,
+            reached=reached,
+            started=started,
+        )
+        self._fields = {
+            "attempt": self.attempt,
+            "reached": reached,
+            "wandb_id": before.get("wandb_id") or wandb_id,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "slurm_job_id": slurm_job(os.environ),
+            "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
+            **{name: before[name] for name in ("resumed_at", "fruitless_starts") if name in before},
+        }
+        for stale in (self.error, self.result):
+            stale.unlink(missing_ok=True)
+        with self._put_off(self.config, unless=True):
+            write_atomically(self.config, to_yaml(config))
+        self._sweep_wishes(started if asked_at is None else asked_at)
+        self.set_status(state="STARTING")
+        self._sweep()
+
+    def _sweep_wishes(self, asked_at: float) -> None:
+        """Remove a STOP and a SAVE that were meant for an earlier start; config.yaml has just been written.
+
+        What is younger than the moment when this start was asked for is meant for it: a job waits in its queue, and one
+        that is queued again since it was last heard of. By the clock of the file system, which stamps them.
+        """
+        if _is_earlier_start(self.read_status(), os.environ) or REQUEUED in os.environ:
+            since = self.status.stat().st_mtime if self.status.exists() else 0.0
+        elif slurm_job(os.environ) is not None and self.read_submission().get("job") == slurm_job(os.environ):
+            since = self.slurm_json.stat().st_mtime
+        else:
+            since = self.config.stat().st_mtime - (time.perf_counter() - asked_at)
+        for wish in (self.stop_wish, self.save_wish):
+            with suppress(OSError):
+                if wish.stat().st_mtime < since:
+                    wish.unlink()
+
+    def _was_of_another(self, config: Config) -> bool:
+        """Whether the folder is of a run with other settings, which has left nothing to go on from (`check_config`)."""
+        if self.holds_checkpoints:
+            return False
+        try:
+            return bool(self.config.exists() and load_config(str(self.config)).result_diff(config))
+        except ConfigError:  # damaged
+            return True
+
+    def _sweep(self) -> None:
+        """Remove what starts that were killed have left half written."""
+        remove_leftovers(self.path)
+        for stale in (*self.path.glob(".probe_*"), *self.path.glob(".token_*")):
+            stale.unlink(missing_ok=True)
+
+    def note_resume(self, step: int, world_size: int) -> None:
+        """Where this attempt begins; and how many before it, in a row, have begun there and saved nothing further."""
+        fruitless = self._fields.get("fruitless_starts", 0) + 1 if self._fields.get("resumed_at") == step else 0
+        self.set_status(state="SETUP", world_size=world_size, resumed_at=step, fruitless_starts=fruitless)
+
+    def check_not_superseded(self) -> None:
+        """A later attempt of the run owns the directory from its first status on; an older one must not write.
+
+        Raises:
+            RunDirError: this attempt was superseded.
+        """
+        if self.is_superseded():
+            current = self.read_status().get("attempt")
+            raise RunDirError(f"{self.path}: attempt {self.attempt} was superseded by attempt {current}.")
+
+    def is_superseded(self) -> bool:
+        newest: int = self.read_status().get("attempt", 0)
+        return 0 < self.attempt < newest
+
+    def set_status(self, **fields: Any) -> None:
+        """Update status.json; the heartbeat is now. Without a new state it is written at most once a second.
+
+        Raises:
+            RunDirError: this attempt was superseded; or an end of the run, which others act on, cannot be written.
+        """
+        self._fields |= fields
+        if "step" in fields:
+            self.time_sheet.note_step(fields["step"], fields.get("data_wait_s", 0.0))
+        if "state" not in fields and time.monotonic() - self._status_written < _STATUS_S:
+            return
+        self._status_written = time.monotonic()
+        self.check_not_superseded()
+        state = self._fields.get("state")
+        if use := _USES.get(fields.get("state")):
+            self.time_sheet.turn_to(use)
+        now = {"seconds": self.time_sheet.totals(), "heartbeat": round(time.time(), 3)}
+        with self._put_off(self.status, unless=state in (*CLEAN_ENDS, "STARTING")):
+            write_json(self.status, self._fields | now, durable=False)
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        self.check_not_superseded()
+        with self._put_off(self.metrics.path):
+            self.metrics.append(line)
+
+    def cut_metrics(self, step: int, *, evaluation_pending: bool) -> int:
+        """As `MetricsFile.cut`.
+
+        Raises:
+            RunDirError: there is no room for it.
+        """
+        with self._put_off(self.metrics.path, unless=True):
+            return self.metrics.cut(step, evaluation_pending=evaluation_pending)
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """run.json: what decides the numbers, and what must outlive a power cut, which may take status.json."""
+        kept = {name: self._fields[name] for name in ("attempt", "wandb_id")}
+        with self._put_off(self.run_json, unless=True):
+            write_json(self.run_json, {**facts, **kept})
+
+    def write_result(self, results: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            RunDirError: it cannot be written.
+        """
+        with self._put_off(self.result, unless=True):
+            write_json(self.result, results)
+
+    def write_pictures(self, pictures: Mapping[str, bytes]) -> None:
+        """PNGs by name; those that there is no room for are left out."""
+        for name, picture in pictures.items():
+            path = self.pictures / f"{name}.png"
+            try:
+                self.pictures.mkdir(exist_ok=True)
+                write_atomically(path, picture, durable=False)
+            except OSError as error:
+                _log.warning("%s cannot be written: %s", path, error.strerror)
+
+    @contextmanager
+    def _put_off(self, path: Path, *, unless: bool = False) -> Iterator[None]:
+        """A disk that is full, or read-only, ends no training: it is said once, and each next write tries again."""
+        try:
+            yield
+        except OSError as error:
+            if unless:
+                raise RunDirError(f"{path} cannot be written: {error.strerror}. Make room, then start again.") from None
+            if path not in self._unwritable:
+                _log.warning("%s cannot be written: %s. Training goes on and tries again.", path, error.strerror)
+            self._unwritable.add(path)
+        else:
+            self._unwritable.discard(path)
+
+    def pop_wish(self, path: Path) -> str | None:
+        """What somebody wrote into this file, which is gone after it; None if there is none."""
+        try:
+            found = path.read_bytes()
+            path.unlink()
+        except OSError:
+            return None
+        return found.decode(errors="replace")
+
+    def read_status(self) -> dict[str, Any]:
+        return read_record(self.status, Status)
+
+    def read_facts(self) -> dict[str, Any]:
+        return read_record(self.run_json, Facts)
+
+    def read_error(self) -> dict[str, Any]:
+        return read_record(self.error, Error)
+
+    def read_result(self) -> dict[str, Any]:
+        return read_record(self.result, Result)
+
+    def read_submission(self) -> dict[str, Any]:
+        return read_record(self.slurm_json, Submission)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """See that a first checkpoint fits.
+
+        Raises:
+            RunDirError: naming what is needed and what is free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise RunDirError(
+                f"A checkpoint needs {needed_bytes / 2**20:.1f} MiB and {self.path} has {free / 2**20:.1f} MiB free. "
+                f"Make room, or choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
+            )
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint by the name of its folder, put aside or not; None for a name that is none of ours."""
+    found = re.fullmatch(r"(?:damaged_|\.replaced_)?step_([0-9]{8}|[1-9][0-9]{8,})", folder.name)
+    return int(found[1]) if found else None
+
+
+def _is_earlier_start(status: Mapping[str, Any], env: Mapping[str, str]) -> bool:
+    """Whether `status` was written by an earlier start of the Slurm job that we are in."""
+    job, restarts = slurm_job(env), int(env.get("SLURM_RESTART_COUNT") or 0)
+    former = int(status.get("slurm_restart_count") or 0)
+    return job is not None and status.get("slurm_job_id") == job and former < restarts

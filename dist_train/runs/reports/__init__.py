@@ -1,0 +1,1 @@
+"""Runs compared: tables, charts and a page of HTML."""

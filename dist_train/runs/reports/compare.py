@@ -1,0 +1,266 @@
+"""Runs side by side: what they came to, in which settings they differ, seeds of one experiment as mean and spread."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from dist_train.config.loading import load_config
+from dist_train.config.schema import Config
+from dist_train.errors import DistTrainError, RunDirError
+from dist_train.runs.summary import Summary, is_run, summarise
+
+Axis = Literal["step", "samples", "seconds"]
+
+_BESIDE = ("runs_dir", "tracking.")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of the seeds of an experiment."""
+
+    mean: float
+    deviation: float | None  # None: of one seed
+
+
+Cell = str | float | Mean | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the comparison."""
+
+    name: str
+    of: Callable[[Trained], float | None]
+    form: str  # for people
+    best: Callable[[Sequence[float]], float] | None = None  # max or min; None: neither is better
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run with its settings and all of its metrics."""
+
+    summary: Summary
+    config: Config | None  # None: it has none yet, or one that cannot be read
+    lines: list[dict[str, Any]] = field(repr=False)  # of metrics.jsonl
+
+    @property
+    def name(self) -> str:
+        return self.summary.name
+
+    @property
+    def experiment(self) -> str:
+        """The same for runs that differ in their seed, or in what cannot change the result."""
+        if self.config is None:
+            return self.name
+        return json.dumps({key: value for key, value in self.config.result_settings().items() if key != "seed"})
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.seed if self.config else None
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric."""
+        return next((line[key] for line in reversed(self.lines) if line.get(key) is not None), None)
+
+    @property
+    def best_accuracy(self) -> float | None:
+        return max((line["val/accuracy"] for line in self.lines if "val/accuracy" in line), default=None)
+
+    def curve(self, key: str, axis: Axis) -> tuple[list[float], list[float]]:
+        """Where on the axis, and the values there."""
+        at = self._seconds if axis == "seconds" else [line.get(axis) for line in self.lines]
+        pairs = [(x, line.get(key)) for x, line in zip(at, self.lines, strict=True)]
+        points = [(x, y) for x, y in pairs if x is not None and y is not None]
+        return [x for x, _ in points], [y for _, y in points]
+
+    @cached_property
+    def _seconds(self) -> list[float]:
+        """Of each line, since the first one; the time between attempts left out."""
+        seconds, attempt, before = 0.0, None, 0.0
+        found = []
+        for line in self.lines:
+            time = line.get("time", before)  # a damaged line may be one without it
+            if line.get("attempt") == attempt:
+                seconds += max(0.0, time - before)
+            attempt, before = line.get("attempt"), time
+            found.append(seconds)
+        return found
+
+
+METRICS = (
+    Metric("test accuracy", lambda run: run.summary.test_accuracy, ".2%", max),
+    Metric("best val accuracy", lambda run: run.best_accuracy, ".2%", max),
+    Metric("val loss", lambda run: run.last("val/loss"), ".4f", min),
+    Metric("train loss", lambda run: run.last("train/loss"), ".4f", min),
+    Metric("steps", lambda run: run.summary.step, ".0f"),
+    Metric("training, s", lambda run: run.summary.result.get("train_s"), ".1f", min),
+    Metric("samples/s", lambda run: run.summary.samples_per_s, ",.0f", max),
+)
+
+
+def read_run(path: Path) -> Trained:
+    """
+    Raises:
+        RunDirError: there is no run.
+    """
+    summary = summarise(path)
+    if not is_run(path):
+        raise RunDirError(
+            f"{path} is no run: it has neither status.json nor config.yaml. dist-train runs ls shows them."
+        )
+    try:
+        config = load_config(str(summary.run_dir.config))
+    except (DistTrainError, OSError):
+        config = None
+    return Trained(summary, config, list(summary.run_dir.metrics.read()))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are, and how people are to see them."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    forms: dict[str, str]  # by column, of its numbers
+    best: dict[str, float]  # by column, the value to mark
+
+    def text_of(self, column: str, cell: Cell) -> str:
+        if cell is None:
+            return "-"
+        form = self.forms.get(column, "")
+        if isinstance(cell, Mean):
+            spread = "" if cell.deviation is None else f" ± {cell.deviation:{form}}"
+            return f"{cell.mean:{form}}{spread}"
+        return format(cell, form) if isinstance(cell, (int, float)) else cell
+
+    def is_best(self, column: str, cell: Cell) -> bool:
+        return cell is not None and self.best.get(column) == value_of(cell)
+
+    def texts(self, mark: Callable[[str], str]) -> list[list[str]]:
+        """The rows for people; `mark` is put on the best of a column."""
+        return [
+            [
+                mark(self.text_of(column, cell)) if self.is_best(column, cell) else self.text_of(column, cell)
+                for column, cell in zip(self.columns, row, strict=True)
+            ]
+            for row in self.rows
+        ]
+
+
+def value_of(cell: Cell) -> str | float | None:
+    """The number of a cell, of several seeds their mean; or its text."""
+    return cell.mean if isinstance(cell, Mean) else cell
+
+
+def compare(runs: Sequence[Trained]) -> list[Table]:
+    """The table of the runs and, if there are several seeds of one experiment, that of the experiments."""
+    return [table for table in (run_table(runs), seed_table(runs)) if table is not None]
+
+
+def run_table(runs: Sequence[Trained]) -> Table:
+    """A row for each run: its state, the settings in which they differ, its metrics."""
+    settings = differing_settings(runs)
+    rows: list[list[Cell]] = []
+    for number, run in enumerate(runs):
+        own = [values[number] for values in settings.values()]
+        rows.append([run.name, run.summary.state, *own, *(metric.of(run) for metric in METRICS)])
+    return _table("runs", ["run", "state", *settings, *(metric.name for metric in METRICS)], rows)
+
+
+def seed_table(runs: Sequence[Trained]) -> Table | None:
+    """A row for each experiment with its finished seeds' mean and spread; None if each has but one."""
+    finished = [run for run in runs if run.summary.state == "FINISHED"]
+    # The same seed again says nothing new.
+    groups = [list({run.seed: run for run in reversed(group)}.values())[::-1] for group in group_seeds(finished)]
+    if all(len(group) == 1 for group in groups):
+        return None
+    firsts = [group[0] for group in groups]
+    settings = {key: values for key, values in differing_settings(firsts).items() if key != "seed"}
+    metrics = [metric for metric in METRICS if metric.best]
+    columns = ["first run", "finished seeds", *settings]
+    rows: list[list[Cell]] = []
+    for number, group in enumerate(groups):
+        row: list[Cell] = [group[0].name, len(group), *(values[number] for values in settings.values())]
+        for metric in metrics:
+            found = [value for run in group if (value := metric.of(run)) is not None]
+            deviation = statistics.stdev(found) if len(found) > 1 else None
+            row.append(Mean(statistics.mean(found), deviation) if found else None)
+        rows.append(row)
+    columns += [metric.name for metric in metrics]
+    return _table("seeds of one experiment: mean ± standard deviation", columns, rows)
+
+
+def _table(title: str, columns: list[str], rows: list[list[Cell]]) -> Table:
+    forms = {metric.name: metric.form for metric in METRICS}
+    best: dict[str, float] = {}
+    for metric in METRICS:
+        if metric.best and metric.name in columns and len(rows) > 1:
+            place = columns.index(metric.name)
+            found = [value for row in rows if isinstance(value := value_of(row[place]), (int, float))]
+            if len(found) > 1:
+                best[metric.name] = metric.best(found)
+    return Table(title, columns, rows, {name: form for name, form in forms.items() if name in columns}, best)
+
+
+def differing_settings(runs: Sequence[Trained]) -> dict[str, list[Cell]]:
+    """The settings that are not the same in all runs, with the value of each run; None where one has not got it.
+
+    Without those of where a run lies and who is told of it.
+    """
+    flat = [run.config.flat() if run.config else {} for run in runs]
+    known = [settings for settings in flat if settings]
+    names = dict.fromkeys(name for settings in known for name in settings if not name.startswith(_BESIDE))
+    differing = [name for name in names if any(settings.get(name) != known[0].get(name) for settings in known)]
+    return {name: [_cell(settings.get(name)) for settings in flat] for name in differing}
+
+
+def _cell(value: Any) -> Cell:
+    return (
+        value
+        if value is None or (isinstance(value, (str, int, float)) and not isinstance(value, bool))
+        else json.dumps(value)
+    )
+
+
+def group_seeds(runs: Sequence[Trained]) -> list[list[Trained]]:
+    """Runs of one experiment together, in the order of their first."""
+    groups: dict[str, list[Trained]] = {}
+    for run in runs:
+        groups.setdefault(run.experiment, []).append(run)
+    return list(groups.values())
+
+
+# --- as text -----------------------------------------------------------------------------------------------------
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    parts = []
+    for table in tables:
+        rows = [table.columns, ["---"] * len(table.columns), *table.texts(mark="**{}**".format)]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        parts.append("\n".join([f"### {table.title}", "", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """Numbers in full; the first table alone, as a file of this kind has one."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(["" if cell is None else value_of(cell) for cell in row] for row in table.rows)
+    return out.getvalue()
+
+
+def to_json(tables: Sequence[Table]) -> str:
+    """{title: [{column: value}]}."""
+    found = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
+    return json.dumps(found, indent=1, allow_nan=False, default=asdict) + "\n"

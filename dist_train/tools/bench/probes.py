@@ -1,0 +1,216 @@
+"""What is measured inside a process of this harness: the parts of a step, the stall of a save, growth with the data.
+
+`python -m dist_train.tools.bench.probes NAME NUMBER`, one line of JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_train.checkpoints.manager import Checkpoints
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.durations import LearningRate, is_due
+from dist_train.config.loading import parse_config
+from dist_train.config.schema import Config, default_data_root
+from dist_train.data.batches import training_batches
+from dist_train.data.epoch_audit import ShardAudit
+from dist_train.data.sampler import ShardSampler
+from dist_train.data.sets.image_set import ImageSet
+from dist_train.data.sets.named import load_named
+from dist_train.distributed import watchdog
+from dist_train.distributed.signals import StopRequest
+from dist_train.distributed.world import World
+from dist_train.models.registry import build_model
+from dist_train.models.tasks.objective import count_correct
+from dist_train.runs.directory import RunDir
+from dist_train.training.agreement import Agreement
+from dist_train.training.metrics import peak_memory_gib
+from dist_train.training.step.train_step import Step
+
+_STEPS = 200
+
+
+def _step(config: Config, world: World, copies: int = 1) -> Step:
+    one = load_named("mnist", default_data_root(), None)[0]
+    examples = (
+        one if copies == 1 else ImageSet(one.images.repeat(copies, 1, 1, 1), one.labels.repeat(copies), one.classes)
+    )
+    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, 1)
+    sampler = ShardSampler(len(examples), plan, 0, config.seed)
+    batches = training_batches(examples, sampler, config.data, world.device, config.seed)
+    net = build_model(config.model, {}, config.seed)
+    step = Step(config, world, net, batches, plan, LearningRate(1e-3, 10**6))
+    step.warm_up(0)
+    return step
+
+
+def breakdown(net: str) -> dict[str, float]:
+    """Milliseconds of each part of an eager step at batch 64, medians; the device is waited for after each."""
+    config = parse_config({"model": {"name": net}, "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}}})
+    world = World.join(config)
+    step = _step(config, world)
+    eager = step.eager
+    times: dict[str, list[float]] = {}
+    started = 0.0
+
+    def done(part: str) -> None:
+        nonlocal started
+        world.synchronize()
+        times.setdefault(part, []).append(1000 * (time.perf_counter() - started))
+        started = time.perf_counter()
+
+    for number in range(_STEPS):
+        eager.forget_gradients()
+        started = time.perf_counter()
+        batch = eager.batches.at(number, 0)
+        done("gather and normalise")
+        output = eager.objective.forward(eager.model, batch.inputs)
+        done("forward")
+        loss = eager.objective.loss(output, batch.targets)
+        done("loss")
+        loss.backward()
+        done("backward")
+        eager.optimize()
+        done("optimizer")
+        eager.window.add(loss, count_correct(output, batch.targets), len(batch))
+        done("metric sums")
+    for number in range(_STEPS):
+        step.take(number)
+        done("whole step")
+    return {part: statistics.median(each[20:]) for part, each in times.items()}
+
+
+@contextmanager
+def _checkpoints(config: Config, world: World) -> Iterator[Checkpoints]:
+    """Of a run in a folder that goes afterwards."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("DIST_TRAIN_RUNS_DIR")) as folder:
+        run_dir = RunDir(Path(folder))
+        run_dir.create()
+        run_dir.begin_attempt(config, "id")
+        checkpoints = Checkpoints(run_dir, world, config, keep_every_steps=0)
+        yield checkpoints
+        checkpoints.close()
+
+
+def stall(hidden: str) -> dict[str, float]:
+    """Milliseconds that a save takes from the loop, and that its write takes behind it; mlp with `hidden` units."""
+    config = parse_config({"model": {"name": "mlp", "args": {"hidden": int(hidden)}}})
+    world = World.join(config)
+    step = _step(config, world)
+    parameters = sum(parameter.numel() for parameter in step.net.parameters())
+    stalls, writes = [], []
+    with _checkpoints(config, world) as checkpoints:
+        for number in range(20):
+            step.take(number)
+            started = time.perf_counter()
+            checkpoints.save(TrainState(step=number + 1), step)
+            stalls.append(1000 * (time.perf_counter() - started))
+            checkpoints.finish()
+            writes.append(1000 * (time.perf_counter() - started))
+    return {
+        "parameters": parameters, "stall_ms": statistics.median(stalls[2:]), "worst_stall_ms": max(stalls[2:]),
+        "write_ms": statistics.median(writes[2:]),
+    }  # fmt: skip
+
+
+def growth(copies: str) -> dict[str, float]:
+    """Step time, start of an epoch and memory with MNIST so many times over; mlp, batch 64."""
+    config = parse_config({"model": {"name": "mlp"}})
+    world = World.join(config)
+    step = _step(config, world, int(copies))
+    for number in range(_STEPS):
+        step.take(number)
+    world.synchronize()
+    rows = []
+    for row in range(5):
+        started = time.perf_counter()
+        for number in range(_STEPS):
+            step.take(row * _STEPS + number)
+        world.synchronize()
+        rows.append(1000 * (time.perf_counter() - started) / _STEPS)
+    memory = peak_memory_gib(world.device)
+
+    def epoch_start_ms(examples: int) -> float:
+        sampler = ShardSampler(examples, step.eager.plan, 0, 0).on(world.device)
+        world.synchronize()
+        started = time.perf_counter()
+        sampler.indices(0)
+        world.synchronize()
+        return 1000 * (time.perf_counter() - started)
+
+    examples = 60_000 * int(copies)
+    return {
+        "examples": examples, "step_ms": statistics.median(rows), "epoch_start_ms": epoch_start_ms(examples),
+        "epoch_start_of_ten_million_ms": epoch_start_ms(10**7), "peak_memory_gib": memory,
+    }  # fmt: skip
+
+
+# Of steps with guards and without, in turns: short ones and many, as the machine's own speed wanders.
+_BLOCKS, _BLOCK_STEPS = 150, 100
+
+
+def guards(net: str) -> dict[str, float]:
+    """Milliseconds of a step alone, and with all that watches over a run, batch 64; the median of paired ratios.
+
+    Watching are the audit of the examples, the agreement about each second with the heartbeat, the look at files of
+    wishes and at the write under way, and the watchdog; and at each log status.json and whether another start of the
+    run has taken over.
+    """
+    config = parse_config({"model": {"name": net}})
+    world = World.join(config)
+    step = _step(config, world)
+    sampler = ShardSampler(60_000, step.eager.plan, 0, config.seed)
+    with _checkpoints(config, world) as checkpoints:
+        run_dir = checkpoints.run_dir
+        agreement = Agreement(
+            world, StopRequest(), run_dir, poll=checkpoints.poll, on_agreed=lambda: watchdog.expect_within(600)
+        )
+        audit = ShardAudit(sampler, world, 0)
+        ignore = step.eager.batches.on_gather
+
+        def block(first: int, *, guarded: bool) -> float:
+            step.eager.batches.on_gather = audit.note if guarded else ignore
+            world.synchronize()
+            started = time.perf_counter()
+            for number in range(first, first + _BLOCK_STEPS):
+                step.take(number)
+                if guarded:
+                    agreement.tick()
+                    if is_due(number + 1, 100, 10**6):
+                        run_dir.check_not_superseded()  # as before a line of metrics
+                        run_dir.set_status(step=number)
+            world.synchronize()
+            return 1000 * (time.perf_counter() - started) / _BLOCK_STEPS
+
+        # A block of each is of the same steps, and the order changes, lest one profit from a warmer cache.
+        pairs = []
+        for number in range(_BLOCKS):
+            order = (False, True) if number % 2 else (True, False)
+            times = {guarded: block(number * _BLOCK_STEPS, guarded=guarded) for guarded in order}
+            audit = ShardAudit(sampler, world, 0)
+            pairs.append((times[False], times[True]))
+        watchdog.expect_nothing()
+    ratios = [guarded / bare for bare, guarded in pairs[2:]]
+    return {
+        "bare_ms": statistics.median(bare for bare, _ in pairs[2:]),
+        "guarded_ms": statistics.median(guarded for _, guarded in pairs[2:]),
+        "overhead_percent": 100 * (statistics.median(ratios) - 1),
+    }
+
+
+def main() -> None:
+    probe = {"breakdown": breakdown, "stall": stall, "growth": growth, "guards": guards}[sys.argv[1]]
+    print(json.dumps(probe(sys.argv[2])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

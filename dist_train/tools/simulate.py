@@ -1,0 +1,68 @@
+"""A run of any world size, checked without starting it: how it is shared out, what it covers, what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.schema import Config
+from dist_train.data.sampler import ShardSampler, count_into, evaluation_shard
+from dist_train.data.sets.image_set import ImageSet, num_examples
+from dist_train.data.splits import load_splits
+from dist_train.errors import DistTrainError
+from dist_train.models.registry import build_model
+
+# Tensors of a weight's size that an optimizer keeps for each weight.
+_STATE = {"adam": 2, "adamw": 2, "sgd": 0, "adadelta": 2, "rmsprop": 1}
+
+
+def simulate(config: Config, world_size: int) -> Iterator[str]:
+    """Lines for people. The shards are those that the ranks would take, every index counted.
+
+    Raises:
+        ConfigError: the batch cannot be shared out among so many.
+        DistTrainError: an example is taken twice.
+    """
+    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world_size)
+    yield (
+        f"global batch {plan.global_batch_size} = {plan.per_device_batch_size} per device x {plan.grad_accum_steps} "
+        f"micro-steps x {world_size} processes"
+    )
+    splits = load_splits(config.data, config.seed, 1)
+    examples = num_examples(splits.train)
+    taken = _taken(examples, plan, config.seed)
+    unique, most = int((taken > 0).sum()), int(taken.max())
+    steps = plan.check_epoch(examples)
+    yield (
+        f"an epoch: {steps} steps, {unique} of {examples} examples once, {examples - unique} dropped, "
+        f"{int((taken > 1).sum())} twice"
+    )
+    if most > 1 or unique != steps * plan.global_batch_size:
+        raise DistTrainError("An example would be taken twice. This is a bug: report it.")
+    for name, split in (("validation", splits.val), ("test", splits.test)):
+        if split is not None:
+            total = num_examples(split)
+            shards = [evaluation_shard(total, rank, world_size) for rank in range(world_size)]
+            sizes = sorted({len(shard) for shard in shards})
+            assert torch.equal(torch.cat(shards).sort().values, torch.arange(total))
+            yield f"{name}: {total} examples, each on one process, {' or '.join(map(str, sizes))} on each"
+    weights = sum(parameter.nbytes for parameter in build_model(config.model, splits.known, config.seed).parameters())
+    copies = 2 + _STATE[config.optimizer.name] + bool(config.optimizer.momentum) + bool(config.ema_decay)
+    needed = weights * copies
+    data = splits.train.images.nbytes if isinstance(splits.train, ImageSet) else 0
+    yield (
+        f"memory of a process: {needed / 2**20:.1f} MiB of weights, gradients, optimizer state and averages, "
+        f"{data / 2**20:.1f} MiB of resident images, and the activations of {plan.per_device_batch_size} examples"
+    )
+
+
+def _taken(examples: int, plan: BatchPlan, seed: int) -> Tensor:
+    """How often each example is taken in the first epoch, over all ranks: int64 [examples]."""
+    taken = torch.zeros(examples, dtype=torch.int64)
+    sampler = ShardSampler(examples, plan, 0, seed)
+    for sampler.rank in range(plan.world_size):  # one permutation for all
+        count_into(taken, [sampler.indices(step) for step in range(sampler.steps_per_epoch)])
+    return taken

@@ -1,0 +1,161 @@
+"""What each rank of a check runs: some steps of a config on the net held still, and what came of them as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+from dist_train.checkpoints.manager import Checkpoints
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.config.loading import load_config
+from dist_train.config.schema import Config
+from dist_train.data.batches import Batch
+from dist_train.data.evaluation_batches import evaluation_batches
+from dist_train.data.sampler import ShardSampler, count_into
+from dist_train.data.sets.image_set import num_examples
+from dist_train.data.splits import load_splits
+from dist_train.distributed.process import find_place
+from dist_train.distributed.world import World, end_process
+from dist_train.errors import ConfigError, DistTrainError
+from dist_train.models.registry import drop_rates
+from dist_train.runs.directory import RunDir
+from dist_train.tools.verify.trial import Outcome, Trial
+from dist_train.training.build import build_parts
+from dist_train.training.step.train_step import Step
+
+
+def hold_still(net: nn.Module) -> list[str]:
+    """What depends on how a batch is divided does nothing from now on. Returns the names of what was held."""
+    held = set()
+    for module in net.modules():
+        for rate in drop_rates(module):
+            held.add("dropout off")
+            setattr(module, rate, 0.0)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            held.add("BatchNorm frozen")
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
+    return sorted(held)
+
+
+def run(trial: Trial) -> Outcome:
+    """Collective: every rank calls this with the same trial."""
+    config = load_config(trial.config)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
+    world = World.join(config)
+    found = Outcome(on_cpu=world.device.type == "cpu")
+    parts = build_parts(config, world, splits, change=lambda net: found.held_still.extend(hold_still(net)))
+    step, state, total = parts.step, TrainState(), parts.learning_rate.total_steps
+    if total < trial.steps:
+        raise ConfigError(f"{trial.steps} steps are tried, and train_for has {total}. Try with a longer train_for.")
+    with _checkpoints(trial, world, config) as checkpoints:
+        if checkpoints is not None:
+            state = checkpoints.restore_latest(step) or state
+        found.began_at = state.step
+        step.warm_up(state.step)
+        gathered: list[Tensor] = []
+        step.eager.batches.on_gather = gathered.append
+        while state.step < trial.steps or trial.kill_after_s:
+            step.take(state.step)
+            state.step += 1
+            totals = step.pop_window()
+            found.losses.append(totals["loss"] / totals["seen"])
+            if checkpoints is not None and (state.step == trial.save_at or trial.kill_after_s):
+                checkpoints.save(state, step)
+            if checkpoints is not None and trial.kill_after_s and state.step == 1:
+                checkpoints.finish()
+                threading.Timer(trial.kill_after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if checkpoints is not None:
+            checkpoints.finish()
+    found.weights = sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in step.net.parameters())).hexdigest()
+    _count_examples(found, parts.sampler, gathered, world)
+    if splits.val is not None and not trial.folder:  # once for each size is enough
+        batches = evaluation_batches(splits.val, step.net, world, config)
+        counts = _counted([batch.indices for batch in batches], num_examples(splits.val), world)
+        found.evaluated = int((counts == 1).sum()), len(counts)
+    found.doubled = _doubled(step, step.eager.batches.at(0, 0))
+    if world.is_rank_zero:
+        print(json.dumps(asdict(found)), flush=True)
+    world.leave()
+    return found
+
+
+@contextmanager
+def _checkpoints(trial: Trial, world: World, config: Config) -> Iterator[Checkpoints | None]:
+    if not trial.folder:
+        yield None
+        return
+    run_dir = RunDir(Path(trial.folder))
+    if world.is_rank_zero:
+        run_dir.create()
+        run_dir.begin_attempt(config, wandb_id="verify")
+    world.barrier()
+    checkpoints = Checkpoints(run_dir, world, config, keep_every_steps=0)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def _count_examples(found: Outcome, sampler: ShardSampler, gathered: list[Tensor], world: World) -> None:
+    """Every example of the steps taken, and of the whole first epoch, at most once over all ranks.
+
+    Collective: every rank must call this.
+    """
+    in_epoch = max(0, sampler.steps_per_epoch - found.began_at) * sampler.plan.grad_accum_steps
+    whole = _counted([sampler.indices(step) for step in range(sampler.steps_per_epoch)], sampler.num_examples, world)
+    taken = _counted(gathered[:in_epoch], sampler.num_examples, world)
+    found.duplicates = int(((whole > 1) | (taken > 1)).sum())
+    found.epoch = int((whole == 1).sum()), int((whole == 0).sum()), sampler.num_examples
+
+
+def _counted(indices: list[Tensor], total: int, world: World) -> Tensor:
+    """How often each example occurs, over all ranks: int32 [total].
+
+    Collective: every rank must call this.
+    """
+    counts = torch.zeros(total, dtype=torch.int32)
+    count_into(counts, indices)
+    return world.all_reduce(counts.to(world.device)).cpu()
+
+
+@torch.no_grad()
+def _doubled(step: Step, batch: Batch) -> float:
+    objective = step.evaluation_objective
+    step.net.eval()
+    losses = []
+    for times in (1, 2):
+        torch.manual_seed(0)  # a net may draw
+        inputs, targets = recursively_apply(lambda t, n=times: torch.cat([t] * n), (batch.inputs, batch.targets))
+        losses.append(float(objective.loss(objective.forward(step.net, inputs), targets)))
+    return abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12)
+
+
+def main() -> None:
+    settings: dict[str, Any] = json.loads(sys.argv[1])
+    sys.path.insert(0, str(Path.cwd()))  # user code is looked up here first
+    try:
+        run(Trial(**settings))
+    except DistTrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        end_process(error.exit_code)
+    end_process(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Exact loss and accuracy of one split: every example counted once, for any world size."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.data.evaluation_batches import EvaluationBatches
+from dist_train.data.sets.image_set import Examples
+from dist_train.distributed.world import World
+from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
+from dist_train.models.invariance import seeding_for
+from dist_train.models.tasks.confusion import Confusion
+from dist_train.models.tasks.objective import Objective, Told, count_correct
+from dist_train.training.agreement import Agreement
+from dist_train.training.metrics import Counts
+
+_log = logging.getLogger(__name__)
+
+_ENOUGH = 2**18  # numbers of outputs that are judged together
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    batches: EvaluationBatches,
+    objective: Objective,
+    world: World,
+    agreement: Agreement | None = None,
+    confusion: Confusion | None = None,
+) -> dict[str, float] | None:
+    """Mean loss (nats), accuracy (0..1), `seen` and the net's own metrics, every example of the split counted once.
+
+    `confusion` is told of each batch that is classified.
+    None if the ranks agreed to stop before it was done. `net` is the bare module, not the one wrapped by DDP: shards
+    differ by one example, and a wrapped forward is a collective.
+
+    Collective: every rank must call this.
+
+    Raises:
+        DistTrainError: the ranks together did not see just the whole split.
+        TrainingDiverged: on every rank, if the loss is not finite.
+    """
+    world.broadcast([buffer for buffer in net.buffers() if buffer.numel()])
+    was_training = net.training
+    net.eval()
+    sums = _Sums(net, batches.examples, objective, world.device, confusion)
+    seed_generators = seeding_for(net, training=False)
+    stream = iter(batches)
+    try:
+        for _ in range(batches.num_batches):
+            batch = next(stream, None)  # a rank's shard may end a batch before the longest one
+            if batch is not None:
+                seed_generators(batches.seed_of(batch))
+                with sums.told(batch.indices), world.accelerator.autocast():
+                    output = objective.forward(net, batch.inputs)
+                    objective.check_labels(output, batch.labels)
+                sums.add(output, batch.targets, batch.indices)
+            if agreement is not None:
+                agreement.tick("evaluate")
+                if agreement.stop:
+                    return None
+    finally:
+        net.train(was_training)
+
+    counts = sums.counted()
+    # A rank without examples knows neither the net's own metrics nor whether it classifies: rank zero always has some.
+    names, classifies = world.from_rank_zero((counts.names, counts.classifies) if counts else ((), True))
+    totals = (counts or Counts(world.device, names[3:])).totals(world)
+    seen = round(totals["seen"])
+    if seen != batches.num_examples:
+        raise DistTrainError(f"Evaluation counted {seen} examples of {batches.num_examples}. This is a bug: report it.")
+    means = {name: totals[name] / seen for name in names if name not in ("correct", "seen")}
+    if not math.isfinite(means["loss"]):
+        raise TrainingDiverged(f"The loss over {seen} examples is not finite. Lower optimizer.lr or set max_grad_norm.")
+    undefined = [name for name, mean in means.items() if not math.isfinite(mean)]
+    for name in undefined:
+        del means[name]  # metrics.jsonl is strict JSON
+    if undefined:
+        _log.warning("left out, since not finite over %d examples: %s", seen, ", ".join(undefined))
+    accuracy = {"accuracy": totals["correct"] / seen} if classifies else {}
+    return means | accuracy | {"seen": seen}
+
+
+def _check_accuracy(theirs: float, ours: float) -> None:
+    """Two numbers would have this name, of which ours is reported and decides what is best."""
+    if not math.isclose(theirs, ours, abs_tol=1e-4):
+        raise UserCodeError(
+            f"metrics(output, target) returned accuracy={theirs:.6g} for a batch of which {ours:.6g} are right, as we "
+            f"count for logits [B, K] and labels [B]. Give yours another name."
+        )
+
+
+class _Sums:
+    """What a split's outputs come to. Small ones of a classifier are judged together: one operation instead of ten."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        examples: Examples,
+        objective: Objective,
+        device: torch.device,
+        confusion: Confusion | None,
+    ) -> None:
+        self._net = net
+        self._examples = examples
+        self._objective = objective
+        self._device = device
+        self._confusion = confusion
+        self._counts: Counts | None = None  # until there was a batch
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._num_waiting = 0  # numbers of outputs in there
+
+    def told(self, indices: Tensor) -> Told:
+        """Errors of the net and its loss over these examples as one line."""
+        return Told(self._net, "in evaluation", indices, self._examples)
+
+    def add(self, output: Any, targets: Any, indices: Tensor) -> None:
+        tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)
+        if not (self._objective.is_plain and tensors and output.ndim == 2 and targets.ndim == 1):
+            self._judge(output, targets, indices)
+            return
+        self._waiting.append((output, targets, indices))
+        self._num_waiting += output.numel()
+        if self._num_waiting >= _ENOUGH:
+            self._judge_waiting()
+
+    def counted(self) -> Counts | None:
+        """All of it; None if there was nothing."""
+        self._judge_waiting()
+        return self._counts
+
+    def _judge_waiting(self) -> None:
+        if self._waiting:
+            outputs, targets, indices = zip(*self._waiting, strict=True)
+            self._waiting, self._num_waiting = [], 0
+            self._judge(torch.cat(outputs), torch.cat(targets), torch.cat(indices))
+
+    def _judge(self, output: Any, targets: Any, indices: Tensor) -> None:
+        with self.told(indices):
+            loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
+        counts = self._counts = self._counts or Counts(self._device, tuple(own))
+        if tuple(own) != counts.names[3:]:
+            raise UserCodeError(
+                f"metrics(output, target) returned {', '.join(own) or 'nothing'} for one batch and "
+                f"{', '.join(counts.names[3:]) or 'nothing'} for another. Return the same keys each time."
+            )
+        correct = count_correct(output, targets)
+        if correct is not None and "accuracy" in own:
+            _check_accuracy(own["accuracy"], int(correct) / len(indices))
+        if self._confusion is not None and correct is not None:
+            self._confusion.note(output, targets, indices)
+        counts.add(loss, correct, len(indices), *own.values())

@@ -1,0 +1,106 @@
+"""How an attempt says that it failed: to the other ranks, to whoever started it, and to those who look later."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from contextlib import suppress
+from typing import TextIO
+
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.schema import Config
+from dist_train.data.loader import loader_fault
+from dist_train.distributed import watchdog
+from dist_train.distributed.devices import is_device_assert, is_out_of_memory
+from dist_train.distributed.process import Place
+from dist_train.distributed.world import end_process, first_line, is_peer_failure, is_timeout
+from dist_train.errors import DistTrainError, OutOfMemory, PeerLost, UserCodeError
+from dist_train.launch.diagnosis import how_to_go_on, says_enough
+from dist_train.runs.directory import RunDir
+from dist_train.runs.error_report import note_error
+
+_log = logging.getLogger(__name__)
+
+
+class Reporting:
+    """An error ends up in error.json (of all ranks' the first), in the rank's log, and as state ERROR.
+
+    With other ranks about, the process ends at once: they are waiting in a collective, and the clean way out would
+    wait for them.
+    """
+
+    def __init__(self, place: Place, config: Config, run_dir: RunDir | None) -> None:
+        """`run_dir`: of our launcher, which shows the error that is left there."""
+        self.place = place
+        self.run_dir = run_dir  # None until this start owns one
+        self.errors: TextIO = sys.stderr  # the shared one, of all ranks
+        self.waits = f"setup_timeout_s={config.setup_timeout_s:g}"  # for an answer of the others
+        self._config = config
+        self._launched = run_dir is not None
+
+    def __enter__(self) -> Reporting:
+        return self
+
+    def __exit__(self, _kind: object, raised: BaseException | None, _trace: object) -> None:
+        watchdog.expect_nothing()
+        if not isinstance(raised, Exception):
+            return
+        trace = traceback.format_exc()
+        _log.debug("%s", trace)
+        error = self._explain(raised)
+        code = error.exit_code if isinstance(error, DistTrainError) else 1
+        first = True
+        if self.run_dir is not None and self.run_dir.is_superseded():
+            code = 0  # the old srun would end the step that failed by its number, which by now is the later start's
+        elif self.run_dir is not None and self.run_dir.read_status().get("state") == "FINISHED":
+            first = False  # another rank was lost on the way out: nothing of the run is
+        elif self.run_dir is not None:
+            first = note_error(self.run_dir.error, error, self.place.rank, code, trace)
+            if self.place.rank == 0 and self.run_dir.attempt:
+                with suppress(DistTrainError, OSError):
+                    self.run_dir.set_status(state="ERROR")
+            if first and not self._launched and not says_enough(type(error).__name__):
+                alone = self.place.world_size == self.place.local_world_size
+                error.add_note(how_to_go_on(self.run_dir, self.place.world_size if alone else None))
+        if self.place.world_size > 1:
+            if first:
+                said = str(error) if isinstance(error, DistTrainError) else trace
+                text = "\n".join([said, *getattr(error, "__notes__", [])])
+                # A disk that took no error.json takes nothing from the launcher's log either.
+                untold = self._launched and self.run_dir is not None and not self.run_dir.error.exists()
+                print(f"error [rank {self.place.rank}]: {text}", file=sys.stdout if untold else self.errors)
+            end_process(code)
+        if error is not raised:
+            raise error from raised
+
+    def _explain(self, error: Exception) -> Exception:
+        """The error itself, unless we know better what it means."""
+        if is_out_of_memory(error):
+            return self._out_of_memory(error)
+        if is_peer_failure(error):
+            if is_timeout(error):
+                return PeerLost(f"Another rank did not answer within {self.waits}: it hangs, or is much slower.")
+            return PeerLost("Another rank is gone and left no error of its own: killed, or its node is lost?")
+        if is_device_assert(error):
+            return UserCodeError(
+                "A kernel found an index out of range: most often a label that is none of the net's classes, or a word "
+                "beyond an embedding. Start again with device=cpu, which names the example."
+            )
+        return loader_fault(error) or error
+
+    def _out_of_memory(self, error: Exception) -> OutOfMemory:
+        config, size = self._config, self.place.world_size
+        plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, size)
+        smaller = plan.with_smaller_forwards()
+        if smaller is None:
+            way_out = f"A forward is of one example already: take a smaller net, or more than {size} processes."
+        else:
+            way_out = (
+                f"per_device_batch_size={smaller.per_device_batch_size} needs less for the same global batch: "
+                f"{smaller.per_device_batch_size} x {smaller.grad_accum_steps} micro-steps x {size} processes."
+            )
+        return OutOfMemory(
+            f"Out of memory with per_device_batch_size={plan.per_device_batch_size} ({plan.per_device_batch_size} x "
+            f"{plan.grad_accum_steps} x {size} = {plan.global_batch_size}). {way_out}\n{first_line(error)}"
+        )

@@ -1,0 +1,167 @@
+"""What a run writes about itself: lines of metrics, its status, and at the end its result."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.config.schema import Config
+from dist_train.distributed import watchdog
+from dist_train.distributed.world import World
+from dist_train.runs.directory import RunDir
+from dist_train.runs.progress import Screen
+from dist_train.runs.records import State
+from dist_train.runs.time_accounting import effective_ratio
+from dist_train.training.final_evaluation import FinalPasses, draw
+from dist_train.training.metrics import peak_memory_gib
+from dist_train.training.step.train_step import Step
+from dist_train.training.tracking import Tracker
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Journal:
+    """Made on all ranks; rank zero alone writes."""
+
+    config: Config
+    world: World
+    run_dir: RunDir
+    step: Step
+    state: TrainState
+    tracker: Tracker
+    screen: Screen
+    total_steps: int
+    steps_per_epoch: int
+    started: float  # time.perf_counter() when the process began
+
+    def __post_init__(self) -> None:
+        self._newest: dict[str, Any] = {}  # of each metric the last value
+        self._evaluated_at = time.perf_counter()
+        self._before = self.started - self.state.total_s
+
+    @property
+    def total_s(self) -> float:
+        """Seconds in all attempts so far."""
+        return time.perf_counter() - self._before
+
+    def enter(self, state: State) -> None:
+        self._set_status(state=state)
+
+    def note_training(self, totals: dict[str, float], lr: float, pace: dict[str, float]) -> None:
+        """One `train` line. `totals`: sums over the window since the last; `pace`: its perf/..."""
+        line = self._line()
+        line["train/loss"] = totals["loss"] / totals["seen"]
+        if self.step.window.classifies:
+            line["train/accuracy"] = totals["correct"] / totals["seen"]
+        line |= {
+            "train/lr": lr,
+            "train/grad_norm": _finite(self.step.grad_norm()),
+            **pace,
+            "perf/peak_memory_gib": round(peak_memory_gib(self.world.device), 4),
+        }
+        if "overflows" in totals:
+            line["train/overflows"] = totals["overflows"]
+        self.tracker.log(line)
+        self.screen.show_training(line)
+        self._note_newest(line)
+
+    def note_epoch(self, coverage: dict[str, int]) -> None:
+        """One `audit` line."""
+        self.tracker.log(self._line() | coverage)
+
+    def note_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
+        """One `val` line."""
+        now = time.perf_counter()
+        line = self._line() | metrics
+        line |= {
+            "perf/eval_samples_per_s": round(metrics["val/seen"] / seconds, 1),
+            "epoch_s": round(now - self._evaluated_at, 3),
+        }
+        self._evaluated_at = now
+        self.tracker.log(line)
+        self.screen.show_evaluation(line)
+        self._note_newest(line)
+
+    def stop(self, end: State) -> None:
+        """The run ends before its time; what is to be resumed is on the disk.
+
+        Collective: every rank must call this.
+        """
+        self.world.on_rank_zero(lambda: self.enter(end))
+        watchdog.expect_nothing()
+        self.tracker.finish({})
+        _log.info(
+            "saved and stopped at step %d of %d, state %s. To go on: the same command with --run-name=%s",
+            self.state.step, self.total_steps, end, self.run_dir.path.name,
+        )  # fmt: skip
+
+    def finish(self, final: FinalPasses, **found: Any) -> None:
+        """The run has come to its end: result.json, with what the loop has `found`, then the pictures.
+
+        Collective: every rank must call this.
+        """
+        results = self._results(final, found)
+        self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
+        self.world.on_rank_zero(lambda: self.enter("FINISHED"))
+        watchdog.expect_nothing()  # what is left may take its time, and takes nothing away
+        draws = self.world.is_rank_zero and self.config.tracking.pictures
+        self.tracker.finish(results, draw(final, self.run_dir) if draws else {})
+
+    def _results(self, final: FinalPasses, found: dict[str, Any]) -> dict[str, Any]:
+        """What result.json says."""
+        state, world = self.state, self.world
+        samples = state.step * self.config.global_batch_size
+        seconds = self.run_dir.time_sheet.totals()  # wall seconds over all attempts, and between them
+        if world.is_rank_zero:
+            _log.debug("seconds by use: %s", ", ".join(f"{use} {spent:.1f}" for use, spent in seconds.items()))
+        return {
+            "state": "FINISHED",
+            "step": state.step,
+            "epoch": state.step / self.steps_per_epoch,
+            "attempt": self.run_dir.attempt,
+            "world_size": world.size,
+            "global_batch_size": self.config.global_batch_size,
+            "mixed_precision": world.mixed_precision,
+            **found,
+            "step_mode": self.step.mode,
+            "warm_up_s": round(self.step.warm_up_s, 3),  # of this attempt, compiling included
+            "train_s": round(state.train_s, 3),
+            "samples_per_s": round(samples / state.train_s, 1) if state.train_s else None,
+            "total_s": round(self.total_s, 3),
+            "seconds": seconds,
+            "effective_training_time": round(effective_ratio(seconds), 4),
+            **{name: value for name, value in state.val.items() if name != "step"},
+            **final.metrics,
+            **{f"best/{name.removeprefix('val/')}": value for name, value in state.best.items()},
+        }
+
+    def _line(self) -> dict[str, Any]:
+        step = self.state.step
+        return {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "samples": step * self.config.global_batch_size,
+            "attempt": self.run_dir.attempt,
+            "time": round(time.time(), 3),
+        }
+
+    def _note_newest(self, line: dict[str, Any]) -> None:
+        self._newest |= {name: value for name, value in line.items() if "/" in name}
+        self._set_status(metrics=self._newest)
+
+    def _set_status(self, **fields: Any) -> None:
+        if self.world.is_rank_zero:
+            epoch = self.state.step / self.steps_per_epoch
+            self.run_dir.set_status(
+                step=self.state.step, total_steps=self.total_steps, epoch=epoch,
+                data_wait_s=round(self.step.data_wait_s, 3), best=self.state.best, **fields,
+            )  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # strict JSON has no NaN; an fp16 overflow makes one

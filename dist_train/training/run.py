@@ -1,0 +1,314 @@
+"""One start of a run: find its directory, build its parts, restore, train, and say how it ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import nn
+
+from dist_train.checkpoints.manager import Checkpoints
+from dist_train.checkpoints.manifest import find_checkpoint, run_id_by_checkpoints
+from dist_train.checkpoints.storage import load_weights
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.config.loading import to_yaml
+from dist_train.config.schema import Config
+from dist_train.data.epoch_audit import ShardAudit
+from dist_train.data.identity import differences
+from dist_train.data.sampler import ShardSampler
+from dist_train.data.splits import Splits, load_splits
+from dist_train.distributed import watchdog
+from dist_train.distributed.process import batch_stop_file, find_place
+from dist_train.distributed.signals import StopRequest
+from dist_train.distributed.stdio import print_to
+from dist_train.distributed.world import World
+from dist_train.errors import DataError, DistTrainError
+from dist_train.launch.slurm.commands import check_save_time, judge_term
+from dist_train.runs.directory import RunDir
+from dist_train.runs.progress import Screen, log_to_file, log_to_screen
+from dist_train.runs.provenance import DIVIDING, bit_changes, collect_facts, data_changes
+from dist_train.runs.records import State
+from dist_train.runs.start_options import Start, check_start, find_run_dir, remove_if_unbegun
+from dist_train.training.agreement import Agreement
+from dist_train.training.build import build_parts
+from dist_train.training.failures import Reporting
+from dist_train.training.recorder import Journal
+from dist_train.training.step.train_step import Step
+from dist_train.training.tracking import Tracker
+from dist_train.training.trainer import Run
+
+_log = logging.getLogger(__name__)
+
+
+def run_attempt(config: Config, start: Start, request: StopRequest, started: float) -> State:
+    """Train until the end or an agreed stop. `started`: time.perf_counter() when the process began.
+
+    Collective: every rank calls this with the same arguments.
+    """
+    place = find_place(os.environ)
+    launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
+    reporting = Reporting(place, config, launched_in)
+    log_to_screen(place.rank, start.verbosity)
+    with _leaving_no_rubbish(reporting, start), reporting:
+        # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
+        splits = load_splits(config.data, config.seed, place.local_world_size)
+        watchdog.expect_within(config.setup_timeout_s)
+        world = World.join(config, find_run_dir(config, start).precision)
+        run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, start, claim=True).path))))
+        attempt = world.on_rank_zero(lambda: _open(run_dir, config, splits, start, started))
+        if attempt is None:
+            if world.is_rank_zero:
+                print(f"{run_dir.path} is finished already: nothing to do.")
+            world.leave()
+            return "FINISHED"
+        run_dir.attempt = attempt
+        reporting.run_dir = run_dir
+        world.check_shared(run_dir.path)
+        world.check_same("config", to_yaml(config))
+        _check_same_data(world, splits)
+        log_to_file(run_dir, world.rank)
+        if not world.is_rank_zero:  # of a hundred nodes one speaks
+            reporting.errors = print_to(run_dir.rank_log(world.rank))
+        world = _same_threads(world, run_dir)
+        _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
+        with _build(config, world, run_dir, splits, start, request, started) as run:
+            # The set-up is over: compiling may take long, a step may not.
+            world.wait_at_most(config.stall_timeout_s)
+            watchdog.expect_within(config.stall_timeout_s)
+            reporting.waits = f"stall_timeout_s={config.stall_timeout_s:g}"
+            state = run.train()
+    if world.is_rank_zero:
+        run_dir.unlock()
+        if state == "FINISHED":
+            _report_results(run_dir)
+    world.leave()
+    return state
+
+
+@contextmanager
+def _leaving_no_rubbish(reporting: Reporting, start: Start) -> Iterator[None]:
+    """Of a process that trains alone; for several ranks their launcher does it, when all have ended."""
+    try:
+        yield
+    except DistTrainError:
+        if reporting.run_dir is not None:
+            remove_if_unbegun(reporting.run_dir, start)
+        raise
+
+
+def _open(run_dir: RunDir, config: Config, splits: Splits, start: Start, started: float) -> int | None:
+    """The number of this attempt, None if the run is finished. Rank zero only."""
+    if check_start(run_dir, config, start):
+        return None
+    changes = data_changes(run_dir.read_facts(), splits.identity) if run_dir.holds_checkpoints else []
+    if changes:
+        raise DataError(
+            f"{run_dir.path} was trained on other data:\n" + "\n".join(f"  {change}" for change in changes) + "\n"
+            "Give the new run a name of its own with --run-name, or bring the data back."
+        )
+    run_dir.lock()
+    if check_start(run_dir, config, start, create=False):  # another start may have had it in between
+        run_dir.unlock()
+        return None
+    # A new id where no file tells the old one; but then checkpoints may, and must not pass for another run's.
+    wandb_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
+    run_dir.begin_attempt(config, wandb_id=wandb_id, started=started, asked_at=start.asked_at)
+    return run_dir.attempt
+
+
+def _check_same_data(world: World, splits: Splits) -> None:
+    """See that all ranks hold the same examples: an index stands for one on each of them.
+
+    Collective: every rank must call this.
+
+    Raises:
+        DataError: on every rank, naming the first that differs from rank zero.
+    """
+    theirs = world.from_rank_zero(splits.identity)
+    said = [
+        f"The {split} set of rank {world.rank} on {socket.gethostname()} has {here}, that of rank 0 {there}. "
+        f"Every rank must make the same set: from the same files, and what is drawn under a fixed seed."
+        for split, here, there in differences(splits.identity, theirs)
+    ]
+    for text in filter(None, world.gather("".join(said[:1]))):
+        raise DataError(text)
+
+
+def _same_threads(world: World, run_dir: RunDir) -> World:
+    """A resumed run computes with the threads it began with."""
+    before = run_dir.read_facts()
+    threads = before.get("num_threads")
+    if threads and before.get("world_size") == world.size and threads != world.num_threads:
+        _log.info("threads per process: %d, as the run began (not %d)", threads, world.num_threads)
+        return world.with_threads(threads)
+    return world
+
+
+def _build(
+    config: Config,
+    world: World,
+    run_dir: RunDir,
+    splits: Splits,
+    start: Start,
+    request: StopRequest,
+    started: float,
+) -> Run:
+    """Collective: every rank must call this."""
+    parts = build_parts(config, world, splits)
+    sampler, step, net, learning_rate = parts.sampler, parts.step, parts.step.net, parts.learning_rate
+    total_steps = learning_rate.total_steps
+    checkpoints = Checkpoints(
+        run_dir,
+        world,
+        config,
+        config.keep_every.to_steps(sampler.steps_per_epoch),
+        # In a thread of its own: a stop must not wait for Slurm's answer.
+        on_first_save=lambda save_s: threading.Thread(
+            target=check_save_time, args=(save_s, os.environ), daemon=True
+        ).start(),
+    )
+    # Two checkpoints side by side, each with weights and twice as much of optimizer state.
+    size = sum(p.nbytes for p in net.parameters())
+    world.on_rank_zero(lambda: run_dir.check_room(6 * size))
+    state = checkpoints.restore_latest(step)
+    if state is None:
+        state = TrainState()
+        if start.init_from is not None:
+            load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
+
+    facts = collect_facts(world, sampler.plan, world.hosts()) | {"data": splits.facts}
+    before = run_dir.read_facts() if state.step else {}
+    facts["data_identity"] = before.get("data_identity") or splits.identity
+    if world.is_rank_zero:
+        run_dir.note_resume(state.step, world.size)
+        _report(config, run_dir, splits, sampler, net, state, total_steps, facts)
+    # A resumed run goes on in the mode that was found best when it began.
+    step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
+    facts["step_mode"] = step.mode
+    if world.is_rank_zero:
+        _report_limits(step, facts, before)
+        cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
+        if cut:
+            _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
+        run_dir.write_facts(facts)
+    audit = ShardAudit(sampler, world, state.step, state.audit)
+    step.eager.batches.on_gather = audit.note
+    world.barrier()
+    save_every = config.save_every
+    return Run(
+        config=config,
+        world=world,
+        splits=splits,
+        step=step,
+        state=state,
+        checkpoints=checkpoints,
+        journal=Journal(
+            config=config,
+            world=world,
+            run_dir=run_dir,
+            step=step,
+            state=state,
+            tracker=Tracker(run_dir, config, facts, enabled=world.is_rank_zero),
+            screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
+            total_steps=total_steps,
+            steps_per_epoch=sampler.steps_per_epoch,
+            started=started,
+        ),
+        agreement=Agreement(
+            world,
+            request,
+            run_dir,
+            batch_stop_file(os.environ),
+            judge_term=lambda: judge_term(os.environ),
+            poll=checkpoints.poll,
+            on_agreed=lambda: watchdog.expect_within(config.stall_timeout_s),
+            save_every_s=save_every.value if save_every.unit == "s" else 0.0,
+        ),
+        learning_rate=learning_rate,
+        audit=audit,
+        steps_per_epoch=sampler.steps_per_epoch,
+    )
+
+
+def _report(
+    config: Config,
+    run_dir: RunDir,
+    splits: Splits,
+    sampler: ShardSampler,
+    net: nn.Module,
+    state: TrainState,
+    total_steps: int,
+    facts: dict[str, Any],
+) -> None:
+    """What is about to happen, in a few lines."""
+    plan = sampler.plan
+    data = config.data.bundle or config.data.name
+    _log.info("run directory %s, attempt %d", run_dir.path, run_dir.attempt)
+    _log.info(
+        "data %s: %d training examples, validation on %s; %d steps per epoch, %d examples dropped in each",
+        data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, sampler.num_dropped,
+    )  # fmt: skip
+    _log.info(
+        "net %s: %s parameters; %s, %d threads per process, mixed precision %s",
+        config.model.bundle or config.model.name, f"{sum(p.numel() for p in net.parameters()):,}",
+        facts["device"], facts["num_threads"], facts["mixed_precision"],
+    )  # fmt: skip
+    _log.info(
+        "global batch %d = %d per device x %d micro-steps x %d processes",
+        plan.global_batch_size, plan.per_device_batch_size, plan.grad_accum_steps, plan.world_size,
+    )  # fmt: skip
+    if plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < config.per_device_batch_size:
+        _log.warning(
+            "%d examples per process have no divisor between %d and per_device_batch_size=%d: small forwards are slow. "
+            "Choose a global_batch_size with more divisors, or raise per_device_batch_size to %d.",
+            plan.share, plan.per_device_batch_size, config.per_device_batch_size, plan.share,
+        )  # fmt: skip
+    for split, identity in splits.identity.items():
+        if "unsteady" in identity:
+            _log.warning(
+                "the %s set is not fingerprinted: under one seed it gives another example %d each time, so no resume "
+                "is exact. Draw from the global generators of torch, numpy and Python, seeded for each example.",
+                split, identity["unsteady"],
+            )  # fmt: skip
+    if state.step:
+        _log.info("resumed at step %d of %d", state.step, total_steps)
+
+
+def _report_limits(step: Step, facts: dict[str, Any], before: dict[str, Any]) -> None:
+    """Where the promises end for this net. `before`: the facts of the run that goes on."""
+    dependent = step.observed.dependent
+    rounding = [f"{facts['mixed_precision']} rounding"] if facts["mixed_precision"] != "no" else []
+    for reason in dependent + rounding:
+        _log.info("depends on the number of processes: %s", reason)
+    for name in step.observed.unsaved:
+        _log.warning(
+            "not exact under resume: each forward changes %s.%s, which no checkpoint holds. Make it a buffer.",
+            type(step.net).__name__, name,
+        )  # fmt: skip
+    for name, change in bit_changes(before, facts).items() if before else ():
+        if name in DIVIDING and dependent:
+            comes = f"another result, since it depends on {', '.join(dependent)}"
+        else:
+            comes = "equal within rounding, not to the bit"
+        _log.warning("resumed with another %s: %s: %s", name, change, comes)
+
+
+def _report_results(run_dir: RunDir) -> None:
+    result = run_dir.read_result()
+    seconds = f"{result['train_s']:.1f} s in training steps, {result['total_s']:.1f} s in all"
+    if run_dir.attempt > 1:
+        ratio = 100 * result["effective_training_time"]
+        seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.attempt} starts went into new steps"
+    _log.info("finished: %d steps, %s", result["step"], seconds)
+    for split in ("train", "val", "test"):
+        if f"{split}/accuracy" in result:
+            seen, accuracy = result[f"{split}/seen"], result[f"{split}/accuracy"]
+            _log.info("%s accuracy %.2f %% (%d / %d)", split, 100 * accuracy, round(accuracy * seen), seen)
+    _log.info("everything is in %s", run_dir.path)

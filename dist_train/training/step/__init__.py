@@ -1,0 +1,1 @@
+"""One optimizer update: eager, compiled or as a CUDA graph."""

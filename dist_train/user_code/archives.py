@@ -1,0 +1,102 @@
+"""A zip of user code, unpacked once into the cache folder; what a zip could do besides is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from dist_train.atomic_files import whole
+from dist_train.config.schema import default_data_root
+from dist_train.errors import UserCodeError
+
+_MIB = 2**20
+MAX_BYTES = 256 * _MIB  # of all files together: this is code, not data
+MAX_ENTRIES = 2000
+_CHUNK = _MIB
+
+
+def unpacked(archive: Path, label: str) -> Path:
+    """The folder with the contents of the zip `archive`, named by a digest of its bytes.
+
+    Ranks may call this at the same time: each unpacks for itself, and the first rename counts.
+
+    Raises:
+        UserCodeError: not a zip, a damaged one, or one with entries that unpacking code must not follow.
+    """
+    bundles = default_data_root() / "bundles"
+    try:
+        if archive.stat().st_size > MAX_BYTES:
+            raise _too_big(label)
+        with archive.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        folder = bundles / digest
+        if folder.is_dir():
+            return folder
+        bundles.mkdir(parents=True, exist_ok=True)
+        try:
+            with whole(folder) as aside:
+                aside.mkdir()
+                _extract(archive, aside, label)
+        except OSError:
+            if not folder.is_dir():  # it is there if another rank was quicker; the contents are the same
+                raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserCodeError(
+            f"{label} is not a zip that can be read: {error}. Pack it again, or give a folder."
+        ) from error
+    except OSError as error:
+        fix = "Set DIST_TRAIN_DATA_DIR to a folder that can be written to, or give a folder instead of a zip."
+        raise UserCodeError(f"{label} cannot be unpacked into {bundles}: {error}. {fix}") from error
+    return folder
+
+
+def _extract(archive: Path, folder: Path, label: str) -> None:
+    left = MAX_BYTES
+    with zipfile.ZipFile(archive) as bundle:
+        entries = bundle.infolist()
+        if len(entries) > MAX_ENTRIES:
+            raise UserCodeError(f"{label} has {len(entries)} entries, more than {MAX_ENTRIES}. Pack only the code.")
+        for entry in entries:
+            _check(entry, label)
+            target = folder / entry.filename
+            try:
+                (target if entry.is_dir() else target.parent).mkdir(parents=True, exist_ok=True)
+                if not entry.is_dir():
+                    left -= _write(bundle, entry, target, left, label)
+            except (FileExistsError, NotADirectoryError):
+                raise UserCodeError(f"{label} has two entries for {entry.filename!r}. Pack the folder again.") from None
+
+
+def _write(bundle: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, at_most: int, label: str) -> int:
+    # Counted while unpacking: the sizes in the header are only what the archive claims.
+    size = 0
+    with bundle.open(entry) as source, target.open("xb") as file:
+        while chunk := source.read(_CHUNK):
+            size += len(chunk)
+            if size > at_most:
+                raise _too_big(label)
+            file.write(chunk)
+    return size
+
+
+def _check(entry: zipfile.ZipInfo, label: str) -> None:
+    name = entry.orig_filename  # as it stands in the archive; `filename` is already tidied up
+    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 where the packing system has no such thing
+    outside = name.startswith("/") or "\\" in name or re.match("[A-Za-z]:", name) or ".." in PurePosixPath(name).parts
+    if outside or "\0" in name or not name:
+        reason = "is not a plain path inside the archive"
+    elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        reason = "is a link or a special file"
+    elif entry.flag_bits & 0x1:
+        reason = "is encrypted"
+    else:
+        return
+    raise UserCodeError(f"{label}: the entry {name!r} {reason}. Pack the folder again with plain files only.")
+
+
+def _too_big(label: str) -> UserCodeError:
+    return UserCodeError(f"{label} holds more than {MAX_BYTES // _MIB} MiB. Pack only the code; data go to data.root.")

@@ -1,0 +1,240 @@
+"""Promise 4: a checkpoint is complete or absent, and the last good one is never lost."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dist_train.checkpoints import manager as module
+from dist_train.checkpoints.manifest import MODEL, STATE, TRAINING, find_damage, folder_of
+from dist_train.checkpoints.storage import Snapshot, load_weights, restore, write
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.config.loading import parse_config
+from dist_train.distributed.world import World
+from dist_train.errors import CheckpointError, TrainingDiverged
+from dist_train.runs.directory import RunDir
+from support.run_files import assert_equal
+from support.tiny_runs import checkpoints_of, names, new_net, new_step, steps, take, write_at
+
+# --- what comes back -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": None}, {"optimizer": {"name": "sgd", "momentum": 0.9}}], ids=str)
+def test_what_is_restored_is_what_was_there(extra: dict[str, Any], world: World, run_dir: RunDir) -> None:
+    config = parse_config({"device": "cpu", "ema_decay": 0.9, **extra})
+    step = new_step(world, seed=0, config=config)
+    take(step, 0, 4)
+    state = TrainState(step=4, logged_step=3, evaluation_pending=True, train_s=1 / 3)
+    state.note_evaluation({"val/loss": 0.1, "val/accuracy": 2 / 3}, min_delta=0.0)
+    checkpoints = checkpoints_of(run_dir, world, config=config)
+    checkpoints.save(state, step)
+    checkpoints.finish()
+    other = new_step(world, seed=1, config=config)
+    assert checkpoints.restore_latest(other) == state
+    assert_equal(other.state_dict(), step.state_dict())
+    take(step, 4, 3)
+    take(other, 4, 3)
+    assert_equal(other.state_dict(), step.state_dict())
+    load_weights(new_net(), folder_of(run_dir, 4))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit Linear: "):
+        load_weights(nn.Linear(2, 2), folder_of(run_dir, 4))
+    checkpoints.close()
+
+
+class Versioned(nn.Linear):
+    """Version 3 wants weights the other way round than version 2, and nothing that does not say its version."""
+
+    _version = 3
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *more: Any) -> None:
+        version = local_metadata.get("version")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} is not known")
+        if version == 2:
+            state_dict[f"{prefix}weight"] = -state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+
+
+@pytest.mark.parametrize("kind", ["of today", "of an older library", "of older dist_train"])
+def test_a_net_is_told_the_version_of_its_state(
+    kind: str, world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trained weights, their average, and what is read without a training."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(Versioned())
+
+    step, state = new_step(world, seed=0, make_net=make), TrainState(step=2)
+    take(step, 0, 2)
+    checkpoints = checkpoints_of(run_dir, world)
+    with monkeypatch.context() as patch:
+        if kind == "of an older library":
+            patch.setattr(Versioned, "_version", 2)
+        if kind == "of older dist_train":
+            patch.setattr("dist_train.checkpoints.storage.header_of", lambda weights: {})
+            patch.setattr("dist_train.checkpoints.manager.with_versions_of", lambda copied, weights: copied)
+        checkpoints.save(state, step)
+        checkpoints.finish()
+    other, bare = new_step(world, seed=1, make_net=make), make()
+    assert checkpoints.restore_latest(other) == state
+    load_weights(bare, folder_of(run_dir, 2))
+    sign = -1 if kind == "of an older library" else 1
+    assert other.ema is not None
+    assert step.ema is not None
+    for found, wanted in ((other.net, step.net), (other.ema.module, step.ema.module), (bare, step.ema.module)):
+        assert torch.equal(found.get_parameter("0.weight"), sign * wanted.get_parameter("0.weight"))
+    checkpoints.close()
+
+
+def test_training_goes_on_while_a_snapshot_is_written(
+    world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def wait_and_write(*args: Any, **kwargs: Any) -> None:
+        go.wait(30)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(module, "write", wait_and_write)
+    step, state = new_step(world, seed=0), TrainState(step=2)
+    take(step, 0, 2)
+    checkpoints = checkpoints_of(run_dir, world)
+    checkpoints.save(state, step)
+    before = copy.deepcopy(step.state_dict())
+    take(step, 2, 2)
+    state.step = 4
+    go.set()
+    checkpoints.finish()
+    other = new_step(world, seed=1)
+    assert checkpoints.restore_latest(other) == TrainState(step=2)
+    assert_equal(other.state_dict(), before)
+    checkpoints.close()
+
+
+def test_nothing_there_is_a_fresh_start(world: World, run_dir: RunDir) -> None:
+    assert checkpoints_of(run_dir, world).restore_latest(new_step(world, 0)) is None
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_loading_executes_no_code(world: World, run_dir: RunDir, tmp_path: Path) -> None:
+    """A checkpoint with the right checksums, made by somebody else."""
+    bomb = Bomb(tmp_path / "exploded")
+    write(Snapshot(TrainState(step=1), {"w": torch.ones(1)}, {"window": bomb}), folder_of(run_dir, 1), attempt=1)
+    assert find_damage(folder_of(run_dir, 1)) == ""
+    with pytest.raises(CheckpointError, match="step_00000001 cannot be read: "):
+        restore(folder_of(run_dir, 1), new_step(world, 0))
+    assert not bomb.path.exists()
+    pickle.loads(pickle.dumps(bomb))  # it would have
+    assert bomb.path.exists()
+
+
+@pytest.mark.parametrize("name", [MODEL, TRAINING, STATE])
+def test_a_file_that_cannot_be_read_is_an_error_of_ours(name: str, world: World, run_dir: RunDir) -> None:
+    folder = write_at(run_dir, 1)
+    (folder / name).write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match="step_00000001 cannot be read: "):
+        restore(folder, new_step(world, 0))
+    if name == MODEL:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit Linear: "):
+            load_weights(nn.Linear(2, 2), folder)
+
+
+# --- what stays ------------------------------------------------------------------------------------------------------
+
+
+def test_last_best_and_every_stay(world: World, run_dir: RunDir) -> None:
+    checkpoints, step = checkpoints_of(run_dir, world, keep_every=4), new_step(world, 0)
+    state = TrainState()
+    there = []
+    for number, accuracy in enumerate([0.1, 0.5, 0.9, 0.2, 0.3, 0.95, 0.4, None, 0.6], start=1):
+        state.step = number
+        if accuracy is not None:
+            state.note_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
+        checkpoints.save(state, step)
+        checkpoints.finish()
+        there.append(steps(run_dir))
+    assert there == [
+        [1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [4, 5, 6], [4, 6, 7], [4, 6, 7, 8], [4, 6, 8, 9],
+    ]  # fmt: skip
+    links = {name: (run_dir.checkpoints / name).resolve() for name in ("last", "best")}
+    assert links == {"last": folder_of(run_dir, 9), "best": folder_of(run_dir, 6)}
+    checkpoints.close()
+
+
+def test_a_copy_of_a_checkpoint_takes_the_place_of_none(world: World, run_dir: RunDir) -> None:
+    """Under whatever name: only what a folder and its manifest agree on counts as one that is kept."""
+    config = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 1, "keep_best": 0})
+    checkpoints, step = checkpoints_of(run_dir, world, config=config), new_step(world, 0)
+    for number in (1, 2):
+        checkpoints.save(TrainState(step=number), step)
+        checkpoints.finish()
+        if number == 1:
+            for name in ("step_backup", "step_00000099"):
+                shutil.copytree(folder_of(run_dir, 1), run_dir.checkpoints / name)
+    assert names(run_dir) == ["step_00000002", "step_00000099", "step_backup"]
+    assert checkpoints.restore_latest(new_step(world, 1)) == TrainState(step=2)
+    assert names(run_dir) == ["damaged_step_00000099", "step_00000002", "step_backup"]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("linking", ["a folder is there", "no links here"])
+def test_a_link_that_cannot_be_made_is_no_failed_save(
+    linking: str,
+    world: World,
+    run_dir: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In a copy that followed them `last` and `best` are folders; some file systems have no links at all."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, linking)
+
+    checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
+    if linking == "no links here":
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+    else:
+        write_at(run_dir, 1)
+        folder_of(run_dir, 1).rename(run_dir.checkpoints / "last")
+    for number in (2, 3):
+        checkpoints.save(TrainState(step=number), step)
+        checkpoints.finish()
+    (warning,) = caplog.messages
+    assert f"{run_dir.checkpoints / 'last'} is no link to step_00000002: {linking}" in warning
+    there = {path.name for path in run_dir.checkpoints.iterdir()}
+    assert there - {"last"} == {"step_00000002", "step_00000003"}
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("poison", ["weight", "buffer", "window"])
+def test_what_is_not_finite_is_never_saved(poison: str, world: World, run_dir: RunDir) -> None:
+    checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
+    checkpoints.save(TrainState(step=1), step)
+    checkpoints.finish()
+    with torch.no_grad():
+        {"weight": next(step.net.parameters()), "buffer": next(step.net.buffers()), "window": step.window.sums}[
+            poison
+        ].flatten()[-1] = float("inf" if poison == "buffer" else "nan")
+    with pytest.raises(TrainingDiverged, match=r"between step 2 and 3.*step_00000001\. Lower optimizer\.lr"):
+        checkpoints.save(TrainState(step=3, logged_step=1), step)
+    checkpoints.finish()
+    assert steps(run_dir) == [1]
+    checkpoints.close()

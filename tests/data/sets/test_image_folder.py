@@ -1,0 +1,273 @@
+"""Folders of pictures: in memory and streamed alike, the same everywhere, and every fault named."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from dist_train.config.schema import DataConfig, Normalize
+from dist_train.data.sets import image_folder as module
+from dist_train.data.sets.image_folder import ImageFolder, decode, load_image_folder
+from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
+from dist_train.data.sets.memory import available_bytes
+from dist_train.data.splits import load_splits
+from dist_train.errors import ConfigError, DataError
+from dist_train.torchvision_compat import import_torchvision
+
+NUMBERS = np.random.default_rng(0)
+
+
+def picture(path: Path, size: tuple[int, int] = (9, 7), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
+    Image.fromarray(NUMBERS.integers(0, 256, (*reversed(size), *channels), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes; pictures of several shapes, colours and formats, made in another order than that of their names."""
+    picture(tmp_path / "train/dog/b.png", (5, 12))
+    picture(tmp_path / "train/dog/a.jpg", (40, 30), "L")
+    picture(tmp_path / "train/cat/10.png", (8, 8), "RGBA")
+    picture(tmp_path / "train/cat/9.bmp", (30, 11))
+    picture(tmp_path / "val/dog/x.png")
+    picture(tmp_path / "val/cat/x.png")
+    picture(tmp_path / "test/cat/x.png")
+    picture(tmp_path / "test/dog/x.png")
+    (tmp_path / "train/.ipynb_checkpoints").mkdir()
+    (tmp_path / "train/dog/.DS_Store").write_bytes(b"hidden")
+    (tmp_path / "train/README").write_text("no class")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def transforms() -> Any:
+    """Imported before a test begins: importing torchvision sets environment variables."""
+    return import_torchvision().transforms
+
+
+def items(examples: Examples) -> list[tuple[Any, int]]:
+    return [examples[index] for index in range(num_examples(examples))]
+
+
+def load(root: Path, **settings: Any) -> Any:
+    return load_splits(DataConfig(name="image_folder", root=root, **({"image_size": 8} | settings)), seed=0)
+
+
+def test_in_memory_and_streamed_give_the_same(root: Path) -> None:
+    memory, stream = load(root, resident=True), load(root, resident=False)
+    for split in ("train", "val", "test"):
+        ours, others = getattr(memory, split), getattr(stream, split)
+        assert isinstance(ours, ImageSet)
+        assert isinstance(others, ImageFolder)
+        assert ours.classes == others.classes == ("cat", "dog")
+        for (image, label), (other_image, other_label) in zip(items(ours), items(others), strict=True):
+            assert image.dtype == torch.uint8
+            assert image.shape == (3, 8, 8)
+            assert image.equal(other_image)
+            assert label == other_label
+    assert memory.val_source == stream.val_source == "val/"
+    assert memory.val is not memory.test
+    for splits in (memory, stream):
+        assert (splits.in_channels, splits.image_size, splits.num_classes) == (3, 8, 2)
+
+
+def test_files_are_sorted_by_name_and_labels_by_class(root: Path) -> None:
+    train = ImageFolder(root / "train", image_size=8)
+    assert [path.name for path in train.paths] == ["10.png", "9.bmp", "a.jpg", "b.png"]
+    assert train.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_streamed_set_goes_to_loader_workers(root: Path) -> None:
+    train = ImageFolder(root / "train", image_size=8)
+    again = pickle.loads(pickle.dumps(train))
+    assert all(a[0].equal(b[0]) and a[1] == b[1] for a, b in zip(items(train), items(again), strict=True))
+
+
+@pytest.mark.parametrize("size", [(9, 7), (7, 9), (19, 16), (8, 8), (101, 33), (33, 100), (3, 5)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_pictures_become_what_torchvision_makes_of_them(
+    size: tuple[int, int], mode: str, transforms: Any, tmp_path: Path
+) -> None:
+    path = picture(tmp_path / "x.png", size, mode)
+    chain = [transforms.Resize(16), transforms.CenterCrop(16), transforms.PILToTensor()]
+    assert decode(path, 16).equal(transforms.Compose(chain)(Image.open(path).convert("RGB")))
+
+
+def test_what_is_transparent_is_white(tmp_path: Path) -> None:
+    """Whatever the format keeps it by; half transparent is half of it, and what is not at all keeps its bits."""
+    ink = NUMBERS.integers(0, 2, (8, 8), dtype=np.uint8) * 255  # black, or nothing at all
+    on_white = torch.from_numpy(255 - ink).expand(3, 8, 8)
+    alpha = Image.fromarray(ink)
+    black = Image.new("L", (8, 8))
+    pictures = {"la.png": Image.merge("LA", (black, alpha)), "rgba.webp": Image.merge("RGBA", (black,) * 3 + (alpha,))}
+    pictures["p.png"] = pictures["p.gif"] = Image.fromarray(ink // 255, "P")  # of two colours one is none
+    pictures["p.png"].putpalette([200, 100, 0, 0, 0, 0])
+    for name, made in pictures.items():
+        made.save(tmp_path / name, **({"transparency": 0} if made.mode == "P" else {"lossless": True}))
+        assert decode(tmp_path / name, 8).equal(on_white), name
+        assert decode(tmp_path / name, 8, channels=1).equal(on_white[:1]), name
+    half = Image.new("RGBA", (8, 8), (0, 0, 255, 128))
+    half.save(tmp_path / "half.png")
+    assert decode(tmp_path / "half.png", 8)[:, 0, 0].tolist() == [127, 127, 255]
+    opaque = Image.open(picture(tmp_path / "opaque.png", (8, 8))).convert("RGBA")
+    opaque.save(tmp_path / "alpha.png")
+    assert decode(tmp_path / "alpha.png", 8).equal(decode(tmp_path / "opaque.png", 8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_picture_is_upright(orientation: int, mode: str, tmp_path: Path) -> None:
+    """As PIL's own function for it says, in any format."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    plain = Image.open(picture(tmp_path / "plain.png", (9, 6), "RGB")).convert(mode)
+    for name in ("turned.png", "turned.webp", "turned.tiff"):
+        plain.save(tmp_path / name, exif=exif, lossless=True)
+        ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB").save(tmp_path / "upright.png")
+        assert decode(tmp_path / name, 6).equal(decode(tmp_path / "upright.png", 6)), name
+    assert decode(tmp_path / "turned.png", 6).equal(decode(tmp_path / "plain.png", 6)) == (orientation == 1)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_data_are_no_broken_picture(tmp_path: Path) -> None:
+    drawn = Image.open(picture(tmp_path / "drawn.png"))
+    drawn.save(tmp_path / "none.jpg")
+    drawn.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode(tmp_path / "broken.jpg", 6).equal(decode(tmp_path / "none.jpg", 6))
+
+
+def test_without_val_folder_the_test_folder_validates(root: Path) -> None:
+    (root / "val").rename(root / "unused")
+    splits = load(root)
+    assert splits.val is splits.test
+    assert splits.val_source == "the test split"
+    (root / "test").rename(root / "unused_too")
+    splits = load(root)
+    assert (splits.val, splits.test, splits.val_source) == (None, None, "none")
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_holding_out_of_train(resident: bool, root: Path) -> None:
+    (root / "val").rename(root / "unused")
+    everything, splits = load(root, resident=resident), load(root, resident=resident, val_examples=1)
+    assert (num_examples(splits.train), num_examples(splits.val)) == (3, 1)
+    seen = {image.numpy().tobytes() for image, _ in items(splits.train) + items(splits.val)}
+    assert seen == {image.numpy().tobytes() for image, _ in items(everything.train)}
+    assert getattr(splits.train, "yields_pixels", False) is not resident  # what normalises a streamed part
+    assert splits.num_classes == 2
+
+
+def test_a_val_folder_and_val_examples_are_at_odds(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.val_examples=1, but there is a validation set already: val/\."):
+        load(root, val_examples=1)
+
+
+@pytest.mark.parametrize(
+    ("free_per_byte", "ranks_per_node", "in_memory"), [(2, 1, True), (1.9, 1, False), (4, 2, True), (3.9, 2, False)]
+)
+def test_memory_decides_when_nobody_does(
+    free_per_byte: float,
+    ranks_per_node: int,
+    in_memory: bool,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    needed = 8 * 3 * 8 * 8  # eight pictures
+    monkeypatch.setattr(module, "available_bytes", lambda: int(needed * free_per_byte))
+    with caplog.at_level(logging.INFO):
+        splits = load_image_folder(root, 8, None, ranks_per_node)
+    assert {isinstance(split, ImageSet) for split in splits.values()} == {in_memory}
+    assert ("streamed" in caplog.text) is not in_memory
+
+
+def test_available_memory_is_the_least_of_machine_and_groups(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    assert available_bytes(proc, groups) is None
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert available_bytes(proc, groups) == 8_192_000
+    (proc / "self/cgroup").write_text("0::/job/step\n")
+    (groups / "job/step").mkdir(parents=True)
+    (groups / "job/step/memory.max").write_text("max\n")
+    (groups / "job/memory.max").write_text("5000\n")
+    assert available_bytes(proc, groups) == 5000
+    (proc / "self/cgroup").write_text("7:cpu,memory:/job\n3:pids:/\n")
+    (groups / "memory/job").mkdir(parents=True)
+    (groups / "memory/job/memory.limit_in_bytes").write_text("4000\n")
+    assert available_bytes(proc, groups) == 4000
+    assert (available_bytes() or 0) > 0
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+def test_no_train_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"no folder {tmp_path}/train. Set data.root"):
+        load(tmp_path)
+
+
+def test_no_classes(tmp_path: Path) -> None:
+    picture(tmp_path / "train/x.png")
+    with pytest.raises(DataError, match="train has no class folders"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_class(split: str, root: Path) -> None:
+    for path in (root / split / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=f"{split}/dog holds no pictures"):
+        load(root)
+
+
+def test_a_folder_inside_a_class(root: Path) -> None:
+    (root / "train/dog/more").mkdir()
+    with pytest.raises(DataError, match="dog/more is a folder"):
+        load(root)
+
+
+def test_classes_that_differ_between_splits(root: Path) -> None:
+    (root / "val/dog").rename(root / "val/wolf")
+    with pytest.raises(DataError, match=r"val lacks dog and has wolf besides\. All splits"):
+        load(root)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n broken"])
+def test_a_file_that_is_no_picture_is_named(content: bytes, root: Path) -> None:
+    bad = root / "train/dog/notes.png"
+    bad.write_bytes(content)
+    with pytest.raises(DataError, match=f"{bad} is not a picture"):
+        load(root, resident=True)
+    streamed = load(root, resident=False).train
+    with pytest.raises(DataError, match=f"{bad} is not a picture"):
+        items(streamed)
+
+
+def test_a_cut_off_picture_is_named(root: Path) -> None:
+    path = root / "train/dog/a.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DataError, match=f"{path} is not a picture"):
+        load(root, resident=True)
+
+
+def test_sixteen_bits_a_pixel_are_refused_instead_of_cut_off(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per pixel"):
+        decode(tmp_path / "deep.png", 8)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_normalize_needs_a_number_per_channel(resident: bool, root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"normalize has 1 channels, the images of data.name=image_folder have 3"):
+        load(root, resident=resident, normalize=Normalize(mean=[0.5], std=[0.5]))
+    load(root, resident=resident, normalize=Normalize(mean=[0.5] * 3, std=[0.5] * 3))

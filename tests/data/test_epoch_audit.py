@@ -1,0 +1,143 @@
+"""The audit of an epoch: counted from what was gathered, over all ranks, however often it was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.loading import parse_config
+from dist_train.data.epoch_audit import ShardAudit
+from dist_train.data.sampler import ShardSampler
+from dist_train.distributed.world import World
+from dist_train.errors import CheckpointError, DistTrainError
+from support.processes import DIST_TRAIN
+from support.ranks import join_group, run_forked, run_on_ranks
+from support.run_files import metrics
+
+TRAIN = [*DIST_TRAIN, "train", "-q", "-c", "smoke", "--run-name=r"]
+
+
+def sampler_of(world_size: int, rank: int) -> ShardSampler:
+    return ShardSampler(1003, BatchPlan.fit(10, 10, world_size), rank, seed=3)
+
+
+@pytest.mark.parametrize("began_at", [0, 1, 57, 99])
+def test_a_whole_epoch_and_the_next(world: World, began_at: int) -> None:
+    sampler = sampler_of(1, 0)
+    audit = ShardAudit(sampler, world, began_at)
+    for step in range(began_at, 100):
+        audit.note(sampler.indices(step))
+    believed = {"audit/believed": 10 * began_at} if began_at else {}  # an older version kept no totals
+    seen = {"audit/unique": 1000 - 10 * began_at, "audit/duplicate": 0, "audit/dropped": 3}
+    assert audit.close_epoch(100) == seen | believed
+    for step in range(100, 200):
+        audit.note(sampler.indices(step))
+    assert audit.close_epoch(200) == {"audit/unique": 1000, "audit/duplicate": 0, "audit/dropped": 3}
+
+
+def test_streamed_indices_on_another_device(world: World) -> None:
+    """Their sum lies on the device that trains."""
+    elsewhere = SimpleNamespace(device=torch.device("meta"), is_rank_zero=True)
+    audit = ShardAudit(sampler_of(1, 0), elsewhere, 0)  # type: ignore[arg-type]
+    for _ in range(300):
+        audit.note(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("batches", [1, 255, 256, 257, 600])
+def test_added_up_in_chunks(world: World, batches: int) -> None:
+    sampler = ShardSampler(1003, BatchPlan.fit(1, 1, 1), 0, seed=3)
+    audit = ShardAudit(sampler, world, 0)
+    for step in range(batches):
+        audit.note(sampler.indices(step))
+    assert audit.close_epoch(batches)["audit/unique"] == batches
+    assert audit.close_epoch(batches)["audit/unique"] == batches  # the epoch is still under way
+
+
+@pytest.mark.parametrize(("instead", "told"), [(10, "1000 examples .* not the first 1000"), (None, "990 examples ")])
+def test_an_example_twice_or_never_is_an_error(instead: int | None, told: str, world: World) -> None:
+    sampler = sampler_of(1, 0)
+    audit = ShardAudit(sampler, world, 0)
+    for step in range(100):
+        if step != 70:
+            audit.note(sampler.indices(step))
+        elif instead is not None:
+            audit.note(sampler.indices(instead))
+    with pytest.raises(DistTrainError, match=f"Epoch 1: the {told}"):
+        audit.close_epoch(100)
+
+
+@pytest.mark.parametrize("stopped_at", [1, 57, 100, 157])
+def test_a_resume_takes_up_what_was_seen(stopped_at: int, world: World) -> None:
+    """Also where the first half was trained on in other shares, and the seconds in others."""
+    first, then = ShardAudit(sampler_of(1, 0), world, 0), sampler_of(1, 0)
+    for step in range(stopped_at):
+        first.note(torch.cat([sampler_of(2, rank).indices(step) for rank in (1, 0)]))
+        if step == 99:
+            first.close_epoch(100)
+    resumed = ShardAudit(then, world, stopped_at, first.totals())
+    end = 200 if stopped_at > 99 else 100
+    for step in range(stopped_at, end):
+        resumed.note(then.indices(step))
+    assert resumed.close_epoch(end) == {"audit/unique": 1000, "audit/duplicate": 0, "audit/dropped": 3}
+
+
+def test_a_resume_after_other_examples_is_refused(world: World) -> None:
+    audit = ShardAudit(sampler_of(1, 0), world, 0)
+    audit.note(torch.arange(10))
+    with pytest.raises(CheckpointError, match=r"The 10 examples of epoch 1 .* are not the first 10 of its order"):
+        ShardAudit(sampler_of(1, 0), world, 1, audit.totals())
+    with pytest.raises(CheckpointError, match=r"The 10 examples of epoch 1 .* are not the first 20 of its order"):
+        ShardAudit(sampler_of(1, 0), world, 2, audit.totals())
+
+
+def test_what_was_believed_stays_believed(world: World) -> None:
+    sampler = sampler_of(1, 0)
+    first = ShardAudit(sampler, world, 30)
+    for step in range(30, 57):
+        first.note(sampler.indices(step))
+    second = ShardAudit(sampler, world, 57, first.totals())
+    for step in range(57, 100):
+        second.note(sampler.indices(step))
+    line = {"audit/unique": 700, "audit/duplicate": 0, "audit/believed": 300, "audit/dropped": 3}
+    assert second.close_epoch(100) == line
+    assert second.totals() == {"seen": 0, "hash": 0, "believed": 0}  # the next epoch begins
+
+
+def test_a_late_resume_reads_one_slice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the indices of each step before it: of an epoch of a million steps those took 13 s and 756 MiB."""
+    sampler = ShardSampler(10**5, BatchPlan.fit(1, 1, 1), 0, seed=3)
+    monkeypatch.setattr(ShardSampler, "indices", None)
+    assert ShardAudit(sampler, world, 99_999).totals()["seen"] == 99_999
+
+
+def _on_two_ranks(same: bool) -> None:
+    join_group("audit")
+    world = World.join(parse_config({"device": "cpu"}))
+    sampler = sampler_of(2, 0 if same else world.rank)
+    audit = ShardAudit(sampler, world, 0)
+    for step in range(100):
+        audit.note(sampler.indices(step))
+    if same:
+        with pytest.raises(DistTrainError, match="Epoch 1: the 1000 examples"):
+            audit.close_epoch(100)
+    else:
+        assert audit.close_epoch(100)["audit/unique"] == 1000
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_over_the_ranks(same: bool) -> None:
+    run_on_ranks(_on_two_ranks, same, world_size=2)
+
+
+@pytest.mark.parametrize("resident", ["true", "false"])
+def test_a_line_for_each_epoch(resident: str, tmp_path: Path) -> None:
+    """60 000 examples in batches of 7000: 8 steps and 4000 dropped in an epoch; then half of one."""
+    settings = ["global_batch_size=7000", "train_for=20 steps", f"data.resident={resident}", "final_train_eval=false"]
+    assert run_forked([*TRAIN, *settings], tmp_path).returncode == 0
+    lines = [line for line in metrics(tmp_path / "runs/r") if "audit/unique" in line]
+    found = [(line["step"], line["audit/unique"], line["audit/dropped"]) for line in lines]
+    assert found == [(8, 56_000, 4000), (16, 56_000, 4000), (20, 28_000, 32_000)]

@@ -1,0 +1,232 @@
+"""Making a batch: the same with and without loader workers, and every fault told in one line that names the example."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from dist_train.data.batches import Placing
+from dist_train.data.loader import Made, loader_fault, loader_of, stream
+from dist_train.data.sets.image_set import Examples, Part, origin, part_of
+from dist_train.errors import DataError, UserCodeError
+from support.ranks import run_on_ranks
+
+CPU = torch.device("cpu")
+WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
+
+
+class Twenty(Dataset[Any]):
+    """Twenty examples; number 13 is as `odd` makes it."""
+
+    def __init__(self, odd: Callable[[], Any], length: int = 20) -> None:
+        self.odd = odd
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 13:
+            return self.odd()
+        return torch.full((1, 4, 4), float(range(20)[index])), index % 3
+
+
+def fetch(examples: Examples, num_workers: int = 0, indices: list[int] | None = None) -> list[Made]:
+    """In batches of four."""
+    indices = list(range(20)) if indices is None else indices
+    keys = [[(0, index) for index in indices[start : start + 4]] for start in range(0, len(indices), 4)]
+    return list(stream(loader_of(examples, keys, num_workers, CPU, seed=0)))
+
+
+def told(examples: Examples, num_workers: int = 0, **more: Any) -> str:
+    said = ""
+    try:  # not pytest.raises: what it gives holds the frame, and so the workers, until garbage is collected
+        fetch(examples, num_workers, **more)
+    except (UserCodeError, DataError) as error:
+        said = str(error)
+    assert said
+    assert "\n" not in said
+    assert "Traceback" not in said
+    return said
+
+
+def corrupt() -> Any:
+    raise OSError("image file is truncated")
+
+
+@WORKERS
+def test_an_example_that_cannot_be_made_is_named(num_workers: int) -> None:
+    here = __file__.replace(".", r"\.")
+    expected = rf"Example 13 of Twenty cannot be made: {here}:\d+: OSError: image file is truncated\."
+    assert re.fullmatch(expected, told(Twenty(corrupt), num_workers))
+
+
+def test_a_part_of_a_part_is_named_as_the_set_itself() -> None:
+    inner = Part([7, 8, 9, 10], torch.tensor([3, 2, 1]))
+    assert origin(Part(inner, range(3)), 1) == ([7, 8, 9, 10], 2)
+
+
+def test_it_is_named_as_its_own_set_counts_it() -> None:
+    """Where validation was held out, another number is asked for."""
+    part = part_of(Twenty(corrupt), torch.tensor([5, 6, 7, 13]))
+    assert told(part, indices=[0, 1, 2, 3]).startswith("Example 13 of Twenty cannot be made")
+
+
+@WORKERS
+def test_a_length_that_is_too_large(num_workers: int) -> None:
+    said = told(Twenty(lambda: (torch.zeros(1, 4, 4), 0), length=24), num_workers, indices=list(range(24)))
+    assert said.startswith("Example 20 of Twenty cannot be made: ")
+    assert said.endswith("Its len() is 24: more than it holds?")
+
+
+@WORKERS
+@pytest.mark.parametrize(
+    ("odd", "form"),
+    [
+        (lambda: (torch.zeros(1, 5, 4), 0), r"\(float32 \[1, 5, 4\], int\)"),
+        (lambda: None, "NoneType"),
+        (lambda: (object(), 0), r"\(object, int\)"),
+        (lambda: (torch.zeros(1, 4, 4), 0, 0), r"\(float32 \[1, 4, 4\], int, int\)"),
+    ],
+    ids=["another size", "nothing", "no tensor", "one more"],
+)
+def test_examples_that_make_no_batch_are_shown(odd: Callable[[], Any], form: str, num_workers: int) -> None:
+    expected = rf"Example 12 of Twenty is \(float32 \[1, 4, 4\], int\); Example 13 of Twenty is {form} \("
+    assert re.search(expected, told(Twenty(odd), num_workers))
+
+
+def test_examples_that_are_alike_and_make_no_batch() -> None:
+    said = told(Twenty(lambda: (object(), 0)), indices=[13])
+    assert "Example 13 of Twenty is (object, int) (default_collate: batch must contain tensors" in said
+    assert "give Twenty a method collate(batch)" in said
+
+
+class Collated(Twenty):
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        super().__init__(lambda: (torch.zeros(1, 4, 4), -1))
+        self.collate = collate
+
+
+def without_the_odd(targets: Callable[[Tensor], Any]) -> Callable[[list[Any]], Any]:
+    def collate(batch: list[Any]) -> Any:
+        images, labels = default_collate([example for example in batch if example[1] >= 0])
+        return images, targets(labels)
+
+    return collate
+
+
+@WORKERS
+@pytest.mark.parametrize(
+    "targets",
+    [lambda y: y, lambda y: {"label": y}, lambda y: y.tolist(), lambda y: [y, y], lambda y: [{"boxes": y}, {"b": y}]],
+    ids=["labels", "dict", "numbers", "tasks", "list of dicts"],
+)
+def test_a_collate_that_leaves_examples_out_is_refused(targets: Callable[[Tensor], Any], num_workers: int) -> None:
+    said = told(Collated(without_the_odd(targets)), num_workers)
+    assert "Twenty" not in said
+    assert said.startswith("Collated.collate made 3 targets of 4 examples (12, 13, 14, 15).")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        lambda y: torch.cat([y, y]),
+        lambda y: torch.zeros(3, 4),
+        lambda y: (torch.zeros(40), y),
+        lambda y: [{"boxes": torch.zeros(1)}] * 4,
+        lambda y: ["a"] * 4,
+        lambda y: None,
+    ],
+    ids=["two views", "time first", "tokens and lengths", "one dict each", "texts", "none"],
+)
+def test_what_is_no_fewer_is_taken(targets: Callable[[Tensor], Any]) -> None:
+    def collate(batch: list[Any]) -> Any:
+        images, labels = default_collate(batch)
+        return images, targets(labels)
+
+    assert [len(indices) for *_, indices in fetch(Collated(collate))] == [4] * 5
+
+
+@WORKERS
+def test_a_collate_that_fails_is_located(num_workers: int) -> None:
+    def collate(batch: list[Any]) -> Any:
+        return default_collate(batch) if batch[0][0].max() < 10 else batch[7]
+
+    said = told(Collated(collate), num_workers)
+    assert said.startswith(f"Collated.collate failed on examples 12, 13, 14, 15: {__file__}:")
+    assert said.endswith("IndexError: list index out of range.")
+
+
+# --- workers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
+def test_a_worker_that_is_gone(number: int) -> None:
+    run_on_ranks(lose_a_worker, number, world_size=1)  # a process of its own: torch raises from a signal's handler
+
+
+def lose_a_worker(number: int) -> None:
+    try:
+        said = told(Twenty(lambda: os.kill(os.getpid(), number)), num_workers=2)
+    except RuntimeError as error:  # of the handler, between two of our lines
+        said = str(loader_fault(error))
+    assert "/dev/shm" in said
+    assert "data.num_workers" in said
+
+
+def test_a_batch_that_cannot_be_handed_over_is_told_and_not_waited_for() -> None:
+    """By a queue's own thread, which by itself drops it."""
+    assert "cannot be handed over by a loader worker" in told(Collated(lambda batch: (lambda: 0, [0] * 4)), 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("unable to write to file </torch_7_8_9>: No space left on device (28)", "--shm-size"),
+        ("unable to open shared memory object </torch_7_8> in read-write mode: Too many open files (24)", "ulimit -n"),
+        ("received 0 items of ancdata", "ulimit -n"),
+        ("mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_what_torch_says_of_shared_memory(said: str, expected: str | None) -> None:
+    found = loader_fault(RuntimeError(said))
+    assert (found is None) if expected is None else expected in str(found)
+    assert loader_fault(ValueError(said)) is None
+
+
+# --- the form of what a set gives ----------------------------------------------------------------------------------
+
+Inputs = namedtuple("Inputs", "image mask")
+
+
+class Held(dict[str, Any]):
+    """A mapping with more than its items, that is not made of a dict alone."""
+
+    def __init__(self, note: str) -> None:
+        super().__init__()
+        self.note = note
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_keep_their_form(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        held = Held("mine")
+        held["image"], held["ids"] = torch.ones(2), torch.tensor([1, 2])
+        given = Inputs([torch.ones(2)], {"both": (held, "text")})
+        found = Placing(None, CPU)((given, torch.zeros(2), torch.arange(2))).inputs
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert isinstance(found, Inputs)
+    again, text = found.mask["both"]
+    assert (type(again), again.note, text) == (Held, "mine", "text")
+    assert (found.image[0].dtype, again["image"].dtype, again["ids"].dtype) == (dtype, dtype, torch.int64)

@@ -1,0 +1,106 @@
+"""What one rank computes with."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.config.loading import parse_config
+from dist_train.distributed.devices import choose_device, choose_precision
+from dist_train.distributed.process import Place
+from dist_train.distributed.world import World
+from dist_train.errors import ConfigError, LaunchError
+from support.ranks import join_group, run_on_ranks
+
+PAGES = 12_288  # 48 MiB: more than malloc keeps if it is not told to
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "begun_with", "found"),
+    [
+        (None, None, None, "no"),
+        (None, "bf16", None, "bf16"),
+        ("no", "bf16", None, "no"),
+        (None, "no", "bf16", "bf16"),  # `accelerate launch` always says no
+        (None, None, "bf16", "bf16"),
+        (None, "bf16", "bf16", "bf16"),
+        ("bf16", "no", "bf16", "bf16"),
+        ("no", "bf16", "no", "no"),
+        (
+            None,
+            "bf16",
+            "no",
+            r"^ACCELERATE_MIXED_PRECISION=bf16, and the run was begun with no\. Unset it\.$",
+        ),
+        ("no", None, "bf16", r"^mixed_precision=no, and the run was begun with bf16\. Set mixed_precision=bf16\.$"),
+    ],
+)
+def test_a_run_keeps_its_precision(
+    ours: str | None, theirs: str | None, begun_with: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if theirs is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", theirs)
+    config = parse_config({"mixed_precision": ours})
+    if found in ("no", "bf16"):
+        assert choose_precision(config, "cpu", begun_with) == found
+    else:
+        with pytest.raises(ConfigError, match=found):
+            choose_precision(config, "cpu", begun_with)
+
+
+def count_page_faults(out: Path) -> None:
+    join_group("hardware")
+    World.join(parse_config({"device": "cpu"}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        torch.ones(PAGES * 1024)
+    out.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+
+
+@pytest.mark.parametrize(
+    ("place", "devices", "refused"),
+    [
+        (Place(0, 0, 4, 4, "torchrun"), 2, True),  # its ranks see the same
+        (Place(3, 3, 4, 4, "torchrun"), 4, False),
+        (Place(3, 3, 4, 4, "srun"), 1, False),  # --gpus-per-task=1: its own alone, as number 0
+        (Place(3, 3, 4, 4, "the environment"), 1, False),
+        (Place(0, 0, 1, 1, "python"), 0, True),
+    ],
+)
+def test_devices_that_are_seen(place: Place, devices: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    config = parse_config({"device": "cuda"})
+    if refused:
+        with pytest.raises(LaunchError, match=f"{place.local_world_size} processes on a machine with {devices} CUDA"):
+            choose_device(config, place)
+    else:
+        assert choose_device(config, place) == "cuda"
+
+
+def share_devices(of_rank: list[str], refused: str) -> None:
+    join_group("devices")
+    world = World.join(parse_config({"device": "cpu"}))
+    if not refused:
+        world.check_alone_on(of_rank[world.rank])
+        return
+    with pytest.raises(LaunchError, match=refused):
+        world.check_alone_on(of_rank[world.rank])
+    world.leave()
+
+
+@pytest.mark.parametrize(
+    ("of_rank", "refused"),
+    [(["GPU-a", "GPU-b"], ""), (["GPU-a", "GPU-b", "GPU-a"], "Ranks 0 and 2 share the device GPU-a")],
+)
+def test_two_ranks_on_one_device(of_rank: list[str], refused: str) -> None:
+    """Every rank ends with the same line: none waits for another."""
+    run_on_ranks(share_devices, of_rank, refused, world_size=len(of_rank))
+
+
+def test_memory_once_freed_is_used_again(tmp_path: Path) -> None:
+    """The kernel is not asked for it each of the 50 times."""
+    run_on_ranks(count_page_faults, tmp_path / "faults", world_size=1)
+    assert int((tmp_path / "faults").read_text()) < 25 * PAGES

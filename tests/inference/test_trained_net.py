@@ -1,0 +1,213 @@
+"""A trained net used without its data set, and without this package."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import Tensor
+
+from dist_train.cli import main
+from dist_train.config.loading import parse_config
+from dist_train.config.schema import default_data_root
+from dist_train.data.sets.image_set import ImageSet
+from dist_train.data.sets.named import load_named
+from dist_train.distributed.world import World
+from dist_train.inference.trained_net import SavedNet
+from dist_train.models.tasks.confusion import Confusion, accuracy_by_class, class_names
+from dist_train.small_files import read_json, write_json
+from support.processes import DIST_TRAIN
+from support.ranks import join_group, run_forked, run_on_ranks
+from support.trainings import SETTINGS, trained_once
+
+
+@pytest.fixture(scope="module")
+def test_set() -> ImageSet:
+    return load_named("mnist", default_data_root(), None)[1]
+
+
+@pytest.fixture(scope="module", params=["conv", "speedrun"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With dropout, with BatchNorm; so far that it is right about most digits."""
+
+    settings = [f"model.name={request.param}", "train_for=60 steps", "optimizer.lr=1e-2", "global_batch_size=128"]
+    return trained_once(tmp_path_factory, f"trained {request.param}", [*SETTINGS, *settings])
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+@torch.no_grad()
+def logits_of(path: Path, images: Tensor) -> Tensor:
+    """By the net itself, from what the formula of the normalisation says."""
+    saved = SavedNet.open(path, "last")
+    normalize = saved.config.data.normalize
+    mean, std = (normalize.mean[0], normalize.std[0]) if normalize else (0.0, 1.0)
+    return torch.cat([saved.net((part.float() / 255 - mean) / std) for part in images.split(256)])
+
+
+def test_predict_agrees_with_evaluate(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
+    """Over twenty pictures, and over all of one digit as `evaluate` counts them."""
+    for index in range(20):
+        Image.fromarray(test_set.images[index, 0].numpy()).save(tmp_path / f"{index:02}.png")
+    said = call("predict", trained, *sorted(tmp_path.glob("*.png")), "--json")
+    assert said.exit_code == 0, said.output
+    found = [json.loads(line)["classes"] for line in said.output.splitlines()]
+    expected = logits_of(trained, test_set.images[:20]).softmax(1)
+    assert [next(iter(each)) for each in found] == [str(int(row.argmax())) for row in expected]
+    for each, row in zip(found, expected, strict=True):
+        assert len(each) == 3
+        assert [*each.values()] == pytest.approx([float(row[int(name)]) for name in each], abs=1e-6)
+
+    counted = json.loads(run_forked([*DIST_TRAIN, "evaluate", str(trained), "--json"], tmp_path).stdout)
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    predicted = logits_of(trained, test_set.images).argmax(1)
+    confusion.index_put_((test_set.labels, predicted), torch.ones(1, dtype=torch.int64), accumulate=True)
+    assert counted["confusion"] == confusion.tolist()
+    assert counted["accuracy"] == confusion.diagonal().sum() / 10_000
+    assert counted["accuracy_by_class"][3] == pytest.approx(float(confusion[3, 3] / confusion[3].sum()))
+
+
+def test_pictures_are_turned_to_what_the_net_wants(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
+    """Larger, in colours, on white paper, as JPEG, not square."""
+    index = next(i for i, row in enumerate(logits_of(trained, test_set.images[:50]).softmax(1)) if row.max() > 0.9)
+    small = Image.fromarray(test_set.images[index, 0].numpy())
+    small.save(tmp_path / "small.png")
+    on_paper = Image.eval(small.resize((280, 280)).convert("RGB"), lambda value: 255 - value)
+    wide = Image.new("RGB", (400, 280), "white")
+    wide.paste(on_paper, (60, 0))
+    wide.save(tmp_path / "wide.jpg", quality=95)
+    first, second = (
+        call("predict", trained, tmp_path / name, *options).output.split(": ")[1].split()[0]
+        for name, options in (("small.png", ()), ("wide.jpg", ("--invert",)))
+    )
+    assert first == second
+
+
+def test_what_is_no_picture(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no")
+    for name in ("x.png", "missing.png"):
+        said = call("predict", trained, tmp_path / name)
+        assert said.exit_code == 1
+        assert name in said.output
+    assert "There is no picture" in said.output
+
+
+USE = """
+import sys, torch
+sys.modules["dist_train"] = None
+text = open("load.py").read()
+mine = [line if not line.startswith("images = ") else "images = torch.load('images.pt')" for line in text.splitlines()]
+__file__ = "load.py"
+exec("\\n".join(mine))
+torch.save(logits, "logits.pt")
+assert classes == list("0123456789")
+"""
+
+
+def test_an_export_needs_torch_alone(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = call("export", trained, out)
+    assert said.exit_code == 0, said.output
+    for count in (1, 7, 64):  # the size of a batch is free
+        torch.save(test_set.images[:count], out / "images.pt")
+        subprocess.run([sys.executable, "-I", "-c", USE], cwd=out, check=True)
+        logits = torch.load(out / "logits.pt")
+        torch.testing.assert_close(logits, logits_of(trained, test_set.images[:count]), atol=1e-5, rtol=1e-5)
+    as_it_is = subprocess.run([sys.executable, out / "load.py"], capture_output=True, text=True, check=True).stdout
+    assert as_it_is.strip()[1:-1].strip("'") in set("0123456789")
+    assert (out / "model.safetensors").read_bytes() == (trained / "checkpoints/last/model.safetensors").read_bytes()
+    again = call("export", trained, out)
+    assert again.exit_code == 1
+    assert "exists already" in again.output
+
+
+def test_a_run_by_its_name(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `runs ls` prints it."""
+    monkeypatch.setenv("DIST_TRAIN_RUNS_DIR", str(trained.parent))
+    for command in (("runs", "show"), ("runs", "tail"), ("runs", "compare"), ("evaluate",), ("train", "--resume")):
+        said = run_forked([*DIST_TRAIN, *command, trained.name], tmp_path, DIST_TRAIN_RUNS_DIR=str(trained.parent))
+        assert said.returncode == 0, (command, said.stderr)
+    assert "is not running: FINISHED" in call("runs", "stop", trained.name).output
+    missing = call("runs", "stop", "no-such-run")
+    assert "no-such-run is no run" in missing.output
+
+
+def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that has the run alone; a run of an older version asks its data set."""
+    saved = SavedNet.open(trained, "last")
+    assert (saved.in_channels, saved.image_size, saved.classes) == (1, 28, tuple("0123456789"))
+    facts = read_json(trained / "run.json")
+    write_json(trained / "run.json", {name: value for name, value in facts.items() if name != "data"})
+    try:
+        assert SavedNet.open(trained, "last").classes == saved.classes
+        monkeypatch.setattr("dist_train.inference.trained_net.load_splits", None)
+        with pytest.raises(TypeError):
+            SavedNet.open(trained, "last")
+    finally:
+        write_json(trained / "run.json", facts)
+    assert SavedNet.open(trained, "last").classes == saved.classes
+
+
+# --- what is taken for what ------------------------------------------------------------------------------------------
+
+
+def confusion_on_ranks() -> None:
+    join_group("confusion")
+    world = World.join(parse_config({"device": "cpu"}))
+    confusion = Confusion(most_mistakes=3)
+    sure = torch.tensor([1.0, 1.0, 2.0, 1.0, 3.0, 1.0])
+    logits, labels = torch.eye(3)[[0, 1, 2, 2, 0, 1]] * sure[:, None], torch.tensor([0, 1, 1, 2, 2, 0])
+    if world.rank < 2:  # one rank has no examples
+        mine = torch.arange(world.rank, 6, 2)
+        for rows in (mine[:1], mine[1:]):
+            confusion.note(logits[rows], labels[rows], rows)
+    total = confusion.total(world)
+    assert total is not None
+    assert total.tolist() == [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
+    assert Confusion().total(world) is None
+    mistakes = confusion.mistakes(world)
+    assert [(each.index, each.label, each.prediction) for each in mistakes] == [(4, 2, 0), (2, 1, 2), (5, 0, 1)]
+    assert mistakes[0].probability == pytest.approx(math.exp(3) / (math.exp(3) + 2))
+
+
+def test_confusion_over_ranks() -> None:
+    run_on_ranks(confusion_on_ranks, world_size=3)
+
+
+def test_labels_that_are_no_class(world: World) -> None:
+    """Of nets with a loss of their own; and labels of few bits do not overflow."""
+    confusion = Confusion(most_mistakes=9)
+    logits = torch.eye(20)[[19, 18, 0, 0]]
+    confusion.note(logits, torch.tensor([19, 19, 200, 0], dtype=torch.uint8), torch.arange(4))
+    confusion.note(logits[:1], torch.tensor([-100]), torch.tensor([4]))
+    total = confusion.total(world)
+    assert total is not None
+    assert int(total.sum()) == 3
+    assert total[19, 19] == total[19, 18] == total[0, 0] == 1
+    assert [each.index for each in confusion.mistakes(world)] == [1]
+
+
+def test_outputs_that_say_nothing_of_one_example(world: World) -> None:
+    """NaN, and several for one: they are counted, and are no mistakes that could be shown."""
+    confusion = Confusion(most_mistakes=1)
+    confusion.note(torch.tensor([[float("nan")] * 2, [0.0, 1.0]]), torch.tensor([1, 0]), torch.arange(2))
+    confusion.note(torch.eye(2), torch.tensor([1, 0]), torch.arange(1))
+    assert [each.index for each in confusion.mistakes(world)] == [1]
+
+
+def test_names_only_if_they_fit() -> None:
+    assert class_names(("a", "b"), 2) == ["a", "b"]
+    assert class_names(("a", "b"), 3) == class_names(None, 3) == class_names(("a", "b", "a"), 3) == ["0", "1", "2"]
+
+
+def test_accuracy_by_class() -> None:
+    assert accuracy_by_class(torch.tensor([[3, 1], [0, 0]])) == [0.75, None]

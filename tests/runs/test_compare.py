@@ -1,0 +1,298 @@
+"""Runs looked at and compared from their files: finished, live, killed and half written ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dist_train.cli import main
+from dist_train.config.loading import parse_config
+from dist_train.runs.directory import RunDir
+from dist_train.runs.reports.compare import differing_settings, group_seeds, read_run, run_table, seed_table
+from dist_train.runs.summary import find_runs, summarise
+from support.browser import look_at, needs_browser
+from support.run_files import metrics
+
+STEPS = 40
+
+
+def make_run(path: Path, settings: dict[str, Any] | None = None, *, upto: int = STEPS, gain: float = 0.0) -> RunDir:
+    """Written as a training writes it; finished if it comes to STEPS."""
+    run_dir = RunDir(path)
+    run_dir.create()
+    config = parse_config({"train_for": f"{STEPS} steps", **(settings or {})})
+    run_dir.begin_attempt(config, wandb_id="id")
+    best = {}
+    for step in range(10, upto + 1, 10):
+        line = {
+            "step": step,
+            "epoch": step / 20,
+            "samples": 64 * step,
+            "attempt": run_dir.attempt,
+            "time": 1000.0 + step,
+        }
+        run_dir.append_metrics(
+            line | {"train/loss": 1 / step, "train/accuracy": 0.5, "perf/samples_per_s": 100.0 * step}
+        )
+        val = {"val/loss": 2 / step - gain, "val/accuracy": 0.8 + step / 1000 + gain, "val/seen": 100}
+        run_dir.append_metrics(line | val | {"epoch_s": 1.0})
+        best = val | {"step": step}
+    run_dir.set_status(state="TRAINING", step=upto, total_steps=STEPS, epoch=upto / 20, best=best, world_size=2)
+    if upto == STEPS:
+        run_dir.write_result(
+            {"state": "FINISHED", "test/accuracy": 0.8 + gain, "train_s": 2.0, "samples_per_s": 5000.0}
+        )
+        run_dir.set_status(state="FINISHED")
+    return run_dir
+
+
+def mark(run_dir: RunDir, **fields: Any) -> None:
+    run_dir.status.write_text(json.dumps(run_dir.read_status() | fields))
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two settings, two seeds; and one each of what else may lie there."""
+    for lr in (0.01, 0.1):
+        for seed in (0, 1):
+            make_run(tmp_path / f"lr{lr}-s{seed}", {"optimizer": {"lr": lr}, "seed": seed}, gain=lr + seed / 100)
+    make_run(tmp_path / "live", upto=20)
+    mark(make_run(tmp_path / "killed", upto=30), pid=2**22 + 1, heartbeat=time.time() - 60)
+    mark(make_run(tmp_path / "silent", upto=10), host="elsewhere", heartbeat=time.time() - 600)
+    half = make_run(tmp_path / "half", upto=20)
+    half.config.write_text("optimizer: {lr: ")
+    half.metrics.path.write_text(half.metrics.path.read_text()[:-30])
+    half.status.write_text("{")
+    (tmp_path / "queued").mkdir()
+    (tmp_path / "queued/slurm.json").write_text('{"job": "7"}')
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/status.json").write_text('{"state": "DONE", "step": "final"}')
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file").touch()
+    return tmp_path
+
+
+# --- what lies there -------------------------------------------------------------------------------------------------
+
+
+def test_each_run_has_its_state(folder: Path) -> None:
+    states = {run.name: run.state for run in find_runs(folder)}
+    finished = dict.fromkeys(("lr0.01-s0", "lr0.01-s1", "lr0.1-s0", "lr0.1-s1"), "FINISHED")
+    assert states == finished | {"live": "TRAINING", "killed": "KILLED", "silent": "SILENT"} | dict.fromkeys(
+        ("half", "queued", "foreign"), "NEW"
+    )
+
+
+def test_ls_filters_and_sorts(folder: Path) -> None:
+    def names(*options: object) -> list[str]:
+        said = call("runs", "ls", "--in", folder, *options)
+        assert said.exit_code == 0, said.output
+        return [line.split()[0] for line in said.output.splitlines()[1:]]
+
+    assert names("lr*-s0") == ["lr0.01-s0", "lr0.1-s0"]
+    assert names("--state", "killed", "--state", "SILENT") == ["killed", "silent"]
+    assert names("--sort", "accuracy")[-1] == "lr0.1-s1"
+    assert names("--sort", "progress", "live", "killed", "silent") == ["silent", "live", "killed"]
+    assert names(folder / "live", "runs/killed") == ["killed", "live"]
+    assert "No such run" in call("runs", "ls", "--in", folder, "nothing").stderr
+    rows = [json.loads(line) for line in call("runs", "ls", "--in", folder, "--json").output.splitlines()]
+    assert len(rows) == 10
+    assert next(row for row in rows if row["run"].endswith("killed"))["step"] == 30
+
+
+def test_show_says_how_to_go_on(folder: Path) -> None:
+    said = call("runs", "show", folder / "killed").output
+    assert "KILLED" in said
+    assert "30/40 75%" in said
+    assert "There is no checkpoint yet" in said
+    assert "val/accuracy" in call("runs", "show", folder / "half").output
+
+
+@pytest.mark.parametrize("key", ["step", "epoch", "samples", "attempt", "time", "epoch_s", "train/loss"])
+def test_lines_without_what_each_has(key: str, folder: Path) -> None:
+    """One bit makes "epoch" another word."""
+    path = RunDir(folder / "lr0.1-s0").metrics.path
+    path.write_text(path.read_text().replace(f'"{key}"', '"another"', 3))
+    for command in ("show", "tail", "compare"):
+        said = call("runs", command, folder / "lr0.1-s0")
+        assert (said.exit_code, said.exception) == (0, None), said.output
+    trained = read_run(folder / "lr0.1-s0")
+    for axis in ("step", "samples", "seconds"):
+        at, values = trained.curve("val/loss", axis)
+        assert len(at) == len(values) > 0
+        assert at == sorted(at)
+
+
+def test_stop_is_for_runs_that_go_on(folder: Path) -> None:
+    assert call("runs", "stop", folder / "live").exit_code == 0
+    assert (folder / "live/STOP").exists()
+    for name in ("lr0.01-s0", "killed", "notes"):
+        assert call("runs", "stop", folder / name).exit_code == 1
+        assert not (folder / name / "STOP").exists()
+
+
+def test_tail_follows_to_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a resume, which takes lines back and writes them again."""
+    run_dir = RunDir(folder / "live")
+    begun, real_sleep = threading.Event(), time.sleep
+
+    def sleep(seconds: float) -> None:
+        begun.set()
+        real_sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+
+    def go_on() -> None:
+        begun.wait()
+        run_dir.metrics.cut(10)
+        time.sleep(1.0)
+        make_run(folder / "live")
+
+    writer = threading.Thread(target=go_on)
+    writer.start()
+    said = call("runs", "tail", folder / "live", "-n", 1).output.splitlines()
+    writer.join()
+    assert said[0].startswith("step 20/40")
+    assert "val loss" in said[0]
+    assert [line.split()[1] for line in said[-3:-1]] == ["40/40", "40/40"]
+    assert said[-1].endswith("live: FINISHED")
+
+
+# --- side by side ----------------------------------------------------------------------------------------------------
+
+
+def test_only_settings_that_differ(folder: Path) -> None:
+    runs = [read_run(folder / name) for name in ("lr0.01-s0", "lr0.1-s1", "half")]
+    assert differing_settings(runs) == {"seed": [0, 1, None], "optimizer.lr": [0.01, 0.1, None]}
+    assert differing_settings(runs[:1]) == {}
+
+
+def test_the_best_is_marked(folder: Path) -> None:
+    runs = [read_run(folder / name) for name in ("lr0.01-s0", "lr0.1-s0", "killed", "half")]
+    table = run_table(runs)
+    best = {column: row[0] for row in table.rows for column, cell in zip(table.columns, row, strict=True)
+            if table.is_best(column, cell)}  # fmt: skip
+    assert best["best val accuracy"] == best["test accuracy"] == best["val loss"] == "lr0.1-s0"
+    assert "steps" not in best
+    assert "run" not in best
+
+
+def test_seeds_are_one_experiment(folder: Path) -> None:
+    names = ("lr0.01-s0", "lr0.1-s0", "lr0.01-s1", "lr0.1-s1", "half")
+    runs = [read_run(folder / name) for name in names]
+    assert [[run.name for run in group] for group in group_seeds(runs)] == [
+        ["lr0.01-s0", "lr0.01-s1"], ["lr0.1-s0", "lr0.1-s1"], ["half"],
+    ]  # fmt: skip
+    table = seed_table(runs)
+    assert table is not None
+    cells = dict(zip(table.columns, table.texts(mark=str)[0], strict=True))
+    assert cells["test accuracy"] == "81.50% ± 0.71%"
+    assert cells["optimizer.lr"] == "0.01"
+    assert cells["finished seeds"] == "2"
+    assert seed_table(runs[:2]) is None
+    assert seed_table([runs[0], runs[0], runs[1]]) is None  # the same seed again
+
+
+def test_time_between_attempts_does_not_count(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", upto=20)
+    run_dir.begin_attempt(parse_config({}), wandb_id="id")
+    for step, at in ((30, 9000.0), (40, 9005.0)):
+        run_dir.append_metrics({"step": step, "samples": step, "attempt": 2, "time": at, "train/loss": 1.0})
+    assert read_run(tmp_path / "run").curve("train/loss", "seconds")[0] == [0.0, 10.0, 10.0, 15.0]
+
+
+def test_every_form_has_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+    paths = [folder / name for name in ("lr0.01-s0", "lr0.1-s0", "live", "killed", "half")]
+    files = [tmp_path / f"c.{suffix}" for suffix in ("md", "csv", "json", "png", "html")]
+    said = call("runs", "compare", *paths, *(f"--out={file}" for file in files))
+    assert said.exit_code == 0, said.output
+    rows = json.loads(files[2].read_text())["runs"]
+    assert rows[0]["best val accuracy"] == pytest.approx(0.85)
+    assert rows[3]["test accuracy"] is None
+    with files[1].open() as file:
+        assert [row["val loss"] for row in csv.DictReader(file)] == [str(row["val loss"]) for row in rows]
+    assert "**94.00%**" in files[0].read_text()
+    assert files[3].read_bytes().startswith(b"\x89PNG")
+    beside = call("runs", "compare", *paths, folder / "notes", folder / "queued")
+    assert beside.exit_code == 0, beside.output
+    assert "left out: " in beside.stderr
+    assert "queued" in beside.stdout
+    refused = call("runs", "compare", *paths, "--out=c.docx")
+    assert refused.exit_code == 2
+    assert ".html" in refused.output
+    assert call("runs", "compare", folder / "notes").exit_code == 1
+
+
+@needs_browser
+def test_the_page_in_a_browser_without_a_network(folder: Path, tmp_path: Path) -> None:
+    """Its numbers are those of metrics.jsonl, and all of its pictures are there."""
+    names = ("lr0.01-s0", "lr0.01-s1", "lr0.1-s0", "killed")
+    page = tmp_path / "page.html"
+    said = call("runs", "compare", *(folder / name for name in names), f"--out={page}")
+    assert said.exit_code == 0, said.output
+    seen = look_at(page, tmp_path)
+    runs, seeds = seen["tables"]
+    for name, row in zip(names, runs["rows"], strict=True):
+        cells = dict(zip(runs["columns"], row, strict=True))
+        lines = metrics(folder / name)
+        assert cells["run"]["text"] == name
+        assert float(cells["val loss"]["value"]) == [line["val/loss"] for line in lines if "val/loss" in line][-1]
+        assert float(cells["train loss"]["value"]) == [line["train/loss"] for line in lines if "train/loss" in line][-1]
+        accuracies = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
+        assert float(cells["best val accuracy"]["value"]) == max(accuracies)
+        assert cells["best val accuracy"]["text"] == f"{max(accuracies):.2%}"
+        assert cells["best val accuracy"]["best"] == (name == "lr0.1-s0")
+    assert len(seeds["rows"]) == 2
+    assert [name for name, *_ in seen["pictures"]] == [
+        f"Learning curves over {x}" for x in ("step", "samples", "seconds")
+    ]
+    assert all(width > 500 and height > 200 for _, width, height in seen["pictures"])
+
+
+def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+    from dist_train.runs.reports.html import to_page
+
+    make_run(tmp_path / "<b>&|x")
+    runs = [read_run(tmp_path / "<b>&|x")]
+    page = to_page(runs, [run_table(runs)])
+    assert "<b>" not in page
+    assert "&lt;b&gt;&amp;|x" in page
+
+
+def test_without_matplotlib_the_rest_is_written(folder: Path, tmp_path: Path) -> None:
+    """The page without its curves; and each thing that cannot be is said."""
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    files = [tmp_path / name for name in ("a.png", "b.html", "c.csv")]
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_train", "runs", "compare", folder / "live", *(f"--out={file}" for file in files)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    no_curves, not_written = done.stderr.splitlines()
+    assert no_curves.startswith("The page has no curves. ")
+    assert not_written.startswith(f"error: {files[0]} was not written. ")
+    assert all('pip install "dist-train[plot]"' in line for line in (no_curves, not_written))
+    assert [file.exists() for file in files] == [False, True, True]
+    assert "<table>" in files[1].read_text()
+    assert "<img" not in files[1].read_text()
+
+
+def test_a_run_that_goes_on_is_summarised(folder: Path) -> None:
+    run = summarise(folder / "live")
+    assert (run.is_live, run.step, run.progress, run.world_size, run.attempt) == (True, 20, 0.5, 2, 1)
+    assert run.age_s is not None
+    assert run.age_s < 60

@@ -1,0 +1,357 @@
+"""The run directory: one owner, numbered attempts, whole files, and errors that say where to go instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_train.config.loading import parse_config
+from dist_train.distributed.process import REQUEUED
+from dist_train.errors import ConfigError, RunDirError
+from dist_train.launch.machines import make_room
+from dist_train.runs import directory as module
+from dist_train.runs.directory import RunDir
+from dist_train.small_files import to_json, write_json
+from support.run_files import contents
+
+CONFIG = parse_config({})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    made.create()
+    return made
+
+
+def attempt_of(path: Path) -> RunDir:
+    made = RunDir(path)
+    made.begin_attempt(CONFIG, wandb_id="second")
+    return made
+
+
+# --- one owner ---------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+import time
+from pathlib import Path
+from dist_train.config.loading import parse_config
+from dist_train.runs.directory import RunDir
+run = RunDir(Path(sys.argv[1]))
+run.lock()
+run.begin_attempt(parse_config({}), "x")
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(run: RunDir) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunDirError, match=rf"in use by process {holder.pid} on .* \(attempt 1, state STARTING\)"):
+            run.lock()
+        holder.kill()  # not even kill -9 leaves the directory locked
+    run.lock()
+    run.unlock()
+
+
+@pytest.mark.parametrize(
+    ("job", "restart", "refused"), [("7", "1", False), ("7", "0", True), ("8", "1", True), (None, "1", True)]
+)
+def test_a_requeued_job_takes_over_from_its_earlier_start(
+    job: str | None, restart: str, refused: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which lives on where the controller cannot see it, and still holds the lock."""
+    earlier = os.environ | {"SLURM_JOB_ID": "7"}
+    command = [sys.executable, "-c", HOLD, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=earlier) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        if job is not None:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        if refused:
+            with pytest.raises(RunDirError, match="in use"):
+                run.lock()
+        else:
+            run.lock()
+            run.begin_attempt(CONFIG, wandb_id="x")
+            assert run.attempt == 2
+        holder.kill()
+
+
+def test_an_older_attempt_writes_no_metrics(run: RunDir) -> None:
+    run.begin_attempt(CONFIG, wandb_id="x")
+    run.append_metrics({"step": 1})
+    attempt_of(run.path)
+    with pytest.raises(RunDirError, match="superseded"):
+        run.append_metrics({"step": 2})
+    assert list(run.metrics.read()) == [{"step": 1}]
+
+
+def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> None:
+    run.begin_attempt(CONFIG, wandb_id="first")
+    run.set_status(state="TRAINING", step=3)
+    later = attempt_of(run.path)
+    assert (run.attempt, later.attempt) == (1, 2)
+    status = later.read_status()
+    assert (status["attempt"], status["wandb_id"], status["state"]) == (2, "first", "STARTING")
+    with pytest.raises(RunDirError, match="attempt 1 was superseded by attempt 2"):
+        run.set_status(state="FINISHED")
+    assert run.read_status() == status
+    later.set_status(state="TRAINING")
+    assert later.read_status()["heartbeat"] >= status["heartbeat"]
+
+
+def test_status_is_written_once_a_second(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost meanwhile; a new state is there at once."""
+    monkeypatch.setattr(module, "_STATUS_S", 1000.0)
+    run.begin_attempt(CONFIG, "id")
+    run.set_status(state="TRAINING", step=1)
+    run.set_status(step=2, metrics={"train/loss": 0.5})
+    assert run.read_status()["step"] == 1
+    monkeypatch.setattr(module, "_STATUS_S", 0.0)
+    run.set_status()
+    assert (run.read_status()["step"], run.read_status()["metrics"]) == (2, {"train/loss": 0.5})
+
+
+def test_an_attempt_clears_the_end_of_the_one_before(run: RunDir) -> None:
+    for stale in (run.error, run.result):
+        write_json(stale, {})
+    run.begin_attempt(CONFIG, wandb_id="x")
+    assert not run.error.exists()
+    assert not run.result.exists()
+
+
+# --- wishes of other shells --------------------------------------------------------------------------------------
+
+
+def wish(run: RunDir, age_s: float) -> None:
+    run.stop_wish.touch()
+    made = run.stop_wish.stat().st_mtime - age_s
+    os.utime(run.stop_wish, (made, made))
+
+
+def begin_a_minute_ago(path: Path) -> RunDir:
+    """Asked for then; what waits for a lock, a data set or other ranks begins its attempt late."""
+    made = RunDir(path)
+    made.begin_attempt(CONFIG, wandb_id="x", asked_at=time.perf_counter() - 60)
+    return made
+
+
+@pytest.mark.parametrize(("age_s", "holds"), [(30, True), (90, False)])
+def test_a_stop_holds_from_the_command_on(age_s: float, holds: bool, run: RunDir) -> None:
+    wish(run, age_s)
+    assert begin_a_minute_ago(run.path).stop_wish.exists() == holds
+
+
+@pytest.mark.parametrize(("age_s", "holds"), [(300, True), (900, False)])
+@pytest.mark.parametrize("how", ["queued again", "submitted", "restart.sh"])
+def test_a_stop_holds_from_before_the_command(
+    how: str, age_s: float, holds: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job since its submission, of a start after a start since that one was last heard of."""
+    if how != "restart.sh":
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    if how == "submitted":
+        write_json(run.slurm_json, {"job": "7"})
+    else:
+        run.begin_attempt(CONFIG, wandb_id="x")
+        monkeypatch.setenv("SLURM_RESTART_COUNT" if how == "queued again" else REQUEUED, "1")
+    for path in (run.slurm_json, run.status):
+        if path.exists():
+            os.utime(path, (path.stat().st_mtime - 600,) * 2)
+    wish(run, age_s)
+    assert begin_a_minute_ago(run.path).stop_wish.exists() == holds
+
+
+def test_a_stop_that_is_no_text_is_a_stop(run: RunDir) -> None:
+    run.stop_wish.write_bytes(b"\xff\xfe")
+    assert run.pop_wish(run.stop_wish) is not None
+    assert not run.stop_wish.exists()
+
+
+@pytest.mark.parametrize(("text", "stays"), [("", True), ("INTERRUPT", True), ("PREEMPTED\n", False)])
+def test_a_machine_that_joins_takes_its_own_stop_away(text: str, stays: bool, run: RunDir) -> None:
+    write_json(run.status, {"state": "PREEMPTED"})
+    run.stop_wish.write_text(text)
+    make_room(run)
+    assert run.stop_wish.exists() == stays
+
+
+# --- another run -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_checkpoints_is_free_for_another_run(run: RunDir) -> None:
+    """Which begins by itself: W&B would append it to the other, and drop what is behind its last step."""
+    run.begin_attempt(CONFIG, wandb_id="first")
+    run.set_status(state="TRAINING", step=7)
+    for settings, wandb_id in (({}, "first"), ({"seed": 1}, "second")):
+        later = RunDir(run.path)
+        later.begin_attempt(parse_config(settings), wandb_id="second")
+        status = later.read_status()
+        assert (status["wandb_id"], status["reached"]) == (wandb_id, 7 if wandb_id == "first" else 0)
+
+
+def test_another_config_is_refused_and_nothing_changes(run: RunDir) -> None:
+    run.begin_attempt(CONFIG, wandb_id="x")
+    (run.checkpoints / "step_00000001").mkdir(parents=True)
+    before = contents(run.path)
+    other = parse_config({"optimizer": {"lr": 0.5}, "seed": 7, "device": "cpu"})
+    with pytest.raises(ConfigError, match=r"(?s)lr: 0\.001 there, 0\.5 now\n  seed: 0 there, 7 now\n.*--run-name"):
+        run.check_config(other)
+    run.check_config(parse_config({"device": "cpu"}))  # free to differ
+    assert contents(run.path) == before
+
+
+def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> None:
+    """A launcher had chosen it, the settings are silent; another one is refused."""
+    run.begin_attempt(CONFIG, wandb_id="x")
+    assert run.precision is None  # nothing could be lost
+    (run.checkpoints / "step_00000001").mkdir(parents=True)
+    write_json(run.run_json, {"mixed_precision": "bf16"})
+    assert run.precision == "bf16"
+    run.check_config(parse_config({"mixed_precision": "bf16"}))
+    with pytest.raises(ConfigError, match="mixed_precision: None there, no now"):
+        run.check_config(parse_config({"mixed_precision": "no"}))
+
+
+def test_a_resume_that_is_silent_about_precision_is_the_same_run(run: RunDir) -> None:
+    bf16 = parse_config({"mixed_precision": "bf16", "device": "cpu"})
+    run.begin_attempt(bf16, wandb_id="x")
+    (run.checkpoints / "step_00000001").mkdir(parents=True)
+    run.set_status(state="TRAINING", step=7)
+    run.begin_attempt(CONFIG, wandb_id="y")
+    status = run.read_status()
+    assert (status["wandb_id"], status["reached"], status["attempt"]) == ("x", 7, 2)
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="cannot be written: File name too long"):
+        _ = RunDir(tmp_path / ("x" * 300)).precision
+
+
+# --- metrics -----------------------------------------------------------------------------------------------------
+
+
+def lines(*steps: int) -> list[dict[str, object]]:
+    return [{"step": step, "train/loss": step / 3, "note": "\u00fc\n"} for step in steps]
+
+
+def test_metrics_read_back_and_are_cut_at_the_checkpoint(run: RunDir) -> None:
+    assert (list(run.metrics.read()), run.metrics.cut(5)) == ([], 0)
+    for line in lines(1, 2, 3, 4):
+        run.append_metrics(line)
+    assert list(run.metrics.read()) == lines(1, 2, 3, 4)
+    before = run.metrics.path.read_bytes()
+    assert run.metrics.cut(4) == 0
+    assert run.metrics.path.read_bytes() == before
+    assert not run.metrics.discarded.exists()
+    assert run.metrics.cut(2) == 2
+    assert list(run.metrics.read()) == lines(1, 2)
+    assert run.metrics.path.read_bytes() + run.metrics.discarded.read_bytes() == before
+    assert run.metrics.cut(1) == 1
+    assert [json.loads(line)["step"] for line in run.metrics.discarded.read_text().splitlines()] == [3, 4, 2]
+
+
+def test_an_evaluation_that_is_done_again_has_one_line(run: RunDir) -> None:
+    """Stopped while evaluating, resumed, evaluated, killed before the next save: resumed at the same step once more."""
+    val: list[dict[str, object]] = [{"step": 2, "val/loss": 0.5}]
+    for line in (*lines(1, 2), *val, *lines(3)):
+        run.append_metrics(line)
+    assert run.metrics.cut(2, evaluation_pending=True) == 2
+    assert list(run.metrics.read()) == lines(1, 2)
+
+
+@pytest.mark.parametrize("left", [1, 9, 20])
+def test_a_torn_last_line_is_left_out_and_cut(left: int, run: RunDir) -> None:
+    for line in lines(1, 2):
+        run.append_metrics(line)
+    torn = (to_json(lines(3)[0]) + "\n")[:left]
+    with run.metrics.path.open("a") as file:
+        file.write(torn)
+    assert list(run.metrics.read()) == lines(1, 2)
+    run.metrics.cut(2)
+    run.append_metrics(lines(3)[0])
+    assert list(run.metrics.read()) == lines(1, 2, 3)
+    assert run.metrics.discarded.read_text() == torn + "\n"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_is_strict(value: float, run: RunDir) -> None:
+    run.append_metrics({"step": 1})
+    before = contents(run.path)
+    with pytest.raises(ValueError, match="JSON"):
+        run.append_metrics({"step": 2, "x": value})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(run.result, {"x": value})
+    assert contents(run.path) == before
+
+
+def test_making_the_object_touches_nothing(tmp_path: Path) -> None:
+    RunDir(tmp_path / "run").check_config(CONFIG)
+    assert RunDir(tmp_path / "run").read_status() == {}
+    assert list(tmp_path.iterdir()) == []
+    assert set(module.CLEAN_ENDS) == {"FINISHED", "INTERRUPT", "PREEMPTED"}
+
+
+@pytest.mark.parametrize("rubbish", ["garbage{\n", "\0\0\0\n", '{"no step": 1}\n', '{"step": 3, "train'])
+def test_rubbish_in_the_metrics_is_set_aside(rubbish: str, run: RunDir) -> None:
+    """Whatever a power cut left behind, the lines before it stay as they are and the run goes on."""
+    for step in (1, 2):
+        run.append_metrics({"step": step, "train/loss": 0.1})
+    good = run.metrics.path.read_text()
+    run.metrics.path.write_text(good + rubbish)
+    assert run.metrics.cut(2) == 1
+    assert run.metrics.path.read_text() == good
+    assert [line["step"] for line in run.metrics.read()] == [1, 2]
+
+
+# No line of ours, however it came to be: other bytes, other types, more than a parser can take.
+DAMAGED = [
+    b"garbage{", b"\0\0\0", b"\xff\xfe\x85 \x0c", b"[1]", b"null", b"", b"[" * 9999, b'{"no step": 1}',
+    b'{"step": 1e999}', b'{"step": null}', b'{"step": "2"}', b'{"step": 2, "train/lo{"step": 2}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=repr)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_damaged_line_costs_itself_alone(
+    damaged: bytes, place: int, run: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    for line in lines(1, 2, 3, 4):
+        run.append_metrics(line)
+    whole = run.metrics.path.read_bytes().splitlines(keepends=True)
+    run.metrics.path.write_bytes(b"".join([*whole[:place], damaged + b"\n", *whole[place:]]))
+    assert list(run.metrics.read()) == lines(1, 2, 3, 4)
+    assert run.metrics.cut(3) == 1
+    assert run.metrics.path.read_bytes() == b"".join(whole[:3])
+    assert run.metrics.discarded.read_bytes() == damaged + b"\n" + whole[3]
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{run.metrics.path} was damaged in line {place + 1}: set aside in metrics.discarded")
+    assert run.metrics.cut(3) == 0
+
+
+def test_lines_wait_for_a_disk_that_is_full(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    """/dev/full takes nothing, as a full disk does. What is put off is written in its order, once."""
+    run_dir.append_metrics({"step": 1})
+    path, run_dir.metrics.path = run_dir.metrics.path, Path("/dev/full")
+    for step in (2, 3):
+        run_dir.append_metrics({"step": step})
+    with pytest.raises(OSError, match="No space left"):
+        run_dir.metrics.sync()
+    run_dir.metrics.path = path
+    run_dir.append_metrics({"step": 4})
+    assert [line["step"] for line in run_dir.metrics.read()] == [1, 2, 3, 4]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -1,0 +1,102 @@
+"""Files of the run directory: the old one or the whole new one, on any disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_train.atomic_files import beside
+from dist_train.config.loading import parse_config
+from dist_train.errors import ConfigError, RunDirError
+from dist_train.runs.directory import RunDir
+from dist_train.runs.error_report import note_error
+from dist_train.small_files import read_json
+from support.mounts import needs_mounts
+from support.run_files import contents
+
+
+def test_the_next_start_removes_what_killed_ones_left(run_dir: RunDir) -> None:
+    before = {path.name for path in run_dir.path.iterdir()}
+    for name in (".probe_host_7", ".token_ab12", beside(run_dir.status).name, ".mine"):
+        (run_dir.path / name).touch()
+    run_dir.begin_attempt(parse_config({}), "id")
+    assert {path.name for path in run_dir.path.iterdir()} == before | {".mine"}
+
+
+def test_a_first_error_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")  # FAT says so, and some network file systems
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_the_first_error_stays(tmp_path)
+
+
+def test_unreadable_json_is_an_empty_object(tmp_path: Path) -> None:
+    for text in ("", "[1]", '{"a": ', "\0"):
+        (tmp_path / "file").write_text(text)
+        assert read_json(tmp_path / "file") == {}
+    assert read_json(tmp_path / "missing") == {}
+
+
+def test_the_first_error_stays(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert note_error(run.error, ConfigError("mine"), rank=1, exit_code=2, trace="t")
+    assert not note_error(run.error, ValueError("theirs"), rank=0, exit_code=1, trace="t")
+    noted = read_json(run.error)
+    assert (noted["rank"], noted["kind"], noted["message"], noted["exit_code"]) == (1, "ConfigError", "mine", 2)
+    assert [name for name in contents(run.path) if "error" in name] == ["error.json"]
+
+
+# --- disks -------------------------------------------------------------------------------------------------------
+
+ON_DISKS = """
+import sys
+from pathlib import Path
+from dist_train.errors import RunDirError
+from dist_train.runs.directory import RunDir
+from dist_train.small_files import write_atomically
+for path in sys.argv[1:]:
+    run = RunDir(Path(path) / "run")
+    try:
+        run.create()
+        run.check_room(100_000)
+        run.check_room(4 << 20)
+    except RunDirError as error:
+        print(error)
+try:
+    write_atomically(run.config, "x" * (4 << 20))
+except OSError as error:
+    print(error.strerror, sorted(p.name for p in run.path.iterdir()))
+"""
+
+
+@needs_mounts
+def test_read_only_and_full_disks_are_one_line(tmp_path: Path) -> None:
+    for name in ("read_only", "small"):
+        (tmp_path / name).mkdir()
+    mounting = """
+        mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"; mount -t tmpfs -o size=2m tmpfs "$2"
+        exec "$0" -c "$3" "$1" "$2"
+    """
+    paths = [str(tmp_path / "read_only"), str(tmp_path / "small")]
+    argv = ["unshare", "-m", "sh", "-euc", mounting, sys.executable, *paths, ON_DISKS]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[0].startswith(f"Run directory {paths[0]}/run cannot be written: Read-only file system. Choose another ")
+    assert said[1].startswith(f"A checkpoint needs 4.0 MiB and {paths[1]}/run has 2.0 MiB free. Make room, or ")
+    assert said[2:] == ["No space left on device ['logs']"]
+
+
+def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirError, match=r"file/run cannot be written: .* runs_dir or DIST_TRAIN_RUNS_DIR"):
+        RunDir(tmp_path / "file" / "run").create()
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match=r"x cannot be written: File name too long\. Choose another place"):
+        RunDir(tmp_path / ("x" * 300)).check_config(parse_config({}))

@@ -1,0 +1,123 @@
+"""status.json and its like with entries of any type: named, and what else they say counts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from dist_train.cli import main
+from dist_train.config.loading import parse_config
+from dist_train.launch.diagnosis import find_cause, how_to_go_on
+from dist_train.launch.slurm.commands import decide_requeue
+from dist_train.runs.directory import RunDir
+from dist_train.runs.summary import summarise
+from dist_train.small_files import write_json
+
+CONFIG = parse_config({})
+USED = ["null", '"text"', "1e999", "-1"]
+ENTRIES = [
+    *USED, '""', "true", "0.5", "-1e999", "NaN", f"1{'0' * 400}", "[]", '[{"a": null}]', "{}",
+    '{"train": "x"}', '{"val/accuracy": 1e999}',
+]  # fmt: skip
+FILES = ['{"attempt": ', "", "null", "[1]", "7", "\udcff\udcfe", "\0\0", "[" * 99_999, f"1{'0' * 5000}"]
+
+
+@pytest.fixture(autouse=True)
+def _no_disk_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def write(run_dir: RunDir) -> dict[Path, dict[str, Any]]:
+    """A run of Slurm's job 7 that trained, stopped by an error; by file, all that they hold."""
+    holds: dict[Path, dict[str, Any]] = {
+        run_dir.status: {
+            "state": "TRAINING", "attempt": 4, "step": 30, "total_steps": 90, "epoch": 1.5, "reached": 40,
+            "resumed_at": 20, "fruitless_starts": 0, "world_size": 2, "heartbeat": 1e9, "host": "h", "pid": 7,
+            "slurm_job_id": "7", "slurm_restart_count": "1", "wandb_id": "mine", "seconds": {"train": 3.0},
+            "data_wait_s": 0.5, "save_s": 0.1, "best": {"val/accuracy": 0.5, "step": 20},
+            "metrics": {"perf/samples_per_s": 9.0, "train/grad_norm": None},
+        },
+        run_dir.run_json: {
+            "attempt": 4, "wandb_id": "mine", "world_size": 2, "num_nodes": 1, "num_threads": 1, "device": "cpu",
+            "cpu": "c", "mixed_precision": "no", "step_mode": "eager", "versions": {"torch": "2"},
+            "data": {"in_channels": 1, "num_classes": 2, "image_size": 8, "classes": None, "pixels": True},
+        },
+        run_dir.error: {"rank": 1, "host": "h", "kind": "ValueError", "message": "ValueError: no", "exit_code": 1},
+        run_dir.result: {"test/accuracy": 0.5, "train_s": 1.0, "samples_per_s": None, "step": 90},
+        run_dir.slurm_json: {"job": "7", "log": "out", "submitted": 1e9},
+    }  # fmt: skip
+    for path, entries in holds.items():
+        write_json(path, entries, durable=False)
+    return holds
+
+
+def use(path: Path) -> RunDir:
+    """What looks at these files: a list of runs, one run, what failed, a requeue, and last the next start."""
+    run_dir, found = RunDir(path), summarise(path)
+    assert found.age_s is None or found.age_s >= 0
+    for each in (found.progress, found.accuracy, found.test_accuracy, found.samples_per_s, *found.seconds.values()):
+        assert each is None or each == float(each)
+    for command in ("ls", "show"):
+        said = CliRunner().invoke(
+            main, ["runs", command, *(["--in", str(path.parent)] if command == "ls" else [str(path)])]
+        )
+        assert (said.exit_code, said.exception) == (0, None), said.output
+    assert find_cause(run_dir, {})
+    assert how_to_go_on(run_dir) == "There is no checkpoint yet."
+    assert decide_requeue(run_dir, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, 9)[1]
+    run_dir.begin_attempt(CONFIG, wandb_id="new")
+    return run_dir
+
+
+@pytest.mark.parametrize("name", ["status.json", "run.json", "error.json", "result.json", "slurm.json"])
+def test_an_entry_of_another_type_costs_itself_alone(
+    name: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = run_dir.path / name
+    read = {
+        run_dir.status: RunDir.read_status, run_dir.run_json: RunDir.read_facts, run_dir.error: RunDir.read_error,
+        run_dir.result: RunDir.read_result, run_dir.slurm_json: RunDir.read_submission,
+    }[path]  # fmt: skip
+    holds = write(run_dir)[path]
+    assert read(run_dir) == holds
+    for entry in holds:
+        for text in ENTRIES:
+            write(run_dir)
+            others = {other: value for other, value in holds.items() if other != entry}
+            path.write_text(f'{json.dumps(others)[:-1]}, "{entry}": {text}}}')
+            found = read(run_dir)
+            assert {other: value for other, value in found.items() if other != entry} == others, (entry, text)
+            if text in USED:
+                assert use(run_dir.path).attempt == 5
+                assert entry == "wandb_id" or run_dir.read_status()["wandb_id"] == "mine"
+
+
+@pytest.mark.parametrize("text", FILES, ids=lambda text: repr(text[:9]))
+def test_a_file_that_is_none_is_named_once(text: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    for path in write(run_dir):
+        write(run_dir)
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        with caplog.at_level(logging.WARNING):
+            assert use(run_dir.path).attempt == 5
+        (message,) = caplog.messages
+        assert message.startswith(f"{path} is damaged: ")
+        caplog.clear()
+
+
+def test_an_entry_is_named_with_its_value(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir.status.write_text('{"state": "TRAINING", "attempt": null, "step": "x", "of a later version": null}')
+    for _ in range(2):
+        assert run_dir.read_status() == {"state": "TRAINING", "of a later version": None}
+    assert caplog.messages == [f"{run_dir.status} is damaged: attempt=None, step='x'. Going on without that."]
+
+
+def test_what_is_not_there_is_not_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir = RunDir(tmp_path / "none")
+    assert run_dir.read_status() == run_dir.read_facts() == run_dir.read_error() == {}
+    assert caplog.messages == []

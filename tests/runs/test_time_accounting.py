@@ -1,0 +1,111 @@
+"""Every second of a run has one use, over all attempts."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_train.config.loading import parse_config
+from dist_train.runs.directory import RunDir
+from dist_train.runs.time_accounting import TimeSheet, effective_ratio
+from support.clock import Clock
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock(100.0)
+    for reader in ("perf_counter", "monotonic", "time"):
+        monkeypatch.setattr(time, reader, found.time)
+    return found
+
+
+def test_a_first_attempt(clock: Clock) -> None:
+    sheet = TimeSheet({}, down_s=0.0, reached=0, started=90.0)
+    clock.now = 103
+    sheet.turn_to("train")
+    clock.now = 110
+    sheet.note_step(50, data_wait_s=2.0)
+    sheet.turn_to("evaluate")
+    clock.now = 111
+    sheet.turn_to("train")
+    clock.now = 115
+    sheet.note_step(80, data_wait_s=2.5)
+    assert sheet.totals() == {
+        "train": 8.5, "again": 0.0, "data": 2.5, "evaluate": 1.0, "save": 0.0, "start": 13.0, "down": 0.0
+    }  # fmt: skip
+    assert effective_ratio(sheet.totals()) == pytest.approx(8.5 / 25)
+
+
+def test_steps_that_are_made_again_are_no_progress(clock: Clock) -> None:
+    sheet = TimeSheet({"train": 30.0, "start": 10.0}, down_s=5.0, reached=80, started=90.0)
+    sheet.note_step(60, 0.0)  # resumed there
+    sheet.turn_to("train")
+    clock.now = 102
+    sheet.note_step(70, 0.0)
+    clock.now = 105
+    sheet.note_step(80, 0.0)
+    clock.now = 109
+    assert sheet.totals() == {
+        "train": 34.0, "again": 5.0, "data": 0.0, "evaluate": 0.0, "save": 0.0, "start": 20.0, "down": 5.0
+    }  # fmt: skip
+
+
+def test_waiting_in_the_warm_up_is_a_part_of_the_start(clock: Clock) -> None:
+    sheet = TimeSheet({}, down_s=0.0, reached=0, started=90.0)
+    sheet.note_step(0, data_wait_s=4.0)
+    sheet.turn_to("train")
+    clock.now = 101
+    sheet.note_step(9, data_wait_s=4.5)
+    assert {use: spent for use, spent in sheet.totals().items() if spent} == {"train": 0.5, "data": 0.5, "start": 10.0}
+
+
+def test_a_clock_that_was_set_back_takes_nothing_away(clock: Clock) -> None:
+    assert TimeSheet({"down": 7.0}, down_s=-3600.0, reached=0, started=100.0).totals()["down"] == 7.0
+
+
+def test_nothing_is_lost_between_attempts(tmp_path: Path, clock: Clock) -> None:
+    """The sum of all uses is the wall time since the first start."""
+    for number in range(3):
+        run_dir = RunDir(tmp_path)
+        run_dir.logs.mkdir(exist_ok=True)
+        run_dir.begin_attempt(parse_config({}), "id")
+        clock.now += 1
+        run_dir.set_status(state="TRAINING", step=10 * number)
+        clock.now += 2
+        run_dir.set_status(state="TRAINING", step=10 * number + 5)
+        clock.now += 4  # killed, and down
+    status = json.loads(run_dir.status.read_text())
+    assert status["attempt"] == 3
+    assert (status["seconds"]["start"], status["seconds"]["train"], status["seconds"]["down"]) == (3, 6, 8)
+    assert sum(status["seconds"].values()) == status["heartbeat"] - 100
+
+
+def test_an_attempt_that_did_not_get_far_forgets_nothing(tmp_path: Path, clock: Clock) -> None:
+    """The third does steps again that the first had done."""
+    for reached in (1000, None, None):
+        run_dir = RunDir(tmp_path)
+        run_dir.logs.mkdir(exist_ok=True)
+        run_dir.begin_attempt(parse_config({}), "id")
+        if reached:
+            run_dir.set_status(state="TRAINING", step=reached)
+    run_dir.set_status(state="TRAINING", step=500)
+    clock.now += 5
+    run_dir.set_status(state="SAVING", step=900)
+    assert run_dir.read_status()["seconds"]["again"] == 5
+
+
+def test_the_queue_counts(tmp_path: Path, clock: Clock) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.logs.mkdir()
+    run_dir.slurm_json.write_text(json.dumps({"job": "1", "submitted": clock.now - 60}))
+    run_dir.begin_attempt(parse_config({}), "id")
+    assert run_dir.read_status()["seconds"]["down"] == 60
+
+
+def test_one_interruption_every_three_hours() -> None:
+    """What Llama 3's 16 384 GPUs met: back in 10 s, and on average half of save_every=30 s made again."""
+    between, back, again = 3 * 3600.0, 10.0, 15.0
+    assert effective_ratio({"train": between - back - again, "start": back, "again": again}) >= 0.997

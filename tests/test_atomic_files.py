@@ -1,0 +1,150 @@
+"""A file or folder is there whole or not at all, after a power cut too."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dist_train.atomic_files import beside, remove_leftovers, whole
+from dist_train.runs.directory import RunDir
+from dist_train.runs.metrics_log import MetricsFile
+from dist_train.user_code.archives import unpacked
+from support.run_files import contents
+from support.tiny_runs import write_at
+
+
+def make(aside: Path, kind: str, text: str) -> None:
+    if kind == "folder":
+        (aside / "sub").mkdir(parents=True)
+        aside /= "sub/file"
+    aside.write_text(text)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_it_appears_when_all_is_written(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "it"
+    with whole(target) as aside:
+        make(aside, kind, "new")
+        assert not target.exists()
+    assert [*contents(tmp_path).values()] == [b"new"]
+
+
+def test_a_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "it").write_text("old")
+    with whole(tmp_path / "it") as aside:
+        aside.write_text("new")
+        assert (tmp_path / "it").read_text() == "old"
+    assert contents(tmp_path) == {"it": b"new"}
+
+
+@pytest.mark.parametrize("broken", ["replace", "fsync", "body", "before_rename"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_failure_leaves_what_was_there_and_no_rest(
+    broken: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def write() -> None:
+        before_rename = fail if broken == "before_rename" else lambda: None
+        with whole(tmp_path / "it", before_rename=before_rename) as aside:
+            make(aside, kind, "new")
+            if broken == "body":
+                fail()
+
+    make(tmp_path / "it", kind, "old")
+    before = contents(tmp_path)
+    if broken in ("replace", "fsync"):
+        monkeypatch.setattr(Path if broken == "replace" else os, broken, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert contents(tmp_path) == before
+
+
+def test_no_folder_takes_the_place_of_a_full_one(tmp_path: Path) -> None:
+    """Of several processes that make the same one, the first counts."""
+    make(tmp_path / "it", "folder", "first")
+    with pytest.raises(OSError, match="not empty"), whole(tmp_path / "it") as aside:
+        make(aside, "folder", "second")
+    assert contents(tmp_path) == {"it/sub/file": b"first"}
+
+
+def test_files_are_as_readable_as_the_user_wants(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with whole(tmp_path / "file") as aside:
+            aside.write_text("x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640  # a group shares a data folder
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for kind in ("file", "folder"):
+        make(beside(tmp_path / "it"), kind, "half")
+    (tmp_path / ".mine").touch()
+    remove_leftovers(tmp_path)
+    assert contents(tmp_path) == {".mine": b""}
+
+
+# --- on the disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trace(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """What was synced, and what was renamed to what, in order."""
+    found: list[tuple[str, Path]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def traced_fsync(descriptor: int) -> None:
+        found.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def traced_replace(self: Path, target: Path) -> Path:
+        found.extend([("from", self), ("to", target)])
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    monkeypatch.setattr(Path, "replace", traced_replace)
+    return found
+
+
+def result(folder: Path) -> Path:
+    run_dir = RunDir(folder)
+    run_dir.write_result({"step": 1})
+    return run_dir.result
+
+
+def line_cut(folder: Path) -> Path:
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    for step in (1, 2):
+        metrics.append({"step": step})
+    metrics.cut(1)
+    return metrics.path
+
+
+def checkpoint(folder: Path) -> Path:
+    return write_at(RunDir(folder), 1)
+
+
+def code(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "code.zip", "w") as archive:
+        archive.writestr("sub/net.py", "x = 1")
+    return unpacked(folder / "code.zip", "code.zip")
+
+
+@pytest.mark.parametrize("made_by", [result, line_cut, checkpoint, code])
+def test_all_is_on_the_disk_before_the_rename_and_the_rename_after_it(
+    made_by: Callable[[Path], Path], tmp_path: Path, trace: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path))
+    target = made_by(tmp_path)
+    renamed = trace.index(("to", target))
+    aside = trace[renamed - 1][1]
+    made = {aside, *(aside / path.relative_to(target) for path in target.rglob("*"))}
+    assert made <= {path for what, path in trace[:renamed] if what == "sync"}
+    assert trace[renamed + 1] == ("sync", target.parent)

@@ -1,0 +1,137 @@
+"""`dist-train verify` and `dist-train doctor`: all well here, and each planted fault is found."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dist_train.config.loading import load_config
+from dist_train.config.schema import Config
+from dist_train.tools.verify import suite
+from dist_train.tools.verify.rank import hold_still
+from dist_train.tools.verify.suite import Check, verify
+from support.processes import DIST_TRAIN, run
+
+# Several DDP buckets, so that the order of their first layout matters; few images, which are evaluated again and again.
+PART = "data.name=support.user_sets:mnist_part"
+NET = ["model.name=conv", "per_device_batch_size=24", "global_batch_size=24", PART]
+
+
+def small(*settings: str) -> Config:
+    return load_config("smoke", [*NET, *settings])
+
+
+def broken(checks: list[Check]) -> str:
+    return "\n".join(f"{check.promise}: {check.found}" for check in checks if not check.kept)
+
+
+@pytest.mark.parametrize(
+    ("net", "dtype", "nproc", "held"),
+    [("conv", "float32", 3, "nothing had to be"), ("bks", "float64", 2, "dropout off")],
+)
+def test_all_promises_are_kept_here(net: str, dtype: str, nproc: int, held: str) -> None:
+    checks = list(verify(small(f"model.name={net}", f"dtype={dtype}"), nproc))
+    assert not broken(checks)
+    promises = "\n".join(check.promise for check in checks)
+    for part in (f"losses of {nproc} processes", "at most once", "evaluated once", "as if never stopped",
+                 f"started again on {nproc - 1}", "a batch twice", "SIGKILL"):  # fmt: skip
+        assert part in promises
+    assert checks[0].found == held
+
+
+def test_what_depends_on_the_division_is_held_still() -> None:
+    """In float64, within rounding: a kernel may add up in another order for another number of rows."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).double()
+    assert hold_still(net) == ["BatchNorm frozen", "dropout off"]
+    net.train()
+    inputs = torch.randn(8, 4, dtype=torch.float64)
+    torch.testing.assert_close(net(inputs), torch.cat([net(inputs[:3]), net(inputs[3:])]), rtol=0, atol=1e-12)
+
+
+class MeanOfPowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = 3.0
+
+
+def test_a_power_is_no_drop_rate() -> None:
+    pool = MeanOfPowers()
+    assert hold_still(nn.Sequential(pool, nn.Dropout(0.0))) == []
+    assert pool.p == 3.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "nproc", "found_by"),
+    [
+        ("a doubled shard", 2, ["losses of 2 processes", "at most once"]),
+        ("a doubled evaluation", 2, ["2 processes: every example evaluated once"]),
+        ("a mean per rank", 2, ["losses of 2 processes"]),
+        ("a sum for a mean", 1, ["a batch twice"]),
+        ("a missing warm-up", 3, ["as if never stopped"]),
+    ],
+)
+def test_a_planted_fault_is_found(fault: str, nproc: int, found_by: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setattr(suite, "PROGRAM", "support.planted")
+    missing = set(found_by)
+    for check in verify(small(), nproc):
+        if not check.kept:
+            missing -= {part for part in missing if part in check.promise}
+        if not missing:
+            return
+    raise AssertionError(f"not found: {missing}")
+
+
+def test_verify_as_a_command(tmp_path: Path) -> None:
+    """Exit code 1 and a line with FAIL for a net whose loss is a sum."""
+    (tmp_path / "mine.py").write_text(
+        "from torch.nn.functional import cross_entropy\n"
+        "from dist_train.models.nets import Mlp\n"
+        "class Net(Mlp):\n"
+        "    def loss(self, output, target):\n"
+        "        return cross_entropy(output, target, reduction='sum')\n"
+    )
+    command = [*DIST_TRAIN, "verify", "-c", "smoke", "--nproc=1", "model.name=mine:Net", PART]
+    done = run(command, tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "FAIL  a batch twice has the loss of the batch" in done.stdout
+    assert "promises broken." in done.stdout.splitlines()[-1]
+
+
+def doctor(folder: Path, *arguments: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
+    command = [*DIST_TRAIN, "doctor", "-c", "smoke", "--json", *arguments]
+    done = run(command, folder, **env)
+    assert done.stdout, done.stderr
+    return done.returncode, {row["what"]: row for row in json.loads(done.stdout)}
+
+
+def test_a_healthy_machine(tmp_path: Path) -> None:
+    code, found = doctor(tmp_path, "--nproc=2", OMP_NUM_THREADS="1")
+    assert code == 0, found
+    assert found.keys() == {
+        "device", "threads", "versions", "data", "net", "port", "runs_dir", "room", "W&B", "Slurm", "all-reduce",
+    }  # fmt: skip
+    assert "2 ranks, 16 MiB in" in found["all-reduce"]["said"]
+    assert "60,000 to train on" in found["data"]["said"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_what_is_wrong_is_named_with_its_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, found = doctor(
+            tmp_path, "-o", "runs_dir=file/runs", "-o", "device=cuda", "-o", "data.name=fashion_mnist",
+            MASTER_PORT=port, OMP_NUM_THREADS="99",
+        )  # fmt: skip
+    assert code == 1
+    wrong = {what: row["fix"] for what, row in found.items() if row["fix"]}
+    assert wrong.keys() >= {"device", "threads", "data and net", "port", "runs_dir"}
+    assert "Unset MASTER_PORT" in wrong["port"]
+    assert "DIST_TRAIN_RUNS_DIR" in wrong["runs_dir"]
+    assert "dist-train data fetch" in wrong["data and net"]

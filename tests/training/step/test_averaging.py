@@ -1,0 +1,87 @@
+"""Averaged weights: what has an average is averaged, what has none is followed."""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dist_train.errors import UserCodeError
+from dist_train.training.step.averaging import AveragedNet
+
+DECAY = 0.9
+
+
+class Net(nn.Module):
+    """With all kinds of tensors; each forward changes some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        )
+        self.scale = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+        self.steps = nn.Parameter(torch.tensor(7), requires_grad=False)
+        self.register_buffer("index", torch.arange(1000).flip(0))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("noise", torch.zeros(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.noise = torch.rand(3)  # another tensor under the same name
+        outputs: Tensor = self.layers(inputs)
+        return outputs * self.scale.real
+
+
+def followed(steps: int = 5) -> tuple[Net, AveragedNet, list[dict[str, Tensor]]]:
+    """A net, its average, and what the net was after each of its updates."""
+    torch.manual_seed(0)
+    net = Net()
+    ema, states = AveragedNet(net, DECAY), []
+    for _ in range(steps):
+        net(torch.randn(8, 4))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.ones_like(parameter))
+        ema.update_parameters(net)
+        states.append(deepcopy(net.state_dict()))
+    return net, ema, states
+
+
+def test_each_tensor_is_averaged_or_followed() -> None:
+    net, ema, states = followed()
+    running = {"layers.1.running_mean", "layers.1.running_var"}
+    averaged = {name for name, value in net.named_parameters() if name != "steps"} | running
+    for name, found in ema.module.state_dict().items():
+        wanted = states[0][name]
+        for state in states[1:]:
+            wanted = DECAY * wanted + (1 - DECAY) * state[name] if name in averaged else state[name]
+        torch.testing.assert_close(found, wanted)
+        assert torch.equal(found, net.state_dict()[name]) == (name not in averaged), name
+
+
+def test_state_and_weights_are_those_of_torch() -> None:
+    """Checkpoints of its AveragedModel load, and go on to the bit."""
+    net, ema, _ = followed()
+    theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    assert ema.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(ema.state_dict())
+    for each in (ema, theirs):
+        each.update_parameters(net)
+    for (name, found), wanted in zip(ema.module.named_parameters(), theirs.module.parameters(), strict=True):
+        assert name == "steps" or torch.equal(found, wanted), name
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says itself that it is old
+        old = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)))
+    with pytest.raises(UserCodeError, match=r"its 0\.weight is computed .*parametrizations\.weight_norm"):
+        AveragedNet(old, DECAY)
+    locked = nn.Sequential(nn.Linear(2, 2))
+    locked.reader = (each for each in range(2))  # type: ignore[assignment]
+    with pytest.raises(UserCodeError, match=r"Sequential cannot be copied: TypeError: .* Set ema_decay=null"):
+        AveragedNet(locked, DECAY)

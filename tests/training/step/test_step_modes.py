@@ -1,0 +1,319 @@
+"""The modes of an update: the same numbers within rounding, nothing left behind by trying one, never silently wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.durations import LearningRate
+from dist_train.config.loading import parse_config
+from dist_train.data.batches import training_batches
+from dist_train.data.sampler import ShardSampler
+from dist_train.distributed.world import World
+from dist_train.models.nets import MODELS, Mlp
+from dist_train.training.step import mode_selection as rehearsal
+from dist_train.training.step.mode_selection import MAX_DISTANCE, rehearse, worth_trying
+from dist_train.training.step.train_step import Step
+from support.processes import DIST_TRAIN
+from support.ranks import run_forked
+from support.run_files import train_losses
+from support.user_nets import Drawing
+from support.user_sets import mnist_part
+
+BATCH, STEPS = 32, 20
+
+
+def new_step(world: World, net: nn.Module, **settings: Any) -> Step:
+    """Real MNIST, one_cycle: an lr that were frozen would be seen."""
+    config = parse_config({"global_batch_size": BATCH, "device": "cpu", **settings})
+    train = mnist_part(train=True)
+    plan = BatchPlan.fit(BATCH, config.per_device_batch_size, 1)
+    batches = training_batches(train, ShardSampler(len(train), plan, 0, 0), config.data, world.device, 0)
+    return Step(config, world, net, batches, plan, LearningRate(config.optimizer.lr, STEPS, "one_cycle"))
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    """Nothing compiled is left to the next test."""
+    yield
+    torch.compiler.reset()
+
+
+def net_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Tensor]:
+    """The loss of each step, and all weights in the end."""
+    step.warm_up(0, mode)
+    assert step.mode == mode
+    losses = []
+    for number in range(steps):
+        step.take(number)
+        losses.append(step.pop_window()["loss"] / BATCH)
+    return losses, torch.cat([parameter.detach().flatten() for parameter in step.evaluated_net.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mlp", {"optimizer": {"lr": 1e-2, "weight_decay": 0.01}, "max_grad_norm": 0.5, "ema_decay": 0.9}),
+        ("bks", {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}}),  # dropout
+        ("guide", {"optimizer": {"name": "adamw", "amsgrad": True}, "label_smoothing": 0.1}),
+        ("guide", {"optimizer": {"name": "rmsprop", "momentum": 0.5, "centered": True}}),
+        ("guide", {"optimizer": {"name": "adadelta", "lr": 1.0}, "data": {"augment": {"shift": 2, "flip": True}}}),
+    ],
+    ids=["mlp-adam", "bks-sgd", "guide-adamw", "guide-rmsprop", "guide-adadelta-augmented"],
+)
+def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]) -> None:
+    """Losses within 1e-5, dropout masks and all; the gradient's norm is that of the same step."""
+    steps = [new_step(world, net_of(name), **settings) for _ in range(2)]
+    (losses, weights), (fast_losses, fast_weights) = trained(steps[0], "eager"), trained(steps[1], "compile")
+    assert losses == pytest.approx(fast_losses, rel=1e-5)
+    assert losses[-1] < losses[0]
+    assert (weights - fast_weights).norm() / weights.norm() < 1e-4
+    assert steps[0].grad_norm() == pytest.approx(steps[1].grad_norm(), rel=1e-3)
+
+
+def test_trying_a_mode_leaves_no_trace(world: World) -> None:
+    """Neither one that is taken nor one that is not; a resumed optimizer keeps what it had."""
+    fresh = new_step(world, net_of("mlp"))
+    before = snapshot(fresh)
+    fresh.warm_up(0, "compile")
+    assert fresh.mode == "compile"
+    assert equal(snapshot(fresh) | {"optimizer": None}, before | {"optimizer": None})
+    for number in range(3):
+        fresh.take(number)
+
+    resumed = new_step(world, net_of("mlp"))
+    resumed.load_state_dict(deepcopy(fresh.state_dict()))
+    before = snapshot(resumed)
+    resumed.warm_up(3, "compile")
+    assert resumed.mode == "compile"
+    assert equal(snapshot(resumed), before)
+    for step in (fresh, resumed):
+        step.take(3)
+    assert equal(snapshot(fresh), snapshot(resumed))
+
+    refused = new_step(world, Waiting())
+    before = snapshot(refused)
+    refused.warm_up(0, "compile")
+    assert refused.mode == "eager"
+    assert equal(snapshot(refused), before)
+    groups, plain = (each.state_dict()["optimizer"]["param_groups"] for each in (refused, new_step(world, Waiting())))
+    assert groups == [plain[0] | {"lr": groups[0]["lr"]}]
+
+
+def snapshot(step: Step) -> dict[str, Any]:
+    state = step.state_dict()
+    optimizer = {k: {n: v.clone() for n, v in s.items()} for k, s in state["optimizer"]["state"].items()}
+    return {
+        "net": {k: v.clone() for k, v in state["net"].items()},
+        "window": state["window"].clone(),
+        "optimizer": optimizer,
+    }
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+class Waiting(Mlp):
+    """Looks at a value: the host waits for the device."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images * 0.5 if images.mean().item() > 1e6 else images)
+
+
+class Counting(Mlp):
+    """Does something else at each call, told by Python alone."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(images) * (1 + 0.1 * (self.calls % 2))
+
+
+class Broken(Mlp):
+    """Right in eager; what a compiler sees is another net, as a bug of it would be."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (2.0 if torch.compiler.is_compiling() else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (Waiting, "data-dependent"),
+        (Drawing, "Unsupported"),
+        (Counting, "Recompile"),
+        (Broken, "off the eager ones"),
+    ],
+    ids=["Waiting", "Drawing", "Counting", "Broken"],
+)
+def test_what_cannot_be_compiled_stays_eager(
+    world: World, net: Callable[[], nn.Module], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a line that says so, and the numbers of a run that never tried."""
+    torch.manual_seed(0)
+    tried, plain = new_step(world, net()), None
+    torch.manual_seed(0)
+    plain = new_step(world, net())
+    with caplog.at_level(logging.INFO, logger="dist_train"):
+        tried.warm_up(0, "compile")
+    assert tried.mode == "eager"
+    assert "step_mode=compile: the update stays eager: " in caplog.text
+    assert reason in caplog.text
+    plain.warm_up(0, "eager")
+    if net is not Counting:  # its calls in the rehearsal count
+        for step in (tried, plain):
+            for number in range(5):
+                step.take(number)
+        assert equal(snapshot(tried), snapshot(plain))
+
+
+def test_a_wrong_update_is_found() -> None:
+    """Each fault that a faster form could have, in a rehearsal of a gradient descent with momentum."""
+    weights, momentum, sums = torch.ones(4), torch.zeros(4), torch.zeros(1)
+    state = [weights, momentum, sums]
+
+    def descend(step: int, lr: float = 0.1, kept: float = 0.9, count: int = 1, rounding: float = 0.0) -> None:
+        momentum.mul_(kept).add_(weights * (1 + rounding))
+        weights.sub_(momentum, alpha=lr / (step + 1))
+        sums.add_(count)
+
+    def tried(fast: Callable[..., None], rounding: float = 1e-7, **fault: float) -> float:
+        nudged = partial(descend, rounding=rounding)
+        _, found = rehearse(descend, nudged, lambda: partial(fast, **fault), state, 5, lambda: None)
+        assert torch.equal(weights, torch.ones(4))
+        assert not momentum.any()
+        assert not sums.any()
+        assert bool(found.objection(must_gain=False)) == (not found.distance <= found.allowed)
+        assert found.allowed == MAX_DISTANCE or rounding > 1e-3
+        return found.distance / found.allowed
+
+    assert tried(descend) == 0
+    assert tried(descend, lr=0.1 + 1e-6) < 0.01
+    assert tried(descend, lr=0.101) > 1  # of 1 %
+    assert tried(descend, kept=0.85) > 1  # seen from the second step on
+    assert tried(lambda step: None) == pytest.approx(1 / MAX_DISTANCE)
+    assert tried(lambda step: descend(5)) > 1  # the first learning rate for ever
+    assert tried(descend, count=0) > 1
+    assert tried(descend, lr=float("nan")) == float("inf")
+    # Where rounding alone carries further, twice as far is right, and three times is not.
+    assert tried(partial(descend, rounding=0.019), rounding=0.01) < 1
+    assert tried(partial(descend, rounding=0.03), rounding=0.01) > 1
+
+
+def test_auto_asks_whether_it_repays() -> None:
+    assert worth_trying("cpu", 1_000, 0.5e-3) == "eager"
+    assert worth_trying("cpu", 500_000, 0.5e-3) == "compile"
+    assert worth_trying("cuda", 100_000, 0.5e-3) == "graph"
+    assert worth_trying("mps", 10**9, 1.0) == "eager"
+
+
+def test_auto_measures_and_says_what(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measured seconds are given: on a machine that is busy with more, either may be the faster one."""
+    measured = iter([2e-3, 1e-3])
+    monkeypatch.setattr(rehearsal, "median_time", lambda *_: next(measured))
+    step = new_step(world, net_of("guide"))
+    step.eager.learning_rate = LearningRate(1e-3, 10**6)
+    with caplog.at_level(logging.INFO, logger="dist_train"):
+        step.warm_up(0, "auto")
+    assert step.mode == "compile"
+    assert "1.000 ms a step against 2.000 ms eager" in caplog.text
+    assert "s to prepare" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["step_mode=graph"], "a CUDA graph needs a CUDA device, this is cpu"),
+        (["step_mode=compile", "data.resident=false"], "the data is streamed"),
+        (["step_mode=compile", "per_device_batch_size=16"], "it has 6 micro-steps"),
+        (["step_mode=compile", "optimizer.momentum=0.9", "optimizer.name=sgd", "optimizer.dampening=0.1"], "dampening"),
+        (["step_mode=compile"], "2 processes exchange gradients"),
+    ],
+)
+def test_a_mode_that_cannot_be(settings: list[str], reason: str, tmp_path: Path) -> None:
+    short = ["train_for=3 steps", "eval_every=0", "final_train_eval=false"]
+    command = [*DIST_TRAIN, "train", "-c", "smoke", "--run-name", "r", *short, *settings]
+    done = run_forked(command, tmp_path, world_size=2 if reason.startswith("2 processes") else 1)
+    assert done.returncode == 0, done.stderr
+    assert reason in done.stdout + done.stderr
+    assert json.loads((tmp_path / "runs/r/run.json").read_text())["step_mode"] == "eager"
+
+
+def test_without_a_compiler(world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    step = new_step(world, net_of("mlp"))
+    step.warm_up(0, "compile")
+    assert step.mode == "eager"
+    assert "there is no C++ compiler" in caplog.text
+
+
+def test_a_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
+    """Under auto too; stopped and resumed it comes to the numbers of the run that was not."""
+    settings = ["train_for=40 steps", "log_every=1", "eval_every=0", "final_train_eval=false", "save_every=20 steps"]
+    command = [*DIST_TRAIN, "train", "-c", "smoke", *settings]
+    whole = run_forked([*command, "--run-name", "whole", "step_mode=compile"], tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/cut", symlinks=True)
+    shutil.rmtree(tmp_path / "runs/cut/checkpoints/step_00000040")
+    (tmp_path / "runs/cut/result.json").unlink()
+    (tmp_path / "runs/cut/status.json").write_text(json.dumps({"state": "INTERRUPT", "attempt": 1}))
+    resumed = run_forked([*command, "--run-name", "cut", "-v"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at step 20" in resumed.stdout
+    assert "step_mode=compile:" in resumed.stdout
+    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["step_mode"] == "compile"
+    assert "not to the bit" not in resumed.stdout + resumed.stderr
+    assert train_losses(tmp_path / "runs/cut") == train_losses(tmp_path / "runs/whole")
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+def test_on_a_gpu_each_mode_equals_eager(mode: str, precision: str) -> None:
+    world = World.join(parse_config({"device": "cuda", "mixed_precision": precision}))
+    for name in ("mlp", "bks", "conv"):
+        steps = [new_step(world, net_of(name), max_grad_norm=1.0, ema_decay=0.9) for _ in range(2)]
+        (losses, weights), (fast_losses, fast_weights) = trained(steps[0], "eager"), trained(steps[1], mode)
+        assert losses == pytest.approx(fast_losses, rel=1e-4 if precision == "no" else 0.05)
+        assert (weights - fast_weights).norm() / weights.norm() < (1e-2 if precision == "no" else 0.1)
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", [Waiting, Counting])
+def test_on_a_gpu_what_cannot_be_captured_stays_eager(net: Callable[[], nn.Module]) -> None:
+    step = new_step(World.join(parse_config({"device": "cuda"})), net())
+    step.warm_up(0, "graph")
+    assert step.mode == "eager"
+    step.take(0)
+    assert step.is_finite()

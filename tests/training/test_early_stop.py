@@ -1,0 +1,97 @@
+"""A run that ends before its schedule has all its lines, each once, however often it was ended on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.checkpoints import manager as checkpoints
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.training import trainer as train
+from dist_train.training.step.train_step import Step
+from support.once import made_once
+from support.ranks import run_on_ranks, train_here, train_on_ranks
+from support.run_files import assert_bit_identical, metrics, status
+
+# Stops at step 8, where neither a `train` line nor the end of an epoch (6 steps) is due.
+STOPS_AT = 8
+SETTINGS: dict[str, Any] = {
+    "data": {"name": "support.user_sets:Jittered"}, "model": {"name": "support.user_sets:WithDropout"},
+    "global_batch_size": 16, "log_every": 5, "eval_every": "4 steps", "train_for": "500 epochs", "device": "cpu",
+    "early_stop": {"patience": 1, "min_delta": 0.5},
+}  # fmt: skip
+
+
+@pytest.fixture
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "early stop", lambda folder: train_on_ranks(SETTINGS, folder / "r")) / "r"
+
+
+def test_its_lines_are_all_there(tmp_path: Path) -> None:
+    train_on_ranks(SETTINGS, tmp_path, world_size=2)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["early_stopped"], result["step"], result["best/step"]) == (True, STOPS_AT, 4)
+    lines = metrics(tmp_path)
+    steps = {
+        kind: [line["step"] for line in lines if kind in line] for kind in ("train/loss", "val/loss", "audit/unique")
+    }
+    assert steps == {"train/loss": [5, 8], "val/loss": [4, 8], "audit/unique": [6, 8]}
+    assert [line["audit/unique"] for line in lines if "audit/unique" in line] == [6 * 16, 2 * 16]
+
+
+def stopped_while_it_evaluates() -> None:
+    evaluate = train.Run.evaluate
+
+    def told(self: train.Run) -> None:
+        if self.state.step == STOPS_AT:
+            self.agreement.tick = lambda *_: setattr(self.agreement, "stop", "INTERRUPT")  # type: ignore[method-assign]
+        evaluate(self)
+
+    train.Run.evaluate = told  # type: ignore[method-assign]
+
+
+def killed_before_the_save() -> None:
+    save = checkpoints.Checkpoints.save
+
+    def killed(self: checkpoints.Checkpoints, state: TrainState, step: Step) -> None:
+        if state.step == STOPS_AT:
+            os._exit(9)
+        save(self, state, step)
+
+    checkpoints.Checkpoints.save = killed  # type: ignore[method-assign]
+
+
+def killed_after_the_save() -> None:
+    finish = checkpoints.Checkpoints.finish
+
+    def killed(self: checkpoints.Checkpoints) -> None:
+        finish(self)
+        os._exit(9)
+
+    checkpoints.Checkpoints.finish = killed  # type: ignore[method-assign]
+
+
+def disturbed(how: Callable[[], None], run_dir: Path) -> None:
+    how()
+    train_here(SETTINGS, run_dir)
+
+
+@pytest.mark.parametrize(
+    ("how", "left"),
+    [(stopped_while_it_evaluates, "INTERRUPT"), (killed_before_the_save, "SAVING"), (killed_after_the_save, "SAVING")],
+)
+def test_each_is_there_once_whatever_came_in_between(
+    how: Callable[[], None], left: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "r"
+    with nullcontext() if left == "INTERRUPT" else pytest.raises(AssertionError, match=r"exit codes \[9\]"):
+        run_on_ranks(disturbed, how, run_dir, world_size=1)
+    assert status(run_dir) == left
+    train_on_ranks(SETTINGS, run_dir)
+    assert_bit_identical(run_dir, undisturbed)

@@ -1,0 +1,124 @@
+"""Pictures of what a net gets wrong: of any data set, or none of them; never at the cost of the run."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dist_train.data.sets.image_set import Examples, ImageSet
+from dist_train.models.tasks.confusion import Mistake
+from dist_train.runs.directory import RunDir
+from dist_train.runs.reports import charts
+from dist_train.small_files import read_json
+from dist_train.training.final_evaluation import FinalPasses, draw
+from support.ranks import run_on_ranks, train_here, train_on_ranks
+
+SETTINGS: dict[str, Any] = {
+    "data": {"name": "support.user_sets:mnist_part"}, "global_batch_size": 96, "train_for": "6 steps", "device": "cpu",
+    "final_train_eval": False, "tracking": {"wandb": "disabled"},
+}  # fmt: skip
+
+
+def drawn(examples: Examples | None, run_dir: RunDir) -> dict[str, bytes]:
+    counts = torch.tensor([[3, 1], [0, 0]])
+    metrics: dict[str, Any] = {"val/accuracy": 0.75}
+    return draw(FinalPasses(metrics, "val", examples, ["cat", "dog"], counts, [Mistake(1, 0, 1, 0.9)]), run_dir)
+
+
+def grey(count: int) -> ImageSet:
+    return ImageSet(torch.arange(count * 4, dtype=torch.uint8).view(count, 1, 2, 2), torch.zeros(count).long(), ("a",))
+
+
+@pytest.mark.parametrize(
+    ("examples", "is_picture"),
+    [
+        (grey(2), True),
+        ([(torch.rand(3, 5, 4) * 9 - 4, 0)] * 2, True),  # as a transform has left it, and not square
+        ([(torch.zeros(1, 3, 3), 0)] * 2, True),  # without any contrast
+        ([(torch.rand(7, 3, 3), 0)] * 2, False),
+        ([(torch.rand(12), 0)] * 2, False),
+        ([("text", 0)] * 2, False),
+        ([{"image": torch.zeros(1, 3, 3)}] * 2, False),
+        ([(torch.tensor([[[0, 30000], [-30000, 9]]], dtype=torch.int16), 0)] * 2, True),
+        ([(torch.tensor([[[True, False]]]), 0)] * 2, True),
+        (None, False),
+    ],
+)
+def test_only_pictures_are_shown(examples: Any, is_picture: bool, run_dir: RunDir) -> None:
+    pictures = drawn(examples, run_dir)
+    assert pictures.keys() == {"curves", "confusion"} | ({"mistakes"} if is_picture else set())
+    for picture in pictures.values():
+        with Image.open(io.BytesIO(picture)) as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 200
+
+
+def test_pixels_of_any_type_are_shown_from_dark_to_bright(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(charts, "mistakes", lambda images, *_: shown.extend(images))
+    image = torch.tensor([[[-30000, 0, 30000]]], dtype=torch.int16)
+    for each in (image, image / 7):
+        examples: Any = [(each, 0)] * 2
+        drawn(examples, run_dir)
+    assert len(shown) == 2
+    for pixels in shown:
+        assert pixels.tolist() == [[0, pytest.approx(127, abs=1), pytest.approx(255, abs=1)]]
+
+
+def test_an_example_that_cannot_be_had_costs_its_picture_alone(
+    run_dir: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            raise OSError("gone")
+
+    assert drawn(Broken(), run_dir).keys() == {"curves", "confusion"}  # type: ignore[arg-type]
+    assert caplog.messages == ["no picture of the mistakes: gone"]
+    assert {path.name for path in run_dir.pictures.iterdir()} == {"curves.png", "confusion.png"}
+
+
+def test_a_net_that_is_no_classifier(run_dir: RunDir) -> None:
+    assert draw(FinalPasses({"val/loss": 1.0}, "val", None, [], None, []), run_dir).keys() == {"curves"}
+
+
+@pytest.mark.parametrize("classes", [2, 21, 100, 1000])
+def test_the_names_of_many_classes(classes: int) -> None:
+    """Counts, then names, are left out: the picture stays of a size that can be looked at."""
+    counts = torch.eye(classes, dtype=torch.int64).tolist()
+    names = [f"$a_long$ name \\frac of ${number}" for number in range(classes)]
+    with Image.open(io.BytesIO(charts.confusion_matrix(counts, [1.0] * classes, names, "title"))) as image:
+        assert max(image.size) < 2500
+
+
+def without_matplotlib(run_dir: Path) -> None:
+    sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
+    assert train_here(SETTINGS | {"tracking": {"wandb": "disabled", "pictures": True}}, run_dir) == "FINISHED"
+
+
+def test_without_matplotlib_the_run_ends_well(tmp_path: Path) -> None:
+    run_on_ranks(without_matplotlib, tmp_path / "r", world_size=1)
+    assert (tmp_path / "r/result.json").exists()
+    assert not (tmp_path / "r/pictures").exists()
+    log = (tmp_path / "r/logs/rank_00000.log").read_text()
+    assert 'no picture of the curves: Pictures need matplotlib: pip install "dist-train[plot]".' in log
+
+
+def test_on_any_number_of_ranks_the_same_pictures(tmp_path: Path) -> None:
+    """In float64, where the ranks' rounding does not show."""
+    settings = SETTINGS | {"dtype": "float64", "tracking": {"wandb": "disabled", "pictures": True}}
+    pixels: list[Tensor] = []
+    for world_size in (1, 3):
+        run_dir = tmp_path / str(world_size) / "r"
+        train_on_ranks(settings, run_dir, world_size)
+        with Image.open(run_dir / "pictures/mistakes.png") as image:
+            pixels.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8))
+    assert torch.equal(*pixels)
+    results = [read_json(tmp_path / f"{world_size}/r/result.json") for world_size in (1, 3)]
+    assert results[0]["test/accuracy_by_class"] == results[1]["test/accuracy_by_class"]

@@ -1,0 +1,461 @@
+"""user_code.bundles and user_code.archives: BK.Synapse code from folders and zips, also from hostile ones."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import random
+import shutil
+import stat
+import struct
+import sys
+import types
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.errors import ConfigError, UserCodeError
+from dist_train.torchvision_compat import import_torchvision
+from dist_train.user_code import archives as unpack
+from dist_train.user_code.bundles import load_dataset_bundle, load_model_bundle
+from support.processes import ROOT
+
+import_torchvision()  # here and not in a test: importing it changes the environment (torch._dynamo does)
+
+TUTORIAL = ROOT / "tests/bundles/mnist_bks"
+
+DATASET = """
+from torch.utils.data import Dataset, default_collate
+
+class UserDataset(Dataset):
+    def __init__(self, data_path):
+        self.path = data_path
+    def __len__(self):
+        return 3
+    def __getitem__(self, index):
+        return index
+    def collate(self, batch):
+        return default_collate(batch)
+"""
+MODEL = """
+from torch import nn
+
+class UserModel(nn.Linear):
+    def __init__(self, width=2):
+        super().__init__(width, 1)
+    def loss(self, output, target):
+        return (output - target).square().mean()
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder of its own; what a test imports is forgotten."""
+    monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path / "cache"
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith((str(tmp_path), str(TUTORIAL))):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """`fetch` writes sets of 4 images; the roots it was called for are listed."""
+    roots: list[Path] = []
+
+    def fetch(name: str, root: Path, split: str | None) -> None:
+        assert (name, split) == ("mnist", None)
+        roots.append(root)
+        if not (root / "MNIST").exists():
+            write_mnist(root / "MNIST" / "raw")
+
+    module = types.ModuleType("dist_train.data")
+    module.fetch = fetch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dist_train.data", module)
+    return roots
+
+
+def write_mnist(folder: Path, count: int = 4) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in ("train", "t10k"):
+        images = struct.pack(">IIII", 0x0803, count, 28, 28) + bytes(count * 28 * 28)
+        (folder / f"{start}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{start}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x0801, count) + bytes(range(count)))
+
+
+def write(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in files.items():
+        (folder / f"{name}.py").write_text(source)
+    return folder
+
+
+def zipped(folder: Path, archive: Path, inside: str = "") -> Path:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.glob("*.py")):
+            file.write(path, inside + path.name)
+    return archive
+
+
+# --- the tutorial ---
+
+
+def packed_as(form: str, folder: Path) -> Path:
+    if form == "folder":
+        return TUTORIAL
+    return zipped(TUTORIAL, folder / "bundle.zip", "mnist_bks/" if form == "zip of a folder" else "")
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "zip of a folder"])
+def test_the_tutorial_runs_unchanged(form: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
+    path, root = packed_as(form, tmp_path), tmp_path / "data"
+    train, val = load_dataset_bundle(path, root)
+    assert tiny_mnist
+    assert val is not None
+    assert (type(train).__name__, type(val).__name__) == ("UserDataset", "UserValDataset")
+    images, labels = train.collate([train[index] for index in range(4)])  # type: ignore[attr-defined]
+    assert images.shape == (4, 1, 28, 28)
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert (root / "UserDataset").readlink() == Path("MNIST")
+
+    model: Any = load_model_bundle(path)
+    logits = model(images)
+    assert logits.shape == (4, 10)
+    assert model.loss(logits, labels).ndim == 0
+    assert set(model.metrics(logits, labels)) == {"accuracy"}
+
+
+def test_the_tutorial_with_the_bundled_mnist(tmp_path: Path) -> None:
+    train: Any
+    val: Any
+    train, val = load_dataset_bundle(TUTORIAL, tmp_path / "data")
+    assert (len(train), len(val)) == (60_000, 10_000)
+    assert [int(label) for label in train.targets[:5]] == [5, 0, 4, 1, 9]
+
+
+def test_the_only_data_set_is_enough(tmp_path: Path) -> None:
+    train, val = load_dataset_bundle(write(tmp_path / "b", bks_dataset=DATASET), tmp_path / "data")
+    assert val is None
+    assert train.path == str(tmp_path / "data")  # type: ignore[attr-defined]
+
+
+# --- several in one process, workers ---
+
+
+def test_two_bundles_with_helpers_of_the_same_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        head = "from helpers import WHO\nfrom parts.deep import WHERE\n"
+        write(tmp_path / name, helpers=f"WHO = {name!r}\n", bks_dataset=head + DATASET + "    who = WHO + WHERE\n")
+        write(tmp_path / name, bks_model="from helpers import WHO\n" + MODEL + "    who = WHO\n")
+        write(tmp_path / name / "parts", __init__="", deep=f"WHERE = {name!r}\n")
+    data: list[Any] = [load_dataset_bundle(tmp_path / name, tmp_path / "data")[0] for name in ("a", "b", "a")]
+    nets: list[Any] = [load_model_bundle(tmp_path / name) for name in ("a", "b")]
+    assert [found.who for found in data] == ["aa", "bb", "aa"]
+    assert [net.who for net in nets] == ["a", "b"]
+    assert type(data[0]) is type(data[2])
+
+
+def test_an_edited_file_is_read_anew(tmp_path: Path) -> None:
+    first: Any = load_model_bundle(write(tmp_path / "b", bks_model=MODEL))
+    second: Any = load_model_bundle(write(tmp_path / "b", bks_model=MODEL + "    edited = True\n"))
+    assert second.edited
+    assert not hasattr(first, "edited")
+
+
+def lengths(pickled: bytes) -> tuple[int, str]:
+    dataset = pickle.loads(pickled)
+    return len(dataset), type(dataset.transform).__name__
+
+
+def test_a_spawned_worker_can_unpickle_it(tmp_path: Path) -> None:
+    helper = "class Twice:\n    def __call__(self, x): return 2 * x\n"
+    source = f"import torchvision\nfrom my_transforms import Twice\n{DATASET}    @property\n    def transform(self):\n"
+    source += "        return self.kept\n"
+    source = source.replace("self.path = data_path", "self.path = data_path; self.kept = Twice()")
+    folder = write(tmp_path / "b", my_transforms=helper, bks_dataset=source)
+    train, _ = load_dataset_bundle(folder, tmp_path / "data")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool_result = pool.apply(lengths, (pickle.dumps(train),))
+    assert pool_result == (3, "Twice")
+
+
+# --- mistakes ---
+
+
+def message(folder: Path, **files: str) -> str:
+    write(folder, **files)
+    load: Any = load_model_bundle if "bks_model" in files else lambda path: load_dataset_bundle(path, path / "data")
+    with pytest.raises(UserCodeError) as caught:
+        load(folder)
+    return str(caught.value)
+
+
+def test_missing_classes_and_methods_are_named(tmp_path: Path) -> None:
+    text = message(tmp_path / "1", bks_dataset=DATASET.replace("UserDataset", "UserDatset"))
+    assert text.startswith(
+        "bks_dataset.py: class UserDataset is missing. Found: UserDatset (line 4). Did you mean UserDatset?"
+    )
+    text = message(tmp_path / "2", bks_model=MODEL.replace("def loss", "def los"))
+    expected = "UserModel (bks_model.py:4) has no method loss(output, target). Did you mean los?"
+    assert text.startswith(expected)
+    text = message(tmp_path / "3", bks_dataset=DATASET.replace("def collate", "def colate"))
+    assert text.startswith("UserDataset (bks_dataset.py:4) has no method collate(batch). Did you mean colate?")
+    text = message(tmp_path / "4", bks_model=MODEL.replace("output, target", "output"))
+    expected = "UserModel.loss (bks_model.py:7) cannot be called as loss(output, target): too many positional arg"
+    assert text.startswith(expected)
+    text = message(tmp_path / "5", bks_model=MODEL.replace("nn.Linear", "object"))
+    assert text.startswith("UserModel (bks_model.py:4) is not a torch.nn.Module.")
+    for method in ("__len__", "__getitem__"):
+        text = message(tmp_path / method, bks_dataset=DATASET.replace(method, "other"))
+        assert text.startswith(f"UserDataset (bks_dataset.py:4) has no method {method}.")
+    text = message(tmp_path / "6", bks_model=MODEL + "    metrics = 3\n")
+    assert "has no method metrics(output, target)" in text
+
+
+def test_failures_are_located(tmp_path: Path) -> None:
+    text = message(tmp_path / "1", bks_model="x = 1\nclass UserModel(:\n")
+    assert text.startswith(f"model.bundle={tmp_path}/1 cannot be imported: {tmp_path}/1/bks_model.py:2: SyntaxError")
+    text = message(tmp_path / "2", bks_dataset=DATASET.replace("self.path = data_path", "open(data_path + '/no')"))
+    assert f"failed: {tmp_path}/2/bks_dataset.py:6: FileNotFoundError" in text
+    text = message(tmp_path / "3", bks_model=MODEL.replace("width, 1", "width, -1"))
+    assert text.startswith("UserModel (bks_model.py:4) cannot be made: ")
+    assert "bks_model.py:6: RuntimeError" in text
+
+
+def test_a_bundle_that_is_not_there_or_lacks_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.bundle=.*gone: no such file or folder\."):
+        load_dataset_bundle(tmp_path / "gone", tmp_path)
+    write(tmp_path / "b", bks_datset=DATASET)
+    with pytest.raises(UserCodeError, match=r"bks_dataset\.py is missing.* Did you mean bks_datset\.py\?"):
+        load_dataset_bundle(tmp_path / "b", tmp_path)
+    for name in ("c/one", "c/two"):
+        write(tmp_path / name, bks_model=MODEL)
+    with pytest.raises(UserCodeError, match=r"in more than one folder\. Found: one/bks_model\.py, two/bks_model\.py"):
+        load_model_bundle(tmp_path / "c")
+
+
+def test_an_iterable_data_set_is_refused(tmp_path: Path) -> None:
+    source = DATASET.replace("Dataset,", "IterableDataset,").replace("(Dataset)", "(IterableDataset)")
+    with pytest.raises(ConfigError, match=r"UserDataset \(bks_dataset.py:4\) is an IterableDataset\. .*by index"):
+        load_dataset_bundle(write(tmp_path / "b", bks_dataset=source), tmp_path)
+
+
+def test_arguments_of_the_model(tmp_path: Path) -> None:
+    folder = write(tmp_path / "b", bks_model=MODEL)
+    assert load_model_bundle(folder, {"width": 5}).in_features == 5
+    with pytest.raises(ConfigError, match=r"model\.args\.widht\. Did you mean model\.args\.width\? It takes: width\."):
+        load_model_bundle(folder, {"widht": 5})
+
+
+# --- torchvision's folders ---
+
+
+def load_at_once(arguments: tuple[Path, Path]) -> int:
+    train, _ = load_dataset_bundle(*arguments)
+    return len(train)  # type: ignore[arg-type]
+
+
+def test_ranks_that_start_at_once(tmp_path: Path, cache: Path) -> None:
+    # Real processes: unpacking, links and the bundled MNIST, all for the first time.
+    archive = zipped(TUTORIAL, tmp_path / "bundle.zip")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.map(load_at_once, [(archive, tmp_path / "data")] * 2, chunksize=1) == [60_000, 60_000]
+    assert len(list((cache / "bundles").iterdir())) == 1  # and nothing half unpacked
+
+
+def test_threads_that_link_at_once(tmp_path: Path, tiny_mnist: list[Path]) -> None:
+    load_dataset_bundle(TUTORIAL, tmp_path / "first")  # the import itself is not for threads
+    write_mnist(tmp_path / "data" / "MNIST" / "raw")
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(load_at_once, [(TUTORIAL, tmp_path / "data")] * 16)) == [4] * 16
+
+
+@pytest.mark.parametrize("occupant", ["folder", "link", "file"])
+def test_something_else_in_the_place_of_the_link(occupant: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
+    place = tmp_path / "data" / "UserDataset"
+    place.parent.mkdir()
+    if occupant == "folder":
+        place.mkdir()
+    elif occupant == "link":
+        place.symlink_to("FashionMNIST")
+    else:
+        place.touch()
+    with pytest.raises(UserCodeError, match=r"UserDataset \(bks_dataset\.py:8\) reads .* own data\.root") as caught:
+        load_dataset_bundle(TUTORIAL, tmp_path / "data")
+    assert str(place) in str(caught.value)
+
+
+def test_a_sister_of_mnist_is_linked_and_nothing_is_fetched(tmp_path: Path, tiny_mnist: list[Path]) -> None:
+    source = (TUTORIAL / "bks_dataset.py").read_text().replace("MNIST", "FashionMNIST")
+    write_mnist(tmp_path / "data" / "FashionMNIST" / "raw", count=7)
+    train, _ = load_dataset_bundle(write(tmp_path / "b", bks_dataset=source), tmp_path / "data")
+    assert len(train) == 7  # type: ignore[arg-type]
+    assert tiny_mnist == []
+
+
+# --- hostile zips ---
+
+
+def entry(name: str, kind: int = stat.S_IFREG) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (kind | 0o644) << 16
+    return info
+
+
+def refusal(archive: Path, cache: Path) -> str:
+    with pytest.raises(UserCodeError) as caught:
+        load_model_bundle(archive)
+    assert list((cache / "bundles").glob("*")) == []  # nothing stays behind
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.py", "a/../../evil.py", "/tmp/evil.py", "..\\evil.py", "a\\b.py", "C:/evil.py", "c:evil.py", ".."]
+)
+def test_paths_outside_are_refused(name: str, tmp_path: Path, cache: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
+        file.writestr("bks_model.py", MODEL)
+        file.writestr(entry(name), "evil")
+    assert f"the entry {name!r} is not a plain path inside the archive" in refusal(tmp_path / "b.zip", cache)
+    assert list(tmp_path.rglob("*evil*")) == []
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
+def test_links_and_special_files_are_refused(kind: int, tmp_path: Path, cache: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
+        file.writestr(entry("bks_model.py", kind), "/etc/passwd")
+    assert "'bks_model.py' is a link or a special file" in refusal(tmp_path / "b.zip", cache)
+
+
+def test_a_bomb_is_stopped_whatever_its_header_claims(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpack, "MAX_BYTES", 2 * 2**20)
+    archive = tmp_path / "b.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bks_model.py", MODEL)
+        for name in ("a", "b", "c"):
+            file.writestr(name, bytes(2**20))
+    assert archive.stat().st_size < 10_000
+    assert "holds more than 2 MiB" in refusal(archive, cache)
+
+
+def test_a_header_that_claims_less_than_there_is(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpack, "MAX_BYTES", 2**20)
+    archive = tmp_path / "b.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a", bytes(4 * 2**20))
+    size = struct.pack("<I", 4 * 2**20)
+    assert archive.read_bytes().count(size) == 2
+    archive.write_bytes(archive.read_bytes().replace(size, struct.pack("<I", 100)))
+    assert "is not a zip that can be read" in refusal(archive, cache)  # cut at 100 bytes, the checksum is wrong
+
+
+def test_too_many_entries(tmp_path: Path, cache: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
+        for number in range(unpack.MAX_ENTRIES + 1):
+            file.writestr(f"{number}.py", "")
+    assert f"has {unpack.MAX_ENTRIES + 1} entries" in refusal(tmp_path / "b.zip", cache)
+
+
+@pytest.mark.parametrize("second", ["a.py", "a.py/b.py"])
+def test_two_entries_for_one_place(second: str, tmp_path: Path, cache: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
+        file.writestr("a.py", "first")
+        if second != "a.py":
+            file.writestr(second, "second")
+        else:
+            with pytest.warns(UserWarning, match="Duplicate name"):
+                file.writestr(second, "second")
+    assert f"two entries for {second!r}" in refusal(tmp_path / "b.zip", cache)
+
+
+def test_what_is_encrypted_or_has_a_nul_in_its_name(tmp_path: Path, cache: Path) -> None:
+    zipped(write(tmp_path / "b", bks_model=MODEL), tmp_path / "b.zip")
+    content = (tmp_path / "b.zip").read_bytes()
+    encrypted = bytearray(content)
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        encrypted[content.index(signature) + flags] |= 1
+    (tmp_path / "b.zip").write_bytes(encrypted)
+    assert "the entry 'bks_model.py' is encrypted" in refusal(tmp_path / "b.zip", cache)
+    (tmp_path / "b.zip").write_bytes(content.replace(b"bks_model.py", b"bks_mod\0l.py"))
+    assert r"the entry 'bks_mod\x00l.py' is not a plain path" in refusal(tmp_path / "b.zip", cache)
+
+
+def test_a_file_too_big_to_be_code_is_not_even_opened(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpack, "MAX_BYTES", 2**20)
+    (tmp_path / "b.zip").write_bytes(bytes(2**20 + 1))
+    assert "holds more than 1 MiB" in refusal(tmp_path / "b.zip", cache)
+
+
+def test_a_zip_damaged_anywhere_is_refused_or_holds_what_was_packed(tmp_path: Path, cache: Path) -> None:
+    """Names may suffer (they have no checksum), contents not; no other exception, nothing beside the cache."""
+    sources = {"bks_model.py": MODEL, "parts/__init__.py": "", "parts/layers.py": "width = 8\n" * 40}
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name, source in sources.items():
+            file.writestr(name, source)
+    content = (tmp_path / "b.zip").read_bytes()
+    refused = 0
+    for seed in range(300):
+        chance, damaged = random.Random(seed), bytearray(content)
+        for _ in range(chance.choice([1, 1, 4])):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        if chance.random() < 0.3:
+            start = chance.randrange(len(damaged))
+            del damaged[start : start + chance.choice([1, 10, len(damaged)])]
+        (tmp_path / "b.zip").write_bytes(damaged)
+        try:
+            folder = unpack.unpacked(tmp_path / "b.zip", "model.bundle=b.zip")
+        except UserCodeError:
+            refused += 1
+        else:
+            assert {path.read_text() for path in folder.rglob("*") if path.is_file()} <= set(sources.values()), seed
+    assert 150 < refused < 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.zip", "cache"]
+    assert [*(cache / "bundles").glob(".*")] == []  # nothing half unpacked
+
+
+def test_no_zip_and_a_damaged_one(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "b.zip").write_text("hello")
+    assert "is not a zip that can be read" in refusal(tmp_path / "b.zip", cache)
+    zipped(TUTORIAL, tmp_path / "c.zip")
+    content = bytearray((tmp_path / "c.zip").read_bytes())
+    content[80:120] = bytes(40)
+    (tmp_path / "c.zip").write_bytes(content)
+    assert "is not a zip that can be read" in refusal(tmp_path / "c.zip", cache)
+
+
+def test_a_zip_is_unpacked_once_and_by_content(tmp_path: Path, cache: Path) -> None:
+    archive = zipped(write(tmp_path / "b", bks_model=MODEL), tmp_path / "b.zip")
+    load_model_bundle(archive)
+    shutil.copy(archive, tmp_path / "copy.zip")
+    load_model_bundle(tmp_path / "copy.zip")
+    folders = list((cache / "bundles").iterdir())
+    assert len(folders) == 1
+    assert stat.S_IMODE(folders[0].stat().st_mode) == 0o755
+    zipped(write(tmp_path / "b", bks_model=MODEL + "    edited = True\n"), archive)
+    edited: Any = load_model_bundle(archive)
+    assert edited.edited
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserCodeError, match=r"cannot be unpacked into .*Set DIST_TRAIN_DATA_DIR"):
+        load_model_bundle(zipped(TUTORIAL, tmp_path / "b.zip"))
+
+
+def test_weights_of_a_bundle_are_plain_parameters() -> None:
+    model = load_model_bundle(TUTORIAL)
+    assert sum(weight.numel() for weight in model.parameters()) == 21_840
+    assert all(isinstance(weight, torch.nn.Parameter) for weight in model.parameters())
+    assert Path(str(sys.modules[type(model).__module__].__file__)).name == "bks_model.py"
