@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,34 +15,19 @@ import pytest
 from support.processes import ROOT
 
 PACKAGE = ROOT / "dist_train"
-# From the bottom up: a folder imports only from those before it; data, then, from what needs no data.
+# From the bottom up: a folder imports only from those before it.
 FOLDERS = [
     "config", "user_code", "distributed", "data", "models", "runs", "checkpoints", "training", "launch", "tools",
     "inference", "cli",
 ]  # fmt: skip
-FILES = {
-    "__init__",
-    "__main__",
-    "errors",
-    "atomic_files",
-    "small_files",
-    "torchvision_compat",
-}  # of the top, which all may import
-# Arrows that the next changes cut.
-STILL_UP = {
-    "checkpoints.manager": {"training.step.train_step"},
-    "checkpoints.storage": {"training.step.train_step"},
-    "data.loader": {"models.invariance"},
-    "runs.summary": {"launch.torchrun"},
-    "training.failures": {"launch.diagnosis"},
-    "training.run": {"launch.slurm.commands"},
-    "user_code.bundles": {"data.sets.download"},
-}
+FILES = {"__init__", "__main__", "errors", "atomic_files", "torchvision_compat"}  # of the top, which all may import
 APART = {"training", "launch"}  # one starts processes, the other is what runs in them
+# What runs before processes start, and `--help`, must not wait for torch.
+TORCH_FREE = {"errors", "atomic_files", "config", "runs", "launch", "cli"}
 PEERS = "tools.bench.peers."  # what people write without us: they come through any door
 ONLY_DOOR = {
     "wandb": {"training.tracking"},
-    "subprocess": {"launch.torchrun", "launch.slurm.commands"},
+    "subprocess": {"launch.torchrun", "launch.subprocesses", "launch.slurm.commands"},
     "torch.distributed": {"distributed.world"},
     "torchvision": {"torchvision_compat"},
 }
@@ -80,8 +68,18 @@ def test_imports_point_down(module: str) -> None:
     mine = folder_of(module)
     below = FOLDERS[: FOLDERS.index(mine)] if mine in FOLDERS else FOLDERS if module == "__main__" else []
     allowed = FILES | {mine} | set(below) - (APART if mine in APART else set())
-    up = {name for name in ours(PATHS[module]) if folder_of(name) not in allowed}
-    assert up == STILL_UP.get(module, set())
+    assert [name for name in ours(PATHS[module]) if folder_of(name) not in allowed] == []
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["of modules", "of inner folders"])
+def test_no_circle(inner: bool) -> None:
+    """Raises CycleError, which shows it, where one is."""
+    graph: dict[str, set[str]] = {}
+    for module, path in PATHS.items():
+        mine, *names = (name.rpartition(".")[0] if inner else name for name in [module, *ours(path)])
+        graph.setdefault(mine, set()).update(set(names) - {mine, ""})
+    graph.pop("", None)  # the files of the top: the test above
+    assert list(TopologicalSorter(graph).static_order())
 
 
 @pytest.mark.parametrize(
@@ -98,6 +96,13 @@ def test_each_dangerous_door_is_opened_in_one_place(module: str) -> None:
     names = set(imports(PATHS[module]))
     doors = {door for door in ONLY_DOOR for name in names if name == door or name.startswith(f"{door}.")}
     assert {door for door in doors if module not in ONLY_DOOR[door]} == set()
+
+
+def test_torch_free_at_import() -> None:
+    free = [f"dist_train.{name}" for name in PATHS if folder_of(name) in TORCH_FREE]
+    code = f"import sys, {', '.join(free)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 # --- the tests themselves --------------------------------------------------------------------------------------------

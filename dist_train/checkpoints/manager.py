@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_train.checkpoints.manifest import LINKS, by_score, folder_of, good, manifests, remove_checkpoint
-from dist_train.checkpoints.storage import Snapshot, restore, write
+from dist_train.checkpoints.storage import Snapshot, Stateful, restore, write
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.checkpoints.weights import with_versions_of
 from dist_train.config.durations import is_due
@@ -22,7 +22,6 @@ from dist_train.config.schema import Config
 from dist_train.distributed.world import World
 from dist_train.errors import CheckpointError, DistTrainError, TrainingDiverged
 from dist_train.runs.directory import RunDir
-from dist_train.training.step.train_step import Step
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Checkpoints:
         self._on_first_save: Callable[[float], None] | None = on_first_save
         self.saved_step = -1
 
-    def snapshot(self, state: TrainState, step: Step) -> Snapshot:
+    def snapshot(self, state: TrainState, step: Stateful) -> Snapshot:
         """Collective: every rank must call this.
 
         Raises:
@@ -71,7 +70,7 @@ class Checkpoints:
             return Snapshot(state, {}, {})
         return Snapshot(TrainState(**asdict(state)), _copy_to_cpu(model), _copy_to_cpu(training))
 
-    def save(self, state: TrainState, step: Step) -> None:
+    def save(self, state: TrainState, step: Stateful) -> None:
         """Snapshot now, write in the background. A failed write is a warning: the next save tries again.
 
         Collective: every rank must call this.
@@ -197,7 +196,7 @@ class Checkpoints:
 
     # --- restoring -----------------------------------------------------------------------------------------------
 
-    def restore_latest(self, step: Step) -> TrainState | None:
+    def restore_latest(self, step: Stateful) -> TrainState | None:
         """Load the newest good checkpoint into `step`. A damaged one is named and set aside.
 
         Collective: every rank must call this.

@@ -18,10 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import remove
+from dist_train.atomic_files import read_json, remove
 from dist_train.errors import CheckpointError
 from dist_train.runs.directory import RunDir, step_of
-from dist_train.small_files import read_json
 
 FORMAT = 1
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.pt", "state.json", "manifest.json"

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_train.atomic_files import remove_leftovers, whole
+from dist_train.atomic_files import remove_leftovers, whole, write_json
 from dist_train.checkpoints.manifest import (
     FORMAT,
     MANIFEST,
@@ -30,8 +30,25 @@ from dist_train.checkpoints.train_state import TrainState, score_of
 from dist_train.checkpoints.weights import header_of, load_into, read_weights
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.errors import CheckpointError
-from dist_train.small_files import write_json
-from dist_train.training.step.train_step import Step
+
+
+class Stateful(Protocol):
+    """What is saved and restored: nets, and all that decides how their training goes on."""
+
+    @property
+    def net(self) -> nn.Module: ...
+
+    @property
+    def ema(self) -> nn.Module | None: ...
+
+    @property
+    def evaluated_net(self) -> nn.Module: ...
+
+    def is_finite(self) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ def write(
         settle(folder.parent)
 
 
-def restore(folder: Path, step: Step) -> TrainState:
+def restore(folder: Path, step: Stateful) -> TrainState:
     """Load a checkpoint that was verified. Every rank reads it for itself."""
     try:
         model = read_weights(folder / MODEL)

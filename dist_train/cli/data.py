@@ -29,7 +29,7 @@ def data_ls() -> None:
 @click.option("--split", help="As data.split (emnist).")
 def data_fetch(name: str, root: Path | None, split: str | None) -> None:
     """Put a data set's files in place, for nodes without network."""
-    from dist_train.config.schema import default_data_root
+    from dist_train.config.paths import default_data_root
     from dist_train.data.sets.catalog import SETS
     from dist_train.data.sets.download import fetch
 

@@ -30,7 +30,7 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
     Under torchrun or srun it looks at every rank and at the network between them.
     """
     from dist_train.distributed.process import find_place, threads_per_process
-    from dist_train.launch.torchrun import output_of_ranks
+    from dist_train.launch.subprocesses import output_of_ranks
 
     changes = (*options["overrides"], *options["settings"])
     if nproc > 1 and find_place(os.environ).world_size == 1:
@@ -52,9 +52,9 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
 
 def _examine(config: Config) -> list[dict[str, str]] | None:
     """What all ranks found, on rank zero; of the others only what is wrong there."""
+    from dist_train.config.paths import parent_of_runs
     from dist_train.distributed.world import World
     from dist_train.errors import DistTrainError
-    from dist_train.runs.start_options import parent_of_runs
     from dist_train.tools.doctor import Finding, examine, exchange
 
     runs_dir = parent_of_runs(config.runs_dir)

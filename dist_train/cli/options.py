@@ -31,7 +31,7 @@ class RunPath(click.Path):
 
 
 def find_run(path: Path) -> Path:
-    from dist_train.runs.start_options import parent_of_runs
+    from dist_train.config.paths import parent_of_runs
     from dist_train.runs.summary import is_run
 
     named = parent_of_runs() / path
@@ -74,8 +74,9 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
         ConfigError: no config, or one that is wrong.
     """
     from dist_train.config.loading import load_config
+    from dist_train.config.paths import parent_of_runs
     from dist_train.distributed.process import ASKED_AT, RUN_DIR
-    from dist_train.runs.start_options import Start, check_name, parent_of_runs
+    from dist_train.runs.start_options import Start, check_name
 
     resume, name = options["resume"], options["config_name"]
     told = os.environ.get(RUN_DIR)

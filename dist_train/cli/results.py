@@ -72,8 +72,8 @@ def _print_json(found: Evaluated) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each.")
 def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, as_json: bool) -> None:
     """What pictures show, by a run's net: the three most probable classes. PNG, JPEG, whatever PIL reads."""
+    from dist_train.inference.predict import predict as ask
     from dist_train.inference.trained_net import SavedNet
-    from dist_train.inference.trained_net import predict as ask
 
     for found in ask(SavedNet.open(run, checkpoint), images, invert=invert):
         pairs = list(zip(found.classes, found.probabilities, strict=True))
@@ -89,8 +89,8 @@ def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, 
 @_checkpoint
 def export(run: Path, out: Path, checkpoint: str) -> None:
     """A run's net for use elsewhere, in a new folder OUT: weights, and a program that needs torch alone."""
+    from dist_train.inference.export import export as write
     from dist_train.inference.trained_net import SavedNet
-    from dist_train.inference.trained_net import export as write
 
     for path in write(SavedNet.open(run, checkpoint), out):
         click.echo(f"written: {path}")

@@ -34,7 +34,7 @@ def runs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each.")
 def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sort: str, as_json: bool) -> None:
     """A line for each run. NAME may hold * and ?."""
-    from dist_train.runs.start_options import parent_of_runs
+    from dist_train.config.paths import parent_of_runs
     from dist_train.runs.summary import find_runs
 
     folder = folder or parent_of_runs()
@@ -68,7 +68,7 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
 def show(run: Path) -> None:
     """All about one run."""
     from dist_train.checkpoints.manifest import manifests
-    from dist_train.launch.diagnosis import how_to_go_on
+    from dist_train.checkpoints.resume_hint import how_to_go_on
     from dist_train.runs.error_report import describe_error
     from dist_train.runs.reports.compare import read_run
     from dist_train.runs.time_accounting import effective_ratio

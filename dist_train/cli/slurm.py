@@ -84,11 +84,11 @@ def submit(**options: Any) -> None:
     """Queue a run; prints the job's id and the run's directory. What cannot work is refused first."""
     from dataclasses import replace
 
+    from dist_train.atomic_files import write_json
     from dist_train.distributed.process import lasting_run_name
     from dist_train.launch.slurm import commands as cluster
     from dist_train.launch.slurm.preflight import check_partition, check_submission
     from dist_train.runs.start_options import check_start, find_run_dir, fit_name
-    from dist_train.small_files import write_json
 
     config, start = resolve(options)
     script = _script(options, config, start)
@@ -117,9 +117,9 @@ def submit(**options: Any) -> None:
 @click.argument("runs", nargs=-1, type=RunPath(), metavar="[RUN]...")
 def status(runs: tuple[Path, ...]) -> None:
     """What Slurm and the runs themselves say of them; without RUN: of all that were submitted."""
+    from dist_train.config.paths import parent_of_runs
     from dist_train.launch.slurm import commands as cluster
     from dist_train.runs.directory import RunDir
-    from dist_train.runs.start_options import parent_of_runs
 
     paths = [*runs] or sorted(path.parent for path in parent_of_runs().glob("*/slurm.json"))
     found = {run: _job_of(RunDir(run)) for run in paths}
@@ -175,8 +175,8 @@ def cancel(run: Path) -> None:
 @click.option("--told", is_flag=True, help="The batch shell was told that its time is up.")
 def requeue_check(max_requeues: int, told: bool, **options: Any) -> None:
     """For batch scripts, after the step has ended: prints requeue, ended or failed, and on stderr why."""
-    from dist_train.launch.diagnosis import how_to_go_on
-    from dist_train.launch.slurm.commands import decide_requeue
+    from dist_train.checkpoints.resume_hint import how_to_go_on
+    from dist_train.launch.slurm.preemption import decide_requeue
     from dist_train.runs.start_options import find_run_dir
 
     run_dir = find_run_dir(*resolve(options))

@@ -28,9 +28,10 @@ def sweep(
 
     The same command again goes on with what is missing. At the end the runs are compared.
     """
+    from dist_train.config.paths import parent_of_runs
     from dist_train.launch.sweep import Grid, Sweep
     from dist_train.runs.reports.compare import compare, read_run
-    from dist_train.runs.start_options import fit_name, parent_of_runs
+    from dist_train.runs.start_options import fit_name
 
     load(config_name)
     assert config_name is not None

@@ -58,10 +58,10 @@ def launch(nproc: int, **options: Any) -> None:
 def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
     from dist_train.config.batch_plan import BatchPlan
     from dist_train.config.loading import to_yaml
+    from dist_train.distributed.parent import watch_launcher
     from dist_train.distributed.process import LAUNCHER_PID, find_place
     from dist_train.distributed.signals import StopRequest
     from dist_train.distributed.stdio import outlive_terminal
-    from dist_train.launch.torchrun import watch_launcher
 
     outlive_terminal()
     place = find_place(os.environ)
@@ -153,9 +153,10 @@ def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
 
 
 def _train_here(config: Config, start: Start, request: StopRequest) -> None:
+    from dist_train.launch.slurm.preemption import Slurm
     from dist_train.training.run import run_attempt
 
     request.preempt_signal = signal.Signals[f"SIG{config.preempt_signal}"]
     with request:
-        run_attempt(config, start, request, STARTED)
+        run_attempt(config, start, request, STARTED, Slurm(os.environ))
     end_rank()

@@ -15,8 +15,8 @@ from torch import Tensor
 from dist_train.config.schema import DataConfig
 from dist_train.data.loader import Key, Made, loader_of, stream
 from dist_train.data.sampler import ShardSampler
-from dist_train.data.sets.image_set import Examples, ImageSet
-from dist_train.data.transforms import Augment, Pixels, change_each, to_default_dtype, yields_pixels
+from dist_train.data.sets.image_set import Examples, ImageSet, yields_pixels
+from dist_train.data.transforms import Augment, Pixels, change_each, to_default_dtype
 
 Place = tuple[int, int]  # (step, micro-step)
 

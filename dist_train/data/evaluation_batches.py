@@ -12,8 +12,8 @@ from dist_train.config.schema import Config
 from dist_train.data.batches import Batch, Placing, is_resident
 from dist_train.data.loader import loader_of, stream
 from dist_train.data.sampler import evaluation_shard
-from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
-from dist_train.data.transforms import Pixels, yields_pixels
+from dist_train.data.sets.image_set import Examples, ImageSet, num_examples, yields_pixels
+from dist_train.data.transforms import Pixels
 from dist_train.distributed.rng import derive_seed
 from dist_train.distributed.world import World
 

@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dist_train.data.sets.image_set import Examples, ImageSet, example_at, form_of, name_of, origin
 from dist_train.distributed.devices import is_out_of_memory
-from dist_train.distributed.rng import derive_seed
+from dist_train.distributed.rng import derive_seed, seed_everything
 from dist_train.errors import DataError, DistTrainError, UserCodeError
-from dist_train.models.invariance import seed_everything
 from dist_train.user_code.importing import explanation
 
 Key = tuple[int, int]  # (epoch, index): what a loader worker needs to make an example

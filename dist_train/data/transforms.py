@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import AugmentConfig, Normalize
-from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.distributed.rng import derive_seed
 
 
@@ -55,11 +54,6 @@ def to_default_dtype(inputs: Any) -> Any:
     if dtype == torch.float32:
         return inputs
     return change_each(lambda item: item.to(dtype) if getattr(item, "dtype", None) == torch.float32 else item, inputs)
-
-
-def yields_pixels(examples: Examples) -> bool:
-    """Sets of ours give uint8 pixels, to be normalised on the device; user code gives what its transforms make."""
-    return isinstance(examples, ImageSet) or getattr(examples, "yields_pixels", False)
 
 
 class Augment:

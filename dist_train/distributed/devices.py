@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Mapping
 from typing import cast
@@ -92,3 +93,11 @@ def keep_freed_memory(environment: Mapping[str, str]) -> None:
     # Older glibc takes no more than 2**25. Without the one the other would do harm: it ends malloc's own tuning.
     if set_option is not None and (set_option(_MMAP_THRESHOLD, 2**30) or set_option(_MMAP_THRESHOLD, 2**25)):
         set_option(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most device memory that tensors took, or on a CPU the most resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from dist_train.errors import LaunchError
 
@@ -21,8 +20,6 @@ REQUEUED = "DIST_TRAIN_REQUEUED"  # launch/restart.sh -> our launcher: it has st
 
 # Of one run. What starts several, or a job from a shell in which they are set, does not pass them on.
 OF_ONE_WANDB_RUN = ("WANDB_RUN_ID", "WANDB_NAME")
-
-_STOP_FILE = "DIST_TRAIN_STOP_FILE"  # the batch shell -> rank zero: there once the job has to make room
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -179,11 +176,6 @@ def slurm_job(env: Mapping[str, str]) -> str | None:
     if env.get("SLURM_ARRAY_JOB_ID"):
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
     return env.get("SLURM_JOB_ID") or None
-
-
-def batch_stop_file(env: Mapping[str, str]) -> Path | None:
-    """Made by the batch shell of our job when its time is up: a signal may come before a step can hear it."""
-    return Path(env[_STOP_FILE]) if slurm_job(env) and env.get(_STOP_FILE) else None
 
 
 def lasting_run_name(config_name: str, env: Mapping[str, str]) -> str | None:

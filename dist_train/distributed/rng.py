@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 _MAX_SEED = 2**63 - 1
 
@@ -14,3 +23,47 @@ def derive_seed(*parts: int | str) -> int:
     """
     digest = blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & _MAX_SEED
+
+
+def seed_everything(seed: int) -> None:
+    """The generators that user code draws from: torch's, numpy's, Python's."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    seed_torch(seed)
+
+
+def generator_states() -> tuple[Any, ...]:
+    """Of the same generators; two of them are equal if nobody has drawn in between."""
+    states = [random.getstate(), pickle.dumps(np.random.get_state()), _bytes_of(torch.get_rng_state())]
+    if torch.cuda.is_initialized():
+        states.append(_bytes_of(torch.cuda.get_rng_state()))
+    elif torch.backends.mps.is_available():
+        states.append(_bytes_of(torch.mps.get_rng_state()))
+    return tuple(states)
+
+
+def _bytes_of(state: Tensor) -> bytes:
+    return state.numpy().tobytes()  # 200 times as fast as bytes(state)
+
+
+def seed_torch(seed: int) -> None:
+    """torch's default generators, through the generator objects: 1 us, where `torch.manual_seed` takes 125."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -23,8 +23,8 @@ from dist_train.models.registry import build_model
 from dist_train.models.tasks.confusion import Confusion, class_names
 from dist_train.models.tasks.objective import Objective
 from dist_train.runs.directory import RunDir
-from dist_train.runs.provenance import data_changes
 from dist_train.training.evaluate import evaluate
+from dist_train.training.provenance import data_changes
 
 _log = logging.getLogger(__name__)
 

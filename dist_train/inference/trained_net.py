@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,34 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.atomic_files import whole
-from dist_train.checkpoints.manifest import MODEL
 from dist_train.checkpoints.storage import load_weights
 from dist_train.config.schema import Config
-from dist_train.data.sets.image_folder import decode
 from dist_train.data.splits import load_splits
 from dist_train.data.transforms import Pixels
-from dist_train.errors import DataError, RunDirError, UserCodeError
+from dist_train.errors import DataError, UserCodeError
 from dist_train.inference.evaluate_run import find_trained
 from dist_train.models.registry import build_model
-from dist_train.models.tasks.confusion import class_names
 from dist_train.runs.directory import RunDir
 
-_AT_ONCE = 256  # pictures
 _CPU = torch.device("cpu")
-PROGRAM = "model.pt2"
-# What the folder of an export says of itself.
-_LOADER = """\
-from pathlib import Path
-
-import torch
-
-net = torch.export.load(Path(__file__).with_name("{program}")).module()
-images = torch.zeros(1, {channels}, {size}, {size}, dtype=torch.uint8)  # yours, as many as you like
-logits = net(images)  # {logits}
-classes = {classes}
-print([classes[index] for index in logits.argmax(dim=1).tolist()])
-"""
 
 
 @dataclass(frozen=True)
@@ -80,66 +60,8 @@ class SavedNet:
         return _OnPixels(self.net, Pixels(self.config.data.normalize, _CPU)).eval()
 
 
-@dataclass(frozen=True)
-class Prediction:
-    image: Path
-    classes: list[str]  # the most probable first
-    probabilities: list[float]
-
-
-def predict(saved: SavedNet, images: Sequence[Path], *, invert: bool = False, count: int = 3) -> Iterator[Prediction]:
-    """What each picture shows. It is turned to the set's colours and size; `invert`: dark on bright, unlike the set's.
-
-    Raises:
-        DataError: a file is no picture.
-        UserCodeError: the net gives something else than logits [B, K].
-    """
-    for start in range(0, len(images), _AT_ONCE):
-        paths = images[start : start + _AT_ONCE]
-        pixels = torch.stack([decode(path, saved.image_size, saved.in_channels) for path in paths])
-        logits = _logits_of(saved, 255 - pixels if invert else pixels)
-        names = class_names(saved.classes, logits.shape[1])
-        best = logits.softmax(dim=1).topk(min(count, logits.shape[1]))
-        for path, indices, values in zip(paths, best.indices, best.values, strict=True):
-            yield Prediction(path, [names[index] for index in indices.tolist()], values.tolist())
-
-
-def export(saved: SavedNet, out: Path) -> list[Path]:
-    """Weights, the net as a program of torch.export with the normalisation in it, and how to load that.
-
-    Raises:
-        RunDirError: the folder exists already, or cannot be written.
-        UserCodeError: the net cannot be exported.
-    """
-    if out.exists():
-        raise RunDirError(f"{out} exists already. Name a folder that is yet to be made.")
-    size, channels = saved.image_size, saved.in_channels
-    example = torch.zeros(2, channels, size, size, dtype=torch.uint8)
-    shape = list(_logits_of(saved, example).shape)
-    try:
-        program = torch.export.export(
-            saved.on_pixels, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-        )
-    except Exception as error:  # whatever torch finds to say of a user's net
-        reason = str(error).strip().split("\n")[0]
-        raise UserCodeError(f"torch.export cannot export {type(saved.net).__name__}: {reason}") from error
-    text = _LOADER.format(
-        program=PROGRAM, channels=channels, size=size, logits=f"float [B, {shape[1]}]",
-        classes=class_names(saved.classes, shape[1]),
-    )  # fmt: skip
-    try:
-        with whole(out) as aside:
-            aside.mkdir(parents=True)
-            shutil.copyfile(saved.folder / MODEL, aside / MODEL)
-            torch.export.save(program, aside / PROGRAM)
-            (aside / "load.py").write_text(text)
-    except (OSError, RuntimeError) as error:  # the latter by torch's writer
-        raise RunDirError(f"{out} cannot be written: {error}.") from None
-    return [out / name for name in (MODEL, PROGRAM, "load.py")]
-
-
 @torch.no_grad()
-def _logits_of(saved: SavedNet, pixels: Tensor) -> Tensor:
+def logits_of(saved: SavedNet, pixels: Tensor) -> Tensor:
     output: Any = saved.on_pixels(pixels)
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         raise UserCodeError(f"{type(saved.net).__name__} does not give logits [B, K > 1]: it is no classifier.")

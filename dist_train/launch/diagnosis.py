@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-import shlex
 import signal
 from collections.abc import Mapping
 from itertools import islice, takewhile
 from pathlib import Path
 
-from dist_train.checkpoints.manifest import good
-from dist_train.errors import CheckpointError, ConfigError, PeerLost, TrainingDiverged
+from dist_train.errors import PeerLost
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
 
-# What they need is another setting, more room or other weights; of the checkpoint they speak themselves.
-_SAY_ENOUGH = (ConfigError.__name__, CheckpointError.__name__, TrainingDiverged.__name__)
 _LINES = 12  # of a log or of a stack
 # Where a rank waits for the others; DDP exchanges gradients in the backward pass.
 _WAITING = re.compile(r"torch/(distributed|autograd)/")
@@ -55,23 +51,6 @@ def find_cause(run_dir: RunDir, before: Mapping[Path, int]) -> str:
     by_ranks = _SUMMARY.split(launcher, maxsplit=1)[0] or launcher  # as where an import failed: a traceback of Python's
     tail = by_ranks.splitlines()[-_LINES:]
     return "\n".join([*tail, f"The ranks left no error.json. All they said is above and in {run_dir.logs}."])
-
-
-def says_enough(kind: str) -> bool:
-    """Whether after an error of this class `how_to_go_on` adds nothing."""
-    return kind in _SAY_ENOUGH
-
-
-def how_to_go_on(run_dir: RunDir, nproc: int | None = None) -> str:
-    """`nproc` None: ranks on several machines, or of a job: only who started them knows how."""
-    newest = next(good(run_dir), None)
-    if newest is None:
-        return "There is no checkpoint yet."
-    resume = f"--resume {shlex.quote(str(run_dir.path))}"
-    if nproc is None:
-        return f"The last good checkpoint is {newest}. To go on from there: the same command, with {resume}"
-    ranks = f" --nproc {nproc}" if nproc > 1 else ""
-    return f"The last good checkpoint is {newest}. To go on from there: dist-train train {resume}{ranks}"
 
 
 def _after(path: Path, size: int) -> str:

@@ -9,9 +9,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from dist_train.atomic_files import write_atomically
 from dist_train.errors import ConfigError, LaunchError
 from dist_train.runs.directory import ENDS, RunDir
-from dist_train.small_files import write_atomically
 
 _PORT = 29_400  # torchrun's own
 _WISH = "PREEMPTED\n"  # what a machine that comes writes into STOP

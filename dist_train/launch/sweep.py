@@ -17,7 +17,7 @@ from dist_train.config.loading import listed, load_config
 from dist_train.config.schema import Config
 from dist_train.distributed.process import threads_per_process
 from dist_train.errors import ConfigError
-from dist_train.launch.torchrun import Training, begin_train
+from dist_train.launch.subprocesses import Training, begin_train
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_options import check_name
 from dist_train.runs.summary import Summary, summarise

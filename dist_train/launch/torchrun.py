@@ -7,25 +7,21 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TypeAlias
 
+from dist_train.checkpoints.resume_hint import how_to_go_on, says_enough
 from dist_train.distributed.process import (
     ASKED_AT,
     LAUNCHER_PID,
-    OF_ONE_WANDB_RUN,
     RUN_DIR,
     threads_per_process,
     without_torchrun_options,
 )
 from dist_train.errors import LaunchError
-from dist_train.launch.diagnosis import find_cause, how_to_go_on, log_sizes, says_enough
+from dist_train.launch.diagnosis import find_cause, log_sizes
 from dist_train.launch.machines import Nodes
 from dist_train.runs.directory import CLEAN_ENDS, RunDir
 
@@ -33,8 +29,6 @@ from dist_train.runs.directory import CLEAN_ENDS, RunDir
 HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 # Ranks get this long to save after a signal before torchrun kills them.
 SHUTDOWN_TIMEOUT_S = 60
-# Ranks whose launcher has died get this long to save and leave.
-ORPHAN_GRACE_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,48 +100,6 @@ def start_ranks(spec: LaunchSpec) -> int:
     raise _failure(spec, logs_before)
 
 
-Training: TypeAlias = subprocess.Popen[bytes]
-
-
-def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: str) -> Training:
-    """Begin a training in a process of its own that does not outlive this one; what it prints goes to `log`.
-
-    `group`: for W&B, unless the environment names one; the run that it names is another.
-    """
-    environment = {name: value for name, value in os.environ.items() if name not in OF_ONE_WANDB_RUN} | {
-        "OMP_NUM_THREADS": str(num_threads),
-        LAUNCHER_PID: str(os.getpid()),
-        "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or group,
-    }
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "dist_train", "train", *arguments],
-            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C must reach it once, through us
-        )  # fmt: skip
-
-
-def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """What `python -m MODULE ARGUMENT...` prints on stdout, with `environment` besides our own.
-
-    Raises:
-        LaunchError: it failed; with the end of what it said.
-    """
-    command = [sys.executable, "-m", module, *arguments]
-    environment = {**without_torchrun_options(os.environ), **(environment or {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's own summary alone has 15 and more
-        raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")
-    return done.stdout
-
-
-def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """What `nproc` ranks of it under torchrun print together."""
-    options = ["--standalone", f"--nproc-per-node={nproc}", "-m", module]
-    return output_of("torch.distributed.run", *options, *arguments, environment=environment)
-
-
 def _failure(spec: LaunchSpec, logs_before: Mapping[Path, int]) -> LaunchError:
     first = spec.run_dir.read_error()
     alone = spec.nproc == 1 and spec.nodes is None
@@ -189,45 +141,3 @@ class _Forwarding:
         self.interrupts += number == signal.SIGINT
         # The ranks notice that torchrun is gone and leave too (watch_launcher).
         self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else self.SIGNALS[self.told])
-
-
-def watch_launcher(on_death: Callable[[], None]) -> None:
-    """Do not outlive the launcher: torchrun puts its workers in sessions of their own, and `kill -9` leaves them.
-
-    When our parent, or the `dist-train launch` above it, has died, `on_death` is called (ask for an agreed stop) and
-    after ORPHAN_GRACE_S this process ends, saved or not. A thread, since a parent-death signal would not reach past
-    torchrun to our own launcher and does not exist outside Linux.
-    """
-    parent = os.getppid()
-    launcher = int(os.environ.get(LAUNCHER_PID, parent))
-    orphaned = parent == 1 and not _launches(parent)  # it died before we could look
-
-    def watch() -> None:
-        while not orphaned and os.getppid() == parent and is_alive(launcher):
-            time.sleep(0.25)
-        on_death()
-        time.sleep(ORPHAN_GRACE_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch_launcher", daemon=True).start()
-
-
-def _launches(pid: int) -> bool:
-    """Whether this is a launcher: in a container torchrun itself may be process 1."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return True  # not Linux: nothing to tell from
-    return any(word in command for word in ("torchrun", "torch.distributed", "accelerate"))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    with suppress(OSError):  # a zombie that nobody has waited for is dead too
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    return True

@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
-import random
+import ast
+import inspect
+import re
+import textwrap
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dist_train.distributed.rng import seed_everything, seed_torch
 from dist_train.models import nets
-from dist_train.models.registry import not_invariant
-
-
-def seed_everything(seed: int) -> None:
-    """The generators that user code draws from: torch's, numpy's, Python's."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    seed_torch(seed)
-
-
-def generator_states() -> tuple[Any, ...]:
-    """Of the same generators; two of them are equal if nobody has drawn in between."""
-    states = [random.getstate(), pickle.dumps(np.random.get_state()), _bytes_of(torch.get_rng_state())]
-    if torch.cuda.is_initialized():
-        states.append(_bytes_of(torch.cuda.get_rng_state()))
-    elif torch.backends.mps.is_available():
-        states.append(_bytes_of(torch.mps.get_rng_state()))
-    return tuple(states)
-
-
-def _bytes_of(state: Tensor) -> bytes:
-    return state.numpy().tobytes()  # 200 times as fast as bytes(state)
-
-
-def seed_torch(seed: int) -> None:
-    """torch's default generators, through the generator objects: 1 us, where `torch.manual_seed` takes 125."""
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
-    elif torch.backends.mps.is_available():
-        torch.mps.manual_seed(seed)
 
 
 def seeding_for(net: nn.Module, training: bool) -> Callable[[int], None]:
@@ -53,3 +22,46 @@ def seeding_for(net: nn.Module, training: bool) -> Callable[[int], None]:
     if type(net).__module__ != nets.__name__:
         return seed_everything
     return seed_torch if training and not_invariant(net) else lambda _seed: None
+
+
+_FUNCTIONAL_DROPOUT = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?_?")
+_DROPPING = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # of torchvision: by their `p`
+_RATES = ("dropout", "drop_rate", "drop_prob")  # of torch's attention and recurrent layers, torchvision, timm
+
+
+def not_invariant(model: nn.Module) -> list[str]:
+    """The parts of a net whose result depends on how a step is divided over ranks and micro-batches, for people."""
+    modules = list(model.modules())
+    parts = []
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+        parts.append("BatchNorm (statistics per forward)")
+    drops = any(drop_rates(module) for module in modules)
+    if drops or any(_calls_dropout(kind) for kind in {type(module) for module in modules}):
+        parts.append("dropout (drawn per rank and micro-batch)")
+    return parts
+
+
+def drop_rates(module: nn.Module) -> list[str]:
+    """The attributes of a module by which it drops something. Others' `p` may be a power."""
+    kind = type(module)
+    by_p = isinstance(module, nn.modules.dropout._DropoutNd) or kind.__name__ in _DROPPING or _calls_dropout(kind)
+    names = ("p", *_RATES) if by_p else _RATES
+    return [name for name in names if isinstance(rate := getattr(module, name, None), float) and rate > 0]
+
+
+def _calls_dropout(kind: type) -> bool:
+    """Whether the source of a class of the user calls `F.dropout` or a sister of it, which no module shows."""
+    for cls in kind.__mro__:
+        if cls.__module__.partition(".")[0] in ("builtins", "torch", "torchvision", "timm", "dist_train"):
+            continue  # known by their modules and attributes
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
+            function = call.func
+            on_self = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"  # a module
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            if not on_self and _FUNCTIONAL_DROPOUT.fullmatch(name):
+                return True
+    return False

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import logging
-import random
-import re
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from dist_train.config.schema import ModelConfig
-from dist_train.distributed.rng import derive_seed
+from dist_train.distributed.rng import derive_seed, seeded
 from dist_train.errors import ConfigError, DataError, DistTrainError, UserCodeError
+from dist_train.models.bundle import load_model_bundle
 from dist_train.models.nets import MODELS
 from dist_train.torchvision_compat import import_torchvision
-from dist_train.user_code.bundles import check_bundle, load_model_bundle
+from dist_train.user_code.bundles import check_bundle
 from dist_train.user_code.importing import accepted, check_arguments, check_object, closest, explained, load_object
 
 Known = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
@@ -37,7 +32,7 @@ def build_model(config: ModelConfig, known: Known, seed: int) -> nn.Module:
         ConfigError: an unknown name or argument, or the data set does not tell what the net needs to know.
         UserCodeError: the user's class or bundle does not fit or fails.
     """
-    with _seeded(derive_seed(seed, "init")):
+    with seeded(derive_seed(seed, "init")):
         if config.bundle is not None:
             model = load_model_bundle(config.bundle, config.args)
         else:
@@ -87,20 +82,6 @@ def _refuse_lazy(model: nn.Module) -> None:
                 f"must follow from the seed before any data are seen. Give the size, or call the net once in its "
                 f"constructor, on zeros of the inputs' shape."
             )
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _check_own(config: ModelConfig) -> None:
@@ -263,45 +244,3 @@ def _cannot_fetch(config: ModelConfig, error: OSError, once: str) -> DistTrainEr
 
 
 # --- what depends on the world size ------------------------------------------------------------------------------
-
-_FUNCTIONAL_DROPOUT = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?_?")
-_DROPPING = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # of torchvision: by their `p`
-_RATES = ("dropout", "drop_rate", "drop_prob")  # of torch's attention and recurrent layers, torchvision, timm
-
-
-def not_invariant(model: nn.Module) -> list[str]:
-    """The parts of a net whose result depends on how a step is divided over ranks and micro-batches, for people."""
-    modules = list(model.modules())
-    parts = []
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
-        parts.append("BatchNorm (statistics per forward)")
-    drops = any(drop_rates(module) for module in modules)
-    if drops or any(_calls_dropout(kind) for kind in {type(module) for module in modules}):
-        parts.append("dropout (drawn per rank and micro-batch)")
-    return parts
-
-
-def drop_rates(module: nn.Module) -> list[str]:
-    """The attributes of a module by which it drops something. Others' `p` may be a power."""
-    kind = type(module)
-    by_p = isinstance(module, nn.modules.dropout._DropoutNd) or kind.__name__ in _DROPPING or _calls_dropout(kind)
-    names = ("p", *_RATES) if by_p else _RATES
-    return [name for name in names if isinstance(rate := getattr(module, name, None), float) and rate > 0]
-
-
-def _calls_dropout(kind: type) -> bool:
-    """Whether the source of a class of the user calls `F.dropout` or a sister of it, which no module shows."""
-    for cls in kind.__mro__:
-        if cls.__module__.partition(".")[0] in ("builtins", "torch", "torchvision", "timm", "dist_train"):
-            continue  # known by their modules and attributes
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
-            function = call.func
-            on_self = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"  # a module
-            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-            if not on_self and _FUNCTIONAL_DROPOUT.fullmatch(name):
-                return True
-    return False

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dist_train.atomic_files import remove_leftovers
+from dist_train.atomic_files import remove_leftovers, write_atomically, write_json
 from dist_train.config.loading import load_config, to_yaml
 from dist_train.config.schema import Config
 from dist_train.distributed.process import REQUEUED, slurm_job
@@ -27,7 +27,6 @@ from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.metrics_log import MetricsFile
 from dist_train.runs.records import Error, Facts, Result, Status, Submission, read_record
 from dist_train.runs.time_accounting import TimeSheet, Use
-from dist_train.small_files import write_atomically, write_json
 
 CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
 ENDS = (*CLEAN_ENDS, "ERROR")

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import beside, remove
+from dist_train.atomic_files import beside, remove, write_json
 from dist_train.errors import DistTrainError
-from dist_train.small_files import write_json
 
 
 def _where(error: BaseException) -> str:

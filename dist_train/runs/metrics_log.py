@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dist_train.small_files import parse_object, to_json, write_atomically
+from dist_train.atomic_files import parse_object, to_json, write_atomically
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # Python's own will do from 3.12 on
 
-from dist_train.small_files import parse_object
+from dist_train.atomic_files import parse_object
 
 State = Literal[
     "CREATED", "STARTING", "SETUP", "TRAINING", "EVALUATING", "EVALUATED", "SAVING",

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from dist_train.config.paths import parent_of_runs
 from dist_train.config.schema import Config
 from dist_train.distributed.process import lasting_run_name
 from dist_train.errors import ConfigError, DataError, RunDirError, UserCodeError
@@ -58,11 +59,6 @@ def find_run_dir(config: Config, start: Start, *, claim: bool = False) -> RunDir
     suffixes = itertools.chain([""], map("-{}".format, itertools.count(2)))  # of starts within one second
     candidates = (RunDir(parent / f"{by_time}{suffix}") for suffix in suffixes)
     return next(run_dir for run_dir in candidates if not claim or run_dir.create(new=True))
-
-
-def parent_of_runs(runs_dir: Path | None = None) -> Path:
-    """Where run directories lie: as the settings say, else as DIST_TRAIN_RUNS_DIR does, else in `runs`."""
-    return (runs_dir or Path(os.environ.get("DIST_TRAIN_RUNS_DIR") or "runs")).expanduser()
 
 
 def check_name(option: str, name: str, parent: Path) -> None:

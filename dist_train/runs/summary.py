@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train.launch.torchrun import is_alive
+from dist_train.distributed.parent import is_alive
 from dist_train.runs.directory import ENDS, RunDir
 
 # A live run writes a heartbeat every few seconds, but not while it compiles its step or waits for a data set.

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock
 
+from dist_train.atomic_files import write_atomically
 from dist_train.config.schema import Config
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
@@ -24,8 +25,7 @@ from dist_train.distributed.world import World, backends
 from dist_train.errors import DistTrainError, LaunchError
 from dist_train.launch.slurm.commands import installed_version
 from dist_train.models.registry import build_model
-from dist_train.runs.provenance import cpu_model, version_of
-from dist_train.small_files import write_atomically
+from dist_train.training.provenance import cpu_model, version_of
 from dist_train.training.tracking import wandb_mode
 
 _MIB = 2**20

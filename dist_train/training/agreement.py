@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from dist_train.distributed.scheduler import Scheduler
 from dist_train.distributed.signals import StopRequest, StopState, Wish
 from dist_train.errors import DistTrainError
 from dist_train.runs.directory import RunDir
@@ -32,14 +32,13 @@ class Agreement:
         world: World,
         request: StopRequest,
         run_dir: RunDir | None = None,
-        batch_stop_file: Path | None = None,
-        judge_term: Callable[[], StopState] = lambda: "INTERRUPT",
+        scheduler: Scheduler | None = None,
         poll: Callable[[], DistTrainError | None] = lambda: None,
         on_agreed: Callable[[], None] = lambda: None,
         save_every_s: float = 0.0,
         interval_s: float = 1.0,
     ) -> None:
-        """Rank zero looks for STOP and SAVE in `run_dir` and for `batch_stop_file`, and judges what a TERM meant.
+        """Rank zero looks for STOP and SAVE in `run_dir`, and asks `scheduler` what a TERM meant.
 
         `poll` is asked on rank zero for an error that all ranks must end with; `on_agreed` is called on every rank.
         """
@@ -48,8 +47,7 @@ class Agreement:
         self._world = world
         self._request = request
         self._run_dir = run_dir
-        self._batch_stop_file = batch_stop_file
-        self._judge_term = judge_term
+        self._scheduler = scheduler or Scheduler()
         self._poll = poll
         self._on_agreed = on_agreed
         self._save_every_s = save_every_s
@@ -93,7 +91,7 @@ class Agreement:
             self._world.on_rank_zero(lambda: _raise(error))
         self._on_agreed()
         wish = _WISHES[round(told)]
-        self.stop = self._world.on_rank_zero(self._judge_term) if wish == "TERM" else wish
+        self.stop = self._world.on_rank_zero(self._scheduler.classify_sigterm) if wish == "TERM" else wish
         self.save_due = self.save_due or bool(save_due)
         # At most four times further than last time: a first pace may be a lucky one.
         self._distance[phase] = max(1, min(4 * self._distance[phase], int(self._interval_s / max(slowest, 1e-9))))
@@ -113,7 +111,7 @@ class Agreement:
         if now - self._last_beat >= HEARTBEAT_S:
             self._run_dir.set_status()
             self._last_beat = now
-        if self._batch_stop_file is not None and self._batch_stop_file.exists():
+        if self._scheduler.stop_file is not None and self._scheduler.stop_file.exists():
             self._request.tell("PREEMPTED")
         stop = self._run_dir.pop_wish(self._run_dir.stop_wish)
         if stop is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.durations import LearningRate
 from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
 from dist_train.data.sampler import ShardSampler
@@ -16,6 +15,7 @@ from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import Splits
 from dist_train.distributed.world import World
 from dist_train.models.registry import build_model
+from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
 
 

@@ -17,7 +17,7 @@ from dist_train.models.invariance import seeding_for
 from dist_train.models.tasks.confusion import Confusion
 from dist_train.models.tasks.objective import Objective, Told, count_correct
 from dist_train.training.agreement import Agreement
-from dist_train.training.metrics import Counts
+from dist_train.training.step.counts import Counts
 
 _log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ import traceback
 from contextlib import suppress
 from typing import TextIO
 
+from dist_train.checkpoints.resume_hint import how_to_go_on, says_enough
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.loader import loader_fault
@@ -16,7 +17,6 @@ from dist_train.distributed.devices import is_device_assert, is_out_of_memory
 from dist_train.distributed.process import Place
 from dist_train.distributed.world import end_process, first_line, is_peer_failure, is_timeout
 from dist_train.errors import DistTrainError, OutOfMemory, PeerLost, UserCodeError
-from dist_train.launch.diagnosis import how_to_go_on, says_enough
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import note_error
 

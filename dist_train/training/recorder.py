@@ -11,13 +11,13 @@ from typing import Any
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.schema import Config
 from dist_train.distributed import watchdog
+from dist_train.distributed.devices import peak_memory_gib
 from dist_train.distributed.world import World
 from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen
 from dist_train.runs.records import State
 from dist_train.runs.time_accounting import effective_ratio
 from dist_train.training.final_evaluation import FinalPasses, draw
-from dist_train.training.metrics import peak_memory_gib
 from dist_train.training.step.train_step import Step
 from dist_train.training.tracking import Tracker
 

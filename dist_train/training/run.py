@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,20 +24,20 @@ from dist_train.data.identity import differences
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.splits import Splits, load_splits
 from dist_train.distributed import watchdog
-from dist_train.distributed.process import batch_stop_file, find_place
+from dist_train.distributed.process import find_place
+from dist_train.distributed.scheduler import Scheduler
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.stdio import print_to
 from dist_train.distributed.world import World
 from dist_train.errors import DataError, DistTrainError
-from dist_train.launch.slurm.commands import check_save_time, judge_term
 from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen, log_to_file, log_to_screen
-from dist_train.runs.provenance import DIVIDING, bit_changes, collect_facts, data_changes
 from dist_train.runs.records import State
 from dist_train.runs.start_options import Start, check_start, find_run_dir, remove_if_unbegun
 from dist_train.training.agreement import Agreement
 from dist_train.training.build import build_parts
 from dist_train.training.failures import Reporting
+from dist_train.training.provenance import DIVIDING, bit_changes, collect_facts, data_changes
 from dist_train.training.recorder import Journal
 from dist_train.training.step.train_step import Step
 from dist_train.training.tracking import Tracker
@@ -47,7 +46,7 @@ from dist_train.training.trainer import Run
 _log = logging.getLogger(__name__)
 
 
-def run_attempt(config: Config, start: Start, request: StopRequest, started: float) -> State:
+def run_attempt(config: Config, start: Start, request: StopRequest, started: float, scheduler: Scheduler) -> State:
     """Train until the end or an agreed stop. `started`: time.perf_counter() when the process began.
 
     Collective: every rank calls this with the same arguments.
@@ -78,7 +77,7 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
             reporting.errors = print_to(run_dir.rank_log(world.rank))
         world = _same_threads(world, run_dir)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
-        with _build(config, world, run_dir, splits, start, request, started) as run:
+        with _build(config, world, run_dir, splits, start, request, started, scheduler) as run:
             # The set-up is over: compiling may take long, a step may not.
             world.wait_at_most(config.stall_timeout_s)
             watchdog.expect_within(config.stall_timeout_s)
@@ -159,6 +158,7 @@ def _build(
     start: Start,
     request: StopRequest,
     started: float,
+    scheduler: Scheduler,
 ) -> Run:
     """Collective: every rank must call this."""
     parts = build_parts(config, world, splits)
@@ -169,10 +169,7 @@ def _build(
         world,
         config,
         config.keep_every.to_steps(sampler.steps_per_epoch),
-        # In a thread of its own: a stop must not wait for Slurm's answer.
-        on_first_save=lambda save_s: threading.Thread(
-            target=check_save_time, args=(save_s, os.environ), daemon=True
-        ).start(),
+        on_first_save=scheduler.on_first_save,
     )
     # Two checkpoints side by side, each with weights and twice as much of optimizer state.
     size = sum(p.nbytes for p in net.parameters())
@@ -225,8 +222,7 @@ def _build(
             world,
             request,
             run_dir,
-            batch_stop_file(os.environ),
-            judge_term=lambda: judge_term(os.environ),
+            scheduler,
             poll=checkpoints.poll,
             on_agreed=lambda: watchdog.expect_within(config.stall_timeout_s),
             save_every_s=save_every.value if save_every.unit == "s" else 0.0,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dist_train.checkpoints.manager import Checkpoints
 from dist_train.checkpoints.train_state import TrainState
-from dist_train.config.durations import LearningRate, is_due
+from dist_train.config.durations import is_due
 from dist_train.config.schema import Config
 from dist_train.data.epoch_audit import ShardAudit
 from dist_train.data.evaluation_batches import EvaluationBatches, evaluation_batches
@@ -23,8 +23,10 @@ from dist_train.runs.records import State
 from dist_train.training.agreement import Agreement
 from dist_train.training.evaluate import evaluate
 from dist_train.training.final_evaluation import FinalPasses, final_passes
-from dist_train.training.metrics import Overflows, Pace
+from dist_train.training.metrics import Pace
 from dist_train.training.recorder import Journal
+from dist_train.training.step.counts import Overflows
+from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
 
 _HOPELESS = 50  # updates in a row that fp16 left out; each has halved the scale

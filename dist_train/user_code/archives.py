@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from dist_train.atomic_files import whole
-from dist_train.config.schema import default_data_root
+from dist_train.config.paths import default_data_root
 from dist_train.errors import UserCodeError
 
 _MIB = 2**20

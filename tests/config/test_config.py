@@ -11,7 +11,7 @@ import pytest
 
 from dist_train.config.durations import Duration
 from dist_train.config.loading import bundled_configs, find_config, load_config, parse_config, to_yaml
-from dist_train.config.schema import default_data_root, user_cache
+from dist_train.config.paths import default_data_root, user_cache
 from dist_train.errors import ConfigError
 from support.settings import DEFAULT, load, put
 

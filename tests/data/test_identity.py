@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dist_train.atomic_files import read_json, write_json
 from dist_train.checkpoints.manifest import digest, fingerprint
 from dist_train.config.schema import DataConfig
 from dist_train.data import identity as module
@@ -25,7 +26,6 @@ from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.data.splits import load_splits
 from dist_train.errors import DistTrainError
-from dist_train.small_files import read_json, write_json
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked, train_on_ranks
 from support.run_files import last_checkpoint, metrics, status

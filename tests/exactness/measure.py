@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_train.runs.provenance import cpu_model
+from dist_train.training.provenance import cpu_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.small_files import read_json
+from dist_train.atomic_files import read_json
 from support.kill_plan import ANYWHERE, PHASES, RANK_ZERO, SAVE, Chain, Kill, plan, sample
 from support.once import made_once
 from support.patience import wait_until

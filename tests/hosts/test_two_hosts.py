@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.small_files import read_json
+from dist_train.atomic_files import read_json
 from support.hosts import REASON, Hosts, can_be_made
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT

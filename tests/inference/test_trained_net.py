@@ -14,15 +14,15 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor
 
+from dist_train.atomic_files import read_json, write_json
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
-from dist_train.config.schema import default_data_root
+from dist_train.config.paths import default_data_root
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.data.sets.named import load_named
 from dist_train.distributed.world import World
 from dist_train.inference.trained_net import SavedNet
 from dist_train.models.tasks.confusion import Confusion, accuracy_by_class, class_names
-from dist_train.small_files import read_json, write_json
 from support.processes import DIST_TRAIN
 from support.ranks import join_group, run_forked, run_on_ranks
 from support.trainings import SETTINGS, trained_once

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.checkpoints.resume_hint import how_to_go_on
 from dist_train.errors import OutOfMemory, PeerLost
-from dist_train.launch.diagnosis import find_cause, how_to_go_on, log_sizes
+from dist_train.launch.diagnosis import find_cause, log_sizes
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import note_error
 from support.tiny_runs import write_at

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from dist_train.cli import main
 from dist_train.config.loading import load_config
 from dist_train.errors import ConfigError
+from dist_train.launch.subprocesses import begin_train
 from dist_train.launch.sweep import Grid, Sweep
-from dist_train.launch.torchrun import begin_train
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, run, started
 from support.trainings import let_go

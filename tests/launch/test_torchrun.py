@@ -16,9 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from dist_train.cli import main
+from dist_train.distributed.parent import is_alive
 from dist_train.errors import LaunchError
 from dist_train.launch.machines import Nodes
-from dist_train.launch.torchrun import is_alive, output_of
+from dist_train.launch.subprocesses import output_of
 from dist_train.runs.start_options import fit_name
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, ranks_of, run, started

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.durations import LearningRate
 from dist_train.config.loading import parse_config
 from dist_train.config.schema import DataConfig
 from dist_train.data.batches import training_batches
@@ -19,6 +18,7 @@ from dist_train.data.sets.image_set import ImageSet
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.models.tasks.objective import Objective, Told, count_correct
+from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dist_train.config.schema import ModelConfig
 from dist_train.errors import ConfigError, DataError, UserCodeError
+from dist_train.models.invariance import not_invariant
 from dist_train.models.nets import MODELS
-from dist_train.models.registry import build_model, not_invariant
+from dist_train.models.registry import build_model
 from dist_train.torchvision_compat import import_torchvision
 from support.processes import ROOT
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.atomic_files import to_json, write_json
 from dist_train.config.loading import parse_config
 from dist_train.distributed.process import REQUEUED
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.launch.machines import make_room
 from dist_train.runs import directory as module
 from dist_train.runs.directory import RunDir
-from dist_train.small_files import to_json, write_json
 from support.run_files import contents
 
 CONFIG = parse_config({})

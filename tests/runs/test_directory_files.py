@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.atomic_files import beside
+from dist_train.atomic_files import beside, read_json
 from dist_train.config.loading import parse_config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import note_error
-from dist_train.small_files import read_json
 from support.mounts import needs_mounts
 from support.run_files import contents
 
@@ -59,7 +58,7 @@ import sys
 from pathlib import Path
 from dist_train.errors import RunDirError
 from dist_train.runs.directory import RunDir
-from dist_train.small_files import write_atomically
+from dist_train.atomic_files import write_atomically
 for path in sys.argv[1:]:
     run = RunDir(Path(path) / "run")
     try:

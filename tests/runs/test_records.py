@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from dist_train.atomic_files import write_json
+from dist_train.checkpoints.resume_hint import how_to_go_on
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
-from dist_train.launch.diagnosis import find_cause, how_to_go_on
-from dist_train.launch.slurm.commands import decide_requeue
+from dist_train.launch.diagnosis import find_cause
+from dist_train.launch.slurm.preemption import decide_requeue
 from dist_train.runs.directory import RunDir
 from dist_train.runs.summary import summarise
-from dist_train.small_files import write_json
 
 CONFIG = parse_config({})
 USED = ["null", '"text"', "1e999", "-1"]

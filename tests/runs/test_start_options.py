@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dist_train.atomic_files import read_json, write_json
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
 from dist_train.config.schema import Config
@@ -17,7 +18,6 @@ from dist_train.launch.torchrun import LaunchSpec
 from dist_train.runs import start_options as module
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_options import Start, check_name, find_run_dir, fit_name, remove_if_unbegun
-from dist_train.small_files import read_json, write_json
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked
 from support.trainings import SETTINGS

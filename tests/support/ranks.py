@@ -147,6 +147,7 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
     import torch
 
     from dist_train.config.loading import parse_config
+    from dist_train.distributed.scheduler import Scheduler
     from dist_train.distributed.signals import StopRequest
     from dist_train.runs.start_options import Start
     from dist_train.training import agreement
@@ -172,7 +173,7 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
         agreement.Agreement.__init__ = agree_at_each_step  # type: ignore[method-assign]
     try:
         start = Start(config_name="test", run_dir=run_dir, verbosity=-1)
-        return run_attempt(config, start, request, time.perf_counter())
+        return run_attempt(config, start, request, time.perf_counter(), Scheduler())
     finally:
         step.Step.take = take  # type: ignore[method-assign]
         agreement.Agreement.__init__ = original  # type: ignore[method-assign]

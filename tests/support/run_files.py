@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from dist_train.atomic_files import read_json
 from dist_train.runs.directory import RunDir
-from dist_train.small_files import read_json
 
 
 def status_of(run_dir: Path) -> dict[str, Any]:

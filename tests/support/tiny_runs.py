@@ -14,12 +14,12 @@ from dist_train.checkpoints.manifest import folder_of
 from dist_train.checkpoints.storage import Snapshot, write
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.durations import LearningRate
 from dist_train.config.loading import parse_config
 from dist_train.config.schema import Config
 from dist_train.data.batches import Batch
 from dist_train.distributed.world import World
 from dist_train.runs.directory import RunDir
+from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
 
 CONFIG = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 2, "keep_best": 1})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dist_train.config.schema import default_data_root
+from dist_train.config.paths import default_data_root
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.data.sets.named import load_named
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from dist_train.config.loading import parse_config
+from dist_train.distributed.scheduler import Scheduler
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
 from dist_train.runs.directory import RunDir
@@ -120,9 +121,10 @@ def agreement_of(request: StopRequest, **kwargs: Any) -> Agreement:
 
 
 @pytest.mark.parametrize("meant", ["INTERRUPT", "PREEMPTED"])
-def test_rank_zero_judges_what_a_term_meant(meant: Any) -> None:
-    request = StopRequest()
-    agreement = agreement_of(request, judge_term=lambda: meant, interval_s=0.0)
+def test_rank_zero_judges_what_a_term_meant(meant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, scheduler = StopRequest(), Scheduler()
+    monkeypatch.setattr(scheduler, "classify_sigterm", lambda: meant)
+    agreement = agreement_of(request, scheduler=scheduler, interval_s=0.0)
     agreement.tick()
     assert agreement.stop is None
     request.tell("TERM")
@@ -152,7 +154,9 @@ def test_files_in_the_run_directory_are_wishes(text: str, state: str, tmp_path: 
 def test_the_file_of_the_batch_shell_is_left_to_it(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     told = tmp_path / ".stop-7"
-    agreement = agreement_of(StopRequest(), run_dir=run_dir, batch_stop_file=told, interval_s=0.0)
+    scheduler = Scheduler()
+    scheduler.stop_file = told
+    agreement = agreement_of(StopRequest(), run_dir=run_dir, scheduler=scheduler, interval_s=0.0)
     agreement.tick()
     assert agreement.stop is None
     told.touch()

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from dist_train.checkpoints import manager as checkpoints
+from dist_train.checkpoints.storage import Stateful
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.training import trainer as train
-from dist_train.training.step.train_step import Step
 from support.once import made_once
 from support.ranks import run_on_ranks, train_here, train_on_ranks
 from support.run_files import assert_bit_identical, metrics, status
@@ -59,7 +59,7 @@ def stopped_while_it_evaluates() -> None:
 def killed_before_the_save() -> None:
     save = checkpoints.Checkpoints.save
 
-    def killed(self: checkpoints.Checkpoints, state: TrainState, step: Step) -> None:
+    def killed(self: checkpoints.Checkpoints, state: TrainState, step: Stateful) -> None:
         if state.step == STOPS_AT:
             os._exit(9)
         save(self, state, step)

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from dist_train.atomic_files import write_json
 from dist_train.inference.trained_net import SavedNet
 from dist_train.runs.directory import RunDir
-from dist_train.small_files import write_json
 from support.processes import DIST_TRAIN, ROOT, run
 from support.ranks import run_forked, run_on_ranks, train_here, train_on_ranks
 from support.run_files import metrics, train_losses, weights

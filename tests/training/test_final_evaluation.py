@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dist_train.atomic_files import read_json
 from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.models.tasks.confusion import Mistake
 from dist_train.runs.directory import RunDir
 from dist_train.runs.reports import charts
-from dist_train.small_files import read_json
 from dist_train.training.final_evaluation import FinalPasses, draw
 from support.ranks import run_on_ranks, train_here, train_on_ranks
 

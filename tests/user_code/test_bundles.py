@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train.data.sets.bundle import load_dataset_bundle
 from dist_train.errors import ConfigError, UserCodeError
+from dist_train.models.bundle import load_model_bundle
 from dist_train.torchvision_compat import import_torchvision
 from dist_train.user_code import archives as unpack
-from dist_train.user_code.bundles import load_dataset_bundle, load_model_bundle
 from support.processes import ROOT
 
 import_torchvision()  # here and not in a test: importing it changes the environment (torch._dynamo does)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_train.config.schema import default_data_root
+from dist_train.config.paths import default_data_root
 from dist_train.errors import ConfigError
 
 DIGITS = tuple(string.digits)

@@ -6,8 +6,7 @@ import difflib
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
-from dist_train.data.sets.image_set import Examples
-from dist_train.data.transforms import yields_pixels
+from dist_train.data.sets.image_set import Examples, yields_pixels
 from dist_train.errors import ConfigError
 
 

@@ -135,3 +135,8 @@ def form_of(made: Any) -> str:
 
 
 _SHOWN = 4  # items of a list
+
+
+def yields_pixels(examples: Examples) -> bool:
+    """Sets of ours give uint8 pixels, to be normalised on the device; user code gives what its transforms make."""
+    return isinstance(examples, ImageSet) or getattr(examples, "yields_pixels", False)

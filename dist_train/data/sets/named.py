@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dist_train.config.schema import default_data_root
+from dist_train.config.paths import default_data_root
 from dist_train.data.sets.bundled_mnist import unpack_mnist
 from dist_train.data.sets.catalog import DIGITS, EMNIST_CLASSES, SETS, check_packages, fetch_command
 from dist_train.data.sets.download import fetch

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.schema import Config, default_data_root
+from dist_train.config.paths import default_data_root
+from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, DataError
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.launch.slurm.commands import Partition

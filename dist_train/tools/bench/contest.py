@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from itertools import count
 from typing import Any
 
-from dist_train.launch.torchrun import output_of
+from dist_train.launch.subprocesses import output_of
 from dist_train.tools.bench.harness import measure
 from dist_train.tools.bench.interval import Interval
 from dist_train.tools.bench.task import Found, Task

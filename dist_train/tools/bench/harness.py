@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_train.launch.torchrun import output_of
+from dist_train.launch.subprocesses import output_of
 from dist_train.runs.directory import RunDir
 from dist_train.tools.bench.task import MEAN, STD, Found, Task
 

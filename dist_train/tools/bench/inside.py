@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from dist_train.launch.torchrun import output_of
+from dist_train.launch.subprocesses import output_of
 from dist_train.tools.bench.interval import Interval
 from dist_train.tools.bench.rounds import Round
 

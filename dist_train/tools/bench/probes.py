@@ -18,22 +18,24 @@ from pathlib import Path
 from dist_train.checkpoints.manager import Checkpoints
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.durations import LearningRate, is_due
+from dist_train.config.durations import is_due
 from dist_train.config.loading import parse_config
-from dist_train.config.schema import Config, default_data_root
+from dist_train.config.paths import default_data_root
+from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
 from dist_train.data.epoch_audit import ShardAudit
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.data.sets.named import load_named
 from dist_train.distributed import watchdog
+from dist_train.distributed.devices import peak_memory_gib
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
 from dist_train.models.registry import build_model
 from dist_train.models.tasks.objective import count_correct
 from dist_train.runs.directory import RunDir
 from dist_train.training.agreement import Agreement
-from dist_train.training.metrics import peak_memory_gib
+from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
 
 _STEPS = 200

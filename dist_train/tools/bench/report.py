@@ -17,7 +17,7 @@ import torch
 
 from dist_train.distributed.process import available_cores
 from dist_train.errors import ConfigError
-from dist_train.runs.provenance import cpu_model
+from dist_train.training.provenance import cpu_model
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from dist_train.distributed.process import available_cores
-from dist_train.launch.torchrun import output_of_ranks
+from dist_train.launch.subprocesses import output_of_ranks
 from dist_train.tools.bench.contest import Contest, ratios
 from dist_train.tools.bench.harness import measure
 from dist_train.tools.bench.interval import Interval

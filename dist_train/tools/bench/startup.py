@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dist_train.launch.torchrun import output_of
+from dist_train.launch.subprocesses import output_of
 from dist_train.tools.bench.harness import train
 from dist_train.tools.bench.interval import Interval
 

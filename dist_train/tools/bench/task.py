@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.config.schema import default_data_root
+from dist_train.config.paths import default_data_root
 from dist_train.data.sets.named import load_named
+from dist_train.distributed.devices import peak_memory_gib
 from dist_train.models.nets import MODELS
-from dist_train.training.metrics import peak_memory_gib
 
 MEAN, STD = 0.1307, 0.3081
 EXAMPLES = 60_000

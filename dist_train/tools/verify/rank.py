@@ -30,7 +30,7 @@ from dist_train.data.splits import load_splits
 from dist_train.distributed.process import find_place
 from dist_train.distributed.world import World, end_process
 from dist_train.errors import ConfigError, DistTrainError
-from dist_train.models.registry import drop_rates
+from dist_train.models.invariance import drop_rates
 from dist_train.runs.directory import RunDir
 from dist_train.tools.verify.trial import Outcome, Trial
 from dist_train.training.build import build_parts

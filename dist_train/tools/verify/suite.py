@@ -15,7 +15,7 @@ from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.loading import parse_config, to_yaml
 from dist_train.config.schema import Config
 from dist_train.errors import LaunchError
-from dist_train.launch.torchrun import output_of, output_of_ranks
+from dist_train.launch.subprocesses import output_of, output_of_ranks
 from dist_train.tools.verify.trial import Outcome, Trial
 
 STEPS, SAVE_AT, KILLS = 20, 10, 3

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.durations import LearningRate
 from dist_train.config.schema import Config
 from dist_train.data.batches import Batch, Batches, Nudged
 from dist_train.distributed.rng import derive_seed
 from dist_train.distributed.world import World
 from dist_train.models.invariance import seeding_for
 from dist_train.models.tasks.objective import Objective, Told, count_correct
-from dist_train.training.metrics import Counts, Overflows
+from dist_train.training.step.counts import Counts, Overflows
+from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import unchanged
 from dist_train.training.step.optimizers import bare_step, build_optimizer
 

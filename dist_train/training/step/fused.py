@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dist_train.config.schema import Config, StepMode, user_cache
+from dist_train.config.paths import user_cache
+from dist_train.config.schema import Config, StepMode
 from dist_train.data.batches import ResidentBatches
 from dist_train.models.tasks.objective import Objective, count_correct
 from dist_train.training.step.eager import EagerUpdate

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_train.models.invariance import generator_states
-from dist_train.models.registry import not_invariant
+from dist_train.distributed.rng import generator_states
+from dist_train.models.invariance import not_invariant
 from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.mode_selection import unchanged
 

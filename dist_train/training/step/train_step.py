@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dist_train.checkpoints.weights import load_into
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.durations import LearningRate
 from dist_train.config.schema import Config, StepMode, WantedMode
 from dist_train.data.batches import Batch, Batches, ResidentBatches
 from dist_train.distributed.world import World
@@ -22,6 +21,7 @@ from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.averaging import AveragedNet
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.fused import obstacle, prepare
+from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import Update, rehearse, worth_trying
 from dist_train.training.step.observation import Observation, first_of
 from dist_train.training.step.optimizers import load_state

@@ -15,7 +15,8 @@ from dist_train.config.loading import parse_config
 from dist_train.errors import ConfigError, DataError
 from dist_train.launch.slurm import commands as slurm
 from dist_train.launch.slurm.batch_script import BUNDLED, BatchScript
-from dist_train.launch.slurm.commands import Partition, decide_requeue, judge_term
+from dist_train.launch.slurm.commands import Partition
+from dist_train.launch.slurm.preemption import Slurm, decide_requeue
 from dist_train.launch.slurm.preflight import check_partition, check_submission, seconds_of
 from dist_train.runs.directory import RunDir
 from support.processes import ROOT
@@ -239,8 +240,8 @@ def test_a_run_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
 
 
 def test_a_term_outside_of_slurm_is_an_interrupt() -> None:
-    assert judge_term({}) == "INTERRUPT"
-    assert judge_term({"SLURM_JOB_ID": "1"}) == "INTERRUPT"  # in a batch shell, without a step
+    assert Slurm({}).classify_sigterm() == "INTERRUPT"
+    assert Slurm({"SLURM_JOB_ID": "1"}).classify_sigterm() == "INTERRUPT"  # in a batch shell, without a step
 
 
 # --- refused before it is queued -------------------------------------------------------------------------------------

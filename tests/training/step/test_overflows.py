@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_train.distributed.world import World
-from dist_train.training.metrics import Overflows
+from dist_train.training.step.counts import Overflows
 from dist_train.training.step.train_step import Step
 from support.tiny_runs import new_step
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.durations import LearningRate
 from dist_train.config.loading import parse_config
 from dist_train.data.batches import training_batches
 from dist_train.data.sampler import ShardSampler
 from dist_train.distributed.world import World
 from dist_train.models.nets import MODELS, Mlp
 from dist_train.training.step import mode_selection as rehearsal
+from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import MAX_DISTANCE, rehearse, worth_trying
 from dist_train.training.step.train_step import Step
 from support.processes import DIST_TRAIN

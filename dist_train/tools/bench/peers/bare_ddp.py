@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.distributed.devices import peak_memory_gib
 from dist_train.tools.bench.task import task_of_this_process
-from dist_train.training.metrics import peak_memory_gib
 
 
 def main() -> None:

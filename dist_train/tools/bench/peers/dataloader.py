@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from dist_train.config.schema import default_data_root
+from dist_train.config.paths import default_data_root
 from dist_train.tools.bench.task import MEAN, STD, Task, task_of_this_process
 from dist_train.torchvision_compat import import_torchvision
 

@@ -1,0 +1,123 @@
+"""A BK.Synapse bundle's data set: `bks_dataset.py` with UserDataset, optionally UserValDataset."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dist_train.errors import ConfigError, DataError, UserCodeError
+from dist_train.user_code.bundles import check_method, class_of, import_bundled, label_of, open_bundle
+from dist_train.user_code.importing import explained
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+
+def load_dataset_bundle(path: Path, data_root: Path) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """UserDataset and UserValDataset (None if there is none), made with `data_path=data_root`.
+
+    Raises:
+        ConfigError: nothing at `path`, or a data set that can only be iterated over.
+        DataError: `data_root` cannot be made, or the bundled MNIST not unpacked there.
+        UserCodeError: what lies there does not have the interface above, or fails.
+    """
+    module = open_bundle(path, "bks_dataset.py", "data.bundle")
+    train_class = class_of(module, "UserDataset")
+    val_class = class_of(module, "UserValDataset") if hasattr(module, "UserValDataset") else None
+    classes = [train_class] if val_class is None else [train_class, val_class]
+    for cls in classes:
+        _check_dataset(cls)
+        _pickle_with_module(cls, module)
+    try:
+        data_root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.root={data_root} cannot be made: {error.strerror}. Set data.root.") from error
+    _link_torchvision_folders(module, data_root)
+    sets = []
+    for cls in classes:
+        with explained(label_of(cls), f"made with data_path={str(data_root)!r} failed"):
+            sets.append(cls(str(data_root)))
+    return sets[0], sets[1] if val_class else None
+
+
+class _Module:
+    """Pickled ahead of a data set: unpickling it imports the module that the data set's class is looked up in."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_bundled, (Path(self.file), self.file)
+
+
+def _rebuild(_module: object, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return make(*arguments)
+
+
+def _pickle_with_module(cls: type, module: ModuleType) -> None:
+    # Loader workers that are spawned, not forked, have never heard of the module's name.
+    if any(name in vars(base) for base in cls.__mro__[:-1] for name in ("__reduce__", "__reduce_ex__")):
+        return  # the user's code has its own way
+    file = str(module.__file__)
+
+    def reduce(self: object, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = object.__reduce_ex__(self, protocol)
+        make, arguments, *state = reduced
+        return _rebuild, (_Module(file), make, arguments), *state
+
+    cls.__reduce_ex__ = reduce  # type: ignore[assignment]
+
+
+def _check_dataset(cls: type) -> None:
+    from torch.utils.data import Dataset, IterableDataset
+
+    if issubclass(cls, IterableDataset):
+        raise ConfigError(
+            f"{label_of(cls)} is an IterableDataset. Exact sharding and resume address examples by index: "
+            "make it a Dataset with __len__ and __getitem__."
+        )
+    for name in ("__len__", "__getitem__"):
+        if getattr(cls, name, None) in (None, Dataset.__getitem__):
+            raise UserCodeError(f"{label_of(cls)} has no method {name}. Exact sharding and resume need it.")
+    check_method(cls, "collate", "batch")
+
+
+def _link_torchvision_folders(module: ModuleType, data_root: Path) -> None:
+    """torchvision's MNIST family reads `<root>/<name of the class>/raw`, so `class UserDataset(MNIST)` would find
+    nothing in `UserDataset/raw` and download: a link leads from the derived class's name to its base's.
+    """
+    classes: list[Any] = [value for value in vars(module).values() if inspect.isclass(value)]
+    for cls in classes:
+        ancestors = [base for base in cls.__mro__ if hasattr(base, "raw_folder")]
+        base = next((base for base in ancestors if base.__module__.startswith("torchvision.")), None)
+        if base is None or cls.raw_folder is not base.raw_folder:
+            continue  # not of this family, or the user's code has a folder of its own
+        if base.__name__ == "MNIST":
+            from dist_train.data.sets.download import fetch
+
+            fetch("mnist", data_root, None)
+        if cls.__name__ != base.__name__:
+            _link(data_root / cls.__name__, data_root / base.__name__, cls)
+
+
+def _link(link: Path, target: Path, cls: type) -> None:
+    try:
+        target.mkdir(exist_ok=True)
+        try:
+            link.symlink_to(target.name)  # atomic: of several ranks one makes it, the others find it
+        except FileExistsError:
+            if link.resolve() == target.resolve():
+                return
+            holds = f"a link to {link.readlink()}" if link.is_symlink() else "a file or folder of its own"
+            raise UserCodeError(
+                f"{label_of(cls)} reads its files from {link}, which is {holds} and not a link to {target.name}. "
+                "Give each bundle its own data.root, or move this away."
+            ) from None
+    except OSError as error:
+        raise UserCodeError(
+            f"{label_of(cls)} needs the link {link} -> {target.name}, which cannot be made: {error.strerror}. "
+            "Set data.root to a folder that can be written to."
+        ) from error

@@ -1,0 +1,64 @@
+"""A trained net to take elsewhere: its weights, and a program of torch.export with the normalisation in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from dist_train.atomic_files import whole
+from dist_train.checkpoints.manifest import MODEL
+from dist_train.errors import RunDirError, UserCodeError
+from dist_train.inference.trained_net import SavedNet, logits_of
+from dist_train.models.tasks.confusion import class_names
+
+PROGRAM = "model.pt2"
+
+
+# What the folder of an export says of itself.
+_LOADER = """\
+from pathlib import Path
+
+import torch
+
+net = torch.export.load(Path(__file__).with_name("{program}")).module()
+images = torch.zeros(1, {channels}, {size}, {size}, dtype=torch.uint8)  # yours, as many as you like
+logits = net(images)  # {logits}
+classes = {classes}
+print([classes[index] for index in logits.argmax(dim=1).tolist()])
+"""
+
+
+def export(saved: SavedNet, out: Path) -> list[Path]:
+    """Weights, the net as a program of torch.export with the normalisation in it, and how to load that.
+
+    Raises:
+        RunDirError: the folder exists already, or cannot be written.
+        UserCodeError: the net cannot be exported.
+    """
+    if out.exists():
+        raise RunDirError(f"{out} exists already. Name a folder that is yet to be made.")
+    size, channels = saved.image_size, saved.in_channels
+    example = torch.zeros(2, channels, size, size, dtype=torch.uint8)
+    shape = list(logits_of(saved, example).shape)
+    try:
+        program = torch.export.export(
+            saved.on_pixels, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+        )
+    except Exception as error:  # whatever torch finds to say of a user's net
+        reason = str(error).strip().split("\n")[0]
+        raise UserCodeError(f"torch.export cannot export {type(saved.net).__name__}: {reason}") from error
+    text = _LOADER.format(
+        program=PROGRAM, channels=channels, size=size, logits=f"float [B, {shape[1]}]",
+        classes=class_names(saved.classes, shape[1]),
+    )  # fmt: skip
+    try:
+        with whole(out) as aside:
+            aside.mkdir(parents=True)
+            shutil.copyfile(saved.folder / MODEL, aside / MODEL)
+            torch.export.save(program, aside / PROGRAM)
+            (aside / "load.py").write_text(text)
+    except (OSError, RuntimeError) as error:  # the latter by torch's writer
+        raise RunDirError(f"{out} cannot be written: {error}.") from None
+    return [out / name for name in (MODEL, PROGRAM, "load.py")]

@@ -1,0 +1,39 @@
+"""What pictures show, by a trained net."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_train.data.sets.image_folder import decode
+from dist_train.inference.trained_net import SavedNet, logits_of
+from dist_train.models.tasks.confusion import class_names
+
+_AT_ONCE = 256  # pictures
+
+
+@dataclass(frozen=True)
+class Prediction:
+    image: Path
+    classes: list[str]  # the most probable first
+    probabilities: list[float]
+
+
+def predict(saved: SavedNet, images: Sequence[Path], *, invert: bool = False, count: int = 3) -> Iterator[Prediction]:
+    """What each picture shows. It is turned to the set's colours and size; `invert`: dark on bright, unlike the set's.
+
+    Raises:
+        DataError: a file is no picture.
+        UserCodeError: the net gives something else than logits [B, K].
+    """
+    for start in range(0, len(images), _AT_ONCE):
+        paths = images[start : start + _AT_ONCE]
+        pixels = torch.stack([decode(path, saved.image_size, saved.in_channels) for path in paths])
+        logits = logits_of(saved, 255 - pixels if invert else pixels)
+        names = class_names(saved.classes, logits.shape[1])
+        best = logits.softmax(dim=1).topk(min(count, logits.shape[1]))
+        for path, indices, values in zip(paths, best.indices, best.values, strict=True):
+            yield Prediction(path, [names[index] for index in indices.tolist()], values.tolist())

@@ -1,0 +1,59 @@
+"""Processes that this one starts and whose output it reads: trainings of a sweep, measurements."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from dist_train.distributed.process import (
+    LAUNCHER_PID,
+    OF_ONE_WANDB_RUN,
+    without_torchrun_options,
+)
+from dist_train.errors import LaunchError
+
+Training: TypeAlias = subprocess.Popen[bytes]
+
+
+def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: str) -> Training:
+    """Begin a training in a process of its own that does not outlive this one; what it prints goes to `log`.
+
+    `group`: for W&B, unless the environment names one; the run that it names is another.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in OF_ONE_WANDB_RUN} | {
+        "OMP_NUM_THREADS": str(num_threads),
+        LAUNCHER_PID: str(os.getpid()),
+        "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or group,
+    }
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dist_train", "train", *arguments],
+            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C must reach it once, through us
+        )  # fmt: skip
+
+
+def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What `python -m MODULE ARGUMENT...` prints on stdout, with `environment` besides our own.
+
+    Raises:
+        LaunchError: it failed; with the end of what it said.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**without_torchrun_options(os.environ), **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's own summary alone has 15 and more
+        raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What `nproc` ranks of it under torchrun print together."""
+    options = ["--standalone", f"--nproc-per-node={nproc}", "-m", module]
+    return output_of("torch.distributed.run", *options, *arguments, environment=environment)
