@@ -45,6 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = in_order(item for item in items if item not in left_out)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes may differ from worker to worker (a gzip archive holds the time), and all must find the same tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = dict(os.environ)
