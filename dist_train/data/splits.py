@@ -14,6 +14,7 @@ from dist_train.config.paths import default_data_root
 from dist_train.config.schema import DataConfig
 from dist_train.data.child import in_child
 from dist_train.data.identity import Identity, identify
+from dist_train.data.sets.bundle import load_dataset_bundle
 from dist_train.data.sets.checks import check_pixels, check_settings
 from dist_train.data.sets.image_folder import ImageFolder, check_folder, load_image_folder
 from dist_train.data.sets.image_set import Examples, ImageSet, Part, example_at, num_examples, part_of, yields_pixels
@@ -21,6 +22,7 @@ from dist_train.data.sets.named import load_named
 from dist_train.data.sets.user import check_map_style, load_user_sets
 from dist_train.distributed.rng import derive_seed
 from dist_train.errors import ConfigError, DataError
+from dist_train.user_code.bundles import check_bundle
 from dist_train.user_code.importing import check_object, explained
 
 
@@ -80,8 +82,6 @@ def check_there(config: DataConfig) -> None:
     """
     check_settings(config)
     if config.bundle is not None:
-        from dist_train.user_code.bundles import check_bundle
-
         check_bundle(config.bundle, "bks_dataset.py", "UserDataset", "data.bundle")
     elif ":" in config.name:
         check_object(config.name)
@@ -142,8 +142,6 @@ def _image_shape(train: Examples) -> tuple[int, int, int] | None:
 
 def _load(config: DataConfig, root: Path, ranks_per_node: int) -> dict[str, Examples]:
     if config.bundle is not None:
-        from dist_train.data.sets.bundle import load_dataset_bundle
-
         train, val = load_dataset_bundle(config.bundle, root)
         found = {"train": check_map_style(train, f"The training set of {config.bundle}")}
         if val is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -138,16 +136,14 @@ class UserValDataset(UserDataset): ...
 
 @pytest.fixture
 def bundle(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands for dist_train.user_code.bundles; returns what it was asked and, as the last item, which sets it gives."""
+    """Stands for data.sets.bundle; returns what it was asked and, as the last item, which sets it gives."""
     asked: list[Any] = [(UserDataset(), UserValDataset())]
 
     def load_dataset_bundle(path: Path, data_root: Path) -> Any:
         asked.insert(0, (path, data_root))
         return asked[-1]
 
-    stub = ModuleType("dist_train.user_code.bundles")
-    vars(stub)["load_dataset_bundle"] = load_dataset_bundle
-    monkeypatch.setitem(sys.modules, "dist_train.user_code.bundles", stub)
+    monkeypatch.setattr(module, "load_dataset_bundle", load_dataset_bundle)
     return asked
 
 

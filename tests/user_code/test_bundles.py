@@ -9,7 +9,6 @@ import shutil
 import stat
 import struct
 import sys
-import types
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,9 +76,7 @@ def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         if not (root / "MNIST").exists():
             write_mnist(root / "MNIST" / "raw")
 
-    module = types.ModuleType("dist_train.data")
-    module.fetch = fetch  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "dist_train.data", module)
+    monkeypatch.setattr("dist_train.data.sets.bundle.fetch", fetch)
     return roots
 
 

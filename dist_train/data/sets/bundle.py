@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dist_train.data.sets.download import fetch
 from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.user_code.bundles import check_method, class_of, import_bundled, label_of, open_bundle
 from dist_train.user_code.importing import explained
@@ -96,8 +97,6 @@ def _link_torchvision_folders(module: ModuleType, data_root: Path) -> None:
         if base is None or cls.raw_folder is not base.raw_folder:
             continue  # not of this family, or the user's code has a folder of its own
         if base.__name__ == "MNIST":
-            from dist_train.data.sets.download import fetch
-
             fetch("mnist", data_root, None)
         if cls.__name__ != base.__name__:
             _link(data_root / cls.__name__, data_root / base.__name__, cls)

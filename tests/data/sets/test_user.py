@@ -233,7 +233,7 @@ def test_what_is_no_data_set_is_refused() -> None:
 def test_the_first_example_tells_the_shape() -> None:
     with pytest.raises(
         UserCodeError,
-        match=r"Example 0 of BadFirst cannot be made: .*test_data_user\.py:\d+: RuntimeError: no such image",
+        match=r"Example 0 of BadFirst cannot be made: .*test_user\.py:\d+: RuntimeError: no such image",
     ):
         _ = load("BadFirst").in_channels
     splits = load("NoImages")

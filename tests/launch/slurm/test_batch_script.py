@@ -14,6 +14,7 @@ from dist_train.cli import main
 from dist_train.config.loading import parse_config
 from dist_train.errors import ConfigError, DataError
 from dist_train.launch.slurm import commands as slurm
+from dist_train.launch.slurm import preemption
 from dist_train.launch.slurm.batch_script import BUNDLED, BatchScript
 from dist_train.launch.slurm.commands import Partition
 from dist_train.launch.slurm.preemption import Slurm, decide_requeue
@@ -202,7 +203,7 @@ def test_by_what_the_run_says_of_itself(
 def test_preempted_before_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm knows that it was; the cap holds here too."""
     run_dir = run_that(tmp_path / "run", None)
-    monkeypatch.setattr(slurm, "is_preempted", lambda env: True)
+    monkeypatch.setattr(preemption, "is_preempted", lambda env: True)
     assert decide_requeue(run_dir, JOB, max_requeues=3)[0] == "requeue"
     assert decide_requeue(run_dir, JOB, max_requeues=2)[0] == "failed"
 
