@@ -19,7 +19,7 @@ from dist_train.hardware import is_out_of_memory
 from dist_train.manifest import FORMAT, MANIFEST, MODEL, REMOVING, STATE, TRAINING, digest, fingerprint, settle
 from dist_train.small_files import write_json
 from dist_train.step import Step
-from dist_train.train_state import TrainState, score_of
+from dist_train.train_state import TrainState
 from dist_train.weights import header_of, load_into, read_weights
 from dist_train.whole import remove_leftovers, whole
 
@@ -68,7 +68,7 @@ def write(
                 "attempt": attempt,
                 # Only of an evaluation of these very weights.
                 "metrics": state.val if state.val.get("step") == state.step else {},
-                "score": score_of(state.val) if state.val.get("step") == state.step else None,
+                "score": state.score,
                 "files": {name: fingerprint(aside / name) for name in (MODEL, TRAINING, STATE)},
             }
             write_json(aside / MANIFEST, {**manifest, "sha256": digest(manifest)}, durable=False)

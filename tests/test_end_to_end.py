@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from dist_train.run_dir import RunDir
 from dist_train.saved_net import SavedNet
-from dist_train.small_files import write_json
+from dist_train.small_files import read_json, write_json
 from support.processes import DIST_TRAIN, ROOT, run
 from support.ranks import run_forked, run_on_ranks, train_here, train_on_ranks
 from support.run_files import metrics, train_losses, weights
@@ -41,7 +41,7 @@ def test_a_run_leaves_everything(tmp_path: Path) -> None:
     done = run([*command, "tracking.pictures=true", "tracking.artifact=true"], tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "test accuracy" in done.stdout
+    assert re.search(r"test accuracy \d\d\.\d\d % \(\d+ / 10000\)", done.stdout)
     assert "Traceback" not in done.stdout
     run_dir = tmp_path / "runs/r"
     result = json.loads((run_dir / "result.json").read_text())
@@ -282,5 +282,23 @@ def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
         logits = saved.net(test.images / 255)
     assert logits.dtype == torch.bfloat16
     assert ours == pytest.approx(float(functional.cross_entropy(logits.double(), test.labels)), rel=1e-6)
-    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path, ACCELERATE_MIXED_PRECISION="fp16")
+    assert json.loads(found.stdout)["loss"] == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "exported"),
+    [
+        ("no", "bf16"),
+        pytest.param("fp16", "fp16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="then it is used")),
+    ],
+)
+def test_an_evaluation_goes_by_the_run_not_by_its_launcher(recorded: str, exported: str, tmp_path: Path) -> None:
+    """What fp16 has trained can be looked at on a CPU."""
+    train_on_ranks(own(model={"name": "mlp"}), tmp_path / "r")
+    facts = read_json(tmp_path / "r/run.json")
+    write_json(tmp_path / "r/run.json", facts | {"mixed_precision": recorded})
+    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path, ACCELERATE_MIXED_PRECISION=exported)
+    assert found.returncode == 0, found.stderr
+    ours = read_json(tmp_path / "r/result.json")["test/loss"]
     assert json.loads(found.stdout)["loss"] == pytest.approx(ours, rel=1e-6)
