@@ -194,6 +194,16 @@ def test_user_code_that_draws_from_any_generator_is_seeded(tmp_path: Path) -> No
     assert train_losses(tmp_path / "a") == train_losses(tmp_path / "b")
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_net_that_needs_no_targets(num_workers: int, tmp_path: Path) -> None:
+    data = {"name": "support.user_sets:Unlabelled", "num_workers": num_workers}
+    settings = own(model={"name": "support.user_nets:Encoding"}, data=data, global_batch_size=32)
+    train_on_ranks(settings, tmp_path / "r", world_size=2 - num_workers)
+    losses = train_losses(tmp_path / "r")
+    assert losses[-1] < losses[0]
+    assert json.loads((tmp_path / "r/result.json").read_text())["test/seen"] == 101
+
+
 def test_a_mask_of_infinities_is_no_divergence(tmp_path: Path) -> None:
     train_on_ranks(own(model={"name": "support.user_nets:Masked"}, ema_decay=0.9), tmp_path / "r")
     mask = weights(tmp_path / "r")["mask"]
