@@ -5,15 +5,10 @@ from __future__ import annotations
 import logging
 from functools import cache
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # Python's own will do from 3.12 on
-)
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # Python's own will do from 3.12 on
 
 from dist_train.config import Precision, StepMode
 from dist_train.small_files import parse_object
@@ -64,6 +59,8 @@ class DataFacts(TypedDict):
 
 
 class Sketch(TypedDict):
+    """What an example holds."""
+
     exact: str
     floats: list[Annotated[list[Number], Field(min_length=1)]]  # of each array
 
@@ -72,7 +69,7 @@ class SplitIdentity(TypedDict):
     """What the examples of a split are."""
 
     count: Count
-    labels: NotRequired[str]  # checksums, this and the next two
+    labels: NotRequired[str]  # this and the next two: checksums
     names: NotRequired[str]
     pixels: NotRequired[str]
     examples: NotRequired[dict[str, Sketch]]  # by their indices

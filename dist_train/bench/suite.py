@@ -96,7 +96,7 @@ def _nets(options: Options) -> dict[str, str]:
 
 
 def _resident_and_streamed(options: Options) -> dict[str, str]:
-    return {f"{net}{how}": f"{net}{how}".replace(" ", "") for net in options.nets for how in ("", ", streamed")}
+    return {name: name.replace(" ", "") for net in options.nets for name in (net, f"{net}, streamed")}
 
 
 def _faster_mode() -> str:
