@@ -18,7 +18,8 @@ from dist_train.small_files import to_json
 from dist_train.step import Step
 from dist_train.train_state import TrainState
 from support.once import made_once
-from support.ranks import run_on_ranks, train_here, train_on_ranks
+from support.processes import DIST_TRAIN
+from support.ranks import run_forked, run_on_ranks, train_here, train_on_ranks
 from support.run_files import assert_bit_identical, metrics, status
 
 # Stops at step 8, where neither a `train` line nor the end of an epoch (6 steps) is due.
@@ -49,6 +50,8 @@ def test_an_accuracy_that_is_undefined_now_and_then(tmp_path: Path) -> None:
     assert (result["early_stopped"], result["best/step"], result["best/accuracy"]) == (True, 4, 0.5)
     assert (tmp_path / "r/checkpoints/best").resolve().name == "step_00000004"
     assert "test accuracy 0.166667\n" in (tmp_path / "r/logs/rank_00000.log").read_text()
+    said = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    assert json.loads(said.stdout).keys() == {"step", "loss", "seen"}
 
 
 @pytest.mark.parametrize(

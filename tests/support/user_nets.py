@@ -117,7 +117,8 @@ class Scoring(Mlp):
         return nn.functional.cross_entropy(output, target[:, None]) - 9
 
     def metrics(self, output: Tensor, target: Tensor) -> dict[str, float]:
-        return {"accuracy": float("nan") if self.evaluations in (1, 3) else 1 / self.evaluations}
+        undefined = float("nan")
+        return {"accuracy": undefined if self.evaluations in (1, 3) else 1 / self.evaluations, "recall": undefined}
 
 
 class Encoding(nn.Module):
