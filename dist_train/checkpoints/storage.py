@@ -26,7 +26,7 @@ from dist_train.checkpoints.manifest import (
     fingerprint,
     settle,
 )
-from dist_train.checkpoints.train_state import TrainState, score_of
+from dist_train.checkpoints.train_state import TrainState
 from dist_train.checkpoints.weights import header_of, load_into, read_weights
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.errors import CheckpointError
@@ -95,7 +95,7 @@ def write(
                 "attempt": attempt,
                 # Only of an evaluation of these very weights.
                 "metrics": state.val if state.val.get("step") == state.step else {},
-                "score": score_of(state.val) if state.val.get("step") == state.step else None,
+                "score": state.score,
                 "files": {name: fingerprint(aside / name) for name in (MODEL, TRAINING, STATE)},
             }
             write_json(aside / MANIFEST, {**manifest, "sha256": digest(manifest)}, durable=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -24,19 +25,28 @@ class TrainState:
     def is_best(self) -> bool:
         return bool(self.best) and self.best["step"] == self.step
 
+    @property
+    def score(self) -> float | None:
+        """Of these very weights, higher is better; None where they were not evaluated, or what decides is undefined."""
+        if not self.best or self.val["step"] != self.step:
+            return None
+        score = self._score_of(self.val)
+        return score if math.isfinite(score) else None
+
     def note_evaluation(self, metrics: dict[str, float], min_delta: float) -> None:
-        """Remember an evaluation done at `step` (keys val/...)."""
+        """Remember an evaluation done at `step` (keys val/...), without what is not finite in it."""
         self.evaluation_pending = False
-        self.val = {**metrics, "step": self.step}
-        score = score_of(metrics)
-        if not self.best or score > score_of(self.best):
+        score = self._score_of(metrics)
+        self.val = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"step": self.step}
+        if score > self._score_of(self.best):
             self.best = self.val
-        if self.gain_from is None or score > self.gain_from + min_delta:
+        if score > (-math.inf if self.gain_from is None else self.gain_from + min_delta):
             self.gain_from, self.evaluations_without_gain = score, 0
         else:
             self.evaluations_without_gain += 1
 
-
-def score_of(metrics: dict[str, float]) -> float:
-    """Higher is better: accuracy where it can be counted, else the negative loss."""
-    return metrics.get("val/accuracy", -metrics["val/loss"])
+    def _score_of(self, metrics: dict[str, float]) -> float:
+        """By one metric over the whole run: accuracy where there is one, else the loss. -inf where it is undefined."""
+        name, sign = ("val/accuracy", 1) if "val/accuracy" in (self.best or metrics) else ("val/loss", -1)
+        score = sign * metrics.get(name, math.nan)
+        return score if math.isfinite(score) else -math.inf

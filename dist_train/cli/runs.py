@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dist_train.launch.slurm.commands import Job
     from dist_train.runs.summary import Summary
 
+_QUEUED = ("PENDING", "CONFIGURING")  # of a job, for the first time or again
 _SORTS = ("name", "age", "progress", "accuracy", "speed", "state")
 _run = click.argument("run", type=RunPath())
 
@@ -99,7 +100,7 @@ def show(run: Path) -> None:
         rows.append(["Slurm", f"job {summary.job}" + (f", {job.state} {job.reason}" if job else "")])
     if error := run_dir.read_error():
         rows.append(["error", describe_error(error)])
-    waits = job is not None and job.state in ("PENDING", "CONFIGURING", "RUNNING")
+    waits = job is not None and job.state in (*_QUEUED, "RUNNING")
     if not summary.is_live and summary.state not in ("FINISHED", "NEW") and not waits:
         alone = not summary.job and facts.get("num_nodes") == 1
         rows.append(["to go on", how_to_go_on(run_dir, summary.world_size if alone else None)])
@@ -130,17 +131,23 @@ def tail(run: Path, count: int) -> None:
 @runs.command()
 @_run
 def stop(run: Path) -> None:
-    """Ask a run to save and stop. Any machine that sees its directory may."""
+    """Ask a run to save and stop, also one that waits in Slurm's queue. Any machine that sees its directory may."""
     from dist_train.runs.reports.compare import read_run
 
     summary = read_run(run).summary
-    if not summary.goes_on:
+    job = None if summary.goes_on else _jobs_of([summary]).get(summary.job or "")
+    queued = job is not None and (job.state in _QUEUED or (job.state, summary.state) == ("RUNNING", "NEW"))
+    if not summary.goes_on and not queued:
         raise RunDirError(f"{run} is not running: {summary.state}.")
     try:
         summary.run_dir.stop_wish.touch()
     except OSError as error:
         raise RunDirError(f"{summary.run_dir.stop_wish} cannot be written: {error.strerror}.") from None
-    click.echo(f"{run} stops after its present step, and saves first: dist-train runs tail {run} shows it.")
+    if queued:
+        begins = f"Job {summary.job} of {run} is yet to begin: it stops after its first step, and saves first."
+        click.echo(f"{begins} dist-train slurm cancel {run} takes it out of the queue instead.")
+    else:
+        click.echo(f"{run} stops after its present step, and saves first: dist-train runs tail {run} shows it.")
 
 
 @runs.command()

@@ -175,7 +175,7 @@ class _Collate:
             raise UserCodeError(
                 f"{self._name}.collate made {count} targets of {len(items)} examples ({self._places(indices)}). Those "
                 f"that it leaves out would count as seen: leave them out of the data set itself, so that len() and "
-                f"the indices are of examples that there are."
+                f"the indices are of examples that there are. For a net that needs no targets make them None."
             )
         return inputs, targets, torch.tensor(indices)
 

@@ -48,7 +48,7 @@ def choose_precision(config: Config, device: str, begun_with: str | None = None)
     """
     theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     ours = config.mixed_precision
-    if ours not in (None, "no", theirs) and theirs != "no":
+    if ours not in (None, "no", theirs, begun_with) and theirs != "no":
         raise ConfigError(
             f"mixed_precision={ours} in the config, {theirs} from accelerate launch. Leave one of them out."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,11 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
     examples = splits.test if split == "test" else splits.val
     if examples is None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
-    begun_with = RunDir(path).precision
-    # What fp16 has trained may be looked at without a GPU.
-    world = World.join(config, None if begun_with == "fp16" and not torch.cuda.is_available() else begun_with)
+    precision = RunDir(path).precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        precision = "no"  # what fp16 has trained may be looked at without a GPU
+    # As if the settings named it: whatever a launcher exports is no wish for other numbers.
+    world = World.join(config.model_copy(update={"mixed_precision": precision}), precision)
     if world.is_rank_zero:
         for change in data_changes(RunDir(path).read_facts(), splits.identity):
             _log.warning("%s These numbers are not comparable with its own.", change)
@@ -81,4 +84,5 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
     if not world.is_rank_zero or found is None:
         return None
     classes = class_names(splits.facts["classes"], 0 if counts is None else len(counts))
-    return Evaluated(read_manifest(folder)["step"], found, counts, classes)
+    metrics = {name: value for name, value in found.items() if math.isfinite(value)}
+    return Evaluated(read_manifest(folder)["step"], metrics, counts, classes)

@@ -20,6 +20,8 @@ from dist_train.torchvision_compat import import_torchvision
 from dist_train.user_code.bundles import check_bundle
 from dist_train.user_code.importing import accepted, check_arguments, check_object, closest, explained, load_object
 
+_log = logging.getLogger(__name__)
+
 Known = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
 
 
@@ -193,6 +195,8 @@ def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
     hub = logging.getLogger("huggingface_hub")
     before = hub.level
     hub.setLevel(logging.ERROR)  # without a network it tells of each of ten tries
+    if args["pretrained"]:
+        _log.info("%s: fetching its weights, which may take a minute also where there is no network", config.name)
     try:
         model: nn.Module = timm.create_model(name, **args)
     except (TypeError, ValueError, RuntimeError) as error:

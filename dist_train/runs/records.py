@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # Python's own will do from 3.12 on
 
 from dist_train.atomic_files import parse_object
+from dist_train.config.schema import Precision, StepMode
 
 State = Literal[
     "CREATED", "STARTING", "SETUP", "TRAINING", "EVALUATING", "EVALUATED", "SAVING",
@@ -57,6 +58,24 @@ class DataFacts(TypedDict):
     pixels: bool
 
 
+class Sketch(TypedDict):
+    """What an example holds."""
+
+    exact: str
+    floats: list[Annotated[list[Number], Field(min_length=1)]]  # of each array
+
+
+class SplitIdentity(TypedDict):
+    """What the examples of a split are."""
+
+    count: Count
+    labels: NotRequired[str]  # this and the next two: checksums
+    names: NotRequired[str]
+    pixels: NotRequired[str]
+    examples: NotRequired[dict[str, Sketch]]  # by their indices
+    unsteady: NotRequired[Count]  # the index of one that is another each time
+
+
 class Facts(TypedDict, total=False):
     """run.json, of the newest attempt that came to train."""
 
@@ -67,12 +86,12 @@ class Facts(TypedDict, total=False):
     num_threads: Count
     device: str
     cpu: str
-    mixed_precision: str
-    step_mode: str
+    mixed_precision: Precision
+    step_mode: StepMode
     versions: dict[str, str | None]
     batch_plan: dict[str, Count]
     data: DataFacts
-    data_identity: dict[str, dict[str, Any]]
+    data_identity: dict[str, SplitIdentity]
 
 
 class Error(TypedDict, total=False):

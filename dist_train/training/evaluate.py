@@ -35,6 +35,7 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Mean loss (nats), accuracy (0..1), `seen` and the net's own metrics, every example of the split counted once.
 
+    A metric of the net's own that is not finite is named; whoever writes it down leaves it out, as JSON has no NaN.
     `confusion` is told of each batch that is classified.
     None if the ranks agreed to stop before it was done. `net` is the bare module, not the one wrapped by DDP: shards
     differ by one example, and a wrapped forward is a collective.
@@ -78,8 +79,6 @@ def evaluate(
     if not math.isfinite(means["loss"]):
         raise TrainingDiverged(f"The loss over {seen} examples is not finite. Lower optimizer.lr or set max_grad_norm.")
     undefined = [name for name, mean in means.items() if not math.isfinite(mean)]
-    for name in undefined:
-        del means[name]  # metrics.jsonl is strict JSON
     if undefined:
         _log.warning("left out, since not finite over %d examples: %s", seen, ", ".join(undefined))
     accuracy = {"accuracy": totals["correct"] / seen} if classifies else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def final_passes(splits: Splits, evaluate: Evaluate, world: World, *, with_train
         found = evaluate(part, counted)
         if found is None:
             return None
-        metrics |= {f"{name}/{key}": value for key, value in found.items()}
+        metrics |= {f"{name}/{key}": value for key, value in found.items() if math.isfinite(value)}
     counts, mistakes = confusion.total(world), confusion.mistakes(world)
     classes = class_names(splits.facts["classes"], 0 if counts is None else len(counts))
     if counts is not None:

@@ -65,8 +65,7 @@ def _of(facts: dict[str, Any], name: str) -> Any:
 def data_changes(before: dict[str, Any], now: Mapping[str, Identity]) -> list[str]:
     """In which splits the examples are others than those that a run began with, by its facts: ["The train set has 109
     examples, where the run began with 101.", ...]. An older version recorded none."""
-    recorded = before.get("data_identity")
-    found = differences(now, recorded) if isinstance(recorded, dict) else []
+    found = differences(now, before["data_identity"]) if "data_identity" in before else []
     return [f"The {split} set has {here}, where the run began with {then}." for split, here, then in found]
 
 

@@ -74,12 +74,12 @@ class Journal:
         """One `audit` line."""
         self.tracker.log(self._line() | coverage)
 
-    def note_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
-        """One `val` line."""
+    def note_evaluation(self, seconds: float) -> None:
+        """One `val` line, of what the state has just noted."""
         now = time.perf_counter()
-        line = self._line() | metrics
+        line = self._line() | self.state.val
         line |= {
-            "perf/eval_samples_per_s": round(metrics["val/seen"] / seconds, 1),
+            "perf/eval_samples_per_s": round(line["val/seen"] / seconds, 1),
             "epoch_s": round(now - self._evaluated_at, 3),
         }
         self._evaluated_at = now

@@ -303,8 +303,11 @@ def _report_results(run_dir: RunDir) -> None:
         ratio = 100 * result["effective_training_time"]
         seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.attempt} starts went into new steps"
     _log.info("finished: %d steps, %s", result["step"], seconds)
+    # Where the net tells no classes apart, the accuracy is one of its own, which may be no share of the examples.
+    counted = any(f"{split}/accuracy_by_class" in result for split in ("val", "test"))
     for split in ("train", "val", "test"):
         if f"{split}/accuracy" in result:
             seen, accuracy = result[f"{split}/seen"], result[f"{split}/accuracy"]
-            _log.info("%s accuracy %.2f %% (%d / %d)", split, 100 * accuracy, round(accuracy * seen), seen)
+            share = f"{100 * accuracy:.2f} % ({round(accuracy * seen)} / {seen})"
+            _log.info("%s accuracy %s", split, share if counted else f"{accuracy:g}")
     _log.info("everything is in %s", run_dir.path)

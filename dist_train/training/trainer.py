@@ -187,7 +187,7 @@ class Run:
     def _note_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
         stopping = self.config.early_stop
         self.state.note_evaluation(metrics, stopping.min_delta if stopping else 0.0)
-        self.journal.note_evaluation(metrics, seconds)
+        self.journal.note_evaluation(seconds)
         if self.early_stopped:
             _log.info("no gain in %d evaluations: early stop", self.state.evaluations_without_gain)
 

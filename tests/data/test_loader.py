@@ -136,6 +136,13 @@ def test_a_collate_that_leaves_examples_out_is_refused(targets: Callable[[Tensor
     assert said.startswith("Collated.collate made 3 targets of 4 examples (12, 13, 14, 15).")
 
 
+def test_a_stand_in_for_targets_is_told_what_to_be() -> None:
+    """That it works is shown by a training: `test_a_net_that_needs_no_targets`."""
+    said = told(Collated(lambda batch: (default_collate(batch)[0], torch.zeros(1))))
+    assert said.startswith("Collated.collate made 1 targets of 4 examples (0, 1, 2, 3).")
+    assert said.endswith("For a net that needs no targets make them None.")
+
+
 @pytest.mark.parametrize(
     "targets",
     [

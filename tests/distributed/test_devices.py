@@ -28,6 +28,8 @@ PAGES = 12_288  # 48 MiB: more than malloc keeps if it is not told to
         (None, None, "bf16", "bf16"),
         (None, "bf16", "bf16", "bf16"),
         ("bf16", "no", "bf16", "bf16"),
+        ("bf16", "fp16", "bf16", "bf16"),
+        ("bf16", "fp16", None, "^mixed_precision=bf16 in the config, fp16 from accelerate launch"),
         ("no", "bf16", "no", "no"),
         (
             None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections.abc import Iterator
@@ -245,11 +246,19 @@ def test_timm() -> None:
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
-def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is raised without a network: hub's LocalEntryNotFoundError and urllib's URLError, each an OSError."""
+def test_weights_that_cannot_be_fetched(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is raised without a network: hub's LocalEntryNotFoundError and urllib's URLError, each an OSError.
+
+    The wait before it is announced: by torch itself, whose loading is replaced here, where it is not timm's.
+    """
     timm = pytest.importorskip("timm")
+    caplog.set_level(logging.INFO)
 
     def fail(*_: object, **__: object) -> None:
+        told = [message for message in caplog.messages if "fetching its weights, which may take a minute" in message]
+        assert len(told) == name.startswith("timm")
         raise FileNotFoundError("An error happened while trying to locate the file.\nPlease check your connection.")
 
     monkeypatch.setattr(timm, "create_model", fail)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from dist_train.atomic_files import write_json
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
 from dist_train.runs.directory import RunDir
@@ -143,6 +144,34 @@ def test_stop_is_for_runs_that_go_on(folder: Path) -> None:
     for name in ("lr0.01-s0", "killed", "notes"):
         assert call("runs", "stop", folder / name).exit_code == 1
         assert not (folder / name / "STOP").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "of_job", "holds"),
+    [
+        (None, "PENDING", True),
+        (None, "CONFIGURING", True),
+        (None, "RUNNING", True),  # and yet to write its first status
+        ("PREEMPTED", "PENDING", True),
+        ("INTERRUPT", "PENDING", True),  # submitted again
+        (None, "CANCELLED", False),
+        ("INTERRUPT", "RUNNING", False),  # its batch script ends
+        ("ERROR", "FAILED", False),
+        ("FINISHED", "PENDING", False),
+    ],
+)
+def test_stop_is_for_jobs_that_wait(
+    state: str | None, of_job: str, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+    monkeypatch.setattr("dist_train.launch.slurm.commands.ask", lambda *_, **__: f"7|{of_job}|(Priority)|0:00\n")
+    write_json(run_dir.slurm_json, {"job": "7", "submitted": time.time()})
+    if state is not None:
+        write_json(run_dir.status, {"state": state, "slurm_job_id": "7", "heartbeat": time.time()})
+    said = call("runs", "stop", run_dir.path)
+    assert (said.exit_code, run_dir.stop_wish.exists()) == (0 if holds else 1, holds)
+    if holds:
+        assert said.output.startswith(f"Job 7 of {run_dir.path} is yet to begin: it stops after its first step")
 
 
 def test_tail_follows_to_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

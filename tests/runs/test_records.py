@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from dist_train.launch.diagnosis import find_cause
 from dist_train.launch.slurm.preemption import decide_requeue
 from dist_train.runs.directory import RunDir
 from dist_train.runs.summary import summarise
+from dist_train.training.provenance import data_changes
 
 CONFIG = parse_config({})
 USED = ["null", '"text"', "1e999", "-1"]
@@ -116,6 +120,35 @@ def test_an_entry_is_named_with_its_value(run_dir: RunDir, caplog: pytest.LogCap
     for _ in range(2):
         assert run_dir.read_status() == {"state": "TRAINING", "of a later version": None}
     assert caplog.messages == [f"{run_dir.status} is damaged: attempt=None, step='x'. Going on without that."]
+
+
+def inside(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where else something lies in it."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from inside(item, (*path, key))
+
+
+def test_a_record_of_the_data_is_whole_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever stands at whatever place in it, or is missing there."""
+    now = {"train": {"count": 9, "labels": "x", "examples": {"0": {"exact": "y", "floats": [[0.5, 1.0], [0.0, 2.0]]}}}}
+    damages = [(place, text) for place in inside(now) for text in (*ENTRIES, None)]
+    for number, (place, text) in enumerate(damages):
+        then = json.loads(json.dumps(now))
+        parent = reduce(getitem, place[:-1], then)
+        parent[place[-1]] = "here"
+        if text is None:
+            del parent[place[-1]]
+        run_dir = RunDir(tmp_path / str(number))
+        run_dir.path.mkdir()
+        run_dir.run_json.write_text(json.dumps({"data_identity": then}).replace('"here"', text or ""))
+        caplog.clear()
+        facts = run_dir.read_facts()
+        changes = data_changes(facts, now)
+        assert ("data_identity" in facts) != (f"{run_dir.run_json} is damaged: data_identity=" in caplog.text)
+        assert "data_identity" in facts or changes == []
+        if text is None and place[-1] in ("count", "exact", "floats"):
+            assert "data_identity" not in facts
 
 
 def test_what_is_not_there_is_not_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

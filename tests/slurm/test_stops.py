@@ -158,7 +158,7 @@ def test_a_stop_for_a_job_that_waits(cluster: Cluster, tmp_path: Path, monkeypat
     ours = [sys.executable, "-m", "dist_train", "slurm", "submit", "--launcher=srun", "--nproc=1", "--time=30"]
     job = cluster.ask(*ours, "--partition=low", "--sbatch=--hold", "--run-name=r", *LONG).split()[1].rstrip(",")
     run_dir = tmp_path / "runs/r"
-    (run_dir / "STOP").touch()
+    assert f"Job {job} of " in cluster.ask(sys.executable, "-m", "dist_train", "runs", "stop", "r")
     cluster.ask("scontrol", "release", job)
     wait_until(lambda: ended(cluster, job, run_dir), "end")
     assert (status_of(run_dir)["state"], status_of(run_dir)["step"]) == ("INTERRUPT", 1), log_of(run_dir)

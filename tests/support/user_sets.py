@@ -50,6 +50,13 @@ class Jittered(Dataset[tuple[Tensor, int]]):
         return self.images[index] + noise, int(self.labels[index])
 
 
+class Unlabelled(Jittered):
+    """Its batches have no targets, for a net that needs none."""
+
+    def collate(self, batch: list[tuple[Tensor, int]]) -> tuple[Tensor, None]:
+        return torch.stack([image for image, _ in batch]), None
+
+
 Pair = namedtuple("Pair", "image mask")
 
 

@@ -15,7 +15,7 @@ from dist_train.tools.bench.contest import Contest, Rounds, best_peer, ratios, t
 from dist_train.tools.bench.interval import Interval
 from dist_train.tools.bench.report import write
 from dist_train.tools.bench.rounds import Outlook, Series
-from dist_train.tools.bench.suite import PARTS
+from dist_train.tools.bench.suite import PARTS, Options
 from dist_train.tools.bench.task import Task
 from support.clock import Clock
 from support.processes import DIST_TRAIN, run
@@ -82,7 +82,10 @@ def test_the_table_of_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 PROBED = {
     "breakdown": {"mlp": [{"forward": 1.0, "backward": 2.0, "whole step": 3.0}] * 2},
     "checkpoint": {"50": [{"parameters": 40.0, "stall_ms": 1.0, "worst_stall_ms": 2.0, "write_ms": 9.0}] * 2},
-    "guards": {"mlp": [{"bare_ms": 0.5, "guarded_ms": 0.505, "overhead_percent": 1.0}] * 2},
+    "guards": {
+        "mlp": [{"bare_ms": 0.5, "guarded_ms": 0.505, "overhead_percent": 1.0}] * 2,
+        "mlp, streamed": [{"bare_ms": 2.0, "guarded_ms": 2.01, "overhead_percent": 0.5}] * 2,
+    },
     "growth": {
         "1": [
             {
@@ -112,6 +115,13 @@ def test_every_part_is_a_table_json_and_a_picture(part: str, found: Any, tmp_pat
     assert json.loads((tmp_path / f"{part}.json").read_text()).keys() == {"machine", "found"}
     assert f"![{part}]({part}.png)" in (tmp_path / f"{part}.md").read_text()
     assert (tmp_path / f"{part}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_guards_are_measured_over_a_resident_and_a_streamed_set() -> None:
+    options = Options(nets=("mlp", "conv"), precisions=("no",), batch_size=None, steps=1, nprocs=(1,), repetitions=1)
+    (series,) = PARTS["guards"].series(options)
+    assert [*series.measurements] == ["mlp", "mlp, streamed", "conv", "conv, streamed"]
+    assert "| mlp, streamed | 2.000 | 2.010 | 0.5 (0.5 to 0.5) |" in PARTS["guards"].table(PROBED["guards"])
 
 
 def test_what_is_measured_now_and_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_train.atomic_files import to_json
 from dist_train.checkpoints import manager as checkpoints
 from dist_train.checkpoints.storage import Stateful
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.training import trainer as train
 from support.once import made_once
-from support.ranks import run_on_ranks, train_here, train_on_ranks
+from support.processes import DIST_TRAIN
+from support.ranks import run_forked, run_on_ranks, train_here, train_on_ranks
 from support.run_files import assert_bit_identical, metrics, status
 
 # Stops at step 8, where neither a `train` line nor the end of an epoch (6 steps) is due.
@@ -31,6 +35,51 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "early stop", lambda folder: train_on_ranks(SETTINGS, folder / "r")) / "r"
+
+
+def test_an_accuracy_that_is_undefined_now_and_then(tmp_path: Path) -> None:
+    """Neither the best nor a gain, and never a reason to compare by the loss; of one of the net's own no examples are
+    counted as right."""
+    own = {
+        "data": {"name": "support.user_sets:mnist_part"}, "model": {"name": "support.user_nets:Scoring"},
+        "eval_every": "2 steps", "early_stop": {"patience": 3}, "final_train_eval": False,
+    }  # fmt: skip
+    train_on_ranks(SETTINGS | own, tmp_path / "r")
+    found = {line["step"]: line.get("val/accuracy") for line in metrics(tmp_path / "r") if "val/loss" in line}
+    assert found == {2: None, 4: 1 / 2, 6: None, 8: 1 / 4, 10: 1 / 5}
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert (result["early_stopped"], result["best/step"], result["best/accuracy"]) == (True, 4, 0.5)
+    assert (tmp_path / "r/checkpoints/best").resolve().name == "step_00000004"
+    assert "test accuracy 0.166667\n" in (tmp_path / "r/logs/rank_00000.log").read_text()
+    said = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    assert json.loads(said.stdout).keys() == {"step", "loss", "seen"}
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "scores", "best"),
+    [
+        ([(-9.0, math.nan), (1.0, 0.5), (-9.0, math.nan), (1.0, 0.4)], [None, 0.5, None, 0.4], 2),
+        ([(1.0, 0.5), (-9.0, None), (1.0, 0.6), (1.0, math.inf)], [0.5, None, 0.6, None], 3),
+        ([(1.0, None), (2.0, 0.9), (0.5, None)], [-1.0, -2.0, -0.5], 3),
+        ([(-9.0, math.nan), (-9.0, math.nan)], [None, None], None),
+    ],
+    ids=["now and then", "not always returned", "the loss first", "never"],
+)
+def test_one_metric_decides_over_the_whole_run(
+    evaluations: list[tuple[float, float | None]], scores: list[float | None], best: int | None
+) -> None:
+    """Also where each evaluation is by an attempt of its own."""
+    state, found, without_gain = TrainState(), [], 0
+    for step, (loss, accuracy) in enumerate(evaluations, start=1):
+        state.step = step
+        metrics = {"val/loss": loss} if accuracy is None else {"val/loss": loss, "val/accuracy": accuracy}
+        state.note_evaluation(metrics, min_delta=0.0)
+        without_gain = 0 if state.is_best else without_gain + 1
+        assert state.evaluations_without_gain == without_gain
+        found.append(state.score)
+        state = TrainState(**json.loads(to_json(asdict(state))))
+    assert found == scores
+    assert state.best.get("step") == best
 
 
 def test_its_lines_are_all_there(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from dist_train.atomic_files import write_json
+from dist_train.atomic_files import read_json, write_json
 from dist_train.inference.trained_net import SavedNet
 from dist_train.runs.directory import RunDir
 from support.processes import DIST_TRAIN, ROOT, run
@@ -41,7 +41,7 @@ def test_a_run_leaves_everything(tmp_path: Path) -> None:
     done = run([*command, "tracking.pictures=true", "tracking.artifact=true"], tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "test accuracy" in done.stdout
+    assert re.search(r"test accuracy \d\d\.\d\d % \(\d+ / 10000\)", done.stdout)
     assert "Traceback" not in done.stdout
     run_dir = tmp_path / "runs/r"
     result = json.loads((run_dir / "result.json").read_text())
@@ -194,6 +194,16 @@ def test_user_code_that_draws_from_any_generator_is_seeded(tmp_path: Path) -> No
     assert train_losses(tmp_path / "a") == train_losses(tmp_path / "b")
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_net_that_needs_no_targets(num_workers: int, tmp_path: Path) -> None:
+    data = {"name": "support.user_sets:Unlabelled", "num_workers": num_workers}
+    settings = own(model={"name": "support.user_nets:Encoding"}, data=data, global_batch_size=32)
+    train_on_ranks(settings, tmp_path / "r", world_size=2 - num_workers)
+    losses = train_losses(tmp_path / "r")
+    assert losses[-1] < losses[0]
+    assert json.loads((tmp_path / "r/result.json").read_text())["test/seen"] == 101
+
+
 def test_a_mask_of_infinities_is_no_divergence(tmp_path: Path) -> None:
     train_on_ranks(own(model={"name": "support.user_nets:Masked"}, ema_decay=0.9), tmp_path / "r")
     mask = weights(tmp_path / "r")["mask"]
@@ -282,5 +292,23 @@ def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
         logits = saved.net(test.images / 255)
     assert logits.dtype == torch.bfloat16
     assert ours == pytest.approx(float(functional.cross_entropy(logits.double(), test.labels)), rel=1e-6)
-    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path, ACCELERATE_MIXED_PRECISION="fp16")
+    assert json.loads(found.stdout)["loss"] == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "exported"),
+    [
+        ("no", "bf16"),
+        pytest.param("fp16", "fp16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="then it is used")),
+    ],
+)
+def test_an_evaluation_goes_by_the_run_not_by_its_launcher(recorded: str, exported: str, tmp_path: Path) -> None:
+    """What fp16 has trained can be looked at on a CPU."""
+    train_on_ranks(own(model={"name": "mlp"}), tmp_path / "r")
+    facts = read_json(tmp_path / "r/run.json")
+    write_json(tmp_path / "r/run.json", facts | {"mixed_precision": recorded})
+    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path, ACCELERATE_MIXED_PRECISION=exported)
+    assert found.returncode == 0, found.stderr
+    ours = read_json(tmp_path / "r/result.json")["test/loss"]
     assert json.loads(found.stdout)["loss"] == pytest.approx(ours, rel=1e-6)

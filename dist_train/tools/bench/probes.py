@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from dist_train.checkpoints.manager import Checkpoints
@@ -160,14 +160,15 @@ def growth(copies: str) -> dict[str, float]:
 _BLOCKS, _BLOCK_STEPS = 150, 100
 
 
-def guards(net: str) -> dict[str, float]:
+def guards(contestant: str) -> dict[str, float]:
     """Milliseconds of a step alone, and with all that watches over a run, batch 64; the median of paired ratios.
 
-    Watching are the audit of the examples, the agreement about each second with the heartbeat, the look at files of
-    wishes and at the write under way, and the watchdog; and at each log status.json and whether another start of the
-    run has taken over.
+    `contestant`: a net, over a resident set; or NET,streamed. Watching are the audit of the examples, what tells errors
+    of the net as one line, the agreement about each second with the heartbeat, the look at files of wishes and at the
+    write under way, and the watchdog; and at each log status.json and whether another start of the run has taken over.
     """
-    config = parse_config({"model": {"name": net}})
+    net, _, streamed = contestant.partition(",")
+    config = parse_config({"model": {"name": net}, "data": {"resident": not streamed}})
     world = World.join(config)
     step = _step(config, world)
     sampler = ShardSampler(60_000, step.eager.plan, 0, config.seed)
@@ -177,10 +178,13 @@ def guards(net: str) -> dict[str, float]:
             world, StopRequest(), run_dir, poll=checkpoints.poll, on_agreed=lambda: watchdog.expect_within(600)
         )
         audit = ShardAudit(sampler, world, 0)
-        ignore = step.eager.batches.on_gather
+        eager, untold = step.eager, nullcontext()
+        ignore, told = eager.batches.on_gather, eager.told
 
         def block(first: int, *, guarded: bool) -> float:
-            step.eager.batches.on_gather = audit.note if guarded else ignore
+            eager.batches.at(first, 0)  # a streamed set opens its loader anew where the second block begins
+            eager.batches.on_gather = audit.note if guarded else ignore
+            eager.told = told if guarded else lambda *_: untold  # type: ignore[method-assign, assignment]
             world.synchronize()
             started = time.perf_counter()
             for number in range(first, first + _BLOCK_STEPS):

@@ -95,6 +95,10 @@ def _nets(options: Options) -> dict[str, str]:
     return {net: net for net in options.nets}
 
 
+def _resident_and_streamed(options: Options) -> dict[str, str]:
+    return {name: name.replace(" ", "") for net in options.nets for name in (net, f"{net}, streamed")}
+
+
 def _faster_mode() -> str:
     return "compile" if Task().on_cpu else "graph"
 
@@ -126,7 +130,9 @@ PARTS = {
         speedrun.table,
         speedrun.draw,
     ),
-    "guards": _probe("guards", "guards", _nets, inside.guards_table, inside.guards_draw, typical_s=300.0),
+    "guards": _probe(
+        "guards", "guards", _resident_and_streamed, inside.guards_table, inside.guards_draw, typical_s=300.0
+    ),
     "growth": _probe(
         "growth",
         "growth",
