@@ -15,29 +15,31 @@ _ASIDE = ".writing_"
 
 
 @contextmanager
-def whole(target: Path, *, durable: bool = True, before_rename: Callable[[], object] = lambda: None) -> Iterator[Path]:
+def atomic_write(
+    target: Path, *, durable: bool = True, before_rename: Callable[[], object] = lambda: None
+) -> Iterator[Path]:
     """A path beside `target`: the file or folder that is made there gets its name at the end.
 
     Whoever looks finds what was there before or all of the new one; `durable`: also whoever looks after a power cut.
     What is raised meanwhile, by `before_rename` too, leaves what was there before and no rest. Of folders only an empty
     one is replaced.
     """
-    aside = beside(target)
+    aside = temporary_path(target)
     try:
         yield aside
         if durable:
             for path in (*aside.rglob("*"), aside):
-                sync(path)
+                fsync(path)
         before_rename()
         aside.replace(target)
     except BaseException:
         remove(aside)
         raise
     if durable:
-        sync(target.parent)  # or the rename may be lost
+        fsync(target.parent)  # or the rename may be lost
 
 
-def beside(target: Path) -> Path:
+def temporary_path(target: Path) -> Path:
     """Where to write what is to become `target`; `remove_leftovers` knows it. No two are the same, on no machine."""
     return target.with_name(f"{_ASIDE}{target.name}_{uuid4().hex}")
 
@@ -48,7 +50,7 @@ def remove_leftovers(folder: Path, prefix: str = _ASIDE) -> None:
         remove(stale)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -99,6 +101,6 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """As `whole`."""
-    with whole(path, durable=durable) as aside:
+    """As `atomic_write`."""
+    with atomic_write(path, durable=durable) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.atomic_files import beside, remove_leftovers, whole
+from dist_train.atomic_files import atomic_write, remove_leftovers, temporary_path
 from dist_train.runs.directory import RunDir
 from dist_train.runs.metrics_log import MetricsFile
 from dist_train.user_code.archives import unpacked
@@ -27,7 +27,7 @@ def make(aside: Path, kind: str, text: str) -> None:
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_it_appears_when_all_is_written(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "it"
-    with whole(target) as aside:
+    with atomic_write(target) as aside:
         make(aside, kind, "new")
         assert not target.exists()
     assert [*contents(tmp_path).values()] == [b"new"]
@@ -35,7 +35,7 @@ def test_it_appears_when_all_is_written(kind: str, tmp_path: Path) -> None:
 
 def test_a_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "it").write_text("old")
-    with whole(tmp_path / "it") as aside:
+    with atomic_write(tmp_path / "it") as aside:
         aside.write_text("new")
         assert (tmp_path / "it").read_text() == "old"
     assert contents(tmp_path) == {"it": b"new"}
@@ -51,7 +51,7 @@ def test_a_failure_leaves_what_was_there_and_no_rest(
 
     def write() -> None:
         before_rename = fail if broken == "before_rename" else lambda: None
-        with whole(tmp_path / "it", before_rename=before_rename) as aside:
+        with atomic_write(tmp_path / "it", before_rename=before_rename) as aside:
             make(aside, kind, "new")
             if broken == "body":
                 fail()
@@ -68,7 +68,7 @@ def test_a_failure_leaves_what_was_there_and_no_rest(
 def test_no_folder_takes_the_place_of_a_full_one(tmp_path: Path) -> None:
     """Of several processes that make the same one, the first counts."""
     make(tmp_path / "it", "folder", "first")
-    with pytest.raises(OSError, match="not empty"), whole(tmp_path / "it") as aside:
+    with pytest.raises(OSError, match="not empty"), atomic_write(tmp_path / "it") as aside:
         make(aside, "folder", "second")
     assert contents(tmp_path) == {"it/sub/file": b"first"}
 
@@ -76,7 +76,7 @@ def test_no_folder_takes_the_place_of_a_full_one(tmp_path: Path) -> None:
 def test_files_are_as_readable_as_the_user_wants(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        with whole(tmp_path / "file") as aside:
+        with atomic_write(tmp_path / "file") as aside:
             aside.write_text("x")
     finally:
         os.umask(before)
@@ -85,7 +85,7 @@ def test_files_are_as_readable_as_the_user_wants(tmp_path: Path) -> None:
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     for kind in ("file", "folder"):
-        make(beside(tmp_path / "it"), kind, "half")
+        make(temporary_path(tmp_path / "it"), kind, "half")
     (tmp_path / ".mine").touch()
     remove_leftovers(tmp_path)
     assert contents(tmp_path) == {".mine": b""}

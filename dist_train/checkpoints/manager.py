@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_train.checkpoints.manifest import LINKS, by_score, folder_of, good, manifests, remove_checkpoint
+from dist_train.checkpoints.manifest import LINKS, by_score, folder_of, good_checkpoints, manifests, remove_checkpoint
 from dist_train.checkpoints.storage import Snapshot, Stateful, restore, write
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.checkpoints.weights import with_versions_of
@@ -158,7 +158,7 @@ class Checkpoints:
         return save_s
 
     def describe_last(self) -> str:
-        last = next(iter(good(self.run_dir)), None)
+        last = next(iter(good_checkpoints(self.run_dir)), None)
         return str(last) if last else "none"
 
     # --- keeping -------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class Checkpoints:
         """
         name = ""
         if self.world.is_rank_zero:
-            name = next((path.name for path in good(self.run_dir, set_aside=True)), "")
+            name = next((path.name for path in good_checkpoints(self.run_dir, set_aside=True)), "")
         name = self.world.from_rank_zero(name)
         return restore(self.run_dir.checkpoints / name, step) if name else None
 

@@ -80,10 +80,10 @@ def _mismatch(folder: Path, manifest: dict[str, Any], run_id: str | None) -> str
     return ""
 
 
-def good(run_dir: RunDir, *, set_aside: bool = False) -> Iterator[Path]:
+def good_checkpoints(run_dir: RunDir, *, set_aside: bool = False) -> Iterator[Path]:
     """The good checkpoints, newest first. `set_aside`: move damaged ones out of the way and say so."""
     if set_aside:
-        settle(run_dir.checkpoints)  # a kill may have come between the two renames
+        recover_interrupted_replace(run_dir.checkpoints)  # a kill may have come between the two renames
         for path in _strangers(run_dir.checkpoints):
             _log.warning("%s is no checkpoint of this run: left alone", path)
     folders, run_id = run_dir.step_folders(), run_dir.run_id
@@ -111,7 +111,7 @@ def by_score(found: dict[Path, dict[str, Any]]) -> list[Path]:
     return sorted(scored, key=lambda path: (-found[path]["score"], found[path]["step"]))
 
 
-def best(run_dir: RunDir) -> Path | None:
+def best_checkpoint(run_dir: RunDir) -> Path | None:
     """The checkpoint with the best score, None where none has one."""
     return next(iter(by_score(manifests(run_dir))), None)
 
@@ -122,9 +122,9 @@ def find_checkpoint(run_dir: RunDir, which: str) -> Path:
     Raises:
         CheckpointError: no such good checkpoint; lists those there are.
     """
-    there = list(good(run_dir))
+    there = list(good_checkpoints(run_dir))
     steps = {read_manifest(path)["step"]: path for path in there}
-    found = {"last": there[0] if there else None, "best": best(run_dir)}.get(which)
+    found = {"last": there[0] if there else None, "best": best_checkpoint(run_dir)}.get(which)
     if which.isdigit():
         found = steps.get(int(which))
     if found is None or found not in there:
@@ -142,7 +142,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def settle(parent: Path) -> None:
+def recover_interrupted_replace(parent: Path) -> None:
     """A checkpoint that was being replaced: away if the new one is there, else back in its place."""
     for replaced in parent.glob(".replaced_*"):
         folder = parent / replaced.name.removeprefix(".replaced_")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from dist_train.checkpoints.manifest import good
+from dist_train.checkpoints.manifest import good_checkpoints
 from dist_train.errors import CheckpointError, ConfigError, TrainingDiverged
 from dist_train.runs.directory import RunDir
 
@@ -12,14 +12,14 @@ from dist_train.runs.directory import RunDir
 _SAY_ENOUGH = (ConfigError.__name__, CheckpointError.__name__, TrainingDiverged.__name__)
 
 
-def says_enough(kind: str) -> bool:
-    """Whether after an error of this class `how_to_go_on` adds nothing."""
+def is_self_explanatory(kind: str) -> bool:
+    """Whether after an error of this class `resume_hint` adds nothing."""
     return kind in _SAY_ENOUGH
 
 
-def how_to_go_on(run_dir: RunDir, nproc: int | None = None) -> str:
+def resume_hint(run_dir: RunDir, nproc: int | None = None) -> str:
     """`nproc` None: ranks on several machines, or of a job: only who started them knows how."""
-    newest = next(good(run_dir), None)
+    newest = next(good_checkpoints(run_dir), None)
     if newest is None:
         return "There is no checkpoint yet."
     resume = f"--resume {shlex.quote(str(run_dir.path))}"

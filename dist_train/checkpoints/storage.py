@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_train.atomic_files import remove_leftovers, whole, write_json
+from dist_train.atomic_files import atomic_write, remove_leftovers, write_json
 from dist_train.checkpoints.manifest import (
     FORMAT,
     MANIFEST,
@@ -24,7 +24,7 @@ from dist_train.checkpoints.manifest import (
     TRAINING,
     digest,
     fingerprint,
-    settle,
+    recover_interrupted_replace,
 )
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.checkpoints.weights import header_of, load_into, read_weights
@@ -82,7 +82,7 @@ def write(
             folder.rename(folder.with_name(f".replaced_{folder.name}"))
 
     try:
-        with whole(folder, before_rename=make_room) as aside:
+        with atomic_write(folder, before_rename=make_room) as aside:
             aside.mkdir()
             weights = {name: weight.contiguous() for name, weight in snapshot.model.items()}
             save_file(weights, str(aside / MODEL), header_of(snapshot.model))
@@ -102,7 +102,7 @@ def write(
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         raise CheckpointError(str(error)) from error
     finally:
-        settle(folder.parent)
+        recover_interrupted_replace(folder.parent)
 
 
 def restore(folder: Path, step: Stateful) -> TrainState:

@@ -33,7 +33,7 @@ class TrainState:
         score = self._score_of(self.val)
         return score if math.isfinite(score) else None
 
-    def note_evaluation(self, metrics: dict[str, float], min_delta: float) -> None:
+    def record_evaluation(self, metrics: dict[str, float], min_delta: float) -> None:
         """Remember an evaluation done at `step` (keys val/...), without what is not finite in it."""
         self.evaluation_pending = False
         score = self._score_of(metrics)

@@ -14,7 +14,7 @@ from dist_train.cli.options import load, settings_options
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
-    from dist_train.tools.doctor import Finding
+    from dist_train.tools.doctor import Diagnosis
 
 RANKS_OF_OURS = "DIST_TRAIN_DOCTOR"  # set for the ranks that `--nproc` starts: it reports what they found
 _MEET_S = 60  # ranks that do not meet within so long do not meet
@@ -29,11 +29,11 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
 
     Under torchrun or srun it looks at every rank and at the network between them.
     """
-    from dist_train.distributed.process import find_place, threads_per_process
+    from dist_train.distributed.process import detect_process, threads_per_process
     from dist_train.launch.subprocesses import output_of_ranks
 
     changes = (*options["overrides"], *options["settings"])
-    if nproc > 1 and find_place(os.environ).world_size == 1:
+    if nproc > 1 and detect_process(os.environ).world_size == 1:
         again = ["-c", config_name or "mnist", *(f"-o{override}" for override in changes), "--json"]
         environment = {"OMP_NUM_THREADS": str(threads_per_process(nproc, os.environ)), RANKS_OF_OURS: "1"}
         said = output_of_ranks(nproc, "dist_train", "doctor", *again, environment=environment)
@@ -43,7 +43,7 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
     if rows is not None:
         click.echo(json.dumps(rows) if as_json else _table(rows))
     wrong = any(row["fix"] for row in rows or ())
-    if find_place(os.environ).world_size > 1:
+    if detect_process(os.environ).world_size > 1:
         from dist_train.distributed.world import end_process
 
         end_process(0 if RANKS_OF_OURS in os.environ else int(wrong))
@@ -52,19 +52,19 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
 
 def _examine(config: Config) -> list[dict[str, str]] | None:
     """What all ranks found, on rank zero; of the others only what is wrong there."""
-    from dist_train.config.paths import parent_of_runs
+    from dist_train.config.paths import runs_root
     from dist_train.distributed.world import World
     from dist_train.errors import DistTrainError
-    from dist_train.tools.doctor import Finding, examine, exchange
+    from dist_train.tools.doctor import Diagnosis, examine, exchange
 
-    runs_dir = parent_of_runs(config.runs_dir)
+    runs_dir = runs_root(config.runs_dir)
     mine = [*examine(config, runs_dir)]
     try:
         world = World.join(config.model_copy(update={"setup_timeout_s": _MEET_S}))
         mine.append(exchange(world))
         world.check_shared(runs_dir.absolute())
     except (DistTrainError, RuntimeError) as error:  # the latter by gloo and NCCL
-        return _rows([*mine, Finding("ranks", "do not meet, or not as they should", str(error))])
+        return _rows([*mine, Diagnosis("ranks", "do not meet, or not as they should", str(error))])
     of_all = world.gather(_rows(mine))
     hosts = world.hosts()
     wrong = [
@@ -75,7 +75,7 @@ def _examine(config: Config) -> list[dict[str, str]] | None:
     return [*of_all[0], *wrong] if world.is_rank_zero else None
 
 
-def _rows(findings: list[Finding]) -> list[dict[str, str]]:
+def _rows(findings: list[Diagnosis]) -> list[dict[str, str]]:
     return [asdict(finding) for finding in findings]
 
 

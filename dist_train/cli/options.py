@@ -14,7 +14,7 @@ from dist_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
-    from dist_train.runs.start_options import Start
+    from dist_train.runs.start_options import StartOptions
 
 
 STARTED = time.perf_counter()  # this process
@@ -31,10 +31,10 @@ class RunPath(click.Path):
 
 
 def find_run(path: Path) -> Path:
-    from dist_train.config.paths import parent_of_runs
+    from dist_train.config.paths import runs_root
     from dist_train.runs.summary import is_run
 
-    named = parent_of_runs() / path
+    named = runs_root() / path
     return named if not is_run(path) and is_run(named) else path
 
 
@@ -67,16 +67,16 @@ def start_options(command: Any) -> Any:
     return settings_options(command)
 
 
-def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
+def resolve(options: dict[str, Any]) -> tuple[Config, StartOptions]:
     """What the options of `train` ask for.
 
     Raises:
         ConfigError: no config, or one that is wrong.
     """
     from dist_train.config.loading import load_config
-    from dist_train.config.paths import parent_of_runs
+    from dist_train.config.paths import runs_root
     from dist_train.distributed.process import ASKED_AT, RUN_DIR
-    from dist_train.runs.start_options import Start, check_name
+    from dist_train.runs.start_options import StartOptions, check_run_name
 
     resume, name = options["resume"], options["config_name"]
     told = os.environ.get(RUN_DIR)
@@ -98,7 +98,7 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
             "train_for=5 steps", "log_every=1", "eval_every=0", "save_every=0", "final_train_eval=false",
             "tracking.wandb=disabled",
         ]  # fmt: skip
-    start = Start(
+    start = StartOptions(
         config_name=Path(name).stem + ("-dev" if options["fast_dev_run"] else ""),
         run_name=options["run_name"],
         run_dir=folder,
@@ -110,7 +110,7 @@ def resolve(options: dict[str, Any]) -> tuple[Config, Start]:
     )
     config = load_config(name, overrides)
     if start.run_name is not None:
-        check_name("--run-name", start.run_name, parent_of_runs(config.runs_dir))
+        check_run_name("--run-name", start.run_name, runs_root(config.runs_dir))
     return config, start
 
 
@@ -146,19 +146,19 @@ def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
 
 def look_up(config: Config) -> None:
     """See that net and data set are there, without making them."""
-    from dist_train.data.splits import check_there
-    from dist_train.models.registry import check_name
+    from dist_train.data.splits import check_data_exists
+    from dist_train.models.registry import check_model_exists
 
-    check_there(config.data)
-    check_name(config.model)
+    check_data_exists(config.data)
+    check_model_exists(config.model)
 
 
 def end_rank() -> None:
     """At the end of a command that may be one of several ranks."""
-    from dist_train.distributed.process import find_place
+    from dist_train.distributed.process import detect_process
     from dist_train.distributed.world import end_process
 
-    if find_place(os.environ).world_size > 1:
+    if detect_process(os.environ).world_size > 1:
         end_process(0)
 
 

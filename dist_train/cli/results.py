@@ -11,7 +11,7 @@ import click
 from dist_train.cli.options import RunPath, end_rank, print_table
 
 if TYPE_CHECKING:
-    from dist_train.inference.evaluate_run import Evaluated
+    from dist_train.inference.evaluate_run import EvaluationResult
 
 _MATRIX_UP_TO = 12  # classes; more fit on no screen
 _checkpoint = click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP")
@@ -35,7 +35,7 @@ def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
     end_rank()
 
 
-def _print(found: Evaluated, what: str) -> None:
+def _print(found: EvaluationResult, what: str) -> None:
     from dist_train.models.tasks.confusion import accuracy_by_class
 
     click.echo(f"{what}: {found.metrics['seen']} examples")
@@ -54,7 +54,7 @@ def _print(found: Evaluated, what: str) -> None:
         print_table(["class", "accuracy"], list(zip(found.classes, accuracies, strict=True)))
 
 
-def _print_json(found: Evaluated) -> None:
+def _print_json(found: EvaluationResult) -> None:
     from dist_train.models.tasks.confusion import accuracy_by_class
 
     line: dict[str, Any] = {"step": found.step, **found.metrics}
@@ -73,9 +73,9 @@ def _print_json(found: Evaluated) -> None:
 def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, as_json: bool) -> None:
     """What pictures show, by a run's net: the three most probable classes. PNG, JPEG, whatever PIL reads."""
     from dist_train.inference.predict import predict as ask
-    from dist_train.inference.trained_net import SavedNet
+    from dist_train.inference.trained_net import TrainedNet
 
-    for found in ask(SavedNet.open(run, checkpoint), images, invert=invert):
+    for found in ask(TrainedNet.open(run, checkpoint), images, invert=invert):
         pairs = list(zip(found.classes, found.probabilities, strict=True))
         if as_json:
             click.echo(json.dumps({"image": str(found.image), "classes": dict(pairs)}))
@@ -90,7 +90,7 @@ def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, 
 def export(run: Path, out: Path, checkpoint: str) -> None:
     """A run's net for use elsewhere, in a new folder OUT: weights, and a program that needs torch alone."""
     from dist_train.inference.export import export as write
-    from dist_train.inference.trained_net import SavedNet
+    from dist_train.inference.trained_net import TrainedNet
 
-    for path in write(SavedNet.open(run, checkpoint), out):
+    for path in write(TrainedNet.open(run, checkpoint), out):
         click.echo(f"written: {path}")

@@ -35,10 +35,10 @@ def runs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each.")
 def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sort: str, as_json: bool) -> None:
     """A line for each run. NAME may hold * and ?."""
-    from dist_train.config.paths import parent_of_runs
+    from dist_train.config.paths import runs_root
     from dist_train.runs.summary import find_runs
 
-    folder = folder or parent_of_runs()
+    folder = folder or runs_root()
     if not folder.is_dir():
         raise RunDirError(f"There is no folder {folder}. Name one with --in, or set DIST_TRAIN_RUNS_DIR.")
     names = tuple(Path(name).name for name in names)  # paths are taken too
@@ -69,7 +69,7 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
 def show(run: Path) -> None:
     """All about one run."""
     from dist_train.checkpoints.manifest import manifests
-    from dist_train.checkpoints.resume_hint import how_to_go_on
+    from dist_train.checkpoints.resume_hint import resume_hint
     from dist_train.runs.error_report import describe_error
     from dist_train.runs.reports.compare import read_run
     from dist_train.runs.time_accounting import effective_ratio
@@ -78,7 +78,7 @@ def show(run: Path) -> None:
     summary, run_dir = trained.summary, trained.summary.run_dir
     rows = [["run", str(run_dir.path)], ["state", f"{summary.state}, heard of {_age(summary)} ago"]]
     rows.append(["progress", f"{_progress(summary)}, start {summary.attempt}, world size {summary.world_size or '-'}"])
-    facts = run_dir.read_facts()
+    facts = run_dir.read_provenance()
     if facts:
         device, threads, mode, precision = (
             facts.get(name, "?") for name in ("device", "num_threads", "step_mode", "mixed_precision")
@@ -103,7 +103,7 @@ def show(run: Path) -> None:
     waits = job is not None and job.state in (*_QUEUED, "RUNNING")
     if not summary.is_live and summary.state not in ("FINISHED", "NEW") and not waits:
         alone = not summary.job and facts.get("num_nodes") == 1
-        rows.append(["to go on", how_to_go_on(run_dir, summary.world_size if alone else None)])
+        rows.append(["to go on", resume_hint(run_dir, summary.world_size if alone else None)])
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:{width}}  {value}")
@@ -140,9 +140,9 @@ def stop(run: Path) -> None:
     if not summary.goes_on and not queued:
         raise RunDirError(f"{run} is not running: {summary.state}.")
     try:
-        summary.run_dir.stop_wish.touch()
+        summary.run_dir.stop_request_file.touch()
     except OSError as error:
-        raise RunDirError(f"{summary.run_dir.stop_wish} cannot be written: {error.strerror}.") from None
+        raise RunDirError(f"{summary.run_dir.stop_request_file} cannot be written: {error.strerror}.") from None
     if queued:
         begins = f"Job {summary.job} of {run} is yet to begin: it stops after its first step, and saves first."
         click.echo(f"{begins} dist-train slurm cancel {run} takes it out of the queue instead.")
@@ -161,7 +161,7 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
     from dist_train.runs.reports.charts import learning_curves
     from dist_train.runs.reports.compare import compare as tables_of
     from dist_train.runs.reports.compare import read_run, to_csv, to_json, to_markdown
-    from dist_train.runs.reports.html import to_page
+    from dist_train.runs.reports.html import to_html
 
     found = []
     for path in paths:
@@ -179,7 +179,7 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
         ".csv": lambda: to_csv(tables[0]),
         ".json": lambda: to_json(tables),
         ".png": lambda: learning_curves(found, axis),
-        ".html": lambda: to_page(found, tables),
+        ".html": lambda: to_html(found, tables),
     }
     for file in files:
         if file.suffix not in writers:

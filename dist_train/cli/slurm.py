@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.launch.slurm.batch_script import BatchScript
     from dist_train.runs.directory import RunDir
-    from dist_train.runs.start_options import Start
+    from dist_train.runs.start_options import StartOptions
 
 
 @click.group()
@@ -55,7 +55,7 @@ _OF_JOB = (
 )  # fmt: skip
 
 
-def _script(options: dict[str, Any], config: Config, start: Start) -> BatchScript:
+def _script(options: dict[str, Any], config: Config, start: StartOptions) -> BatchScript:
     from dist_train.launch.slurm.batch_script import BatchScript
 
     arguments = arguments_of_train(options)[1:]
@@ -85,10 +85,10 @@ def submit(**options: Any) -> None:
     from dataclasses import replace
 
     from dist_train.atomic_files import write_json
-    from dist_train.distributed.process import lasting_run_name
+    from dist_train.distributed.process import persistent_run_name
     from dist_train.launch.slurm import commands as cluster
     from dist_train.launch.slurm.preflight import check_partition, check_submission
-    from dist_train.runs.start_options import check_start, find_run_dir, fit_name
+    from dist_train.runs.start_options import check_start, find_run_dir, valid_run_name
 
     config, start = resolve(options)
     script = _script(options, config, start)
@@ -104,7 +104,7 @@ def submit(**options: Any) -> None:
         return
     job = cluster.submit(script.render())
     if named is None:
-        as_the_job_finds_it = lasting_run_name(fit_name(start.config_name), {"SLURM_JOB_ID": job})
+        as_the_job_finds_it = persistent_run_name(valid_run_name(start.config_name), {"SLURM_JOB_ID": job})
         named = find_run_dir(config, replace(start, run_name=as_the_job_finds_it))
     named.create()
     (named.path / "job.sbatch").write_text(script.render())
@@ -117,11 +117,11 @@ def submit(**options: Any) -> None:
 @click.argument("runs", nargs=-1, type=RunPath(), metavar="[RUN]...")
 def status(runs: tuple[Path, ...]) -> None:
     """What Slurm and the runs themselves say of them; without RUN: of all that were submitted."""
-    from dist_train.config.paths import parent_of_runs
+    from dist_train.config.paths import runs_root
     from dist_train.launch.slurm import commands as cluster
     from dist_train.runs.directory import RunDir
 
-    paths = [*runs] or sorted(path.parent for path in parent_of_runs().glob("*/slurm.json"))
+    paths = [*runs] or sorted(path.parent for path in runs_root().glob("*/slurm.json"))
     found = {run: _job_of(RunDir(run)) for run in paths}
     states = cluster.jobs(found.values())
     rows = []
@@ -175,7 +175,7 @@ def cancel(run: Path) -> None:
 @click.option("--told", is_flag=True, help="The batch shell was told that its time is up.")
 def requeue_check(max_requeues: int, told: bool, **options: Any) -> None:
     """For batch scripts, after the step has ended: prints requeue, ended or failed, and on stderr why."""
-    from dist_train.checkpoints.resume_hint import how_to_go_on
+    from dist_train.checkpoints.resume_hint import resume_hint
     from dist_train.launch.slurm.preemption import decide_requeue
     from dist_train.runs.start_options import find_run_dir
 
@@ -183,5 +183,5 @@ def requeue_check(max_requeues: int, told: bool, **options: Any) -> None:
     decision, why = decide_requeue(run_dir, os.environ, max_requeues, told=told)
     click.echo(decision)
     if decision == "failed" and run_dir.config.exists():
-        click.echo(how_to_go_on(run_dir), err=True)
+        click.echo(resume_hint(run_dir), err=True)
     click.echo(f"{run_dir.path}: {decision}, {why}", err=True)  # last: the log's last line says why

@@ -28,19 +28,19 @@ def sweep(
 
     The same command again goes on with what is missing. At the end the runs are compared.
     """
-    from dist_train.config.paths import parent_of_runs
+    from dist_train.config.paths import runs_root
     from dist_train.launch.sweep import Grid, Sweep
     from dist_train.runs.reports.compare import compare, read_run
-    from dist_train.runs.start_options import fit_name
+    from dist_train.runs.start_options import valid_run_name
 
     load(config_name)
     assert config_name is not None
-    name = name or fit_name(f"{Path(config_name).stem}-sweep")
+    name = name or valid_run_name(f"{Path(config_name).stem}-sweep")
     grid = Grid.of(name, config_name, [*overrides, *settings])
     if lines:
         click.echo("\n".join(grid.lines()))
         return
-    work = Sweep(grid, parent_of_runs(grid.points[0].config.runs_dir), jobs=jobs, nproc=nproc)
+    work = Sweep(grid, runs_root(grid.points[0].config.runs_dir), jobs=jobs, nproc=nproc)
     done = work.train(_show)
     finished = [run for run in done if run.state == "FINISHED"]
     if finished:

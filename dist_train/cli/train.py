@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.distributed.signals import StopRequest
     from dist_train.launch.machines import Nodes
-    from dist_train.runs.start_options import Start
+    from dist_train.runs.start_options import StartOptions
 
 _simulating = click.option(
     "--simulate-world-size", type=click.IntRange(1, 4096), metavar="N",
@@ -59,15 +59,15 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
     from dist_train.config.batch_plan import BatchPlan
     from dist_train.config.loading import to_yaml
     from dist_train.distributed.parent import watch_launcher
-    from dist_train.distributed.process import LAUNCHER_PID, find_place
+    from dist_train.distributed.process import LAUNCHER_PID, detect_process
     from dist_train.distributed.signals import StopRequest
-    from dist_train.distributed.stdio import outlive_terminal
+    from dist_train.distributed.stdio import tolerate_closed_stdio
 
-    outlive_terminal()
-    place = find_place(os.environ)
+    tolerate_closed_stdio()
+    place = detect_process(os.environ)
     request = StopRequest()
     if place.started_by in ("torchrun", "accelerate") or LAUNCHER_PID in os.environ:
-        watch_launcher(lambda: request.tell("INTERRUPT"))
+        watch_launcher(lambda: request.request("INTERRUPT"))
     config, start = resolve(options)
     if options["simulate_world_size"]:
         from dist_train.tools.simulate import simulate
@@ -89,11 +89,11 @@ def _train_or_launch(nproc: int | None, options: dict[str, Any]) -> None:
         _train_here(config, start, request)
 
 
-def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -> None:
+def _launch(nproc: int, config: Config, start: StartOptions, options: dict[str, Any]) -> None:
     """Everything that can be refused is refused here, before any process starts."""
-    from dist_train.launch.machines import make_room
+    from dist_train.launch.machines import stop_run_to_rejoin
     from dist_train.launch.torchrun import LaunchSpec, start_ranks
-    from dist_train.runs.start_options import check_start, find_run_dir, remove_if_unbegun
+    from dist_train.runs.start_options import check_start, find_run_dir, remove_if_not_started
 
     nodes = _nodes(options, nproc, config)
     run_dir = find_run_dir(config, start, claim=not options["dry_run"])
@@ -107,7 +107,7 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
         max_restarts=options.get("max_restarts", 0),
     )
     if nodes is not None and nodes.at_least < nodes.at_most and not options["dry_run"]:
-        make_room(run_dir)
+        stop_run_to_rejoin(run_dir)
     click.echo(str(spec))
     if options["dry_run"]:
         return
@@ -120,7 +120,7 @@ def _launch(nproc: int, config: Config, start: Start, options: dict[str, Any]) -
     try:
         code = start_ranks(spec)
     except DistTrainError:
-        remove_if_unbegun(run_dir, start)
+        remove_if_not_started(run_dir, start)
         raise
     sys.exit(code)
 
@@ -152,11 +152,11 @@ def _nodes(options: dict[str, Any], nproc: int, config: Config) -> Nodes | None:
     return nodes
 
 
-def _train_here(config: Config, start: Start, request: StopRequest) -> None:
+def _train_here(config: Config, start: StartOptions, request: StopRequest) -> None:
     from dist_train.launch.slurm.preemption import Slurm
-    from dist_train.training.run import run_attempt
+    from dist_train.training.run import run_training
 
     request.preempt_signal = signal.Signals[f"SIG{config.preempt_signal}"]
     with request:
-        run_attempt(config, start, request, STARTED, Slurm(os.environ))
+        run_training(config, start, request, STARTED, Slurm(os.environ))
     end_rank()

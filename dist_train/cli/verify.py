@@ -20,10 +20,10 @@ def verify(config_name: str | None, overrides: tuple[str, ...], settings: tuple[
     The same losses for any number of processes, resumed as if never stopped, every example counted once, nothing lost
     by a kill.
     """
-    from dist_train.distributed.process import find_place
+    from dist_train.distributed.process import detect_process
     from dist_train.tools.verify.suite import verify as checks
 
-    inside = find_place(os.environ).world_size
+    inside = detect_process(os.environ).world_size
     if inside > 1:
         raise ConfigError(f"verify starts its processes itself, and this is one of {inside}. Start it by itself.")
     broken = 0

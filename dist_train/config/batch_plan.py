@@ -16,18 +16,18 @@ class BatchPlan:
     world_size: int
 
     @property
-    def share(self) -> int:
+    def per_rank_batch_size(self) -> int:
         """Examples per rank and step."""
         return self.per_device_batch_size * self.grad_accum_steps
 
     @property
     def global_batch_size(self) -> int:
-        return self.share * self.world_size
+        return self.per_rank_batch_size * self.world_size
 
     def with_smaller_forwards(self) -> BatchPlan | None:
         """The same global batch in more micro-steps; None if an example at a time is too much already."""
-        smaller = [d for d in _divisors(self.share) if d < self.per_device_batch_size]
-        return BatchPlan(smaller[-1], self.share // smaller[-1], self.world_size) if smaller else None
+        smaller = [d for d in _divisors(self.per_rank_batch_size) if d < self.per_device_batch_size]
+        return BatchPlan(smaller[-1], self.per_rank_batch_size // smaller[-1], self.world_size) if smaller else None
 
     @classmethod
     def fit(cls, global_batch_size: int, at_most_per_device: int, world_size: int) -> BatchPlan:
@@ -36,15 +36,15 @@ class BatchPlan:
         Raises:
             ConfigError: the global batch cannot be shared out equally; names the world sizes that fit.
         """
-        share, rest = divmod(global_batch_size, world_size)
-        if rest or not share:
+        per_rank_batch_size, rest = divmod(global_batch_size, world_size)
+        if rest or not per_rank_batch_size:
             raise ConfigError(
                 f"global_batch_size={global_batch_size} is not a multiple of world_size={world_size} "
-                f"({world_size} x {share} = {world_size * share}). World sizes that fit: "
+                f"({world_size} x {per_rank_batch_size} = {world_size * per_rank_batch_size}). World sizes that fit: "
                 f"{', '.join(map(str, _divisors_near(global_batch_size, world_size)))}."
             )
-        per_device = max(d for d in _divisors(share) if d <= at_most_per_device)
-        return cls(per_device, share // per_device, world_size)
+        per_device = max(d for d in _divisors(per_rank_batch_size) if d <= at_most_per_device)
+        return cls(per_device, per_rank_batch_size // per_device, world_size)
 
     def check_epoch(self, num_examples: int) -> int:
         """Steps per epoch; the ragged tail that does not fill a global batch is dropped.

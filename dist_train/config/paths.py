@@ -55,6 +55,6 @@ def _temporary_cache(own: Path) -> Path:
     return folder
 
 
-def parent_of_runs(runs_dir: Path | None = None) -> Path:
+def runs_root(runs_dir: Path | None = None) -> Path:
     """Where run directories lie: as the settings say, else as DIST_TRAIN_RUNS_DIR does, else in `runs`."""
     return (runs_dir or Path(os.environ.get("DIST_TRAIN_RUNS_DIR") or "runs")).expanduser()

@@ -1,7 +1,7 @@
 """The settings: every one with its type, default and meaning.
 
-A run is one config file. Defaults stand here and nowhere else. A setting is marked `Free` where changing it between
-two starts of a run cannot change the result; all others must agree when a run is resumed.
+A run is one config file. Defaults stand here and nowhere else. A setting is marked `MayChange` where another value at a
+resume cannot change the result; all others must agree when a run is resumed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dist_train.config.durations import Duration, ScheduleName
 
 _log = logging.getLogger(__name__)
 
-Free = "free"  # may differ between the starts of one run
+MayChange = "free"  # may differ between the starts of one run
 
 Precision = Literal["no", "bf16", "fp16"]
 StepMode = Literal["eager", "compile", "graph"]
@@ -100,14 +100,14 @@ class AugmentConfig(_Settings):
 class DataConfig(_Settings):
     name: str = "mnist"  # a data set of `dist-train data ls`, image_folder, or package.module:Name
     bundle: FilePath | None = None  # BK.Synapse user code (folder or zip with bks_dataset.py) instead of a name
-    root: Annotated[FilePath | None, Free] = None  # None: $DIST_TRAIN_DATA_DIR, else the user's cache folder
+    root: Annotated[FilePath | None, MayChange] = None  # None: $DIST_TRAIN_DATA_DIR, else the user's cache folder
     split: str | None = None  # emnist only: balanced, byclass, bymerge, digits, letters or mnist
     image_size: PositiveInt | None = None  # image_folder only: pixels per side
     val_examples: NonNegativeInt = 0  # held out of train for validation; 0: validate on val/ or on the test split
     normalize: Normalize | None = None  # None: pixels / 255, nothing else
     augment: AugmentConfig | None = None  # of training images
-    num_workers: Annotated[int, Field(ge=0, le=1024), Free] = 0  # loader processes per rank, where the set is streamed
-    resident: Annotated[bool | None, Free] = None  # whole set on the device; None: when it can be and fits
+    num_workers: Annotated[int, Field(ge=0, le=1024), MayChange] = 0  # loader processes per rank, of a streamed set
+    resident: Annotated[bool | None, MayChange] = None  # whole set on the device; None: when it can be and fits
     args: Options = {}  # keyword arguments of package.module:Name
 
 
@@ -201,33 +201,33 @@ class Config(_Settings):
     seed: int = Field(0, ge=0, lt=2**63)
     train_for: Steps = Duration(5, "epochs")
     global_batch_size: BatchSize = 64  # examples per optimizer step, over all ranks and micro-steps
-    per_device_batch_size: Annotated[BatchSize, Free] = 1024  # at most so many per forward; lower it when out of memory
+    per_device_batch_size: Annotated[BatchSize, MayChange] = 1024  # at most per forward: lower it if memory is short
     mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None  # None: the launcher's, else no
     dtype: Literal["float32", "float64"] = "float32"  # float64: slow; shows that a difference is rounding and no fault
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Free] = "auto"
-    step_mode: Annotated[WantedMode, Free] = "auto"  # form of the update: equal within rounding
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], MayChange] = "auto"
+    step_mode: Annotated[WantedMode, MayChange] = "auto"  # form of the update: equal within rounding
     max_grad_norm: PositiveFloat | None = None  # clip the global L2 norm of the gradient
     label_smoothing: Fraction = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # evaluate and save averaged weights
     early_stop: EarlyStopConfig | None = None
-    log_every: Annotated[Steps, Free] = Duration(100)  # this and the next two: 0 = only at the end
+    log_every: Annotated[Steps, MayChange] = Duration(100)  # this and the next two: 0 = only at the end
     eval_every: Steps = Duration(1, "epochs")
-    save_every: Annotated[StepsOrSeconds, Free] = Duration(1, "epochs")
-    keep_last: Annotated[PositiveInt, Free] = 2  # newest checkpoints that stay
-    keep_best: Annotated[NonNegativeInt, Free] = 1  # best checkpoints that stay besides
-    keep_every: Annotated[Steps, Free] = Duration(0)  # checkpoints at these steps stay for good; 0 = none
+    save_every: Annotated[StepsOrSeconds, MayChange] = Duration(1, "epochs")
+    keep_last: Annotated[PositiveInt, MayChange] = 2  # newest checkpoints that stay
+    keep_best: Annotated[NonNegativeInt, MayChange] = 1  # best checkpoints that stay besides
+    keep_every: Annotated[Steps, MayChange] = Duration(0)  # checkpoints at these steps stay for good; 0 = none
     # A rank that others wait for longer than this, or that does not get on for so long, ends the run.
-    stall_timeout_s: Annotated[Seconds, Free] = 600.0
-    setup_timeout_s: Annotated[Seconds, Free] = 1800.0  # until the first step: meeting, restoring, compiling
-    preempt_signal: Annotated[Literal["USR1", "USR2"], Free] = "USR1"  # save and stop, to be started again later
+    stall_timeout_s: Annotated[Seconds, MayChange] = 600.0
+    setup_timeout_s: Annotated[Seconds, MayChange] = 1800.0  # until the first step: meeting, restoring, compiling
+    preempt_signal: Annotated[Literal["USR1", "USR2"], MayChange] = "USR1"  # save and stop, to be started again later
     final_train_eval: bool = True  # at the end, an exact pass over the training set in eval mode
-    runs_dir: Annotated[FilePath | None, Free] = None  # None: $DIST_TRAIN_RUNS_DIR, else runs
+    runs_dir: Annotated[FilePath | None, MayChange] = None  # None: $DIST_TRAIN_RUNS_DIR, else runs
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ddp: DdpConfig = DdpConfig()
-    tracking: Annotated[TrackingConfig, Free] = TrackingConfig()
+    tracking: Annotated[TrackingConfig, MayChange] = TrackingConfig()
 
     @model_validator(mode="after")
     def _trains(self) -> Config:
@@ -275,7 +275,7 @@ def _is_free(key: str) -> bool:
         field = section.model_fields.get(part) if section else None
         if field is None:
             return False
-        if Free in field.metadata:
+        if MayChange in field.metadata:
             return True
         section = section_of(field.annotation)
     return False

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.loader import Key, Made, loader_of, stream
+from dist_train.data.loader import ExampleKey, LoadedBatch, loader_of, stream
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import Examples, ImageSet, yields_pixels
 from dist_train.data.transforms import Augment, Pixels, change_each, to_default_dtype
 
-Place = tuple[int, int]  # (step, micro-step)
+Position = tuple[int, int]  # (step, micro-step)
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,25 @@ class ResidentBatches:
         self.on_gather: Callable[[Tensor], object] = _ignore
 
     def at(self, step: int, micro_step: int) -> Batch:
-        draw = self.draw(step, micro_step)
-        return Batch(*self.make(*draw), draw[0])
+        draw = self.select(step, micro_step)
+        return Batch(*self.materialise(*draw), draw[0])
 
-    def draw(self, step: int, micro_step: int) -> tuple[Tensor, ...]:
+    def select(self, step: int, micro_step: int) -> tuple[Tensor, ...]:
         """What decides the micro-batch, on the device: the indices of its examples, int64 [B], and their shifts."""
         size = self.sampler.plan.per_device_batch_size
         indices = self.sampler.indices(step)[micro_step * size : (micro_step + 1) * size]
         self.on_gather(indices)
         return (indices, *self.augment.draw(step, micro_step)) if self.augment else (indices,)
 
-    def make(self, indices: Tensor, *shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """The images [B, C, H, W] and labels [B] that `draw` decided on. Tensor work alone."""
+    def materialise(self, indices: Tensor, *shifts: Tensor) -> tuple[Tensor, Tensor]:
+        """The images [B, C, H, W] and labels [B] that `select` decided on. Tensor work alone."""
         images = self.images.index_select(0, indices)
         if self.augment is not None:
             images = self.augment(images, *shifts)
         return self.pixels(images), self.labels.index_select(0, indices)
 
 
-class Nudged:
+class PerturbedBatches:
     """Resident batches whose pixels are each off by at most `by`, as a part of itself."""
 
     wait_s = 0.0
@@ -116,11 +116,11 @@ class StreamingBatches:
         self.on_gather: Callable[[Tensor], object] = _ignore
         self._sampler = sampler
         self._augment = augment
-        self._place = Placing(pixels, device)
+        self._place = ToDevice(pixels, device)
         self._open = partial(loader_of, examples, num_workers=num_workers, device=device, seed=seed)
-        self._stream: Iterator[Made] = iter(())
-        self._last: tuple[Place, Batch] | None = None
-        self._next: Place | None = None  # what comes out of `_ready`, then out of the stream
+        self._stream: Iterator[LoadedBatch] = iter(())
+        self._last: tuple[Position, Batch] | None = None
+        self._next: Position | None = None  # what comes out of `_ready`, then out of the stream
         self._ready: deque[Batch] = deque()
         # On a GPU the next batch is copied and normalised beside the work on this one.
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -146,13 +146,13 @@ class StreamingBatches:
         self.on_gather(batch.indices)
         return batch
 
-    def _fetch(self, place: Place) -> Batch:
+    def _fetch(self, place: Position) -> Batch:
         made = next(self._stream)
         with torch.cuda.stream(self._side):  # None: nothing changes
             shifts = self._augment.draw(*place) if self._augment else ()
             return self._place(made, lambda images: self._augment(images, *shifts) if self._augment else images)
 
-    def _after(self, place: Place) -> Place:
+    def _after(self, place: Position) -> Position:
         step, micro_step = place
         last = micro_step + 1 == self._sampler.plan.grad_accum_steps
         return (step + 1, 0) if last else (step, micro_step + 1)
@@ -175,7 +175,7 @@ def _record(stream: torch.cuda.Stream, item: Any) -> Any:
     return item
 
 
-def _keys(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[Key]]:
+def _keys(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[ExampleKey]]:
     """The keys of every micro-batch from here on, without end.
 
     No method of the batches: the loader that reads it would be part of a cycle, and its workers would live on until
@@ -184,19 +184,19 @@ def _keys(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[Ke
     size = sampler.plan.per_device_batch_size
     while True:
         epoch = step // sampler.steps_per_epoch
-        for start in range(micro_step * size, sampler.plan.share, size):
+        for start in range(micro_step * size, sampler.plan.per_rank_batch_size, size):
             yield [(epoch, index) for index in sampler.indices(step)[start : start + size].tolist()]
         step, micro_step = step + 1, 0
 
 
-class Placing:
+class ToDevice:
     """What a loader made, moved to the device and, if it is pixels, made into images there."""
 
     def __init__(self, pixels: Pixels | None, device: torch.device) -> None:
         self.pixels = pixels
         self.device = device
 
-    def __call__(self, made: Made, change: Callable[[Tensor], Tensor] = lambda images: images) -> Batch:
+    def __call__(self, made: LoadedBatch, change: Callable[[Tensor], Tensor] = lambda images: images) -> Batch:
         inputs, targets, indices = made
         labels = None
         if self.device.type != "cpu":

@@ -18,7 +18,7 @@ from dist_train.errors import DistTrainError, UserCodeError
 T = TypeVar("T")
 
 
-def in_child(function: Callable[..., T], *args: Any) -> T:
+def run_in_child(function: Callable[..., T], *args: Any) -> T:
     """What `function(*args)` returns (small, picklable), without a trace in this process.
 
     The child begins as a DataLoader's workers do: by fork, where that is the way here. So what a set opens at its first

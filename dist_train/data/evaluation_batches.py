@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from dist_train.config.schema import Config
-from dist_train.data.batches import Batch, Placing, is_resident
+from dist_train.data.batches import Batch, ToDevice, is_resident
 from dist_train.data.loader import loader_of, stream
 from dist_train.data.sampler import evaluation_shard
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples, yields_pixels
@@ -42,7 +42,7 @@ class EvaluationBatches:
         self.num_examples = num_examples(examples)
         self.num_batches = num_batches
         self._chunks = torch.split(shard, batch_size) if len(shard) else ()
-        self._place = Placing(pixels, device)
+        self._place = ToDevice(pixels, device)
         self._seed = seed
         self._resident = None
         if resident and isinstance(examples, ImageSet):

@@ -21,14 +21,14 @@ from dist_train.data.sets.image_set import Examples, ImageSet, example_at, form_
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.distributed.rng import derive_seed, seed_everything
 from dist_train.errors import DataError, DistTrainError, UserCodeError
-from dist_train.user_code.importing import explanation
+from dist_train.user_code.importing import user_code_error
 
-Key = tuple[int, int]  # (epoch, index): what a loader worker needs to make an example
-Made = tuple[Any, Any, Tensor]  # inputs, targets and indices of a batch, on the CPU
+ExampleKey = tuple[int, int]  # (epoch, index): what a loader worker needs to make an example
+LoadedBatch = tuple[Any, Any, Tensor]  # inputs, targets and indices of a batch, on the CPU
 
 
 def loader_of(
-    examples: Examples, keys: Iterable[list[Key]], num_workers: int, device: torch.device, seed: int
+    examples: Examples, keys: Iterable[list[ExampleKey]], num_workers: int, device: torch.device, seed: int
 ) -> DataLoader[Any]:
     """Makes the batches of `keys`, ahead of time, pinned where the device is a GPU; open it with `stream`."""
     return DataLoader(
@@ -56,7 +56,7 @@ class Seeded(Dataset[Any]):
         self.seed = seed
         self.draws = not isinstance(examples, ImageSet)
 
-    def __getitem__(self, key: Key) -> tuple[int, Any]:
+    def __getitem__(self, key: ExampleKey) -> tuple[int, Any]:
         """
         Raises:
             UserCodeError: as `example_at`.
@@ -75,9 +75,9 @@ class _Batches(Dataset[Any]):
         self._seeded = Seeded(examples, seed)
         self._collate = _Collate(examples)
 
-    def __getitem__(self, keys: list[Key]) -> Made | DistTrainError:
+    def __getitem__(self, keys: list[ExampleKey]) -> LoadedBatch | DistTrainError:
         try:
-            with _faults_told():
+            with _translate_loader_errors():
                 return self._collate([self._seeded[key] for key in keys])
         except DistTrainError as error:
             return error
@@ -87,7 +87,7 @@ def _as_it_is(made: Any) -> Any:
     return made
 
 
-def loader_fault(error: BaseException) -> DataError | None:
+def loader_error(error: BaseException) -> DataError | None:
     """What DataLoader and torch's shared memory have to say of loader workers; None if `error` is of something else.
 
     That a worker is gone may be raised anywhere: by the handler of a signal.
@@ -126,13 +126,13 @@ def _too_little_shared_memory() -> DataError:
 
 
 @contextmanager
-def _faults_told() -> Iterator[None]:
+def _translate_loader_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if loader_fault(error) is None:
+        if loader_error(error) is None:
             raise
-        raise loader_fault(error) from error  # type: ignore[misc]
+        raise loader_error(error) from error  # type: ignore[misc]
     except OSError as error:  # by multiprocessing: those of the user's code are told already
         if error.errno == errno.EMFILE:
             raise _too_many_files() from error
@@ -150,7 +150,7 @@ class _Collate:
         self._examples = examples
         self._own: Callable[[list[Any]], Any] | None = getattr(examples, "collate", None)
 
-    def __call__(self, items: list[tuple[int, Any]]) -> Made:
+    def __call__(self, items: list[tuple[int, Any]]) -> LoadedBatch:
         """
         Raises:
             UserCodeError: there is no batch of these examples, or one that leaves some of them out.
@@ -161,7 +161,7 @@ class _Collate:
         except DistTrainError:
             raise
         except Exception as error:
-            if is_out_of_memory(error) or loader_fault(error):
+            if is_out_of_memory(error) or loader_error(error):
                 raise
             raise self._blame(error, indices, batch) from error
         if not isinstance(made, (tuple, list)) or len(made) != 2:
@@ -181,7 +181,7 @@ class _Collate:
 
     def _blame(self, error: Exception, indices: list[int], batch: list[Any]) -> UserCodeError:
         if self._own is not None:
-            return explanation(f"{self._name}.collate failed on examples {self._places(indices)}", error)
+            return user_code_error(f"{self._name}.collate failed on examples {self._places(indices)}", error)
         forms = [form_of(example) for example in batch]
         other = next((number for number, form in enumerate(forms) if form != forms[0]), 0)
         shown = [f"{name_of(self._examples, indices[number])} is {forms[number]}" for number in sorted({0, other})]
@@ -221,7 +221,7 @@ def _kind_of(made: Any) -> str:
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def stream(loader: DataLoader[Any]) -> Iterator[Made]:
+def stream(loader: DataLoader[Any]) -> Iterator[LoadedBatch]:
     """Iterate, with workers that only their parent can stop: the ranks agree on a stop and need batches until then.
 
     Blocked while the workers are forked, the signals are so in them from their first moment on.
@@ -232,16 +232,16 @@ def stream(loader: DataLoader[Any]) -> Iterator[Made]:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        with _faults_told():
+        with _translate_loader_errors():
             batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return _received(batches)
 
 
-def _received(batches: Iterator[Made | DistTrainError]) -> Iterator[Made]:
+def _received(batches: Iterator[LoadedBatch | DistTrainError]) -> Iterator[LoadedBatch]:
     while True:
-        with _faults_told():
+        with _translate_loader_errors():
             made = next(batches, None)
         if made is None:
             return
@@ -263,12 +263,12 @@ def _tell_parent(queue: Queue[Any], error: Exception, item: tuple[int, Any]) -> 
     """In place of a batch that could not be handed over, why: a queue by itself drops it, and the parent waits on."""
     number, _made = item
     try:
-        with _faults_told():
+        with _translate_loader_errors():
             raise error
     except DistTrainError as found:
         queue.put((number, found))
     except Exception:
-        queue.put((number, explanation("A batch cannot be handed over by a loader worker", error)))
+        queue.put((number, user_code_error("A batch cannot be handed over by a loader worker", error)))
 
 
 def _heed_only_the_parent() -> None:

@@ -33,7 +33,7 @@ class ShardSampler(DistributedSampler[Any]):
         self.run_seed = seed
         self.steps_per_epoch = plan.check_epoch(num_examples)
         self.num_dropped = num_examples % plan.global_batch_size
-        self.num_samples = self.steps_per_epoch * plan.share
+        self.num_samples = self.steps_per_epoch * plan.per_rank_batch_size
         self.total_size = self.steps_per_epoch * plan.global_batch_size
         self._permutation: tuple[int, Tensor] | None = None
         self._device = torch.device("cpu")

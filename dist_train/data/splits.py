@@ -12,22 +12,30 @@ from torch import Tensor
 
 from dist_train.config.paths import default_data_root
 from dist_train.config.schema import DataConfig
-from dist_train.data.child import in_child
+from dist_train.data.child import run_in_child
 from dist_train.data.identity import Identity, identify
 from dist_train.data.sets.bundle import load_dataset_bundle
 from dist_train.data.sets.checks import check_pixels, check_settings
 from dist_train.data.sets.image_folder import ImageFolder, check_folder, load_image_folder
-from dist_train.data.sets.image_set import Examples, ImageSet, Part, example_at, num_examples, part_of, yields_pixels
+from dist_train.data.sets.image_set import (
+    Examples,
+    ImageSet,
+    Subset,
+    example_at,
+    num_examples,
+    subset_of,
+    yields_pixels,
+)
 from dist_train.data.sets.named import load_named
 from dist_train.data.sets.user import check_map_style, load_user_sets
 from dist_train.distributed.rng import derive_seed
 from dist_train.errors import ConfigError, DataError
 from dist_train.user_code.bundles import check_bundle
-from dist_train.user_code.importing import check_object, explained
+from dist_train.user_code.importing import check_object, wrap_user_errors
 
 
 @dataclass(frozen=True)
-class Look:
+class DataSummary:
     """What the sets tell of themselves, as they were found: before examples were held out."""
 
     image_shape: tuple[int, int, int] | None  # [C, H, W] of the first training example, None if that is no image
@@ -42,39 +50,39 @@ class Splits:
     val: Examples | None
     test: Examples | None  # the same object as `val` where validation uses the test split
     val_source: str  # for the report: where `val` comes from
-    look: Look
+    summary: DataSummary
 
     @property
-    def known(self) -> dict[str, int | None]:
+    def input_spec(self) -> dict[str, int | None]:
         """What a net may need to know of the data; None where the set does not tell."""
         return {"in_channels": self.in_channels, "num_classes": self.num_classes, "image_size": self.image_size}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What a net needs to know to be used without the data."""
-        return {**self.known, "classes": self.look.classes, "pixels": yields_pixels(self.train)}
+        return {**self.input_spec, "classes": self.summary.classes, "pixels": yields_pixels(self.train)}
 
     @property
     def in_channels(self) -> int | None:
-        return self.look.image_shape[0] if self.look.image_shape else None
+        return self.summary.image_shape[0] if self.summary.image_shape else None
 
     @property
     def image_size(self) -> int | None:
         """Pixels per side; None if the images are not square."""
-        shape = self.look.image_shape
+        shape = self.summary.image_shape
         return shape[1] if shape and shape[1] == shape[2] else None
 
     @property
     def num_classes(self) -> int | None:
-        return self.look.num_classes
+        return self.summary.num_classes
 
     @property
     def identity(self) -> Mapping[str, Identity]:
         """What the examples of each split are known by."""
-        return self.look.identity
+        return self.summary.identity
 
 
-def check_there(config: DataConfig) -> None:
+def check_data_exists(config: DataConfig) -> None:
     """See that the data set is there, as far as can be told without reading it. Code of the user as in `check_object`.
 
     Raises:
@@ -106,24 +114,24 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     of_user = [split for split, examples in found.items() if not isinstance(examples, (ImageSet, ImageFolder))]
     # Where workers are to be forked, a set of the user stays as it was made, its length unasked: it may open a file.
     apart = of_user if config.num_workers else []
-    seen = in_child(_look, found, seed) if apart else _look(found, seed)
-    found |= {split: Part(found[split], range(seen.identity[split]["count"])) for split in apart}
+    seen = run_in_child(_summarise, found, seed) if apart else _summarise(found, seed)
+    found |= {split: Subset(found[split], range(seen.identity[split]["count"])) for split in apart}
     check_pixels(config, found["train"], seen.image_shape)
     return Splits(*_with_validation(config, seed, found), seen)
 
 
-def _look(found: Mapping[str, Examples], seed: int) -> Look:
+def _summarise(found: Mapping[str, Examples], seed: int) -> DataSummary:
     identity = {}
     for split, examples in found.items():
-        with explained(f"The {split} set", "cannot be read"):
+        with wrap_user_errors(f"The {split} set", "cannot be read"):
             if not num_examples(examples):
                 raise DataError(f"The {split} set holds no examples.")
             identity[split] = identify(examples, seed)
     train = found["train"]
-    with explained("The train set", "cannot be read"):
+    with wrap_user_errors("The train set", "cannot be read"):
         classes, stated = getattr(train, "classes", None), getattr(train, "num_classes", None)
         counted = len(classes) if isinstance(classes, Sized) else None
-        return Look(
+        return DataSummary(
             image_shape=_image_shape(train),
             num_classes=stated if isinstance(stated, int) else counted,
             classes=list(map(str, classes)) if isinstance(classes, (list, tuple)) else None,
@@ -178,8 +186,8 @@ def _with_validation(config: DataConfig, seed: int, found: dict[str, Examples]) 
         )
     # The generator is ours alone, so that every rank and every resume draws the same examples.
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(derive_seed(seed, "val")))
-    val = part_of(train, shuffled[:held_out].sort().values)
-    train = part_of(train, shuffled[held_out:].sort().values)
+    val = subset_of(train, shuffled[:held_out].sort().values)
+    train = subset_of(train, shuffled[held_out:].sort().values)
     return train, val, test, f"{held_out} examples held out of train"
 
 

@@ -12,11 +12,11 @@ from typing import cast
 import torch
 
 from dist_train.config.schema import Config, Precision
-from dist_train.distributed.process import Place
+from dist_train.distributed.process import ProcessInfo
 from dist_train.errors import ConfigError, LaunchError
 
 
-def choose_device(config: Config, place: Place) -> str:
+def choose_device(config: Config, place: ProcessInfo) -> str:
     """cuda, else mps for one process, else cpu."""
     wanted = config.device
     if wanted == "auto":
@@ -38,25 +38,25 @@ def choose_device(config: Config, place: Place) -> str:
     return wanted
 
 
-def choose_precision(config: Config, device: str, begun_with: str | None = None) -> Precision:
+def choose_precision(config: Config, device: str, recorded_precision: str | None = None) -> Precision:
     """YAML wins; the launcher's counts when YAML is silent (`accelerate launch` always exports one).
 
-    `begun_with`: that of the run that goes on, which stays. A launcher's `no` is no wish for another.
+    `recorded_precision`: that of the run that goes on, which stays. A launcher's `no` is no wish for another.
 
     Raises:
         ConfigError: not to be had, or another than the run was begun with.
     """
     theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     ours = config.mixed_precision
-    if ours not in (None, "no", theirs, begun_with) and theirs != "no":
+    if ours not in (None, "no", theirs, recorded_precision) and theirs != "no":
         raise ConfigError(
             f"mixed_precision={ours} in the config, {theirs} from accelerate launch. Leave one of them out."
         )
-    precision = ours or (begun_with if begun_with and theirs == "no" else theirs)
-    if begun_with and precision != begun_with:
+    precision = ours or (recorded_precision if recorded_precision and theirs == "no" else theirs)
+    if recorded_precision and precision != recorded_precision:
         wish = f"mixed_precision={ours}" if ours else f"ACCELERATE_MIXED_PRECISION={theirs}"
-        fix = f"Set mixed_precision={begun_with}" if ours else "Unset it"
-        raise ConfigError(f"{wish}, and the run was begun with {begun_with}. {fix}.")
+        fix = f"Set mixed_precision={recorded_precision}" if ours else "Unset it"
+        raise ConfigError(f"{wish}, and the run was begun with {recorded_precision}. {fix}.")
     if precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: no, bf16 or fp16.")
     if precision == "fp16" and device == "cpu":

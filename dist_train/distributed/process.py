@@ -25,7 +25,7 @@ _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """One process among those that train together."""
 
     rank: int = 0
@@ -35,7 +35,7 @@ class Place:
     started_by: str = "python"  # python | torchrun | accelerate | srun
 
 
-def find_place(env: Mapping[str, str]) -> Place:
+def detect_process(env: Mapping[str, str]) -> ProcessInfo:
     """Read this process's place from its environment.
 
     RANK set: torchrun or accelerate. Else a Slurm step of several tasks: srun (in a batch shell SLURM_PROCID is set
@@ -55,10 +55,10 @@ def find_place(env: Mapping[str, str]) -> Place:
             "Use a config file of this project, say launch/accelerate.sh (launch/accelerate/cpu.yaml), "
             "or dist-train launch --nproc N."
         )
-    return Place(started_by="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "python")
+    return ProcessInfo(started_by="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "python")
 
 
-def _from_rendezvous(env: Mapping[str, str]) -> Place:
+def _from_rendezvous(env: Mapping[str, str]) -> ProcessInfo:
     env = {**env, **_local_place(env)}
     missing = [name for name in _RENDEZVOUS if not env.get(name)]
     if missing:
@@ -72,7 +72,7 @@ def _from_rendezvous(env: Mapping[str, str]) -> Place:
     if not 0 <= rank < world_size:
         raise LaunchError(f"RANK={rank} is not below WORLD_SIZE={world_size}. Let the launcher set both.")
     started_by = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "the environment"
-    return Place(
+    return ProcessInfo(
         rank=rank,
         local_rank=_number(env, "LOCAL_RANK"),
         world_size=world_size,
@@ -101,10 +101,10 @@ def _local_place(env: Mapping[str, str]) -> dict[str, str]:
     return dict(zip(("LOCAL_RANK", "LOCAL_WORLD_SIZE"), local, strict=True))
 
 
-def _from_srun(env: Mapping[str, str]) -> Place:
+def _from_srun(env: Mapping[str, str]) -> ProcessInfo:
     world_size = _number(env, "SLURM_STEP_NUM_TASKS")
     tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return Place(
+    return ProcessInfo(
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
         world_size=world_size,
@@ -124,7 +124,7 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def export_rendezvous(place: Place, env: MutableMapping[str, str]) -> None:
+def export_rendezvous(place: ProcessInfo, env: MutableMapping[str, str]) -> None:
     """Complete what torch.distributed and Accelerate read. An explicit MASTER_ADDR or MASTER_PORT wins."""
     if place.world_size == 1:
         return
@@ -178,7 +178,7 @@ def slurm_job(env: Mapping[str, str]) -> str | None:
     return env.get("SLURM_JOB_ID") or None
 
 
-def lasting_run_name(config_name: str, env: Mapping[str, str]) -> str | None:
+def persistent_run_name(config_name: str, env: Mapping[str, str]) -> str | None:
     """A name that a later start finds again: `<config>-<job id>` under Slurm, `<config>-<run id>` in a sweep of W&B."""
     if env.get("WANDB_SWEEP_ID") and env.get("WANDB_RUN_ID"):
         return f"{config_name}-{env['WANDB_RUN_ID']}"

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Literal
 
 StopState = Literal["INTERRUPT", "PREEMPTED"]
-Wish = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # TERM may mean either: Slurm sends it for both
+StopReason = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # TERM may mean either: Slurm sends it for both
 
 # Slurm and torchrun both deliver a signal, and torchrun again when it gets its own copy twice: a preemption without
 # time of grace is up to four TERMs within 20 ms. Copies within this time are no second wish.
@@ -26,12 +26,12 @@ class StopRequest:
 
     def __init__(self, preempt_signal: signal.Signals = signal.SIGUSR1) -> None:
         self.preempt_signal = preempt_signal
-        self.told: Wish | None = None
+        self.requested: StopReason | None = None
         self._first_at: float | None = None
 
-    def tell(self, wish: Wish) -> None:
+    def request(self, wish: StopReason) -> None:
         """Safe in a signal handler and from any thread."""
-        self.told = self.told or wish
+        self.requested = self.requested or wish
 
     def __enter__(self) -> StopRequest:
         # HUP: the terminal was closed; nohup ignores it.
@@ -48,8 +48,8 @@ class StopRequest:
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
-            wishes: dict[int, Wish] = {signal.SIGTERM: "TERM", self.preempt_signal: "PREEMPTED"}
-            self.tell(wishes.get(number, "INTERRUPT"))
+            wishes: dict[int, StopReason] = {signal.SIGTERM: "TERM", self.preempt_signal: "PREEMPTED"}
+            self.request(wishes.get(number, "INTERRUPT"))
             return
         at_terminal = number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
         if at_terminal or now - self._first_at > ECHO_S:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 
-class _Outliving:
+class _TolerantStream:
     """A stream whose other end may go away (a closed terminal, `| head`): from then on it leads nowhere."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -23,16 +23,16 @@ class _Outliving:
         try:
             return self._stream.write(text)
         except OSError:
-            self._lead_nowhere()
+            self._redirect_to_devnull()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError:
-            self._lead_nowhere()
+            self._redirect_to_devnull()
 
-    def _lead_nowhere(self) -> None:
+    def _redirect_to_devnull(self) -> None:
         """The descriptor itself, so that what is still buffered, and what libraries print from C, goes there too."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -40,7 +40,7 @@ class _Outliving:
             os.close(nowhere)
 
 
-def outlive_terminal() -> None:
+def tolerate_closed_stdio() -> None:
     """From now on no print of this process fails, of whatever library or user code."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -48,10 +48,10 @@ def outlive_terminal() -> None:
             stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
         if stream is None:  # started with the descriptor closed
             stream = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process is)
-        setattr(sys, name, _Outliving(stream))
+        setattr(sys, name, _TolerantStream(stream))
 
 
-def print_to(path: Path) -> TextIO:
+def redirect_output(path: Path) -> TextIO:
     """From now on what this process prints, from C too, goes to the end of `path`.
 
     Returns a stream to where its errors went before.

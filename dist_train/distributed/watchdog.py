@@ -9,8 +9,8 @@ import sys
 _AFTER_THE_OTHERS_S = 5.0
 
 
-def expect_within(seconds: float) -> None:
-    """Unless this is called again, or `expect_nothing`, within `seconds`, and some more in which the others go.
+def arm(seconds: float) -> None:
+    """Unless this is called again, or `disarm`, within `seconds`, and some more in which the others go.
 
     Then every thread's stack goes to where the errors of this rank go, and the process ends with exit code 1. A thread
     of C does it: it needs neither the interpreter nor its lock.
@@ -18,6 +18,6 @@ def expect_within(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds + _AFTER_THE_OTHERS_S, exit=True, file=sys.stderr)
 
 
-def expect_nothing() -> None:
+def disarm() -> None:
     """What follows may take its time."""
     faulthandler.cancel_dump_traceback_later()

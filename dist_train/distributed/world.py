@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dist_train.config.schema import Config, Precision
 from dist_train.distributed.devices import choose_device, choose_precision, keep_freed_memory
-from dist_train.distributed.process import Place, export_rendezvous, find_place, threads_per_process
+from dist_train.distributed.process import ProcessInfo, detect_process, export_rendezvous, threads_per_process
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class World:
     """The processes that train together, seen from one of them."""
 
     accelerator: Accelerator
-    place: Place
+    place: ProcessInfo
     mixed_precision: Precision
     num_threads: int
 
@@ -55,10 +55,10 @@ class World:
         return self.accelerator.device  # type: ignore[no-any-return]
 
     @classmethod
-    def join(cls, config: Config, begun_with: str | None = None) -> World:
-        """Meet the other ranks. Until `wait_at_most` says otherwise each waits setup_timeout_s for the others.
+    def join(cls, config: Config, recorded_precision: str | None = None) -> World:
+        """Meet the other ranks. Until `set_timeout` says otherwise each waits setup_timeout_s for the others.
 
-        `begun_with`: the precision of the run that goes on.
+        `recorded_precision`: the precision of the run that goes on.
 
         Collective: every rank must call this.
 
@@ -66,11 +66,11 @@ class World:
             LaunchError: a half or lone launcher environment, another world than asked for, or not all of it came.
             ConfigError: a device or precision that is not to be had.
         """
-        place = find_place(os.environ)
+        place = detect_process(os.environ)
         export_rendezvous(place, os.environ)
         _check_accelerate(os.environ)
         device = choose_device(config, place)
-        precision = choose_precision(config, device, begun_with)
+        precision = choose_precision(config, device, recorded_precision)
         threads = threads_per_process(place.local_world_size, os.environ)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose one and warn
         torch.set_num_threads(threads)
@@ -125,7 +125,7 @@ class World:
         torch.set_num_threads(num_threads)
         return replace(self, num_threads=num_threads)
 
-    def wait_at_most(self, seconds: float) -> None:
+    def set_timeout(self, seconds: float) -> None:
         """How long this rank waits for the others in each collective from now on; then a RuntimeError ends it."""
         if self.size > 1:
             assert dist.group.WORLD is not None

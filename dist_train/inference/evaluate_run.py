@@ -17,7 +17,7 @@ from dist_train.config.loading import load_config
 from dist_train.config.schema import Config
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.splits import load_splits
-from dist_train.distributed.process import find_place
+from dist_train.distributed.process import detect_process
 from dist_train.distributed.world import World
 from dist_train.errors import CheckpointError, DataError
 from dist_train.models.registry import build_model
@@ -25,13 +25,13 @@ from dist_train.models.tasks.confusion import Confusion, class_names
 from dist_train.models.tasks.objective import Objective
 from dist_train.runs.directory import RunDir
 from dist_train.training.evaluate import evaluate
-from dist_train.training.provenance import data_changes
+from dist_train.training.provenance import changed_data
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationResult:
     step: int
     metrics: dict[str, float]
     confusion: Tensor | None  # int64 [K, K]: of a class (row) so many were taken for another (column)
@@ -50,7 +50,7 @@ def find_trained(path: Path, which: str) -> tuple[Config, Path]:
     return load_config(str(run_dir.config)), find_checkpoint(run_dir, which)
 
 
-def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
+def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     """Metrics of checkpoint `which` (last, best or a step) on `split` (val or test); None on ranks other than zero.
 
     Collective: every rank calls this with the same arguments.
@@ -60,7 +60,7 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
         DataError: the data set has no such split.
     """
     config, folder = find_trained(path, which)
-    splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
+    splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
     examples = splits.test if split == "test" else splits.val
     if examples is None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
@@ -70,19 +70,19 @@ def evaluate_run(path: Path, which: str, split: str) -> Evaluated | None:
     # As if the settings named it: whatever a launcher exports is no wish for other numbers.
     world = World.join(config.model_copy(update={"mixed_precision": precision}), precision)
     if world.is_rank_zero:
-        for change in data_changes(RunDir(path).read_facts(), splits.identity):
+        for change in changed_data(RunDir(path).read_provenance(), splits.identity):
             _log.warning("%s These numbers are not comparable with its own.", change)
-    net = build_model(config.model, splits.known, config.seed)
+    net = build_model(config.model, splits.input_spec, config.seed)
     load_weights(net, folder)
     net.to(world.device)
     batches = evaluation_batches(examples, net, world, config)
-    world.wait_at_most(config.stall_timeout_s)
+    world.set_timeout(config.stall_timeout_s)
     confusion = Confusion()
     found = evaluate(net, batches, Objective(net, config.label_smoothing), world, confusion=confusion)
     counts = confusion.total(world)
     world.leave()
     if not world.is_rank_zero or found is None:
         return None
-    classes = class_names(splits.facts["classes"], 0 if counts is None else len(counts))
+    classes = class_names(splits.description["classes"], 0 if counts is None else len(counts))
     metrics = {name: value for name, value in found.items() if math.isfinite(value)}
-    return Evaluated(read_manifest(folder)["step"], metrics, counts, classes)
+    return EvaluationResult(read_manifest(folder)["step"], metrics, counts, classes)

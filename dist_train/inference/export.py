@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dist_train.atomic_files import whole
+from dist_train.atomic_files import atomic_write
 from dist_train.checkpoints.manifest import MODEL
 from dist_train.errors import RunDirError, UserCodeError
-from dist_train.inference.trained_net import SavedNet, logits_of
+from dist_train.inference.trained_net import TrainedNet, logits_of
 from dist_train.models.tasks.confusion import class_names
 
 PROGRAM = "model.pt2"
@@ -30,7 +30,7 @@ print([classes[index] for index in logits.argmax(dim=1).tolist()])
 """
 
 
-def export(saved: SavedNet, out: Path) -> list[Path]:
+def export(saved: TrainedNet, out: Path) -> list[Path]:
     """Weights, the net as a program of torch.export with the normalisation in it, and how to load that.
 
     Raises:
@@ -54,7 +54,7 @@ def export(saved: SavedNet, out: Path) -> list[Path]:
         classes=class_names(saved.classes, shape[1]),
     )  # fmt: skip
     try:
-        with whole(out) as aside:
+        with atomic_write(out) as aside:
             aside.mkdir(parents=True)
             shutil.copyfile(saved.folder / MODEL, aside / MODEL)
             torch.export.save(program, aside / PROGRAM)

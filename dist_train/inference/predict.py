@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dist_train.data.sets.image_folder import decode
-from dist_train.inference.trained_net import SavedNet, logits_of
+from dist_train.inference.trained_net import TrainedNet, logits_of
 from dist_train.models.tasks.confusion import class_names
 
 _AT_ONCE = 256  # pictures
@@ -22,7 +22,7 @@ class Prediction:
     probabilities: list[float]
 
 
-def predict(saved: SavedNet, images: Sequence[Path], *, invert: bool = False, count: int = 3) -> Iterator[Prediction]:
+def predict(saved: TrainedNet, images: Sequence[Path], *, invert: bool = False, count: int = 3) -> Iterator[Prediction]:
     """What each picture shows. It is turned to the set's colours and size; `invert`: dark on bright, unlike the set's.
 
     Raises:

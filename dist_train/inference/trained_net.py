@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class SavedNet:
+class TrainedNet:
     """A net in eval mode on the CPU, and what it wants and gives."""
 
     config: Config
@@ -33,7 +33,7 @@ class SavedNet:
     classes: tuple[str, ...] | None
 
     @classmethod
-    def open(cls, path: Path, which: str) -> SavedNet:
+    def open(cls, path: Path, which: str) -> TrainedNet:
         """Of checkpoint `which` (last, best or a step) of a run.
 
         Raises:
@@ -42,7 +42,7 @@ class SavedNet:
         """
         config, folder = find_trained(path, which)
         # A run of an older version has not noted it down.
-        facts = RunDir(path).read_facts().get("data") or load_splits(config.data, config.seed).facts
+        facts = RunDir(path).read_provenance().get("data") or load_splits(config.data, config.seed).description
         if not facts["pixels"] or facts["in_channels"] not in (1, 3) or not facts["image_size"]:
             raise DataError(
                 f"{path} was trained on {config.data.bundle or config.data.name}: inputs of its own making, or no "
@@ -61,7 +61,7 @@ class SavedNet:
 
 
 @torch.no_grad()
-def logits_of(saved: SavedNet, pixels: Tensor) -> Tensor:
+def logits_of(saved: TrainedNet, pixels: Tensor) -> Tensor:
     output: Any = saved.on_pixels(pixels)
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         raise UserCodeError(f"{type(saved.net).__name__} does not give logits [B, K > 1]: it is no classifier.")

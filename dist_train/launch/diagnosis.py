@@ -25,7 +25,7 @@ def log_sizes(run_dir: RunDir) -> dict[Path, int]:
     return {path: path.stat().st_size for path in run_dir.logs.glob("*.log")}
 
 
-def find_cause(run_dir: RunDir, before: Mapping[Path, int]) -> str:
+def diagnose_failure(run_dir: RunDir, before: Mapping[Path, int]) -> str:
     """Which rank failed first, why, and its last lines. `before`: log_sizes at the start; they are all on this machine.
 
     A rank that hangs or is killed leaves no error of its own; the others say that they miss one.

@@ -61,7 +61,7 @@ class Nodes:
         ]  # fmt: skip
 
 
-def make_room(run_dir: RunDir) -> None:
+def stop_run_to_rejoin(run_dir: RunDir) -> None:
     """Before this machine joins a run that others are training: they save and stop, to start again with one more.
 
     torchrun itself takes in a machine while its ranks run, but then often waits for itself (torch 2.13).
@@ -73,9 +73,9 @@ def make_room(run_dir: RunDir) -> None:
             break
         if status.get("heartbeat") != seen:
             seen, seen_at = status.get("heartbeat"), time.monotonic()
-            if not run_dir.stop_wish.exists():
-                write_atomically(run_dir.stop_wish, _WISH, durable=False)
+            if not run_dir.stop_request_file.exists():
+                write_atomically(run_dir.stop_request_file, _WISH, durable=False)
         time.sleep(0.5)
     with suppress(FileNotFoundError):  # a STOP of somebody else is to be heard
-        if run_dir.stop_wish.read_bytes() == _WISH.encode():
-            run_dir.stop_wish.unlink()
+        if run_dir.stop_request_file.read_bytes() == _WISH.encode():
+            run_dir.stop_request_file.unlink()

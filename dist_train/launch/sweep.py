@@ -19,7 +19,7 @@ from dist_train.distributed.process import threads_per_process
 from dist_train.errors import ConfigError
 from dist_train.launch.subprocesses import Training, begin_train
 from dist_train.runs.directory import RunDir
-from dist_train.runs.start_options import check_name
+from dist_train.runs.start_options import check_run_name
 from dist_train.runs.summary import Summary, summarise
 
 
@@ -112,7 +112,7 @@ class Sweep:
         self.runs = {point: RunDir(folder / point.name) for point in grid.points}
         self.stopped = False
         for point, run_dir in self.runs.items():
-            check_name("--name", point.name, folder)
+            check_run_name("--name", point.name, folder)
             try:
                 run_dir.check_config(point.config)
             except ConfigError as error:

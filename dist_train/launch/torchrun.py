@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from dist_train.checkpoints.resume_hint import how_to_go_on, says_enough
+from dist_train.checkpoints.resume_hint import is_self_explanatory, resume_hint
 from dist_train.distributed.process import (
     ASKED_AT,
     LAUNCHER_PID,
@@ -21,7 +21,7 @@ from dist_train.distributed.process import (
     without_torchrun_options,
 )
 from dist_train.errors import LaunchError
-from dist_train.launch.diagnosis import find_cause, log_sizes
+from dist_train.launch.diagnosis import diagnose_failure, log_sizes
 from dist_train.launch.machines import Nodes
 from dist_train.runs.directory import CLEAN_ENDS, RunDir
 
@@ -94,19 +94,21 @@ def start_ranks(spec: LaunchSpec) -> int:
         return 0  # torchrun itself ends with 1 after a signal, also when all ranks ended well
     if agent.returncode == 0:
         return 0
-    if forwarding.told and not spec.run_dir.error.exists():
-        print(f"stopped by {forwarding.told.name} before the training had begun", file=sys.stderr)
-        return 128 + forwarding.told
+    if forwarding.requested and not spec.run_dir.error.exists():
+        print(f"stopped by {forwarding.requested.name} before the training had begun", file=sys.stderr)
+        return 128 + forwarding.requested
     raise _failure(spec, logs_before)
 
 
 def _failure(spec: LaunchSpec, logs_before: Mapping[Path, int]) -> LaunchError:
     first = spec.run_dir.read_error()
     alone = spec.nproc == 1 and spec.nodes is None
-    error = LaunchError(first["message"] if alone and "message" in first else find_cause(spec.run_dir, logs_before))
+    error = LaunchError(
+        first["message"] if alone and "message" in first else diagnose_failure(spec.run_dir, logs_before)
+    )
     error.exit_code = first.get("exit_code", 1)
-    if not says_enough(first.get("kind", "")):
-        error.add_note(how_to_go_on(spec.run_dir, spec.nproc if spec.nodes is None else None))
+    if not is_self_explanatory(first.get("kind", "")):
+        error.add_note(resume_hint(spec.run_dir, spec.nproc if spec.nodes is None else None))
     return error
 
 
@@ -125,7 +127,7 @@ class _Forwarding:
     def __init__(self, agent: subprocess.Popen[bytes]) -> None:
         self.agent = agent
         self.interrupts = 0
-        self.told: signal.Signals | None = None
+        self.requested: signal.Signals | None = None
 
     def __enter__(self) -> _Forwarding:
         heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -137,7 +139,7 @@ class _Forwarding:
             signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        self.told = signal.Signals(number)
+        self.requested = signal.Signals(number)
         self.interrupts += number == signal.SIGINT
         # The ranks notice that torchrun is gone and leave too (watch_launcher).
-        self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else self.SIGNALS[self.told])
+        self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else self.SIGNALS[self.requested])

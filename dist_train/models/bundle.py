@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.errors import UserCodeError
 from dist_train.user_code.bundles import check_method, class_of, label_of, open_bundle
-from dist_train.user_code.importing import check_arguments, explained
+from dist_train.user_code.importing import check_arguments, wrap_user_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +30,6 @@ def load_model_bundle(path: Path, args: Mapping[str, Any] | None = None) -> nn.M
     if hasattr(cls, "metrics"):
         check_method(cls, "metrics", "output", "target")
     check_arguments(cls, args or {}, "model.args")
-    with explained(label_of(cls), "cannot be made"):
+    with wrap_user_errors(label_of(cls), "cannot be made"):
         model: nn.Module = cls(**(args or {}))
     return model

@@ -21,7 +21,7 @@ def seeding_for(net: nn.Module, training: bool) -> Callable[[int], None]:
     """
     if type(net).__module__ != nets.__name__:
         return seed_everything
-    return seed_torch if training and not_invariant(net) else lambda _seed: None
+    return seed_torch if training and world_size_dependent_layers(net) else lambda _seed: None
 
 
 _FUNCTIONAL_DROPOUT = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?_?")
@@ -29,7 +29,7 @@ _DROPPING = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # of torchvision:
 _RATES = ("dropout", "drop_rate", "drop_prob")  # of torch's attention and recurrent layers, torchvision, timm
 
 
-def not_invariant(model: nn.Module) -> list[str]:
+def world_size_dependent_layers(model: nn.Module) -> list[str]:
     """The parts of a net whose result depends on how a step is divided over ranks and micro-batches, for people."""
     modules = list(model.modules())
     parts = []

@@ -18,14 +18,21 @@ from dist_train.models.bundle import load_model_bundle
 from dist_train.models.nets import MODELS
 from dist_train.torchvision_compat import import_torchvision
 from dist_train.user_code.bundles import check_bundle
-from dist_train.user_code.importing import accepted, check_arguments, check_object, closest, explained, load_object
+from dist_train.user_code.importing import (
+    accepted,
+    check_arguments,
+    check_object,
+    closest,
+    load_object,
+    wrap_user_errors,
+)
 
 _log = logging.getLogger(__name__)
 
-Known = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
+DataSpec = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
 
 
-def build_model(config: ModelConfig, known: Known, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
     """The net that `config` names, for a data set of which this is known, in torch's default dtype, on the CPU.
 
     Its weights depend on `seed` alone, and no global generator is moved.
@@ -40,13 +47,13 @@ def build_model(config: ModelConfig, known: Known, seed: int) -> nn.Module:
         else:
             source, colon, name = config.name.partition(":")
             if not colon:
-                model = _own(config, known)
+                model = _own(config, spec)
             elif source == "torchvision":
-                model = _torchvision(name, config, known)
+                model = _torchvision(name, config, spec)
             elif source == "timm":
-                model = _timm(name, config, known)
+                model = _timm(name, config, spec)
             else:
-                model = _of_user(config, known)
+                model = _of_user(config, spec)
     _refuse_lazy(model)
     for method in ("loss", "metrics"):
         if not callable(getattr(model, method, print)):
@@ -57,7 +64,7 @@ def build_model(config: ModelConfig, known: Known, seed: int) -> nn.Module:
     return model
 
 
-def check_name(config: ModelConfig) -> None:
+def check_model_exists(config: ModelConfig) -> None:
     """See that the net is there. Code of the user is not run where its source shows the name.
 
     Raises:
@@ -92,27 +99,27 @@ def _check_own(config: ModelConfig) -> None:
         raise _unknown(config, "", list(MODELS), f"Nets: {', '.join(MODELS)}; {elsewhere}.")
 
 
-def _own(config: ModelConfig, known: Known) -> nn.Module:
+def _own(config: ModelConfig, spec: DataSpec) -> nn.Module:
     _check_own(config)
     make = MODELS[config.name]
     check_arguments(make, config.args, "model.args")
     try:
-        return make(**(_needed(config, known, *known) | config.args))
+        return make(**(_needed(config, spec, *spec) | config.args))
     except (TypeError, ValueError, RuntimeError) as error:  # an argument of the wrong type, or out of range
         raise _cannot_make(config, error) from error
 
 
-def _of_user(config: ModelConfig, known: Known) -> nn.Module:
+def _of_user(config: ModelConfig, spec: DataSpec) -> nn.Module:
     factory = load_object(config.name)
     label = f"model.name={config.name}"
     if not callable(factory):
         raise UserCodeError(f"{label} is of type {type(factory).__name__}, not a class to make a net of.")
     check_arguments(factory, config.args, "model.args")
     # What the data set does not tell is left to the constructor's default, if it has one.
-    named = accepted(factory, dict(known))
+    named = accepted(factory, dict(spec))
     required = [key for key in named if _is_required(factory, key)]
-    offered = {key: value for key, value in named.items() if value is not None} | _needed(config, known, *required)
-    with explained(label, "cannot be made"):
+    offered = {key: value for key, value in named.items() if value is not None} | _needed(config, spec, *required)
+    with wrap_user_errors(label, "cannot be made"):
         model = factory(**(offered | config.args))
     if not isinstance(model, nn.Module):
         raise UserCodeError(f"{label} makes a {type(model).__name__}, not a torch.nn.Module.")
@@ -131,11 +138,11 @@ def _check_torchvision(name: str, config: ModelConfig) -> None:
         raise _unknown(config, "torchvision:", names, "See https://pytorch.org/vision/stable/models.html.")
 
 
-def _torchvision(name: str, config: ModelConfig, known: Known) -> nn.Module:
+def _torchvision(name: str, config: ModelConfig, spec: DataSpec) -> nn.Module:
     _check_torchvision(name, config)
     factory = import_torchvision().models.get_model_builder(name)
     check_arguments(factory, config.args, "model.args")
-    needed = _needed(config, known, "in_channels", "num_classes")
+    needed = _needed(config, spec, "in_channels", "num_classes")
     channels = needed.pop("in_channels")
     # Without aux_logits=False googlenet and inception_v3 would answer with a tuple in training.
     offered = {"weights": None, **accepted(factory, {"aux_logits": False, **needed})}
@@ -187,9 +194,9 @@ def _import_timm(name: str, config: ModelConfig) -> Any:
     return timm
 
 
-def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
+def _timm(name: str, config: ModelConfig, spec: DataSpec) -> nn.Module:
     timm = _import_timm(name, config)
-    needed = _needed(config, known, "in_channels", "num_classes")
+    needed = _needed(config, spec, "in_channels", "num_classes")
     offered = {"in_chans": needed.get("in_channels"), "num_classes": needed.get("num_classes")}
     args: dict[str, Any] = {"pretrained": False, **offered, **config.args}
     hub = logging.getLogger("huggingface_hub")
@@ -209,7 +216,7 @@ def _timm(name: str, config: ModelConfig, known: Known) -> nn.Module:
     return model
 
 
-def _needed(config: ModelConfig, known: Known, *keys: str) -> dict[str, int]:
+def _needed(config: ModelConfig, spec: DataSpec, *keys: str) -> dict[str, int]:
     fixes = {
         "num_classes": "Give the data set's class an attribute `classes` or `num_classes`",
         "in_channels": "Make each example (image tensor [C, H, W], label)",
@@ -217,7 +224,7 @@ def _needed(config: ModelConfig, known: Known, *keys: str) -> dict[str, int]:
     }
     needed: dict[str, int] = {}
     for key in keys:
-        value = known[key]
+        value = spec[key]
         if value is not None:
             needed[key] = value
         elif key not in config.args:

@@ -25,8 +25,8 @@ from dist_train.config.schema import Config
 from dist_train.distributed.process import REQUEUED, slurm_job
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.metrics_log import MetricsFile
-from dist_train.runs.records import Error, Facts, Result, Status, Submission, read_record
-from dist_train.runs.time_accounting import TimeSheet, Use
+from dist_train.runs.records import Error, Provenance, Result, Status, Submission, read_record
+from dist_train.runs.time_accounting import TimeAccounting, Use
 
 CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
 ENDS = (*CLEAN_ENDS, "ERROR")
@@ -52,10 +52,11 @@ class RunDir:
         self.error = self.path / "error.json"
         self.result = self.path / "result.json"
         self.pictures = self.path / "pictures"
-        self.stop_wish, self.save_wish = self.path / "STOP", self.path / "SAVE"  # left by any other shell
+        # Left by any other shell.
+        self.stop_request_file, self.save_request_file = self.path / "STOP", self.path / "SAVE"
         self.slurm_json = self.path / "slurm.json"  # of `slurm submit`
         self.attempt = 0  # this and the next are set by begin_attempt
-        self.time_sheet = TimeSheet({}, 0.0, 0, 0.0)
+        self.time_accounting = TimeAccounting({}, 0.0, 0, 0.0)
         self._fields: dict[str, Any] = {}
         self._status_written = -math.inf  # time.monotonic()
         self._unwritable: set[Path] = set()
@@ -96,7 +97,7 @@ class RunDir:
     def run_id(self) -> str | None:
         """The same in all attempts and in copies of the directory; None where no file tells it."""
         known = self._fields or self.read_status()
-        return known.get("wandb_id") or self.read_facts().get("wandb_id")
+        return known.get("wandb_id") or self.read_provenance().get("wandb_id")
 
     def step_folders(self) -> list[Path]:
         """The folders of checkpoints, `step_<digits>`, newest first. Whatever else lies there is not ours."""
@@ -139,7 +140,7 @@ class RunDir:
                 return None
         except OSError as error:  # a name that is too long, say
             raise self._unusable(error) from None
-        recorded = self.read_facts().get("mixed_precision")
+        recorded = self.read_provenance().get("mixed_precision")
         return recorded or (load_config(str(self.config)).mixed_precision if self.config.exists() else None)
 
     def lock(self) -> None:
@@ -172,13 +173,13 @@ class RunDir:
         """
         started = time.perf_counter() if started is None else started
         # A power cut may have taken status.json, or a part of it; run.json is older, and synced.
-        before = self.read_facts() | self.read_status()
+        before = self.read_provenance() | self.read_status()
         self.attempt = before.get("attempt", 0) + 1
         if self._was_of_another(config):
             before = {}
         last_seen = before.get("heartbeat") or self.read_submission().get("submitted") or time.time()
         reached = max(before.get("reached", 0), before.get("step", 0))  # by any attempt: one may die in its set-up
-        self.time_sheet = TimeSheet(
+        self.time_accounting = TimeAccounting(
             before.get("seconds", {}),
             down_s=time.time() - (time.perf_counter() - started) - last_seen,
             reached=reached,
@@ -196,7 +197,7 @@ class RunDir:
         }
         for stale in (self.error, self.result):
             stale.unlink(missing_ok=True)
-        with self._put_off(self.config, unless=True):
+        with self._tolerate_write_error(self.config, required=True):
             write_atomically(self.config, to_yaml(config))
         self._sweep_wishes(started if asked_at is None else asked_at)
         self.set_status(state="STARTING")
@@ -214,10 +215,10 @@ class RunDir:
             since = self.slurm_json.stat().st_mtime
         else:
             since = self.config.stat().st_mtime - (time.perf_counter() - asked_at)
-        for wish in (self.stop_wish, self.save_wish):
+        for request_file in (self.stop_request_file, self.save_request_file):
             with suppress(OSError):
-                if wish.stat().st_mtime < since:
-                    wish.unlink()
+                if request_file.stat().st_mtime < since:
+                    request_file.unlink()
 
     def _was_of_another(self, config: Config) -> bool:
         """Whether the folder is of a run with other settings, which has left nothing to go on from (`check_config`)."""
@@ -234,7 +235,7 @@ class RunDir:
         for stale in (*self.path.glob(".probe_*"), *self.path.glob(".token_*")):
             stale.unlink(missing_ok=True)
 
-    def note_resume(self, step: int, world_size: int) -> None:
+    def record_resume(self, step: int, world_size: int) -> None:
         """Where this attempt begins; and how many before it, in a row, have begun there and saved nothing further."""
         fruitless = self._fields.get("fruitless_starts", 0) + 1 if self._fields.get("resumed_at") == step else 0
         self.set_status(state="SETUP", world_size=world_size, resumed_at=step, fruitless_starts=fruitless)
@@ -261,21 +262,21 @@ class RunDir:
         """
         self._fields |= fields
         if "step" in fields:
-            self.time_sheet.note_step(fields["step"], fields.get("data_wait_s", 0.0))
+            self.time_accounting.record_step(fields["step"], fields.get("data_wait_s", 0.0))
         if "state" not in fields and time.monotonic() - self._status_written < _STATUS_S:
             return
         self._status_written = time.monotonic()
         self.check_not_superseded()
         state = self._fields.get("state")
         if use := _USES.get(fields.get("state")):
-            self.time_sheet.turn_to(use)
-        now = {"seconds": self.time_sheet.totals(), "heartbeat": round(time.time(), 3)}
-        with self._put_off(self.status, unless=state in (*CLEAN_ENDS, "STARTING")):
+            self.time_accounting.switch_to(use)
+        now = {"seconds": self.time_accounting.totals(), "heartbeat": round(time.time(), 3)}
+        with self._tolerate_write_error(self.status, required=state in (*CLEAN_ENDS, "STARTING")):
             write_json(self.status, self._fields | now, durable=False)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         self.check_not_superseded()
-        with self._put_off(self.metrics.path):
+        with self._tolerate_write_error(self.metrics.path):
             self.metrics.append(line)
 
     def cut_metrics(self, step: int, *, evaluation_pending: bool) -> int:
@@ -284,21 +285,21 @@ class RunDir:
         Raises:
             RunDirError: there is no room for it.
         """
-        with self._put_off(self.metrics.path, unless=True):
+        with self._tolerate_write_error(self.metrics.path, required=True):
             return self.metrics.cut(step, evaluation_pending=evaluation_pending)
 
-    def write_facts(self, facts: Mapping[str, Any]) -> None:
+    def write_provenance(self, provenance: Mapping[str, Any]) -> None:
         """run.json: what decides the numbers, and what must outlive a power cut, which may take status.json."""
         kept = {name: self._fields[name] for name in ("attempt", "wandb_id")}
-        with self._put_off(self.run_json, unless=True):
-            write_json(self.run_json, {**facts, **kept})
+        with self._tolerate_write_error(self.run_json, required=True):
+            write_json(self.run_json, {**provenance, **kept})
 
     def write_result(self, results: Mapping[str, Any]) -> None:
         """
         Raises:
             RunDirError: it cannot be written.
         """
-        with self._put_off(self.result, unless=True):
+        with self._tolerate_write_error(self.result, required=True):
             write_json(self.result, results)
 
     def write_pictures(self, pictures: Mapping[str, bytes]) -> None:
@@ -312,12 +313,12 @@ class RunDir:
                 _log.warning("%s cannot be written: %s", path, error.strerror)
 
     @contextmanager
-    def _put_off(self, path: Path, *, unless: bool = False) -> Iterator[None]:
+    def _tolerate_write_error(self, path: Path, *, required: bool = False) -> Iterator[None]:
         """A disk that is full, or read-only, ends no training: it is said once, and each next write tries again."""
         try:
             yield
         except OSError as error:
-            if unless:
+            if required:
                 raise RunDirError(f"{path} cannot be written: {error.strerror}. Make room, then start again.") from None
             if path not in self._unwritable:
                 _log.warning("%s cannot be written: %s. Training goes on and tries again.", path, error.strerror)
@@ -325,7 +326,7 @@ class RunDir:
         else:
             self._unwritable.discard(path)
 
-    def pop_wish(self, path: Path) -> str | None:
+    def take_request(self, path: Path) -> str | None:
         """What somebody wrote into this file, which is gone after it; None if there is none."""
         try:
             found = path.read_bytes()
@@ -337,8 +338,8 @@ class RunDir:
     def read_status(self) -> dict[str, Any]:
         return read_record(self.status, Status)
 
-    def read_facts(self) -> dict[str, Any]:
-        return read_record(self.run_json, Facts)
+    def read_provenance(self) -> dict[str, Any]:
+        return read_record(self.run_json, Provenance)
 
     def read_error(self) -> dict[str, Any]:
         return read_record(self.error, Error)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import beside, remove, write_json
+from dist_train.atomic_files import remove, temporary_path, write_json
 from dist_train.errors import DistTrainError
 
 
@@ -33,7 +33,7 @@ def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trac
     Linked into place, so that of several failing ranks just one can be first: the others mostly report that a peer
     is gone.
     """
-    aside = beside(path)
+    aside = temporary_path(path)
     try:
         own = isinstance(error, DistTrainError)
         message = str(error) if own else f"{type(error).__name__}: {error}{_where(error)}"

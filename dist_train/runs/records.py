@@ -76,7 +76,7 @@ class SplitIdentity(TypedDict):
     unsteady: NotRequired[Count]  # the index of one that is another each time
 
 
-class Facts(TypedDict, total=False):
+class Provenance(TypedDict, total=False):
     """run.json, of the newest attempt that came to train."""
 
     attempt: Count

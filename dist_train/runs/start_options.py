@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from dist_train.config.paths import parent_of_runs
+from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
-from dist_train.distributed.process import lasting_run_name
+from dist_train.distributed.process import persistent_run_name
 from dist_train.errors import ConfigError, DataError, RunDirError, UserCodeError
 from dist_train.runs.directory import RunDir
 
@@ -24,7 +24,7 @@ _SAY_ALL = (ConfigError.__name__, DataError.__name__, UserCodeError.__name__)
 
 
 @dataclass(frozen=True)
-class Start:
+class StartOptions:
     """What a start asks for besides the settings."""
 
     config_name: str
@@ -38,7 +38,7 @@ class Start:
     asked_at: float = field(default_factory=time.perf_counter)
 
 
-def find_run_dir(config: Config, start: Start, *, claim: bool = False) -> RunDir:
+def find_run_dir(config: Config, start: StartOptions, *, claim: bool = False) -> RunDir:
     """Where the run lies: as told, else as named, else by job or sweep, else by time.
 
     `claim`: one that is named by time is made, and is no other start's.
@@ -48,9 +48,9 @@ def find_run_dir(config: Config, start: Start, *, claim: bool = False) -> RunDir
     """
     if start.run_dir is not None:
         return RunDir(start.run_dir)
-    own = fit_name(start.config_name)
-    parent, name = parent_of_runs(config.runs_dir), start.run_name or lasting_run_name(own, os.environ)
-    former = lasting_run_name(start.config_name, os.environ)  # of a version that took any name
+    own = valid_run_name(start.config_name)
+    parent, name = runs_root(config.runs_dir), start.run_name or persistent_run_name(own, os.environ)
+    former = persistent_run_name(start.config_name, os.environ)  # of a version that took any name
     if start.run_name is None and former and os.path.isdir(parent / former):  # noqa: PTH112 - Path.is_dir may raise
         name = former
     if name is not None:
@@ -61,7 +61,7 @@ def find_run_dir(config: Config, start: Start, *, claim: bool = False) -> RunDir
     return next(run_dir for run_dir in candidates if not claim or run_dir.create(new=True))
 
 
-def check_name(option: str, name: str, parent: Path) -> None:
+def check_run_name(option: str, name: str, parent: Path) -> None:
     """A run that is there may have any name.
 
     Raises:
@@ -70,17 +70,17 @@ def check_name(option: str, name: str, parent: Path) -> None:
     if not _NAME.fullmatch(name) and not os.path.isdir(parent / name):  # noqa: PTH112 - Path.is_dir may raise
         raise ConfigError(
             f"{option}={name!r}: a run's name begins with a letter or a digit and goes on with those and with _ . = + "
-            f", -. Call it {fit_name(name)}."
+            f", -. Call it {valid_run_name(name)}."
         )
 
 
-def fit_name(text: str) -> str:
+def valid_run_name(text: str) -> str:
     """What a run may be called, as near to `text` as it can be."""
     fitting = text if _NAME.fullmatch(text) else re.sub(r"[^\w.=+,-]+", "_", text).strip("_")
     return fitting if _NAME.fullmatch(fitting) else f"run-{fitting}"
 
 
-def check_start(run_dir: RunDir, config: Config, start: Start, *, create: bool = True) -> bool:
+def check_start(run_dir: RunDir, config: Config, start: StartOptions, *, create: bool = True) -> bool:
     """See that the run may be started there; True if it is finished already.
 
     Raises:
@@ -99,12 +99,12 @@ def check_start(run_dir: RunDir, config: Config, start: Start, *, create: bool =
     return False
 
 
-def remove_if_unbegun(run_dir: RunDir, start: Start) -> None:
+def remove_if_not_started(run_dir: RunDir, start: StartOptions) -> None:
     """After a failure: a folder that is named by time and whose only start ended before its set-up says nothing.
 
     One that somebody named stays: a batch script, `launch/restart.sh` or a sweep reads its error.json.
     """
-    named = start.run_name or start.run_dir or lasting_run_name(start.config_name, os.environ)
+    named = start.run_name or start.run_dir or persistent_run_name(start.config_name, os.environ)
     status, kind = run_dir.read_status(), run_dir.read_error().get("kind")
     begun = "resumed_at" in status or status.get("attempt", 1) > 1 or run_dir.holds_checkpoints
     if not named and kind in _SAY_ALL and not begun:

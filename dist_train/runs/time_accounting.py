@@ -14,7 +14,7 @@ from typing import Literal, get_args
 Use = Literal["train", "again", "data", "evaluate", "save", "start", "down"]
 
 
-class TimeSheet:
+class TimeAccounting:
     """One clock with a column for each use; it always runs, for one of them."""
 
     def __init__(self, before: Mapping[str, float], down_s: float, reached: int, started: float) -> None:
@@ -29,24 +29,24 @@ class TimeSheet:
         self._since = started
         self._waited_s = 0.0
 
-    def turn_to(self, use: Use) -> None:
+    def switch_to(self, use: Use) -> None:
         now = time.perf_counter()
         self._seconds[self._use] += now - self._since
         self._use = "again" if use == "train" and self._step < self._reached else use
         self._since = now
 
-    def note_step(self, step: int, data_wait_s: float) -> None:
+    def record_step(self, step: int, data_wait_s: float) -> None:
         """So many steps are done; since this attempt began `data_wait_s` of them were waiting for data."""
         self._step = step
         waited, self._waited_s = data_wait_s - self._waited_s, data_wait_s
         if self._use in ("train", "again"):
             self._seconds[self._use] -= waited
             self._seconds["data"] += waited
-            self.turn_to("train")
+            self.switch_to("train")
 
     def totals(self) -> dict[str, float]:
         """Seconds by use, up to now."""
-        self.turn_to(self._use)
+        self.switch_to(self._use)
         return {use: round(seconds, 3) for use, seconds in self._seconds.items()}
 
 

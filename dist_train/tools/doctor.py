@@ -20,7 +20,7 @@ from dist_train.config.schema import Config
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
 from dist_train.distributed.devices import choose_device
-from dist_train.distributed.process import available_cores, find_place, threads_per_process
+from dist_train.distributed.process import available_cores, detect_process, threads_per_process
 from dist_train.distributed.world import World, backends
 from dist_train.errors import DistTrainError, LaunchError
 from dist_train.launch.slurm.commands import installed_version
@@ -34,42 +34,42 @@ _SLOW_S = 1.0  # of a file that is written and synced
 
 
 @dataclass(frozen=True)
-class Finding:
-    what: str
-    said: str
+class Diagnosis:
+    name: str
+    result: str
     fix: str = ""  # not empty: something is wrong
 
 
-def examine(config: Config, runs_dir: Path) -> Iterator[Finding]:
+def examine(config: Config, runs_dir: Path) -> Iterator[Diagnosis]:
     """What one process can see by itself."""
     yield _device(config)
     yield _threads()
     yield _versions()
     checkpoint_bytes = 0
     try:
-        splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
-        yield Finding("data", f"{config.data.bundle or config.data.name}: {num_examples(splits.train):,} to train on")
-        net = build_model(config.model, splits.known, config.seed)
+        splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
+        yield Diagnosis("data", f"{config.data.bundle or config.data.name}: {num_examples(splits.train):,} to train on")
+        net = build_model(config.model, splits.input_spec, config.seed)
         # Weights and twice as much of optimizer state.
         checkpoint_bytes = 3 * sum(parameter.nbytes for parameter in net.parameters())
         parameters = f"{sum(p.numel() for p in net.parameters()):,} parameters"
         name = config.model.bundle or config.model.name
-        yield Finding("net", f"{name}: {parameters}, a checkpoint takes {checkpoint_bytes / _MIB:.1f} MiB")
+        yield Diagnosis("net", f"{name}: {parameters}, a checkpoint takes {checkpoint_bytes / _MIB:.1f} MiB")
     except DistTrainError as error:
-        yield Finding("data and net", "not as asked for", str(error))
+        yield Diagnosis("data and net", "not as asked for", str(error))
     yield _port()
     yield from _folder(runs_dir, needed_bytes=2 * checkpoint_bytes)
     yield _wandb(config)
     yield _slurm()
 
 
-def exchange(world: World) -> Finding:
+def exchange(world: World) -> Diagnosis:
     """An all-reduce between all ranks, timed.
 
     Collective: every rank must call this.
     """
     if world.size == 1:
-        return Finding("all-reduce", "one process: nothing to exchange (try --nproc)")
+        return Diagnosis("all-reduce", "one process: nothing to exchange (try --nproc)")
     values = torch.ones(_EXCHANGED // 4, dtype=torch.float32, device=world.device)
     seconds = []
     for _ in range(6):
@@ -81,66 +81,70 @@ def exchange(world: World) -> Finding:
         world.synchronize()
         seconds.append(time.perf_counter() - began)
     rate = _EXCHANGED / min(seconds[1:])
-    said = f"{world.size} ranks, {_EXCHANGED // _MIB} MiB in {1000 * min(seconds[1:]):.1f} ms ({rate / 1e9:.2f} GB/s)"
+    result = f"{world.size} ranks, {_EXCHANGED // _MIB} MiB in {1000 * min(seconds[1:]):.1f} ms ({rate / 1e9:.2f} GB/s)"
     right = bool((values == world.size).all())
-    return Finding("all-reduce", said, "" if right else "The sum is wrong: look at network cards, drivers and NCCL.")
-
-
-def _device(config: Config) -> Finding:
-    try:
-        device = choose_device(config, find_place(os.environ))
-    except DistTrainError as error:
-        return Finding("device", f"{config.device} is not to be had", str(error))
-    if device == "cuda":
-        cards = []
-        place = find_place(os.environ)
-        for number in [place.local_rank] if place.world_size > 1 else range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(number)
-            cards.append(f"{torch.cuda.get_device_name(number)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-        return Finding("device", "; ".join(cards))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return Finding("device", f"{device}, {cpu_model()}, {memory:.0f} GiB of memory")
-
-
-def _threads() -> Finding:
-    place, cores = find_place(os.environ), available_cores()
-    threads = threads_per_process(place.local_world_size, os.environ)
-    said = f"{place.local_world_size} processes of {threads} threads on {cores} cores"
-    mine = 1 if place.started_by == "srun" else place.local_world_size  # srun may bind each task to cores of its own
-    if mine * threads <= cores:
-        return Finding("threads", said)
-    return Finding(
-        "threads", said, "They will wait for each other. Start fewer, set OMP_NUM_THREADS, or ask for more cores."
+    return Diagnosis(
+        "all-reduce", result, "" if right else "The sum is wrong: look at network cards, drivers and NCCL."
     )
 
 
-def _versions() -> Finding:
+def _device(config: Config) -> Diagnosis:
+    try:
+        device = choose_device(config, detect_process(os.environ))
+    except DistTrainError as error:
+        return Diagnosis("device", f"{config.device} is not to be had", str(error))
+    if device == "cuda":
+        cards = []
+        place = detect_process(os.environ)
+        for number in [place.local_rank] if place.world_size > 1 else range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            cards.append(f"{torch.cuda.get_device_name(number)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+        return Diagnosis("device", "; ".join(cards))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return Diagnosis("device", f"{device}, {cpu_model()}, {memory:.0f} GiB of memory")
+
+
+def _threads() -> Diagnosis:
+    place, cores = detect_process(os.environ), available_cores()
+    threads = threads_per_process(place.local_world_size, os.environ)
+    result = f"{place.local_world_size} processes of {threads} threads on {cores} cores"
+    mine = 1 if place.started_by == "srun" else place.local_world_size  # srun may bind each task to cores of its own
+    if mine * threads <= cores:
+        return Diagnosis("threads", result)
+    return Diagnosis(
+        "threads", result, "They will wait for each other. Start fewer, set OMP_NUM_THREADS, or ask for more cores."
+    )
+
+
+def _versions() -> Diagnosis:
     found = {name: version_of(name) or "" for name in ("torch", "torchvision", "accelerate", "wandb")}
-    said = ", ".join(f"{name} {version}" for name, version in found.items()) + f"; {' and '.join(backends())}"
+    result = ", ".join(f"{name} {version}" for name, version in found.items()) + f"; {' and '.join(backends())}"
     missing = [name for name, version in found.items() if not version]
     if missing:
-        return Finding("versions", said, f"Install {', '.join(missing)}: pip install {' '.join(missing)}.")
+        return Diagnosis("versions", result, f"Install {', '.join(missing)}: pip install {' '.join(missing)}.")
     minor = {name: int(found[name].split(".")[1]) for name in ("torch", "torchvision")}
     if minor["torchvision"] != minor["torch"] + 15:  # as the two are released
         wanted = f"torchvision==0.{minor['torch'] + 15}.*"
-        return Finding("versions", said, f"They do not belong together: pip install '{wanted}'.")
-    return Finding("versions", said)
+        return Diagnosis("versions", result, f"They do not belong together: pip install '{wanted}'.")
+    return Diagnosis("versions", result)
 
 
-def _port() -> Finding:
+def _port() -> Diagnosis:
     """The port that ranks would meet at, if the environment names one."""
     wanted = os.environ.get("MASTER_PORT")
-    if wanted is None or find_place(os.environ).world_size > 1:  # in a world it is in use: by us
-        return Finding("port", "chosen when a run starts")
+    if wanted is None or detect_process(os.environ).world_size > 1:  # in a world it is in use: by us
+        return Diagnosis("port", "chosen when a run starts")
     with closing(socket.socket()) as here:
         try:
             here.bind(("", int(wanted)))
         except (OSError, ValueError) as error:
-            return Finding("port", f"MASTER_PORT={wanted}: {error}", "Unset MASTER_PORT: launchers choose a free one.")
-    return Finding("port", f"MASTER_PORT={wanted} is free; it is set in this shell, and srun will use it")
+            return Diagnosis(
+                "port", f"MASTER_PORT={wanted}: {error}", "Unset MASTER_PORT: launchers choose a free one."
+            )
+    return Diagnosis("port", f"MASTER_PORT={wanted} is free; it is set in this shell, and srun will use it")
 
 
-def _folder(runs_dir: Path, needed_bytes: int) -> Iterator[Finding]:
+def _folder(runs_dir: Path, needed_bytes: int) -> Iterator[Diagnosis]:
     """Room, and what saving relies on: a file that is synced, a rename over another, a lock."""
     name, other = "runs_dir", "Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
     probe = runs_dir / f".doctor_{socket.gethostname()}_{os.getpid()}"
@@ -154,39 +158,39 @@ def _folder(runs_dir: Path, needed_bytes: int) -> Iterator[Finding]:
             pass
         found = os.statvfs(runs_dir)
     except (OSError, NotImplementedError) as error:
-        yield Finding(name, f"{runs_dir}: {error}", other)
+        yield Diagnosis(name, f"{runs_dir}: {error}", other)
         return
     finally:
         shutil.rmtree(probe, ignore_errors=True)
     slow = seconds > _SLOW_S
-    yield Finding(
+    yield Diagnosis(
         name,
         f"{runs_dir}: a file is written, synced and renamed in {1000 * seconds:.0f} ms, locks work",
         f"A checkpoint makes some ten such calls. {other}" if slow else "",
     )
     free = found.f_bavail * found.f_frsize
     full = found.f_files > 0 and found.f_favail < 1000  # some file systems count none
-    said = f"{free / 2**30:.1f} GiB" + (f" and {found.f_favail:,} inodes" if found.f_files else "") + " free"
+    result = f"{free / 2**30:.1f} GiB" + (f" and {found.f_favail:,} inodes" if found.f_files else "") + " free"
     fix = f"Two checkpoints side by side take {needed_bytes / _MIB:.1f} MiB and some files: make room. {other}"
-    yield Finding("room", said, fix if full or free < needed_bytes else "")
+    yield Diagnosis("room", result, fix if full or free < needed_bytes else "")
 
 
-def _wandb(config: Config) -> Finding:
+def _wandb(config: Config) -> Diagnosis:
     mode = wandb_mode(config.tracking, os.environ)
     if mode != "online":
-        return Finding(
+        return Diagnosis(
             "W&B", {"offline": "recorded offline, to be sent by `dist-train wandb sync`", "disabled": "disabled"}[mode]
         )
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     with suppress(OSError), closing(socket.create_connection((host.hostname, host.port or 443), timeout=3)):
-        return Finding("W&B", f"{host.hostname} answers")
-    return Finding(
+        return Diagnosis("W&B", f"{host.hostname} answers")
+    return Diagnosis(
         "W&B", f"{host.hostname} does not answer: runs are recorded offline, `dist-train wandb sync` sends them later"
     )
 
 
-def _slurm() -> Finding:
+def _slurm() -> Diagnosis:
     try:
-        return Finding("Slurm", installed_version())
+        return Diagnosis("Slurm", installed_version())
     except LaunchError:
-        return Finding("Slurm", "not on this machine")
+        return Diagnosis("Slurm", "not on this machine")

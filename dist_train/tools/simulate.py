@@ -49,7 +49,9 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
             sizes = sorted({len(shard) for shard in shards})
             assert torch.equal(torch.cat(shards).sort().values, torch.arange(total))
             yield f"{name}: {total} examples, each on one process, {' or '.join(map(str, sizes))} on each"
-    weights = sum(parameter.nbytes for parameter in build_model(config.model, splits.known, config.seed).parameters())
+    weights = sum(
+        parameter.nbytes for parameter in build_model(config.model, splits.input_spec, config.seed).parameters()
+    )
     copies = 2 + _STATE[config.optimizer.name] + bool(config.optimizer.momentum) + bool(config.ema_decay)
     needed = weights * copies
     data = splits.train.images.nbytes if isinstance(splits.train, ImageSet) else 0

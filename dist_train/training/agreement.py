@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from dist_train.distributed.scheduler import Scheduler
-from dist_train.distributed.signals import StopRequest, StopState, Wish
+from dist_train.distributed.signals import StopReason, StopRequest, StopState
 from dist_train.errors import DistTrainError
 from dist_train.runs.directory import RunDir
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dist_train.distributed.world import World
 
 HEARTBEAT_S = 5.0
-_WISHES: tuple[Wish | None, ...] = (None, "TERM", "INTERRUPT", "PREEMPTED")
+_WISHES: tuple[StopReason | None, ...] = (None, "TERM", "INTERRUPT", "PREEMPTED")
 
 
 class Agreement:
@@ -85,7 +85,7 @@ class Agreement:
         save = self._world.is_rank_zero and self._look_around(now)
         error = self._poll() if self._world.is_rank_zero else None
         told, save_due, failed, slowest = self._reduce(
-            float(_WISHES.index(self._request.told)), float(save), float(error is not None), pace
+            float(_WISHES.index(self._request.requested)), float(save), float(error is not None), pace
         )
         if failed:
             self._world.on_rank_zero(lambda: _raise(error))
@@ -112,11 +112,11 @@ class Agreement:
             self._run_dir.set_status()
             self._last_beat = now
         if self._scheduler.stop_file is not None and self._scheduler.stop_file.exists():
-            self._request.tell("PREEMPTED")
-        stop = self._run_dir.pop_wish(self._run_dir.stop_wish)
+            self._request.request("PREEMPTED")
+        stop = self._run_dir.take_request(self._run_dir.stop_request_file)
         if stop is not None:
-            self._request.tell("PREEMPTED" if stop.strip() == "PREEMPTED" else "INTERRUPT")
-        return self._run_dir.pop_wish(self._run_dir.save_wish) is not None or by_clock
+            self._request.request("PREEMPTED" if stop.strip() == "PREEMPTED" else "INTERRUPT")
+        return self._run_dir.take_request(self._run_dir.save_request_file) is not None or by_clock
 
     def _reduce(self, *values: float) -> list[float]:
         if self._world.size == 1:

@@ -20,15 +20,15 @@ from dist_train.training.step.train_step import Step
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     sampler: ShardSampler
     learning_rate: LearningRate
     step: Step
 
 
-def build_parts(
+def build_components(
     config: Config, world: World, splits: Splits, change: Callable[[nn.Module], None] = lambda net: None
-) -> Parts:
+) -> Components:
     """`change` is called with the net before anything holds on to it.
 
     Collective: every rank must call this.
@@ -42,9 +42,9 @@ def build_parts(
         warmup_steps=config.schedule.warmup.to_steps(sampler.steps_per_epoch),
         final_ratio=config.schedule.final_ratio,
     )
-    net = build_model(config.model, splits.known, config.seed)
+    net = build_model(config.model, splits.input_spec, config.seed)
     if config.ddp.sync_batchnorm and world.device.type == "cuda" and world.size > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     change(net)
     batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
-    return Parts(sampler, learning_rate, Step(config, world, net, batches, plan, learning_rate))
+    return Components(sampler, learning_rate, Step(config, world, net, batches, plan, learning_rate))

@@ -15,7 +15,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.models.invariance import seeding_for
 from dist_train.models.tasks.confusion import Confusion
-from dist_train.models.tasks.objective import Objective, Told, count_correct
+from dist_train.models.tasks.objective import ErrorContext, Objective, count_correct
 from dist_train.training.agreement import Agreement
 from dist_train.training.step.counts import Counts
 
@@ -57,7 +57,7 @@ def evaluate(
             batch = next(stream, None)  # a rank's shard may end a batch before the longest one
             if batch is not None:
                 seed_generators(batches.seed_of(batch))
-                with sums.told(batch.indices), world.accelerator.autocast():
+                with sums.error_context(batch.indices), world.accelerator.autocast():
                     output = objective.forward(net, batch.inputs)
                     objective.check_labels(output, batch.labels)
                 sums.add(output, batch.targets, batch.indices)
@@ -114,9 +114,9 @@ class _Sums:
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_waiting = 0  # numbers of outputs in there
 
-    def told(self, indices: Tensor) -> Told:
+    def error_context(self, indices: Tensor) -> ErrorContext:
         """Errors of the net and its loss over these examples as one line."""
-        return Told(self._net, "in evaluation", indices, self._examples)
+        return ErrorContext(self._net, "in evaluation", indices, self._examples)
 
     def add(self, output: Any, targets: Any, indices: Tensor) -> None:
         tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)
@@ -140,7 +140,7 @@ class _Sums:
             self._judge(torch.cat(outputs), torch.cat(targets), torch.cat(indices))
 
     def _judge(self, output: Any, targets: Any, indices: Tensor) -> None:
-        with self.told(indices):
+        with self.error_context(indices):
             loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
         counts = self._counts = self._counts or Counts(self._device, tuple(own))
         if tuple(own) != counts.names[3:]:

@@ -8,13 +8,13 @@ import traceback
 from contextlib import suppress
 from typing import TextIO
 
-from dist_train.checkpoints.resume_hint import how_to_go_on, says_enough
+from dist_train.checkpoints.resume_hint import is_self_explanatory, resume_hint
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
-from dist_train.data.loader import loader_fault
+from dist_train.data.loader import loader_error
 from dist_train.distributed import watchdog
 from dist_train.distributed.devices import is_device_assert, is_out_of_memory
-from dist_train.distributed.process import Place
+from dist_train.distributed.process import ProcessInfo
 from dist_train.distributed.world import end_process, first_line, is_peer_failure, is_timeout
 from dist_train.errors import DistTrainError, OutOfMemory, PeerLost, UserCodeError
 from dist_train.runs.directory import RunDir
@@ -23,14 +23,14 @@ from dist_train.runs.error_report import note_error
 _log = logging.getLogger(__name__)
 
 
-class Reporting:
+class FailureHandler:
     """An error ends up in error.json (of all ranks' the first), in the rank's log, and as state ERROR.
 
     With other ranks about, the process ends at once: they are waiting in a collective, and the clean way out would
     wait for them.
     """
 
-    def __init__(self, place: Place, config: Config, run_dir: RunDir | None) -> None:
+    def __init__(self, place: ProcessInfo, config: Config, run_dir: RunDir | None) -> None:
         """`run_dir`: of our launcher, which shows the error that is left there."""
         self.place = place
         self.run_dir = run_dir  # None until this start owns one
@@ -39,11 +39,11 @@ class Reporting:
         self._config = config
         self._launched = run_dir is not None
 
-    def __enter__(self) -> Reporting:
+    def __enter__(self) -> FailureHandler:
         return self
 
     def __exit__(self, _kind: object, raised: BaseException | None, _trace: object) -> None:
-        watchdog.expect_nothing()
+        watchdog.disarm()
         if not isinstance(raised, Exception):
             return
         trace = traceback.format_exc()
@@ -60,9 +60,9 @@ class Reporting:
             if self.place.rank == 0 and self.run_dir.attempt:
                 with suppress(DistTrainError, OSError):
                     self.run_dir.set_status(state="ERROR")
-            if first and not self._launched and not says_enough(type(error).__name__):
+            if first and not self._launched and not is_self_explanatory(type(error).__name__):
                 alone = self.place.world_size == self.place.local_world_size
-                error.add_note(how_to_go_on(self.run_dir, self.place.world_size if alone else None))
+                error.add_note(resume_hint(self.run_dir, self.place.world_size if alone else None))
         if self.place.world_size > 1:
             if first:
                 said = str(error) if isinstance(error, DistTrainError) else trace
@@ -87,7 +87,7 @@ class Reporting:
                 "A kernel found an index out of range: most often a label that is none of the net's classes, or a word "
                 "beyond an embedding. Start again with device=cpu, which names the example."
             )
-        return loader_fault(error) or error
+        return loader_error(error) or error
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         config, size = self._config, self.place.world_size

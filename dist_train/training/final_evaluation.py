@@ -26,7 +26,7 @@ Evaluate = Callable[[Examples, Confusion | None], dict[str, float] | None]
 
 
 @dataclass(frozen=True, eq=False)  # == of tensors is a tensor
-class FinalPasses:
+class FinalEvaluation:
     metrics: dict[str, float | dict[str, float | None]]  # keys test/..., train/...
     judged: str  # the split that the rest is of: test, or val where there is none
     examples: Examples | None
@@ -35,7 +35,7 @@ class FinalPasses:
     mistakes: list[Mistake]  # those that the net is surest of
 
 
-def final_passes(splits: Splits, evaluate: Evaluate, world: World, *, with_train: bool) -> FinalPasses | None:
+def final_evaluation(splits: Splits, evaluate: Evaluate, world: World, *, with_train: bool) -> FinalEvaluation | None:
     """None if the ranks agreed to stop before it was done. A test split that was validated on is passed once more, for
     its classes.
 
@@ -55,13 +55,13 @@ def final_passes(splits: Splits, evaluate: Evaluate, world: World, *, with_train
             return None
         metrics |= {f"{name}/{key}": value for key, value in found.items() if math.isfinite(value)}
     counts, mistakes = confusion.total(world), confusion.mistakes(world)
-    classes = class_names(splits.facts["classes"], 0 if counts is None else len(counts))
+    classes = class_names(splits.description["classes"], 0 if counts is None else len(counts))
     if counts is not None:
         metrics[f"{judged}/accuracy_by_class"] = dict(zip(classes, accuracy_by_class(counts), strict=True))
-    return FinalPasses(metrics, judged, examples, classes, counts, mistakes)
+    return FinalEvaluation(metrics, judged, examples, classes, counts, mistakes)
 
 
-def draw(final: FinalPasses, run_dir: RunDir) -> dict[str, bytes]:
+def draw(final: FinalEvaluation, run_dir: RunDir) -> dict[str, bytes]:
     """PNGs by name, which lie in the run directory then. A run does not fail for its pictures. Rank zero only."""
     wanted = {"curves": _draw_curves, "confusion": _draw_confusion, "mistakes": _draw_mistakes}
     pictures = {}
@@ -77,11 +77,11 @@ def draw(final: FinalPasses, run_dir: RunDir) -> dict[str, bytes]:
     return pictures
 
 
-def _draw_curves(_: FinalPasses, run_dir: RunDir) -> bytes:
+def _draw_curves(_: FinalEvaluation, run_dir: RunDir) -> bytes:
     return charts.learning_curves([read_run(run_dir.path)])
 
 
-def _draw_confusion(final: FinalPasses, run_dir: RunDir) -> bytes | None:
+def _draw_confusion(final: FinalEvaluation, run_dir: RunDir) -> bytes | None:
     if final.confusion is None:
         return None
     title = f"{run_dir.path.name}: {final.judged} accuracy {final.metrics[f'{final.judged}/accuracy']:.2%}"
@@ -89,7 +89,7 @@ def _draw_confusion(final: FinalPasses, run_dir: RunDir) -> bytes | None:
     return charts.confusion_matrix(counts, accuracy_by_class(final.confusion), final.classes, title)
 
 
-def _draw_mistakes(final: FinalPasses, run_dir: RunDir) -> bytes | None:
+def _draw_mistakes(final: FinalEvaluation, run_dir: RunDir) -> bytes | None:
     shown = [(each, _pixels(final.examples, each.index)) for each in final.mistakes]
     grid = [(each, pixels.numpy()) for each, pixels in shown if pixels is not None]
     if not grid:

@@ -21,7 +21,7 @@ from dist_train.distributed.world import World
 _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
-def collect_facts(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, Any]:
+def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, Any]:
     """What decides the numbers of a run, and what somebody who reads them later asks for."""
     cuda = world.device.type == "cuda"
     return {
@@ -42,27 +42,29 @@ def collect_facts(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, 
 
 
 # By these a step is divided: the result of a net that depends on the division is another one.
-DIVIDING = ("world_size", "micro_steps", "device")
+DIVISION_FACTORS = ("world_size", "micro_steps", "device")
 
 
-def bit_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+def changed_determinism_factors(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What differs between two starts of a run, and decides the bits of its numbers: {"num_threads": "2 -> 1", ...}."""
-    old, new = ({name: _of(facts, name) for name in (*DIVIDING, *_ROUNDING)} for facts in (before, now))
+    old, new = (
+        {name: _of(provenance, name) for name in (*DIVISION_FACTORS, *_ROUNDING)} for provenance in (before, now)
+    )
     return {name: f"{old[name]} -> {new[name]}" for name in old if old[name] != new[name]}
 
 
 _ROUNDING = ("num_threads", "step_mode", "cpu", "torch")
 
 
-def _of(facts: dict[str, Any], name: str) -> Any:
+def _of(provenance: dict[str, Any], name: str) -> Any:
     nested = {"micro_steps": ("batch_plan", "grad_accum_steps"), "torch": ("versions", "torch")}
     if name not in nested:
-        return facts.get(name)
+        return provenance.get(name)
     section, key = nested[name]
-    return facts.get(section, {}).get(key)
+    return provenance.get(section, {}).get(key)
 
 
-def data_changes(before: dict[str, Any], now: Mapping[str, Identity]) -> list[str]:
+def changed_data(before: dict[str, Any], now: Mapping[str, Identity]) -> list[str]:
     """In which splits the examples are others than those that a run began with, by its facts: ["The train set has 109
     examples, where the run began with 101.", ...]. An older version recorded none."""
     found = differences(now, before["data_identity"]) if "data_identity" in before else []

@@ -17,7 +17,7 @@ from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen
 from dist_train.runs.records import State
 from dist_train.runs.time_accounting import effective_ratio
-from dist_train.training.final_evaluation import FinalPasses, draw
+from dist_train.training.final_evaluation import FinalEvaluation, draw
 from dist_train.training.step.train_step import Step
 from dist_train.training.tracking import Tracker
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Journal:
+class RunRecorder:
     """Made on all ranks; rank zero alone writes."""
 
     config: Config
@@ -49,10 +49,10 @@ class Journal:
         """Seconds in all attempts so far."""
         return time.perf_counter() - self._before
 
-    def enter(self, state: State) -> None:
+    def set_state(self, state: State) -> None:
         self._set_status(state=state)
 
-    def note_training(self, totals: dict[str, float], lr: float, pace: dict[str, float]) -> None:
+    def log_train(self, totals: dict[str, float], lr: float, pace: dict[str, float]) -> None:
         """One `train` line. `totals`: sums over the window since the last; `pace`: its perf/..."""
         line = self._line()
         line["train/loss"] = totals["loss"] / totals["seen"]
@@ -68,13 +68,13 @@ class Journal:
             line["train/overflows"] = totals["overflows"]
         self.tracker.log(line)
         self.screen.show_training(line)
-        self._note_newest(line)
+        self._record_newest(line)
 
-    def note_epoch(self, coverage: dict[str, int]) -> None:
+    def log_epoch_audit(self, coverage: dict[str, int]) -> None:
         """One `audit` line."""
         self.tracker.log(self._line() | coverage)
 
-    def note_evaluation(self, seconds: float) -> None:
+    def log_eval(self, seconds: float) -> None:
         """One `val` line, of what the state has just noted."""
         now = time.perf_counter()
         line = self._line() | self.state.val
@@ -85,38 +85,38 @@ class Journal:
         self._evaluated_at = now
         self.tracker.log(line)
         self.screen.show_evaluation(line)
-        self._note_newest(line)
+        self._record_newest(line)
 
     def stop(self, end: State) -> None:
         """The run ends before its time; what is to be resumed is on the disk.
 
         Collective: every rank must call this.
         """
-        self.world.on_rank_zero(lambda: self.enter(end))
-        watchdog.expect_nothing()
+        self.world.on_rank_zero(lambda: self.set_state(end))
+        watchdog.disarm()
         self.tracker.finish({})
         _log.info(
             "saved and stopped at step %d of %d, state %s. To go on: the same command with --run-name=%s",
             self.state.step, self.total_steps, end, self.run_dir.path.name,
         )  # fmt: skip
 
-    def finish(self, final: FinalPasses, **found: Any) -> None:
+    def finish(self, final: FinalEvaluation, **found: Any) -> None:
         """The run has come to its end: result.json, with what the loop has `found`, then the pictures.
 
         Collective: every rank must call this.
         """
         results = self._results(final, found)
         self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
-        self.world.on_rank_zero(lambda: self.enter("FINISHED"))
-        watchdog.expect_nothing()  # what is left may take its time, and takes nothing away
+        self.world.on_rank_zero(lambda: self.set_state("FINISHED"))
+        watchdog.disarm()  # what is left may take its time, and takes nothing away
         draws = self.world.is_rank_zero and self.config.tracking.pictures
         self.tracker.finish(results, draw(final, self.run_dir) if draws else {})
 
-    def _results(self, final: FinalPasses, found: dict[str, Any]) -> dict[str, Any]:
+    def _results(self, final: FinalEvaluation, found: dict[str, Any]) -> dict[str, Any]:
         """What result.json says."""
         state, world = self.state, self.world
         samples = state.step * self.config.global_batch_size
-        seconds = self.run_dir.time_sheet.totals()  # wall seconds over all attempts, and between them
+        seconds = self.run_dir.time_accounting.totals()  # wall seconds over all attempts, and between them
         if world.is_rank_zero:
             _log.debug("seconds by use: %s", ", ".join(f"{use} {spent:.1f}" for use, spent in seconds.items()))
         return {
@@ -150,7 +150,7 @@ class Journal:
             "time": round(time.time(), 3),
         }
 
-    def _note_newest(self, line: dict[str, Any]) -> None:
+    def _record_newest(self, line: dict[str, Any]) -> None:
         self._newest |= {name: value for name, value in line.items() if "/" in name}
         self._set_status(metrics=self._newest)
 

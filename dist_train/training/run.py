@@ -24,41 +24,48 @@ from dist_train.data.identity import differences
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.splits import Splits, load_splits
 from dist_train.distributed import watchdog
-from dist_train.distributed.process import find_place
+from dist_train.distributed.process import detect_process
 from dist_train.distributed.scheduler import Scheduler
 from dist_train.distributed.signals import StopRequest
-from dist_train.distributed.stdio import print_to
+from dist_train.distributed.stdio import redirect_output
 from dist_train.distributed.world import World
 from dist_train.errors import DataError, DistTrainError
 from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen, log_to_file, log_to_screen
 from dist_train.runs.records import State
-from dist_train.runs.start_options import Start, check_start, find_run_dir, remove_if_unbegun
+from dist_train.runs.start_options import StartOptions, check_start, find_run_dir, remove_if_not_started
 from dist_train.training.agreement import Agreement
-from dist_train.training.build import build_parts
-from dist_train.training.failures import Reporting
-from dist_train.training.provenance import DIVIDING, bit_changes, collect_facts, data_changes
-from dist_train.training.recorder import Journal
+from dist_train.training.build import build_components
+from dist_train.training.failures import FailureHandler
+from dist_train.training.provenance import (
+    DIVISION_FACTORS,
+    changed_data,
+    changed_determinism_factors,
+    collect_provenance,
+)
+from dist_train.training.recorder import RunRecorder
 from dist_train.training.step.train_step import Step
 from dist_train.training.tracking import Tracker
-from dist_train.training.trainer import Run
+from dist_train.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 
 
-def run_attempt(config: Config, start: Start, request: StopRequest, started: float, scheduler: Scheduler) -> State:
+def run_training(
+    config: Config, start: StartOptions, request: StopRequest, started: float, scheduler: Scheduler
+) -> State:
     """Train until the end or an agreed stop. `started`: time.perf_counter() when the process began.
 
     Collective: every rank calls this with the same arguments.
     """
-    place = find_place(os.environ)
+    place = detect_process(os.environ)
     launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
-    reporting = Reporting(place, config, launched_in)
+    failure_handler = FailureHandler(place, config, launched_in)
     log_to_screen(place.rank, start.verbosity)
-    with _leaving_no_rubbish(reporting, start), reporting:
+    with _leaving_no_rubbish(failure_handler, start), failure_handler:
         # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
         splits = load_splits(config.data, config.seed, place.local_world_size)
-        watchdog.expect_within(config.setup_timeout_s)
+        watchdog.arm(config.setup_timeout_s)
         world = World.join(config, find_run_dir(config, start).precision)
         run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, start, claim=True).path))))
         attempt = world.on_rank_zero(lambda: _open(run_dir, config, splits, start, started))
@@ -68,20 +75,20 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
             world.leave()
             return "FINISHED"
         run_dir.attempt = attempt
-        reporting.run_dir = run_dir
+        failure_handler.run_dir = run_dir
         world.check_shared(run_dir.path)
         world.check_same("config", to_yaml(config))
         _check_same_data(world, splits)
         log_to_file(run_dir, world.rank)
         if not world.is_rank_zero:  # of a hundred nodes one speaks
-            reporting.errors = print_to(run_dir.rank_log(world.rank))
+            failure_handler.errors = redirect_output(run_dir.rank_log(world.rank))
         world = _same_threads(world, run_dir)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
         with _build(config, world, run_dir, splits, start, request, started, scheduler) as run:
             # The set-up is over: compiling may take long, a step may not.
-            world.wait_at_most(config.stall_timeout_s)
-            watchdog.expect_within(config.stall_timeout_s)
-            reporting.waits = f"stall_timeout_s={config.stall_timeout_s:g}"
+            world.set_timeout(config.stall_timeout_s)
+            watchdog.arm(config.stall_timeout_s)
+            failure_handler.waits = f"stall_timeout_s={config.stall_timeout_s:g}"
             state = run.train()
     if world.is_rank_zero:
         run_dir.unlock()
@@ -92,21 +99,21 @@ def run_attempt(config: Config, start: Start, request: StopRequest, started: flo
 
 
 @contextmanager
-def _leaving_no_rubbish(reporting: Reporting, start: Start) -> Iterator[None]:
+def _leaving_no_rubbish(failure_handler: FailureHandler, start: StartOptions) -> Iterator[None]:
     """Of a process that trains alone; for several ranks their launcher does it, when all have ended."""
     try:
         yield
     except DistTrainError:
-        if reporting.run_dir is not None:
-            remove_if_unbegun(reporting.run_dir, start)
+        if failure_handler.run_dir is not None:
+            remove_if_not_started(failure_handler.run_dir, start)
         raise
 
 
-def _open(run_dir: RunDir, config: Config, splits: Splits, start: Start, started: float) -> int | None:
+def _open(run_dir: RunDir, config: Config, splits: Splits, start: StartOptions, started: float) -> int | None:
     """The number of this attempt, None if the run is finished. Rank zero only."""
     if check_start(run_dir, config, start):
         return None
-    changes = data_changes(run_dir.read_facts(), splits.identity) if run_dir.holds_checkpoints else []
+    changes = changed_data(run_dir.read_provenance(), splits.identity) if run_dir.holds_checkpoints else []
     if changes:
         raise DataError(
             f"{run_dir.path} was trained on other data:\n" + "\n".join(f"  {change}" for change in changes) + "\n"
@@ -142,7 +149,7 @@ def _check_same_data(world: World, splits: Splits) -> None:
 
 def _same_threads(world: World, run_dir: RunDir) -> World:
     """A resumed run computes with the threads it began with."""
-    before = run_dir.read_facts()
+    before = run_dir.read_provenance()
     threads = before.get("num_threads")
     if threads and before.get("world_size") == world.size and threads != world.num_threads:
         _log.info("threads per process: %d, as the run began (not %d)", threads, world.num_threads)
@@ -155,13 +162,13 @@ def _build(
     world: World,
     run_dir: RunDir,
     splits: Splits,
-    start: Start,
+    start: StartOptions,
     request: StopRequest,
     started: float,
     scheduler: Scheduler,
-) -> Run:
+) -> Trainer:
     """Collective: every rank must call this."""
-    parts = build_parts(config, world, splits)
+    parts = build_components(config, world, splits)
     sampler, step, net, learning_rate = parts.sampler, parts.step, parts.step.net, parts.learning_rate
     total_steps = learning_rate.total_steps
     checkpoints = Checkpoints(
@@ -180,39 +187,39 @@ def _build(
         if start.init_from is not None:
             load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
 
-    facts = collect_facts(world, sampler.plan, world.hosts()) | {"data": splits.facts}
-    before = run_dir.read_facts() if state.step else {}
-    facts["data_identity"] = before.get("data_identity") or splits.identity
+    provenance = collect_provenance(world, sampler.plan, world.hosts()) | {"data": splits.description}
+    before = run_dir.read_provenance() if state.step else {}
+    provenance["data_identity"] = before.get("data_identity") or splits.identity
     if world.is_rank_zero:
-        run_dir.note_resume(state.step, world.size)
-        _report(config, run_dir, splits, sampler, net, state, total_steps, facts)
+        run_dir.record_resume(state.step, world.size)
+        _report(config, run_dir, splits, sampler, net, state, total_steps, provenance)
     # A resumed run goes on in the mode that was found best when it began.
     step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
-    facts["step_mode"] = step.mode
+    provenance["step_mode"] = step.mode
     if world.is_rank_zero:
-        _report_limits(step, facts, before)
+        _report_limits(step, provenance, before)
         cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
         if cut:
             _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
-        run_dir.write_facts(facts)
+        run_dir.write_provenance(provenance)
     audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.note
     world.barrier()
     save_every = config.save_every
-    return Run(
+    return Trainer(
         config=config,
         world=world,
         splits=splits,
         step=step,
         state=state,
         checkpoints=checkpoints,
-        journal=Journal(
+        recorder=RunRecorder(
             config=config,
             world=world,
             run_dir=run_dir,
             step=step,
             state=state,
-            tracker=Tracker(run_dir, config, facts, enabled=world.is_rank_zero),
+            tracker=Tracker(run_dir, config, provenance, enabled=world.is_rank_zero),
             screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
             total_steps=total_steps,
             steps_per_epoch=sampler.steps_per_epoch,
@@ -224,7 +231,7 @@ def _build(
             run_dir,
             scheduler,
             poll=checkpoints.poll,
-            on_agreed=lambda: watchdog.expect_within(config.stall_timeout_s),
+            on_agreed=lambda: watchdog.arm(config.stall_timeout_s),
             save_every_s=save_every.value if save_every.unit == "s" else 0.0,
         ),
         learning_rate=learning_rate,
@@ -241,7 +248,7 @@ def _report(
     net: nn.Module,
     state: TrainState,
     total_steps: int,
-    facts: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> None:
     """What is about to happen, in a few lines."""
     plan = sampler.plan
@@ -254,7 +261,7 @@ def _report(
     _log.info(
         "net %s: %s parameters; %s, %d threads per process, mixed precision %s",
         config.model.bundle or config.model.name, f"{sum(p.numel() for p in net.parameters()):,}",
-        facts["device"], facts["num_threads"], facts["mixed_precision"],
+        provenance["device"], provenance["num_threads"], provenance["mixed_precision"],
     )  # fmt: skip
     _log.info(
         "global batch %d = %d per device x %d micro-steps x %d processes",
@@ -264,7 +271,8 @@ def _report(
         _log.warning(
             "%d examples per process have no divisor between %d and per_device_batch_size=%d: small forwards are slow. "
             "Choose a global_batch_size with more divisors, or raise per_device_batch_size to %d.",
-            plan.share, plan.per_device_batch_size, config.per_device_batch_size, plan.share,
+            plan.per_rank_batch_size, plan.per_device_batch_size, config.per_device_batch_size,
+            plan.per_rank_batch_size,
         )  # fmt: skip
     for split, identity in splits.identity.items():
         if "unsteady" in identity:
@@ -277,10 +285,10 @@ def _report(
         _log.info("resumed at step %d of %d", state.step, total_steps)
 
 
-def _report_limits(step: Step, facts: dict[str, Any], before: dict[str, Any]) -> None:
+def _report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]) -> None:
     """Where the promises end for this net. `before`: the facts of the run that goes on."""
-    dependent = step.observed.dependent
-    rounding = [f"{facts['mixed_precision']} rounding"] if facts["mixed_precision"] != "no" else []
+    dependent = step.observed.world_size_dependent
+    rounding = [f"{provenance['mixed_precision']} rounding"] if provenance["mixed_precision"] != "no" else []
     for reason in dependent + rounding:
         _log.info("depends on the number of processes: %s", reason)
     for name in step.observed.unsaved:
@@ -288,8 +296,8 @@ def _report_limits(step: Step, facts: dict[str, Any], before: dict[str, Any]) ->
             "not exact under resume: each forward changes %s.%s, which no checkpoint holds. Make it a buffer.",
             type(step.net).__name__, name,
         )  # fmt: skip
-    for name, change in bit_changes(before, facts).items() if before else ():
-        if name in DIVIDING and dependent:
+    for name, change in changed_determinism_factors(before, provenance).items() if before else ():
+        if name in DIVISION_FACTORS and dependent:
             comes = f"another result, since it depends on {', '.join(dependent)}"
         else:
             comes = "equal within rounding, not to the bit"

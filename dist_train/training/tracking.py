@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
-from dist_train.checkpoints.manifest import MODEL, best, manifests
+from dist_train.checkpoints.manifest import MODEL, best_checkpoint, manifests
 from dist_train.config.paths import cache_stand_in
 from dist_train.config.schema import Config, TrackingConfig
 from dist_train.distributed.world import first_line
@@ -48,10 +48,10 @@ class _WandbSink(Sink, Protocol):
 class Tracker:
     """Takes every line of metrics. Made on all ranks; on others than rank zero it does nothing."""
 
-    def __init__(self, run_dir: RunDir, config: Config, facts: Mapping[str, Any], *, enabled: bool) -> None:
+    def __init__(self, run_dir: RunDir, config: Config, provenance: Mapping[str, Any], *, enabled: bool) -> None:
         self._run_dir = run_dir
         self._enabled = enabled
-        self._mirror = _Mirror(run_dir, config, facts) if enabled else None
+        self._mirror = _Mirror(run_dir, config, provenance) if enabled else None
 
     def log(self, line: dict[str, Any]) -> None:
         """One line of metrics; `line["step"]` is its place on the x-axis."""
@@ -68,14 +68,14 @@ class Tracker:
 class _Mirror:
     """A thread that owns the trackers."""
 
-    def __init__(self, run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) -> None:
         self._run_dir = run_dir
         self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._artifact = config.tracking.artifact
         self._timeout_s = config.tracking.timeout_s
         self._summary: Mapping[str, Any] = {}
         self._pictures: Mapping[str, bytes] = {}
-        self._thread = threading.Thread(target=self._run, args=(config, facts), name="tracking", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(config, provenance), name="tracking", daemon=True)
         self._thread.start()
 
     def put(self, line: dict[str, Any]) -> None:
@@ -96,12 +96,12 @@ class _Mirror:
                 self._timeout_s, self._run_dir.path,
             )  # fmt: skip
 
-    def _run(self, config: Config, facts: Mapping[str, Any]) -> None:
+    def _run(self, config: Config, provenance: Mapping[str, Any]) -> None:
         sinks: list[Sink] = []
         for start in (start_wandb, start_tensorboard):
             # Whatever a tracker raises, the training goes on without it.
             try:
-                sink = start(self._run_dir, config, facts)
+                sink = start(self._run_dir, config, provenance)
             except Exception as error:
                 _log.warning("%s: %s. The run goes on without it.", start.__name__.removeprefix("start_"), error)
             else:
@@ -132,7 +132,7 @@ class _Mirror:
         import wandb
 
         there = manifests(self._run_dir)
-        found = {"best": best(self._run_dir), "last": next(iter(there), None)}
+        found = {"best": best_checkpoint(self._run_dir), "last": next(iter(there), None)}
         alias, folder = next((alias, folder) for alias, folder in found.items() if folder is not None)
         about = {name: there[folder][name] for name in ("step", "score")}
         artifact = wandb.Artifact(f"{sink.run.id}-model", type="model", metadata=about)
@@ -206,7 +206,7 @@ def _has_key(env: Mapping[str, str]) -> bool:
         return False
 
 
-def start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:
+def start_wandb(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) -> Sink | None:
     settings = config.tracking
     mode = wandb_mode(settings, os.environ)
     if mode == "disabled":
@@ -227,7 +227,7 @@ def start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Si
         "entity": os.environ.get("WANDB_ENTITY") or settings.entity,
         "group": os.environ.get("WANDB_RUN_GROUP") or settings.group or os.environ.get("WANDB_SWEEP_ID"),
         "job_type": os.environ.get("WANDB_JOB_TYPE") or settings.job_type,
-        "tags": _tags(settings, facts),
+        "tags": _tags(settings, provenance),
         "settings": wandb.Settings(console="off", init_timeout=settings.timeout_s / 2, x_disable_stats=True),
     }
     project = os.environ.get("WANDB_PROJECT") or settings.project
@@ -245,20 +245,25 @@ def start_wandb(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Si
         mode = "offline"
         tracker = WandBTracker(project, mode=mode, **init)
         tracker.start()
-    tracker.run.config.update({**config.flat(), "facts": dict(facts)}, allow_val_change=True)
+    tracker.run.config.update({**config.flat(), "facts": dict(provenance)}, allow_val_change=True)
     tracker.run.define_metric("samples")
     tracker.run.define_metric("*", step_metric="step")
     _log.info("W&B: %s, run %s in %s", mode, init["id"], run_dir.path / "wandb")
     return tracker  # type: ignore[no-any-return]
 
 
-def _tags(settings: TrackingConfig, facts: Mapping[str, Any]) -> list[str]:
+def _tags(settings: TrackingConfig, provenance: Mapping[str, Any]) -> list[str]:
     told = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
-    precision = {"no": "fp32"}.get(facts["mixed_precision"], facts["mixed_precision"])
-    return [*(told or settings.tags), f"world_size={facts['world_size']}", str(precision), str(facts["device"])]
+    precision = {"no": "fp32"}.get(provenance["mixed_precision"], provenance["mixed_precision"])
+    return [
+        *(told or settings.tags),
+        f"world_size={provenance['world_size']}",
+        str(precision),
+        str(provenance["device"]),
+    ]
 
 
-def start_tensorboard(run_dir: RunDir, config: Config, facts: Mapping[str, Any]) -> Sink | None:
+def start_tensorboard(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) -> Sink | None:
     if not config.tracking.tensorboard:
         return None
     from accelerate.tracking import TensorBoardTracker

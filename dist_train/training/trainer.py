@@ -22,12 +22,12 @@ from dist_train.models.tasks.confusion import Confusion
 from dist_train.runs.records import State
 from dist_train.training.agreement import Agreement
 from dist_train.training.evaluate import evaluate
-from dist_train.training.final_evaluation import FinalPasses, final_passes
-from dist_train.training.metrics import Pace
-from dist_train.training.recorder import Journal
+from dist_train.training.final_evaluation import FinalEvaluation, final_evaluation
+from dist_train.training.recorder import RunRecorder
 from dist_train.training.step.counts import Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
+from dist_train.training.step_timer import StepTimer
 
 _HOPELESS = 50  # updates in a row that fp16 left out; each has halved the scale
 
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Run:
+class Trainer:
     """Everything that takes part in one attempt of a run."""
 
     config: Config
@@ -44,7 +44,7 @@ class Run:
     step: Step
     state: TrainState
     checkpoints: Checkpoints
-    journal: Journal
+    recorder: RunRecorder
     agreement: Agreement
     learning_rate: LearningRate
     audit: ShardAudit
@@ -57,15 +57,15 @@ class Run:
             0 if duration.unit == "s" else duration.to_steps(self.steps_per_epoch) for duration in every
         )
         self.val = self.batches_of(self.splits.val) if self.splits.val is not None else None
-        self._pace = Pace(self.state.train_s)
-        self._pace.lap(self.state.step, self.step.data_wait_s)
+        self._timer = StepTimer(self.state.train_s)
+        self._timer.start_window(self.state.step, self.step.data_wait_s)
 
-    def __enter__(self) -> Run:
-        self.journal.screen.__enter__()
+    def __enter__(self) -> Trainer:
+        self.recorder.screen.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.journal.screen.__exit__(*error)
+        self.recorder.screen.__exit__(*error)
         self.checkpoints.close()
 
     @property
@@ -83,7 +83,7 @@ class Run:
             self.evaluate()
             if state.is_best:
                 self.save()
-        self.journal.enter("TRAINING")
+        self.recorder.set_state("TRAINING")
         self._lap()
         while state.step < self.total_steps and not agreement.stop and not self.early_stopped:
             step.take(state.step)
@@ -122,10 +122,10 @@ class Run:
             )
         if step.eager.overflows is not None:
             totals["overflows"] = self._count_overflows(step.eager.overflows)
-        pace = self._pace.measure(state.step, step.data_wait_s, self.config.global_batch_size)
+        pace = self._timer.measure(state.step, step.data_wait_s, self.config.global_batch_size)
         state.logged_step = state.step
         self._lap()
-        self.journal.note_training(totals, self.learning_rate.at(state.step - 1), pace)
+        self.recorder.log_train(totals, self.learning_rate.at(state.step - 1), pace)
 
     def _count_overflows(self, overflows: Overflows) -> int:
         count, in_a_row = overflows.pop()
@@ -147,7 +147,7 @@ class Run:
             DistTrainError: on every rank, if an example was trained on twice.
         """
         found = self.audit.close_epoch(self.state.step)
-        self.journal.note_epoch(found)
+        self.recorder.log_epoch_audit(found)
         epoch = math.ceil(self.state.step / self.steps_per_epoch)
         _log.debug(
             "epoch %d: %d examples, none twice, %d dropped", epoch, found["audit/unique"], found["audit/dropped"]
@@ -163,13 +163,13 @@ class Run:
         self._pause()
         self.state.evaluation_pending = True
         if not self.agreement.stop:
-            self.journal.enter("EVALUATING")
+            self.recorder.set_state("EVALUATING")
             started = time.perf_counter()
             found = self.evaluate_split(self.val)
             if found is not None:
                 seconds = time.perf_counter() - started
-                self._note_evaluation({f"val/{name}": value for name, value in found.items()}, seconds)
-            self.journal.enter("EVALUATED")
+                self._record_evaluation({f"val/{name}": value for name, value in found.items()}, seconds)
+            self.recorder.set_state("EVALUATED")
         self._go_on()
         if self.early_stopped:
             self._close_early()
@@ -184,10 +184,10 @@ class Run:
         if not is_due(self.state.step, self.steps_per_epoch, self.total_steps):
             self.close_epoch()
 
-    def _note_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
+    def _record_evaluation(self, metrics: dict[str, float], seconds: float) -> None:
         stopping = self.config.early_stop
-        self.state.note_evaluation(metrics, stopping.min_delta if stopping else 0.0)
-        self.journal.note_evaluation(seconds)
+        self.state.record_evaluation(metrics, stopping.min_delta if stopping else 0.0)
+        self.recorder.log_eval(seconds)
         if self.early_stopped:
             _log.info("no gain in %d evaluations: early stop", self.state.evaluations_without_gain)
 
@@ -207,13 +207,13 @@ class Run:
     def save(self) -> None:
         """Collective: every rank must call this."""
         self._pause()
-        self.state.train_s = self._pace.total_s
-        self.state.total_s = self.journal.total_s
+        self.state.train_s = self._timer.total_s
+        self.state.total_s = self.recorder.total_s
         self.state.audit = self.audit.totals()
-        self.journal.enter("SAVING")
+        self.recorder.set_state("SAVING")
         self.checkpoints.save(self.state, self.step)
         self.agreement.saved()
-        self.journal.enter("TRAINING")
+        self.recorder.set_state("TRAINING")
         self._go_on()
 
     def finish(self) -> State:
@@ -221,21 +221,21 @@ class Run:
 
         Collective: every rank must call this.
         """
-        self.journal.enter("SAVING")
-        watchdog.expect_nothing()  # of the write under way; an evaluation after it is watched again
+        self.recorder.set_state("SAVING")
+        watchdog.disarm()  # of the write under way; an evaluation after it is watched again
         self.checkpoints.finish()
         final = None if self.agreement.stop else self._final_passes()
         if final is None:  # stopped, maybe in the middle of the last evaluations: done again after the resume
             end = self.agreement.stop or "INTERRUPT"
-            self.journal.stop(end)
+            self.recorder.stop(end)
             return end
-        self.journal.finish(final, early_stopped=self.early_stopped, val_source=self.splits.val_source)
+        self.recorder.finish(final, early_stopped=self.early_stopped, val_source=self.splits.val_source)
         return "FINISHED"
 
-    def _final_passes(self) -> FinalPasses | None:
+    def _final_passes(self) -> FinalEvaluation | None:
         """Collective: every rank must call this."""
-        self.journal.enter("EVALUATING")
-        return final_passes(
+        self.recorder.set_state("EVALUATING")
+        return final_evaluation(
             self.splits,
             lambda examples, confusion: self.evaluate_split(self.batches_of(examples), confusion),
             self.world,
@@ -246,12 +246,12 @@ class Run:
 
     def _pause(self) -> None:
         self.world.synchronize()
-        self._pace.stop()
+        self._timer.stop()
 
     def _go_on(self) -> None:
         self.agreement.start_phase()
-        self._pace.start()
+        self._timer.start()
 
     def _lap(self) -> None:
-        self._pace.start()
-        self._pace.lap(self.state.step, self.step.data_wait_s)
+        self._timer.start()
+        self._timer.start_window(self.state.step, self.step.data_wait_s)

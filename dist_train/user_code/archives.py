@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from dist_train.atomic_files import whole
+from dist_train.atomic_files import atomic_write
 from dist_train.config.paths import default_data_root
 from dist_train.errors import UserCodeError
 
@@ -38,7 +38,7 @@ def unpacked(archive: Path, label: str) -> Path:
             return folder
         bundles.mkdir(parents=True, exist_ok=True)
         try:
-            with whole(folder) as aside:
+            with atomic_write(folder) as aside:
                 aside.mkdir()
                 _extract(archive, aside, label)
         except OSError:

@@ -29,7 +29,7 @@ def load_object(spec: str) -> Any:
         UserCodeError: no such module or name, or the module fails while it is imported.
     """
     module_name, name, source = _look_up(spec)
-    with explained(spec, "cannot be imported"):
+    with wrap_user_errors(spec, "cannot be imported"):
         try:
             module = _import(lambda: importlib.import_module(module_name), source)
         except ModuleNotFoundError as error:
@@ -102,7 +102,7 @@ def import_file(path: Path, name: str, setting: str) -> ModuleType:
             raise
         return module
 
-    with explained(setting, "cannot be imported"):
+    with wrap_user_errors(setting, "cannot be imported"):
         return _import(run, path)
 
 
@@ -150,7 +150,9 @@ def _missing_module(spec: str, module_name: str, missing: str) -> str:
 
 
 @contextmanager
-def explained(label: str, what: str, unless: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
+def wrap_user_errors(
+    label: str, what: str, unless: Callable[[BaseException], bool] = lambda _: False
+) -> Iterator[None]:
     """Turns an exception of the user's code into a UserCodeError that begins with `label` and names file and line.
 
     `unless`: whether an exception is not the user's.
@@ -162,10 +164,10 @@ def explained(label: str, what: str, unless: Callable[[BaseException], bool] = l
     except (Exception, SystemExit) as error:  # SystemExit: a script without `if __name__ == "__main__"`
         if unless(error):
             raise
-        raise explanation(f"{label} {what}", error) from error
+        raise user_code_error(f"{label} {what}", error) from error
 
 
-def explanation(what: str, error: BaseException, hint: str = "") -> UserCodeError:
+def user_code_error(what: str, error: BaseException, hint: str = "") -> UserCodeError:
     """One line that begins with `what`, says where in the user's code `error` was raised, and ends with `hint`."""
     if isinstance(error, SyntaxError):
         where, text = f"{error.filename}:{error.lineno}" if error.filename else "its source", error.msg

@@ -33,7 +33,7 @@ def test_what_is_restored_is_what_was_there(extra: dict[str, Any], world: World,
     step = new_step(world, seed=0, config=config)
     take(step, 0, 4)
     state = TrainState(step=4, logged_step=3, evaluation_pending=True, train_s=1 / 3)
-    state.note_evaluation({"val/loss": 0.1, "val/accuracy": 2 / 3}, min_delta=0.0)
+    state.record_evaluation({"val/loss": 0.1, "val/accuracy": 2 / 3}, min_delta=0.0)
     checkpoints = checkpoints_of(run_dir, world, config=config)
     checkpoints.save(state, step)
     checkpoints.finish()
@@ -167,7 +167,7 @@ def test_last_best_and_every_stay(world: World, run_dir: RunDir) -> None:
     for number, accuracy in enumerate([0.1, 0.5, 0.9, 0.2, 0.3, 0.95, 0.4, None, 0.6], start=1):
         state.step = number
         if accuracy is not None:
-            state.note_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
+            state.record_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
         checkpoints.save(state, step)
         checkpoints.finish()
         there.append(steps(run_dir))

@@ -16,7 +16,7 @@ from dist_train.checkpoints.manifest import (
     find_checkpoint,
     find_damage,
     folder_of,
-    good,
+    good_checkpoints,
     manifests,
     read_manifest,
     run_id_by_checkpoints,
@@ -24,7 +24,7 @@ from dist_train.checkpoints.manifest import (
 from dist_train.config.loading import load_config, parse_config
 from dist_train.errors import CheckpointError, ConfigError, RunDirError
 from dist_train.runs.directory import RunDir
-from dist_train.runs.start_options import Start, check_start
+from dist_train.runs.start_options import StartOptions, check_start
 from support import damages
 from support.tiny_runs import write_at
 
@@ -86,19 +86,19 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(
     assert {path.name: path.read_bytes() for path in newest.iterdir()} != intact
     assert any(name in find_damage(newest) for name in touched)
     with caplog.at_level(logging.WARNING):
-        assert list(good(run_dir, set_aside=True)) == [before]
+        assert list(good_checkpoints(run_dir, set_aside=True)) == [before]
     (warning,) = caplog.messages
     assert str(newest) in warning
     assert "the one before is used" in warning
     assert not newest.exists()
     assert (newest.parent / "damaged_step_00000002").is_dir()  # nothing is thrown away
-    assert list(good(run_dir)) == [before]
+    assert list(good_checkpoints(run_dir)) == [before]
 
 
 def test_all_damaged_is_none_good(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2):
         (folder_of(run_dir, step) / MODEL).write_bytes(b"")
-    assert list(good(run_dir, set_aside=True)) == []
+    assert list(good_checkpoints(run_dir, set_aside=True)) == []
     assert [message.rpartition(", ")[2] for message in caplog.messages] == [
         "the one before is used",
         "the run begins anew",
@@ -121,7 +121,7 @@ def test_a_strange_folder_is_named_and_left_alone(name: str, run_dir: RunDir, ca
     newest, before = folder_of(run_dir, 2), folder_of(run_dir, 1)
     strange = shutil.copytree(newest, run_dir.checkpoints / name)
     shutil.copytree(newest, run_dir.checkpoints / "last")  # a copy that followed links
-    assert list(good(run_dir, set_aside=True)) == [newest, before]
+    assert list(good_checkpoints(run_dir, set_aside=True)) == [newest, before]
     assert caplog.messages == [f"{strange} is no checkpoint of this run: left alone"]
     assert read_manifest(strange) == read_manifest(newest)
     assert find_checkpoint(run_dir, "best") == newest
@@ -133,20 +133,20 @@ def test_only_folders_of_checkpoints_take_the_name_of_a_run(run_dir: RunDir) -> 
     for folder in run_dir.step_folders():
         folder.rename(folder.with_name(f"{folder.name}.bak"))
     run_dir.check_config(config)
-    check_start(run_dir, config, Start("c", resume="never"))
+    check_start(run_dir, config, StartOptions("c", resume="never"))
     for name in ("step_00000002", "damaged_step_00000002", ".replaced_step_00000002"):  # as a kill or a damage left it
         (run_dir.checkpoints / name).mkdir()
         with pytest.raises(ConfigError, match="seed: 1 there, 0 now"):
             run_dir.check_config(config)
         with pytest.raises(RunDirError, match="--resume=never forbids"):
-            check_start(run_dir, load_config(str(run_dir.config)), Start("c", resume="never"))
+            check_start(run_dir, load_config(str(run_dir.config)), StartOptions("c", resume="never"))
         (run_dir.checkpoints / name).rmdir()
 
 
 def test_steps_are_numbers(run_dir: RunDir) -> None:
     """As text step_100000000 comes before step_99999999."""
     late = [write_at(run_dir, step) for step in (99_999_999, 100_000_000, 2_000_000_000)]
-    assert list(good(run_dir))[:3] == late[::-1]
+    assert list(good_checkpoints(run_dir))[:3] == late[::-1]
     assert find_checkpoint(run_dir, "last") == late[-1]
 
 
@@ -165,18 +165,22 @@ def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: py
     (mine / "aside").rename(mine / MANIFEST)
     (folder_of(run_dir, 4) / "aside").rename(folder_of(run_dir, 4) / MANIFEST)  # whole, under another step's name
     assert find_checkpoint(run_dir, "best") == newest
-    assert [*manifests(run_dir)] == list(good(run_dir, set_aside=True)) == [mine, newest, folder_of(run_dir, 1)]
+    assert (
+        [*manifests(run_dir)]
+        == list(good_checkpoints(run_dir, set_aside=True))
+        == [mine, newest, folder_of(run_dir, 1)]
+    )
     assert "manifest.json belongs to run another, and this is mine" in caplog.messages[0]
     assert "manifest.json belongs to another checkpoint" in caplog.messages[1]
     run_dir.status.unlink()
     assert run_id_by_checkpoints(RunDir(run_dir.path)) == "mine"
-    assert next(good(RunDir(run_dir.path))) == mine
+    assert next(good_checkpoints(RunDir(run_dir.path))) == mine
 
 
 def test_looking_moves_nothing(run_dir: RunDir) -> None:
     """`evaluate` and messages look while another process may be training there."""
     (folder_of(run_dir, 2) / MODEL).write_bytes(b"")
-    assert list(good(run_dir)) == [folder_of(run_dir, 1)]
+    assert list(good_checkpoints(run_dir)) == [folder_of(run_dir, 1)]
     assert folder_of(run_dir, 2).exists()
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.atomic_files import beside
+from dist_train.atomic_files import temporary_path
 from dist_train.checkpoints import storage as module
-from dist_train.checkpoints.manifest import folder_of, good
+from dist_train.checkpoints.manifest import folder_of, good_checkpoints
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.distributed.world import World
 from dist_train.errors import CheckpointError, RunDirError
@@ -43,7 +43,7 @@ def test_a_failure_anywhere_leaves_the_older_one_and_no_rest(
     with pytest.raises((OSError, CheckpointError), match="No space left"):
         write_at(run, 1 if again else 2)
     monkeypatch.undo()
-    assert list(good(run)) == [older]
+    assert list(good_checkpoints(run)) == [older]
     assert names(run) == [older.name]
 
 
@@ -64,14 +64,14 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
         write_at(run, 1)
     monkeypatch.undo()
     assert not folder_of(run, 1).exists()
-    assert list(good(run, set_aside=True)) == [folder_of(run, 1)]
+    assert list(good_checkpoints(run, set_aside=True)) == [folder_of(run, 1)]
     write_at(run, 1)
     assert names(run) == ["step_00000001"]
 
 
 def test_what_a_kill_left_behind_is_removed(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    for rest in (".writing_step_00000001_1", beside(folder_of(run, 1)).name, ".removing_step_00000001"):
+    for rest in (".writing_step_00000001_1", temporary_path(folder_of(run, 1)).name, ".removing_step_00000001"):
         (run.checkpoints / rest / "half").mkdir(parents=True)
     write_at(run, 2)
     assert names(run) == ["step_00000002"]
@@ -166,7 +166,7 @@ import sys
 from pathlib import Path
 import torch
 from dist_train.checkpoints.storage import Snapshot, write
-from dist_train.checkpoints.manifest import folder_of, good
+from dist_train.checkpoints.manifest import folder_of, good_checkpoints
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.errors import CheckpointError
 from dist_train.runs.directory import RunDir
@@ -180,9 +180,9 @@ for numbers in (10**6, 400_000):  # the weights do not fit; the weights fit, the
         save(2, numbers)
     except (OSError, CheckpointError) as error:
         there = sorted(path.name for path in run.checkpoints.iterdir())
-        print("refused", [path.name for path in good(run)], there)
+        print("refused", [path.name for path in good_checkpoints(run)], there)
 save(3, 200_000)
-print([path.name for path in good(run)])
+print([path.name for path in good_checkpoints(run)])
 """
 
 

@@ -18,7 +18,11 @@ sizes = st.integers(1, 4096)
 def test_fits_exactly_with_the_largest_forward(share: int, bound: int, world_size: int) -> None:
     plan = BatchPlan.fit(share * world_size, bound, world_size)
     assert plan.per_device_batch_size * plan.grad_accum_steps * plan.world_size == share * world_size
-    assert (plan.share, plan.global_batch_size, plan.world_size) == (share, share * world_size, world_size)
+    assert (plan.per_rank_batch_size, plan.global_batch_size, plan.world_size) == (
+        share,
+        share * world_size,
+        world_size,
+    )
     assert plan.per_device_batch_size <= bound
     larger = range(plan.per_device_batch_size + 1, min(bound, share) + 1)
     assert [size for size in larger if share % size == 0] == []

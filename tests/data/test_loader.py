@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from dist_train.data.batches import Placing
-from dist_train.data.loader import Made, loader_fault, loader_of, stream
-from dist_train.data.sets.image_set import Examples, Part, origin, part_of
+from dist_train.data.batches import ToDevice
+from dist_train.data.loader import LoadedBatch, loader_error, loader_of, stream
+from dist_train.data.sets.image_set import Examples, Subset, origin, subset_of
 from dist_train.errors import DataError, UserCodeError
 from support.ranks import run_on_ranks
 
@@ -40,7 +40,7 @@ class Twenty(Dataset[Any]):
         return torch.full((1, 4, 4), float(range(20)[index])), index % 3
 
 
-def fetch(examples: Examples, num_workers: int = 0, indices: list[int] | None = None) -> list[Made]:
+def fetch(examples: Examples, num_workers: int = 0, indices: list[int] | None = None) -> list[LoadedBatch]:
     """In batches of four."""
     indices = list(range(20)) if indices is None else indices
     keys = [[(0, index) for index in indices[start : start + 4]] for start in range(0, len(indices), 4)]
@@ -71,13 +71,13 @@ def test_an_example_that_cannot_be_made_is_named(num_workers: int) -> None:
 
 
 def test_a_part_of_a_part_is_named_as_the_set_itself() -> None:
-    inner = Part([7, 8, 9, 10], torch.tensor([3, 2, 1]))
-    assert origin(Part(inner, range(3)), 1) == ([7, 8, 9, 10], 2)
+    inner = Subset([7, 8, 9, 10], torch.tensor([3, 2, 1]))
+    assert origin(Subset(inner, range(3)), 1) == ([7, 8, 9, 10], 2)
 
 
 def test_it_is_named_as_its_own_set_counts_it() -> None:
     """Where validation was held out, another number is asked for."""
-    part = part_of(Twenty(corrupt), torch.tensor([5, 6, 7, 13]))
+    part = subset_of(Twenty(corrupt), torch.tensor([5, 6, 7, 13]))
     assert told(part, indices=[0, 1, 2, 3]).startswith("Example 13 of Twenty cannot be made")
 
 
@@ -185,7 +185,7 @@ def lose_a_worker(number: int) -> None:
     try:
         said = told(Twenty(lambda: os.kill(os.getpid(), number)), num_workers=2)
     except RuntimeError as error:  # of the handler, between two of our lines
-        said = str(loader_fault(error))
+        said = str(loader_error(error))
     assert "/dev/shm" in said
     assert "data.num_workers" in said
 
@@ -205,9 +205,9 @@ def test_a_batch_that_cannot_be_handed_over_is_told_and_not_waited_for() -> None
     ],
 )
 def test_what_torch_says_of_shared_memory(said: str, expected: str | None) -> None:
-    found = loader_fault(RuntimeError(said))
+    found = loader_error(RuntimeError(said))
     assert (found is None) if expected is None else expected in str(found)
-    assert loader_fault(ValueError(said)) is None
+    assert loader_error(ValueError(said)) is None
 
 
 # --- the form of what a set gives ----------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_inputs_keep_their_form(dtype: torch.dtype) -> None:
         held = Held("mine")
         held["image"], held["ids"] = torch.ones(2), torch.tensor([1, 2])
         given = Inputs([torch.ones(2)], {"both": (held, "text")})
-        found = Placing(None, CPU)((given, torch.zeros(2), torch.arange(2))).inputs
+        found = ToDevice(None, CPU)((given, torch.zeros(2), torch.arange(2))).inputs
     finally:
         torch.set_default_dtype(torch.float32)
     assert isinstance(found, Inputs)

@@ -10,7 +10,7 @@ import torch
 
 from dist_train.config.loading import parse_config
 from dist_train.distributed.devices import choose_device, choose_precision
-from dist_train.distributed.process import Place
+from dist_train.distributed.process import ProcessInfo
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, LaunchError
 from support.ranks import join_group, run_on_ranks
@@ -41,16 +41,16 @@ PAGES = 12_288  # 48 MiB: more than malloc keeps if it is not told to
     ],
 )
 def test_a_run_keeps_its_precision(
-    ours: str | None, theirs: str | None, begun_with: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+    ours: str | None, theirs: str | None, recorded_precision: str | None, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if theirs is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", theirs)
     config = parse_config({"mixed_precision": ours})
     if found in ("no", "bf16"):
-        assert choose_precision(config, "cpu", begun_with) == found
+        assert choose_precision(config, "cpu", recorded_precision) == found
     else:
         with pytest.raises(ConfigError, match=found):
-            choose_precision(config, "cpu", begun_with)
+            choose_precision(config, "cpu", recorded_precision)
 
 
 def count_page_faults(out: Path) -> None:
@@ -65,14 +65,16 @@ def count_page_faults(out: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "devices", "refused"),
     [
-        (Place(0, 0, 4, 4, "torchrun"), 2, True),  # its ranks see the same
-        (Place(3, 3, 4, 4, "torchrun"), 4, False),
-        (Place(3, 3, 4, 4, "srun"), 1, False),  # --gpus-per-task=1: its own alone, as number 0
-        (Place(3, 3, 4, 4, "the environment"), 1, False),
-        (Place(0, 0, 1, 1, "python"), 0, True),
+        (ProcessInfo(0, 0, 4, 4, "torchrun"), 2, True),  # its ranks see the same
+        (ProcessInfo(3, 3, 4, 4, "torchrun"), 4, False),
+        (ProcessInfo(3, 3, 4, 4, "srun"), 1, False),  # --gpus-per-task=1: its own alone, as number 0
+        (ProcessInfo(3, 3, 4, 4, "the environment"), 1, False),
+        (ProcessInfo(0, 0, 1, 1, "python"), 0, True),
     ],
 )
-def test_devices_that_are_seen(place: Place, devices: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_are_seen(
+    place: ProcessInfo, devices: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     config = parse_config({"device": "cuda"})
     if refused:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from dist_train.distributed.process import (
-    Place,
+    ProcessInfo,
     available_cores,
+    detect_process,
     export_rendezvous,
-    find_place,
     first_host,
-    lasting_run_name,
+    persistent_run_name,
     threads_per_process,
 )
 from dist_train.errors import LaunchError
@@ -37,32 +37,34 @@ SRUN = BATCH | {
 ONE_NODE = {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0"}
 
 PLACES = {
-    "python": ({}, Place()),
-    "torchrun on two nodes": (TORCHRUN, Place(3, 1, 4, 2, "torchrun")),
-    "torchrun inside an srun step": (SRUN | TORCHRUN, Place(3, 1, 4, 2, "torchrun")),
-    "accelerate, several": (TORCHRUN | ACCELERATE, Place(3, 1, 4, 2, "accelerate")),
-    "accelerate, one": (ACCELERATE, Place(started_by="accelerate")),
-    "by hand": (BY_HAND, Place(3, 1, 4, 4, "the environment")),
-    "by hand on one machine": (NO_LOCAL | {"MASTER_ADDR": "localhost"}, Place(3, 3, 4, 4, "the environment")),
-    "by hand, all on one": (NO_LOCAL | {"LOCAL_WORLD_SIZE": "4"}, Place(3, 3, 4, 4, "the environment")),
-    "by hand, one on each": (NO_LOCAL | {"LOCAL_WORLD_SIZE": "1"}, Place(3, 0, 4, 1, "the environment")),
-    "by hand, alone": (NO_LOCAL | {"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 0, 1, 1, "the environment")),
-    "by hand inside an srun step": (SRUN | NO_LOCAL, Place(3, 1, 4, 2, "the environment")),
-    "by hand under mpirun": (NO_LOCAL | MPIRUN, Place(3, 1, 4, 2, "the environment")),
-    "batch shell": (BATCH, Place()),
-    "batch shell with an empty step id": (BATCH | {"SLURM_STEP_ID": ""}, Place()),
-    "srun of one task": (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Place()),
-    "srun on one node": (SRUN | ONE_NODE | {"SLURM_LOCALID": "3"}, Place(3, 3, 4, 4, "srun")),
-    "srun on two nodes": (SRUN, Place(3, 1, 4, 2, "srun")),
-    "srun, uneven": (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, Place(3, 1, 4, 1, "srun")),
-    "srun, step 0": (SRUN | {"SLURM_STEP_ID": "0"}, Place(3, 1, 4, 2, "srun")),
+    "python": ({}, ProcessInfo()),
+    "torchrun on two nodes": (TORCHRUN, ProcessInfo(3, 1, 4, 2, "torchrun")),
+    "torchrun inside an srun step": (SRUN | TORCHRUN, ProcessInfo(3, 1, 4, 2, "torchrun")),
+    "accelerate, several": (TORCHRUN | ACCELERATE, ProcessInfo(3, 1, 4, 2, "accelerate")),
+    "accelerate, one": (ACCELERATE, ProcessInfo(started_by="accelerate")),
+    "by hand": (BY_HAND, ProcessInfo(3, 1, 4, 4, "the environment")),
+    "by hand on one machine": (NO_LOCAL | {"MASTER_ADDR": "localhost"}, ProcessInfo(3, 3, 4, 4, "the environment")),
+    "by hand, all on one": (NO_LOCAL | {"LOCAL_WORLD_SIZE": "4"}, ProcessInfo(3, 3, 4, 4, "the environment")),
+    "by hand, one on each": (NO_LOCAL | {"LOCAL_WORLD_SIZE": "1"}, ProcessInfo(3, 0, 4, 1, "the environment")),
+    "by hand, alone": (NO_LOCAL | {"RANK": "0", "WORLD_SIZE": "1"}, ProcessInfo(0, 0, 1, 1, "the environment")),
+    "by hand inside an srun step": (SRUN | NO_LOCAL, ProcessInfo(3, 1, 4, 2, "the environment")),
+    "by hand under mpirun": (NO_LOCAL | MPIRUN, ProcessInfo(3, 1, 4, 2, "the environment")),
+    "batch shell": (BATCH, ProcessInfo()),
+    "batch shell with an empty step id": (BATCH | {"SLURM_STEP_ID": ""}, ProcessInfo()),
+    "srun of one task": (
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, ProcessInfo(),
+    ),
+    "srun on one node": (SRUN | ONE_NODE | {"SLURM_LOCALID": "3"}, ProcessInfo(3, 3, 4, 4, "srun")),
+    "srun on two nodes": (SRUN, ProcessInfo(3, 1, 4, 2, "srun")),
+    "srun, uneven": (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, ProcessInfo(3, 1, 4, 1, "srun")),
+    "srun, step 0": (SRUN | {"SLURM_STEP_ID": "0"}, ProcessInfo(3, 1, 4, 2, "srun")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_place(name: str) -> None:
     env, expected = PLACES[name]
-    assert find_place(env) == expected
+    assert detect_process(env) == expected
 
 
 def without(env: dict[str, str], *names: str) -> dict[str, str]:
@@ -95,7 +97,7 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
 def test_half_an_environment_is_refused(name: str) -> None:
     env, message = REFUSED[name]
     with pytest.raises(LaunchError, match=message):
-        find_place(env)
+        detect_process(env)
 
 
 def test_rendezvous_of_srun() -> None:
@@ -103,9 +105,9 @@ def test_rendezvous_of_srun() -> None:
     made = []
     for rank in range(4):
         env = SRUN | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2)}
-        export_rendezvous(find_place(env), env)
+        export_rendezvous(detect_process(env), env)
         made.append({name: env[name] for name in without(TORCHRUN, "TORCHELASTIC_RUN_ID")})
-        again = find_place(without(env, *SRUN))
+        again = detect_process(without(env, *SRUN))
         assert (again.rank, again.local_rank, again.world_size, again.local_world_size) == (rank, rank % 2, 4, 2)
     assert {(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in made} == {("gpu07", made[0]["MASTER_PORT"])}
     assert [env["RANK"] for env in made] == ["0", "1", "2", "3"]
@@ -113,13 +115,13 @@ def test_rendezvous_of_srun() -> None:
 
 def test_accelerate_finds_its_local_rank() -> None:
     env = NO_LOCAL | {"MASTER_ADDR": "localhost"}
-    export_rendezvous(find_place(env), env)
+    export_rendezvous(detect_process(env), env)
     assert env == NO_LOCAL | {"MASTER_ADDR": "localhost", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 
 
 def port(**changes: str) -> int:
     env = SRUN | changes
-    export_rendezvous(find_place(SRUN), env)
+    export_rendezvous(detect_process(SRUN), env)
     return int(env["MASTER_PORT"])
 
 
@@ -131,17 +133,17 @@ def test_ports_of_jobs_and_steps_on_one_node_differ() -> None:
 
 def test_an_explicit_address_wins_and_one_node_needs_no_name() -> None:
     env = SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
-    export_rendezvous(find_place(env), env)
+    export_rendezvous(detect_process(env), env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("head", "1")
     env = without(SRUN, "SLURM_STEP_NODELIST") | ONE_NODE
-    export_rendezvous(find_place(env), env)
+    export_rendezvous(detect_process(env), env)
     assert env["MASTER_ADDR"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("env", [{}, TORCHRUN, ACCELERATE, BATCH], ids=["python", "torchrun", "accelerate", "batch"])
 def test_other_starts_are_left_alone(env: dict[str, str]) -> None:
     after = dict(env)
-    export_rendezvous(find_place(env), after)
+    export_rendezvous(detect_process(env), after)
     assert after == env
 
 
@@ -184,7 +186,7 @@ def test_a_list_without_a_host(nodelist: str) -> None:
 )
 def test_lasting_run_name(env: dict[str, str], expected: str | None) -> None:
     """A requeued job has the same name, another task of its array has not."""
-    assert lasting_run_name("mnist", env) == expected
+    assert persistent_run_name("mnist", env) == expected
 
 
 def test_cores() -> None:

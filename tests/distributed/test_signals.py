@@ -59,10 +59,10 @@ def line_of(process: subprocess.Popen[str]) -> str:
 def test_the_first_signal_sets_the_state_and_its_echo_changes_nothing(number: int, state: str) -> None:
     before = {number: signal.getsignal(number) for number in HEARD}
     with StopRequest() as request:
-        assert request.told is None
+        assert request.requested is None
         for sent in (number, signal.SIGTERM):  # Slurm's own, then torchrun's TERM on top
             os.kill(os.getpid(), sent)
-            assert request.told == state
+            assert request.requested == state
     assert {number: signal.getsignal(number) for number in HEARD} == before
 
 
@@ -99,7 +99,7 @@ def test_the_echo_lasts_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
             clock.now += after
             with pytest.raises(Left, match="143") if ends else nullcontext():
                 signal.raise_signal(signal.SIGTERM)
-        assert request.told == "TERM"
+        assert request.requested == "TERM"
 
 
 def test_ctrl_c_twice_at_a_terminal_ends_the_process() -> None:
@@ -125,6 +125,6 @@ def test_without_a_terminal_a_second_interrupt_is_an_echo() -> None:
 
 def test_the_first_wish_stays() -> None:
     request = StopRequest()
-    request.tell("PREEMPTED")
-    request.tell("INTERRUPT")
-    assert request.told == "PREEMPTED"
+    request.request("PREEMPTED")
+    request.request("INTERRUPT")
+    assert request.requested == "PREEMPTED"

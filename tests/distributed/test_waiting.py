@@ -75,7 +75,7 @@ def stall_after_set_up(over: Path) -> None:
     if world.rank == 1:
         wait_until(over.exists, "end of the wait")
         os._exit(0)
-    world.wait_at_most(1.0)
+    world.set_timeout(1.0)
     try:
         with pytest.raises(RuntimeError) as found:
             world.all_reduce(torch.ones(()))

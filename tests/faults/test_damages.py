@@ -23,7 +23,7 @@ from dist_train.config.schema import Config
 from dist_train.data.splits import load_splits
 from dist_train.distributed.world import World
 from dist_train.runs.directory import RunDir
-from dist_train.training.build import build_parts
+from dist_train.training.build import build_components
 from dist_train.training.step.train_step import Step
 from support.damages import DAMAGES, FILES, Damage, delete, flip_bits, manifest_of_another, truncate, zero_a_block
 from support.processes import DIST_TRAIN
@@ -89,7 +89,7 @@ class Resumes:
     def __init__(self, stopped: Path, folder: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         self.config: Config = parse_config(SETTINGS)
         self.world, self.folder = world, folder
-        self.step: Step = build_parts(self.config, world, load_splits(self.config.data, 0)).step
+        self.step: Step = build_components(self.config, world, load_splits(self.config.data, 0)).step
         shutil.copytree(stopped / "checkpoints", folder / "intact", symlinks=True)
         self.loaded: list[Path] = []
         restore = checkpoint.restore

@@ -73,7 +73,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     found = Shell(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command line puts the current folder there
-    monkeypatch.setattr("dist_train.training.run.run_attempt", lambda *_: found.started.append("training"))
+    monkeypatch.setattr("dist_train.training.run.run_training", lambda *_: found.started.append("training"))
     monkeypatch.setattr("dist_train.launch.torchrun.start_ranks", lambda *_: found.started.append("ranks"))
     return found
 

@@ -21,7 +21,7 @@ from dist_train.config.paths import default_data_root
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.data.sets.named import load_named
 from dist_train.distributed.world import World
-from dist_train.inference.trained_net import SavedNet
+from dist_train.inference.trained_net import TrainedNet
 from dist_train.models.tasks.confusion import Confusion, accuracy_by_class, class_names
 from support.processes import DIST_TRAIN
 from support.ranks import join_group, run_forked, run_on_ranks
@@ -48,7 +48,7 @@ def call(*arguments: object) -> Result:
 @torch.no_grad()
 def logits_of(path: Path, images: Tensor) -> Tensor:
     """By the net itself, from what the formula of the normalisation says."""
-    saved = SavedNet.open(path, "last")
+    saved = TrainedNet.open(path, "last")
     normalize = saved.config.data.normalize
     mean, std = (normalize.mean[0], normalize.std[0]) if normalize else (0.0, 1.0)
     return torch.cat([saved.net((part.float() / 255 - mean) / std) for part in images.split(256)])
@@ -143,18 +143,18 @@ def test_a_run_by_its_name(trained: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has the run alone; a run of an older version asks its data set."""
-    saved = SavedNet.open(trained, "last")
+    saved = TrainedNet.open(trained, "last")
     assert (saved.in_channels, saved.image_size, saved.classes) == (1, 28, tuple("0123456789"))
     facts = read_json(trained / "run.json")
     write_json(trained / "run.json", {name: value for name, value in facts.items() if name != "data"})
     try:
-        assert SavedNet.open(trained, "last").classes == saved.classes
+        assert TrainedNet.open(trained, "last").classes == saved.classes
         monkeypatch.setattr("dist_train.inference.trained_net.load_splits", None)
         with pytest.raises(TypeError):
-            SavedNet.open(trained, "last")
+            TrainedNet.open(trained, "last")
     finally:
         write_json(trained / "run.json", facts)
-    assert SavedNet.open(trained, "last").classes == saved.classes
+    assert TrainedNet.open(trained, "last").classes == saved.classes
 
 
 # --- what is taken for what ------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.checkpoints.resume_hint import how_to_go_on
+from dist_train.checkpoints.resume_hint import resume_hint
 from dist_train.errors import OutOfMemory, PeerLost
-from dist_train.launch.diagnosis import find_cause, log_sizes
+from dist_train.launch.diagnosis import diagnose_failure, log_sizes
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import note_error
 from support.tiny_runs import write_at
@@ -55,7 +55,7 @@ def test_the_rank_that_hung(failed: RunDir) -> None:
         add(log, "\n" + DUMP)
         note_error(failed.error, PeerLost("gone"), 1 - rank, 1, "")
         expected = 'hung:\n  File "/code/net.py", line 7 in forward\n  File "/code/train.py", line 80 in train'
-        cause = find_cause(failed, before)
+        cause = diagnose_failure(failed, before)
         assert cause.startswith(f"rank {rank} did not get on any more")
         assert cause.endswith(expected)
         assert "stall_timeout_s" in cause
@@ -67,11 +67,11 @@ def test_a_rank_that_waits_is_not_the_one_that_hung(failed: RunDir) -> None:
     waiting = DUMP.replace("/code/net.py", "/lib/torch/distributed/distributed_c10d.py")
     add(failed.launcher_log, waiting)
     add(failed.rank_log(1), DUMP)
-    assert find_cause(failed, before).startswith("rank 1 did not get on")
+    assert diagnose_failure(failed, before).startswith("rank 1 did not get on")
     before = log_sizes(failed)
     add(failed.launcher_log, waiting)
     add(failed.rank_log(1), waiting)
-    assert find_cause(failed, before).count("did not get on") == 2
+    assert diagnose_failure(failed, before).count("did not get on") == 2
 
 
 def test_what_a_rank_says_itself_comes_first(failed: RunDir) -> None:
@@ -79,7 +79,7 @@ def test_what_a_rank_says_itself_comes_first(failed: RunDir) -> None:
     before = log_sizes(failed)
     add(failed.launcher_log, DUMP + SUMMARY.format(code=-9))
     note_error(failed.error, OutOfMemory("no more memory"), 0, 1, "")
-    assert find_cause(failed, before).startswith("no more memory")
+    assert diagnose_failure(failed, before).startswith("no more memory")
 
 
 def test_the_rank_that_was_killed(failed: RunDir) -> None:
@@ -87,7 +87,7 @@ def test_the_rank_that_was_killed(failed: RunDir) -> None:
     note_error(failed.error, PeerLost("gone"), 0, 1, "")
     add(failed.launcher_log, SUMMARY.format(code=-9))
     add(failed.rank_log(1), "its last words\n")
-    cause = find_cause(failed, before)
+    cause = diagnose_failure(failed, before)
     assert cause.startswith("rank 1 was killed by SIGKILL")
     assert cause.endswith("its last words")
     assert "/code/net.py" not in cause, "of an earlier attempt"
@@ -98,7 +98,7 @@ def test_the_first_error(failed: RunDir) -> None:
     note_error(failed.error, ValueError("no such digit"), 1, 1, "")
     add(failed.launcher_log, SUMMARY.format(code=1))
     add(failed.rank_log(1), "its last words\n")
-    cause = find_cause(failed, before)
+    cause = diagnose_failure(failed, before)
     assert cause.startswith("ValueError: no such digit")
     assert cause.endswith("its last words")
 
@@ -108,18 +108,18 @@ def test_a_rank_that_fails_before_it_can_say_so(failed: RunDir) -> None:
     before = log_sizes(failed)
     report = "W1126 02:21:21.49 99 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 7 a signal\n"
     add(failed.launcher_log, "ImportError: no libcudart\n" + report + SUMMARY.format(code=-15))
-    assert find_cause(failed, before).startswith("ImportError: no libcudart\nThe ranks left no error.json.")
+    assert diagnose_failure(failed, before).startswith("ImportError: no libcudart\nThe ranks left no error.json.")
     before = log_sizes(failed)
     add(failed.launcher_log, report)
-    assert find_cause(failed, before).startswith("W1126")
+    assert diagnose_failure(failed, before).startswith("W1126")
 
 
 def test_how_to_go_on(run_dir: RunDir) -> None:
-    assert how_to_go_on(run_dir, 2) == "There is no checkpoint yet."
+    assert resume_hint(run_dir, 2) == "There is no checkpoint yet."
     write_at(run_dir, 3)
     newest = write_at(run_dir, 7)
-    assert how_to_go_on(run_dir, 1).endswith(f"{newest}. To go on from there: dist-train train --resume {run_dir.path}")
-    assert how_to_go_on(run_dir, 2).endswith(f"--resume {run_dir.path} --nproc 2")
-    assert how_to_go_on(run_dir).endswith(f"the same command, with --resume {run_dir.path}")
+    assert resume_hint(run_dir, 1).endswith(f"{newest}. To go on from there: dist-train train --resume {run_dir.path}")
+    assert resume_hint(run_dir, 2).endswith(f"--resume {run_dir.path} --nproc 2")
+    assert resume_hint(run_dir).endswith(f"the same command, with --resume {run_dir.path}")
     (newest / "state.json").write_text("{}")
-    assert "step_00000003" in how_to_go_on(run_dir, 2)
+    assert "step_00000003" in resume_hint(run_dir, 2)

@@ -20,7 +20,7 @@ from dist_train.distributed.parent import is_alive
 from dist_train.errors import LaunchError
 from dist_train.launch.machines import Nodes
 from dist_train.launch.subprocesses import output_of
-from dist_train.runs.start_options import fit_name
+from dist_train.runs.start_options import valid_run_name
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, ranks_of, run, started
 from support.ranks import run_forked
@@ -39,7 +39,7 @@ WAYS = {
 def test_every_way_to_start_gives_the_same(tmp_path: Path) -> None:
     """20 steps in float64, where nothing can hide behind rounding."""
     for way, command in WAYS.items():
-        name = fit_name(way)
+        name = valid_run_name(way)
         done = run(
             [*command, *SETTINGS, "-o", "train_for=20 steps", "-o", "dtype=float64", "--run-name", name],
             tmp_path, NPROC="2",

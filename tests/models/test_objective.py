@@ -17,7 +17,7 @@ from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, UserCodeError
-from dist_train.models.tasks.objective import Objective, Told, count_correct
+from dist_train.models.tasks.objective import ErrorContext, Objective, count_correct
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
 
@@ -117,10 +117,10 @@ def test_what_does_not_fit_is_shown(output: Any, targets: Any, expected: str) ->
     objective = Objective(Plain())
     examples: Any = []
     indices = torch.tensor([3, 5, 7, 11, 13, 17])
-    with pytest.raises(UserCodeError, match=expected), Told(Plain(), "at step 3", indices, examples):
+    with pytest.raises(UserCodeError, match=expected), ErrorContext(Plain(), "at step 3", indices, examples):
         objective.check(output, targets)
     if "gives float32" not in expected:  # of those there is a loss, though not one that anybody means
-        with pytest.raises(UserCodeError, match=expected), Told(Plain(), "at step 3", indices, examples):
+        with pytest.raises(UserCodeError, match=expected), ErrorContext(Plain(), "at step 3", indices, examples):
             objective.loss(output, targets)
 
 
@@ -142,7 +142,7 @@ def test_labels_are_looked_at_where_the_host_has_them() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus.")])
 def test_what_is_not_the_nets_is_not_blamed_on_it(error: Exception) -> None:
-    with pytest.raises(type(error)), Told(Plain(), "at step 3", LABELS, torch.zeros(6)):  # type: ignore[arg-type]
+    with pytest.raises(type(error)), ErrorContext(Plain(), "at step 3", LABELS, torch.zeros(6)):  # type: ignore[arg-type]
         raise error
 
 

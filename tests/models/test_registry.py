@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_train.config.schema import ModelConfig
 from dist_train.errors import ConfigError, DataError, UserCodeError
-from dist_train.models.invariance import not_invariant
+from dist_train.models.invariance import world_size_dependent_layers
 from dist_train.models.nets import MODELS
 from dist_train.models.registry import build_model
 from dist_train.torchvision_compat import import_torchvision
@@ -230,13 +230,13 @@ def test_torchvision(channels: int) -> None:
     model = build("torchvision:resnet18", in_channels=channels, num_classes=7)
     assert model(torch.rand(2, channels, 32, 32)).shape == (2, 7)
     assert num_weights(model) == 11_689_512 - 513 * (1000 - 7) - (3 - channels) * 64 * 49
-    assert not_invariant(model) == [BATCHNORM]
+    assert world_size_dependent_layers(model) == [BATCHNORM]
 
 
 def test_torchvision_answers_with_logits_alone() -> None:
     model = build("torchvision:googlenet", args={"init_weights": False}).train()
     assert model(torch.rand(2, 1, 64, 64)).shape == (2, 10)
-    assert not_invariant(model) == [BATCHNORM, DROPOUT]
+    assert world_size_dependent_layers(model) == [BATCHNORM, DROPOUT]
 
 
 def test_timm() -> None:
@@ -335,11 +335,11 @@ def test_a_lazy_layer_is_named(own_module: Path) -> None:
 
 def test_parts_that_depend_on_the_division(own_module: Path) -> None:
     for name in ("mlp", "guide", "conv", "fast", "my_own_nets:NoDrop", "my_own_nets:Fixed"):
-        assert not_invariant(build(name)) == [], name
-    assert not_invariant(build("bks", args={"dropout": 0.0})) == []
+        assert world_size_dependent_layers(build(name)) == [], name
+    assert world_size_dependent_layers(build("bks", args={"dropout": 0.0})) == []
     for name in ("bks", "my_own_nets:Drops", "my_own_nets:Drops2"):
-        assert not_invariant(build(name)) == [DROPOUT], name
-    assert not_invariant(build(bundle=BUNDLE)) == [DROPOUT]
-    assert not_invariant(nn.Sequential(nn.SyncBatchNorm(3), nn.Dropout1d())) == [BATCHNORM, DROPOUT]
-    assert not_invariant(nn.LSTM(2, 2, num_layers=2, dropout=0.1)) == [DROPOUT]
-    assert not_invariant(nn.Dropout(0.0)) == []
+        assert world_size_dependent_layers(build(name)) == [DROPOUT], name
+    assert world_size_dependent_layers(build(bundle=BUNDLE)) == [DROPOUT]
+    assert world_size_dependent_layers(nn.Sequential(nn.SyncBatchNorm(3), nn.Dropout1d())) == [BATCHNORM, DROPOUT]
+    assert world_size_dependent_layers(nn.LSTM(2, 2, num_layers=2, dropout=0.1)) == [DROPOUT]
+    assert world_size_dependent_layers(nn.Dropout(0.0)) == []

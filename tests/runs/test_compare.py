@@ -169,7 +169,7 @@ def test_stop_is_for_jobs_that_wait(
     if state is not None:
         write_json(run_dir.status, {"state": state, "slurm_job_id": "7", "heartbeat": time.time()})
     said = call("runs", "stop", run_dir.path)
-    assert (said.exit_code, run_dir.stop_wish.exists()) == (0 if holds else 1, holds)
+    assert (said.exit_code, run_dir.stop_request_file.exists()) == (0 if holds else 1, holds)
     if holds:
         assert said.output.startswith(f"Job 7 of {run_dir.path} is yet to begin: it stops after its first step")
 
@@ -293,11 +293,11 @@ def test_the_page_in_a_browser_without_a_network(folder: Path, tmp_path: Path) -
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
-    from dist_train.runs.reports.html import to_page
+    from dist_train.runs.reports.html import to_html
 
     make_run(tmp_path / "<b>&|x")
     runs = [read_run(tmp_path / "<b>&|x")]
-    page = to_page(runs, [run_table(runs)])
+    page = to_html(runs, [run_table(runs)])
     assert "<b>" not in page
     assert "&lt;b&gt;&amp;|x" in page
 

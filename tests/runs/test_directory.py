@@ -15,7 +15,7 @@ from dist_train.atomic_files import to_json, write_json
 from dist_train.config.loading import parse_config
 from dist_train.distributed.process import REQUEUED
 from dist_train.errors import ConfigError, RunDirError
-from dist_train.launch.machines import make_room
+from dist_train.launch.machines import stop_run_to_rejoin
 from dist_train.runs import directory as module
 from dist_train.runs.directory import RunDir
 from support.run_files import contents
@@ -138,9 +138,9 @@ def test_an_attempt_clears_the_end_of_the_one_before(run: RunDir) -> None:
 
 
 def wish(run: RunDir, age_s: float) -> None:
-    run.stop_wish.touch()
-    made = run.stop_wish.stat().st_mtime - age_s
-    os.utime(run.stop_wish, (made, made))
+    run.stop_request_file.touch()
+    made = run.stop_request_file.stat().st_mtime - age_s
+    os.utime(run.stop_request_file, (made, made))
 
 
 def begin_a_minute_ago(path: Path) -> RunDir:
@@ -153,7 +153,7 @@ def begin_a_minute_ago(path: Path) -> RunDir:
 @pytest.mark.parametrize(("age_s", "holds"), [(30, True), (90, False)])
 def test_a_stop_holds_from_the_command_on(age_s: float, holds: bool, run: RunDir) -> None:
     wish(run, age_s)
-    assert begin_a_minute_ago(run.path).stop_wish.exists() == holds
+    assert begin_a_minute_ago(run.path).stop_request_file.exists() == holds
 
 
 @pytest.mark.parametrize(("age_s", "holds"), [(300, True), (900, False)])
@@ -173,21 +173,21 @@ def test_a_stop_holds_from_before_the_command(
         if path.exists():
             os.utime(path, (path.stat().st_mtime - 600,) * 2)
     wish(run, age_s)
-    assert begin_a_minute_ago(run.path).stop_wish.exists() == holds
+    assert begin_a_minute_ago(run.path).stop_request_file.exists() == holds
 
 
 def test_a_stop_that_is_no_text_is_a_stop(run: RunDir) -> None:
-    run.stop_wish.write_bytes(b"\xff\xfe")
-    assert run.pop_wish(run.stop_wish) is not None
-    assert not run.stop_wish.exists()
+    run.stop_request_file.write_bytes(b"\xff\xfe")
+    assert run.take_request(run.stop_request_file) is not None
+    assert not run.stop_request_file.exists()
 
 
 @pytest.mark.parametrize(("text", "stays"), [("", True), ("INTERRUPT", True), ("PREEMPTED\n", False)])
 def test_a_machine_that_joins_takes_its_own_stop_away(text: str, stays: bool, run: RunDir) -> None:
     write_json(run.status, {"state": "PREEMPTED"})
-    run.stop_wish.write_text(text)
-    make_room(run)
-    assert run.stop_wish.exists() == stays
+    run.stop_request_file.write_text(text)
+    stop_run_to_rejoin(run)
+    assert run.stop_request_file.exists() == stays
 
 
 # --- another run -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.atomic_files import beside, read_json
+from dist_train.atomic_files import read_json, temporary_path
 from dist_train.config.loading import parse_config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.directory import RunDir
@@ -21,7 +21,7 @@ from support.run_files import contents
 
 def test_the_next_start_removes_what_killed_ones_left(run_dir: RunDir) -> None:
     before = {path.name for path in run_dir.path.iterdir()}
-    for name in (".probe_host_7", ".token_ab12", beside(run_dir.status).name, ".mine"):
+    for name in (".probe_host_7", ".token_ab12", temporary_path(run_dir.status).name, ".mine"):
         (run_dir.path / name).touch()
     run_dir.begin_attempt(parse_config({}), "id")
     assert {path.name for path in run_dir.path.iterdir()} == before | {".mine"}

@@ -15,14 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from dist_train.atomic_files import write_json
-from dist_train.checkpoints.resume_hint import how_to_go_on
+from dist_train.checkpoints.resume_hint import resume_hint
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
-from dist_train.launch.diagnosis import find_cause
+from dist_train.launch.diagnosis import diagnose_failure
 from dist_train.launch.slurm.preemption import decide_requeue
 from dist_train.runs.directory import RunDir
 from dist_train.runs.summary import summarise
-from dist_train.training.provenance import data_changes
+from dist_train.training.provenance import changed_data
 
 CONFIG = parse_config({})
 USED = ["null", '"text"', "1e999", "-1"]
@@ -73,8 +73,8 @@ def use(path: Path) -> RunDir:
             main, ["runs", command, *(["--in", str(path.parent)] if command == "ls" else [str(path)])]
         )
         assert (said.exit_code, said.exception) == (0, None), said.output
-    assert find_cause(run_dir, {})
-    assert how_to_go_on(run_dir) == "There is no checkpoint yet."
+    assert diagnose_failure(run_dir, {})
+    assert resume_hint(run_dir) == "There is no checkpoint yet."
     assert decide_requeue(run_dir, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, 9)[1]
     run_dir.begin_attempt(CONFIG, wandb_id="new")
     return run_dir
@@ -86,7 +86,7 @@ def test_an_entry_of_another_type_costs_itself_alone(
 ) -> None:
     path = run_dir.path / name
     read = {
-        run_dir.status: RunDir.read_status, run_dir.run_json: RunDir.read_facts, run_dir.error: RunDir.read_error,
+        run_dir.status: RunDir.read_status, run_dir.run_json: RunDir.read_provenance, run_dir.error: RunDir.read_error,
         run_dir.result: RunDir.read_result, run_dir.slurm_json: RunDir.read_submission,
     }[path]  # fmt: skip
     holds = write(run_dir)[path]
@@ -143,8 +143,8 @@ def test_a_record_of_the_data_is_whole_or_none(tmp_path: Path, caplog: pytest.Lo
         run_dir.path.mkdir()
         run_dir.run_json.write_text(json.dumps({"data_identity": then}).replace('"here"', text or ""))
         caplog.clear()
-        facts = run_dir.read_facts()
-        changes = data_changes(facts, now)
+        facts = run_dir.read_provenance()
+        changes = changed_data(facts, now)
         assert ("data_identity" in facts) != (f"{run_dir.run_json} is damaged: data_identity=" in caplog.text)
         assert "data_identity" in facts or changes == []
         if text is None and place[-1] in ("count", "exact", "floats"):
@@ -153,5 +153,5 @@ def test_a_record_of_the_data_is_whole_or_none(tmp_path: Path, caplog: pytest.Lo
 
 def test_what_is_not_there_is_not_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = RunDir(tmp_path / "none")
-    assert run_dir.read_status() == run_dir.read_facts() == run_dir.read_error() == {}
+    assert run_dir.read_status() == run_dir.read_provenance() == run_dir.read_error() == {}
     assert caplog.messages == []

@@ -17,7 +17,13 @@ from dist_train.launch import torchrun as launch
 from dist_train.launch.torchrun import LaunchSpec
 from dist_train.runs import start_options as module
 from dist_train.runs.directory import RunDir
-from dist_train.runs.start_options import Start, check_name, find_run_dir, fit_name, remove_if_unbegun
+from dist_train.runs.start_options import (
+    StartOptions,
+    check_run_name,
+    find_run_dir,
+    remove_if_not_started,
+    valid_run_name,
+)
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked
 from support.trainings import SETTINGS
@@ -36,7 +42,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def test_starts_within_a_second_have_folders_of_their_own(config: Config, tmp_path: Path) -> None:
-    paths = [find_run_dir(config, Start("mnist"), claim=True).path for _ in range(4)]
+    paths = [find_run_dir(config, StartOptions("mnist"), claim=True).path for _ in range(4)]
     assert [path.name for path in paths] == [
         "mnist-20261126-120000", "mnist-20261126-120000-2", "mnist-20261126-120000-3", "mnist-20261126-120000-4",
     ]  # fmt: skip
@@ -44,7 +50,7 @@ def test_starts_within_a_second_have_folders_of_their_own(config: Config, tmp_pa
 
 
 def test_a_look_makes_nothing(config: Config, tmp_path: Path) -> None:
-    assert find_run_dir(config, Start("mnist")).path.name == "mnist-20261126-120000"
+    assert find_run_dir(config, StartOptions("mnist")).path.name == "mnist-20261126-120000"
     assert not (tmp_path / "runs").exists()
 
 
@@ -52,7 +58,7 @@ def test_a_look_makes_nothing(config: Config, tmp_path: Path) -> None:
 def test_a_run_that_has_a_name_is_found_again(job: str | None, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     if job:
         monkeypatch.setenv("SLURM_JOB_ID", job)
-    start = Start("mnist", run_name=None if job else "first")
+    start = StartOptions("mnist", run_name=None if job else "first")
     for _ in range(2):
         run_dir = find_run_dir(config, start, claim=True)
         run_dir.create()
@@ -68,22 +74,22 @@ BAD = ["", "a b", "-x", ".x", "a/b", "..", "a\nb", "a\0b", "my config (2)", "$(x
 @pytest.mark.parametrize("name", [*GOOD, *BAD])
 def test_names(name: str, tmp_path: Path) -> None:
     if name in GOOD:
-        check_name("--run-name", name, tmp_path)
-        assert fit_name(name) == name
+        check_run_name("--run-name", name, tmp_path)
+        assert valid_run_name(name) == name
         return
     with pytest.raises(ConfigError, match="--run-name=") as refused:
-        check_name("--run-name", name, tmp_path / "none")
+        check_run_name("--run-name", name, tmp_path / "none")
     assert len(str(refused.value).splitlines()) == 1
-    check_name("--run-name", fit_name(name), tmp_path)
+    check_run_name("--run-name", valid_run_name(name), tmp_path)
 
 
 def test_a_run_that_is_there_has_any_name(tmp_path: Path) -> None:
     (tmp_path / "my run (2)").mkdir()
-    check_name("--run-name", "my run (2)", tmp_path)
+    check_run_name("--run-name", "my run (2)", tmp_path)
 
 
 def test_a_config_may_be_called_anything(config: Config) -> None:
-    assert find_run_dir(config, Start("my config (2)")).path.name == "my_config_2-20261126-120000"
+    assert find_run_dir(config, StartOptions("my config (2)")).path.name == "my_config_2-20261126-120000"
 
 
 # --- a start that never began ------------------------------------------------------------------------------------
@@ -143,14 +149,14 @@ def test_what_holds_a_checkpoint_is_never_removed(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "smoke-20261126-120000")
     (run_dir.checkpoints / "step_00000001").mkdir(parents=True)
     write_json(run_dir.error, {"kind": "UserCodeError", "message": "", "rank": 1, "host": "n1"})
-    remove_if_unbegun(run_dir, Start("smoke"))
+    remove_if_not_started(run_dir, StartOptions("smoke"))
     assert run_dir.checkpoints.exists()
 
 
 def test_a_job_of_an_older_version_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They took any name of a config for the run's."""
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    config, start = parse_config({"runs_dir": str(tmp_path)}), Start("my config (2)")
+    config, start = parse_config({"runs_dir": str(tmp_path)}), StartOptions("my config (2)")
     assert find_run_dir(config, start).path.name == "my_config_2-12"
     (tmp_path / "my config (2)-12").mkdir()
     assert find_run_dir(config, start).path.name == "my config (2)-12"

@@ -10,7 +10,7 @@ import pytest
 
 from dist_train.config.loading import parse_config
 from dist_train.runs.directory import RunDir
-from dist_train.runs.time_accounting import TimeSheet, effective_ratio
+from dist_train.runs.time_accounting import TimeAccounting, effective_ratio
 from support.clock import Clock
 
 
@@ -23,16 +23,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_first_attempt(clock: Clock) -> None:
-    sheet = TimeSheet({}, down_s=0.0, reached=0, started=90.0)
+    sheet = TimeAccounting({}, down_s=0.0, reached=0, started=90.0)
     clock.now = 103
-    sheet.turn_to("train")
+    sheet.switch_to("train")
     clock.now = 110
-    sheet.note_step(50, data_wait_s=2.0)
-    sheet.turn_to("evaluate")
+    sheet.record_step(50, data_wait_s=2.0)
+    sheet.switch_to("evaluate")
     clock.now = 111
-    sheet.turn_to("train")
+    sheet.switch_to("train")
     clock.now = 115
-    sheet.note_step(80, data_wait_s=2.5)
+    sheet.record_step(80, data_wait_s=2.5)
     assert sheet.totals() == {
         "train": 8.5, "again": 0.0, "data": 2.5, "evaluate": 1.0, "save": 0.0, "start": 13.0, "down": 0.0
     }  # fmt: skip
@@ -40,13 +40,13 @@ def test_a_first_attempt(clock: Clock) -> None:
 
 
 def test_steps_that_are_made_again_are_no_progress(clock: Clock) -> None:
-    sheet = TimeSheet({"train": 30.0, "start": 10.0}, down_s=5.0, reached=80, started=90.0)
-    sheet.note_step(60, 0.0)  # resumed there
-    sheet.turn_to("train")
+    sheet = TimeAccounting({"train": 30.0, "start": 10.0}, down_s=5.0, reached=80, started=90.0)
+    sheet.record_step(60, 0.0)  # resumed there
+    sheet.switch_to("train")
     clock.now = 102
-    sheet.note_step(70, 0.0)
+    sheet.record_step(70, 0.0)
     clock.now = 105
-    sheet.note_step(80, 0.0)
+    sheet.record_step(80, 0.0)
     clock.now = 109
     assert sheet.totals() == {
         "train": 34.0, "again": 5.0, "data": 0.0, "evaluate": 0.0, "save": 0.0, "start": 20.0, "down": 5.0
@@ -54,16 +54,16 @@ def test_steps_that_are_made_again_are_no_progress(clock: Clock) -> None:
 
 
 def test_waiting_in_the_warm_up_is_a_part_of_the_start(clock: Clock) -> None:
-    sheet = TimeSheet({}, down_s=0.0, reached=0, started=90.0)
-    sheet.note_step(0, data_wait_s=4.0)
-    sheet.turn_to("train")
+    sheet = TimeAccounting({}, down_s=0.0, reached=0, started=90.0)
+    sheet.record_step(0, data_wait_s=4.0)
+    sheet.switch_to("train")
     clock.now = 101
-    sheet.note_step(9, data_wait_s=4.5)
+    sheet.record_step(9, data_wait_s=4.5)
     assert {use: spent for use, spent in sheet.totals().items() if spent} == {"train": 0.5, "data": 0.5, "start": 10.0}
 
 
 def test_a_clock_that_was_set_back_takes_nothing_away(clock: Clock) -> None:
-    assert TimeSheet({"down": 7.0}, down_s=-3600.0, reached=0, started=100.0).totals()["down"] == 7.0
+    assert TimeAccounting({"down": 7.0}, down_s=-3600.0, reached=0, started=100.0).totals()["down"] == 7.0
 
 
 def test_nothing_is_lost_between_attempts(tmp_path: Path, clock: Clock) -> None:

@@ -149,9 +149,9 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
     from dist_train.config.loading import parse_config
     from dist_train.distributed.scheduler import Scheduler
     from dist_train.distributed.signals import StopRequest
-    from dist_train.runs.start_options import Start
+    from dist_train.runs.start_options import StartOptions
     from dist_train.training import agreement
-    from dist_train.training.run import run_attempt
+    from dist_train.training.run import run_training
     from dist_train.training.step import train_step as step
 
     join_group(f"{run_dir.name}_{_count()}")
@@ -163,7 +163,7 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
     def take_and_tell(self: step.Step, number: int) -> None:
         take(self, number)
         if number + 1 == stop_after and int(os.environ["RANK"]) == told:
-            request.tell("INTERRUPT")
+            request.request("INTERRUPT")
 
     def agree_at_each_step(self: agreement.Agreement, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **{**kwargs, "interval_s": 0.0})
@@ -172,8 +172,8 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
         step.Step.take = take_and_tell  # type: ignore[method-assign, assignment]
         agreement.Agreement.__init__ = agree_at_each_step  # type: ignore[method-assign]
     try:
-        start = Start(config_name="test", run_dir=run_dir, verbosity=-1)
-        return run_attempt(config, start, request, time.perf_counter(), Scheduler())
+        start = StartOptions(config_name="test", run_dir=run_dir, verbosity=-1)
+        return run_training(config, start, request, time.perf_counter(), Scheduler())
     finally:
         step.Step.take = take  # type: ignore[method-assign]
         agreement.Agreement.__init__ = original  # type: ignore[method-assign]

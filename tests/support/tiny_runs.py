@@ -69,7 +69,7 @@ def write_at(run_dir: RunDir, step: int, accuracy: float | None = None) -> Path:
     """A checkpoint in which every file differs from those of other steps."""
     state = TrainState(step=step)
     if accuracy is not None:
-        state.note_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
+        state.record_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
     weights = {"weight": torch.full((20, 10), float(step)), "bias": torch.arange(10) + step}
     snapshot, folder = Snapshot(state, weights, {"window": torch.full((1, 3), float(step))}), folder_of(run_dir, step)
     write(snapshot, folder, attempt=1, run_id=run_dir.run_id)

@@ -14,7 +14,7 @@ from dist_train.tools.bench import rounds, scaling, startup
 from dist_train.tools.bench.contest import Contest, Rounds, best_peer, ratios, table
 from dist_train.tools.bench.interval import Interval
 from dist_train.tools.bench.report import write
-from dist_train.tools.bench.rounds import Outlook, Series
+from dist_train.tools.bench.rounds import Series, TimeEstimate
 from dist_train.tools.bench.suite import PARTS, Options
 from dist_train.tools.bench.task import Task
 from support.clock import Clock
@@ -142,7 +142,7 @@ def test_what_is_measured_now_and_how_long_the_rest_takes(monkeypatch: pytest.Mo
         Series("speed, mlp fp32", {"ours": takes(10), "theirs": takes(30)}, 2, typical_s=20),
         Series("growth", {"1": takes(100)}, 1, typical_s=100),
     ]
-    outlook = Outlook(series, said.append)
+    outlook = TimeEstimate(series, said.append)
     assert [outlook.run(each) for each in series] == [[{"ours": 10, "theirs": 30}] * 2, [{"1": 100}]]
     assert said == [
         "speed, mlp fp32, round 1 of 2: ours; 1 of 5, about 3 min left",

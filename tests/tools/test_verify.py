@@ -13,7 +13,7 @@ from torch import nn
 from dist_train.config.loading import load_config
 from dist_train.config.schema import Config
 from dist_train.tools.verify import suite
-from dist_train.tools.verify.rank import hold_still
+from dist_train.tools.verify.rank import freeze_for_comparison
 from dist_train.tools.verify.suite import Check, verify
 from support.processes import DIST_TRAIN, run
 
@@ -47,7 +47,7 @@ def test_all_promises_are_kept_here(net: str, dtype: str, nproc: int, held: str)
 def test_what_depends_on_the_division_is_held_still() -> None:
     """In float64, within rounding: a kernel may add up in another order for another number of rows."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).double()
-    assert hold_still(net) == ["BatchNorm frozen", "dropout off"]
+    assert freeze_for_comparison(net) == ["BatchNorm frozen", "dropout off"]
     net.train()
     inputs = torch.randn(8, 4, dtype=torch.float64)
     torch.testing.assert_close(net(inputs), torch.cat([net(inputs[:3]), net(inputs[3:])]), rtol=0, atol=1e-12)
@@ -61,7 +61,7 @@ class MeanOfPowers(nn.Module):
 
 def test_a_power_is_no_drop_rate() -> None:
     pool = MeanOfPowers()
-    assert hold_still(nn.Sequential(pool, nn.Dropout(0.0))) == []
+    assert freeze_for_comparison(nn.Sequential(pool, nn.Dropout(0.0))) == []
     assert pool.p == 3.0
 
 

@@ -32,7 +32,7 @@ def on_one_rank_alone(told: int, at: int, phase: Literal["train", "evaluate"], s
     agreement = Agreement(world, request, interval_s=0.1)
     for tick in range(1, 2000):
         if world.rank == told and tick == at:
-            request.tell("PREEMPTED" if told else "INTERRUPT")
+            request.request("PREEMPTED" if told else "INTERRUPT")
         time.sleep(step_s * (1 + world.rank))  # of different pace
         agreement.tick(phase)
         if agreement.stop:
@@ -127,7 +127,7 @@ def test_rank_zero_judges_what_a_term_meant(meant: Any, monkeypatch: pytest.Monk
     agreement = agreement_of(request, scheduler=scheduler, interval_s=0.0)
     agreement.tick()
     assert agreement.stop is None
-    request.tell("TERM")
+    request.request("TERM")
     agreement.tick()
     assert agreement.stop == meant
 
@@ -175,7 +175,7 @@ def test_a_wish_is_noticed_within_about_a_second_or_a_step(step_s: float, clock:
         clock.now += step_s
         agreement.tick()
     assert len(agreed) <= 42  # one a second, or a step, and more at first while the pace is not known
-    request.tell("INTERRUPT")
+    request.request("INTERRUPT")
     told_at = clock.now
     while agreement.stop is None:
         clock.now += step_s
@@ -191,7 +191,7 @@ def test_saves_more_frequent_than_agreements_do_not_put_them_off(clock: Clock) -
         clock.now += 0.01
         agreement.tick()
         if step == 1000:
-            request.tell("INTERRUPT")
+            request.request("INTERRUPT")
         if agreement.stop:
             break
         if step % 10 == 0:

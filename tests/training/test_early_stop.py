@@ -73,7 +73,7 @@ def test_one_metric_decides_over_the_whole_run(
     for step, (loss, accuracy) in enumerate(evaluations, start=1):
         state.step = step
         metrics = {"val/loss": loss} if accuracy is None else {"val/loss": loss, "val/accuracy": accuracy}
-        state.note_evaluation(metrics, min_delta=0.0)
+        state.record_evaluation(metrics, min_delta=0.0)
         without_gain = 0 if state.is_best else without_gain + 1
         assert state.evaluations_without_gain == without_gain
         found.append(state.score)
@@ -95,14 +95,14 @@ def test_its_lines_are_all_there(tmp_path: Path) -> None:
 
 
 def stopped_while_it_evaluates() -> None:
-    evaluate = train.Run.evaluate
+    evaluate = train.Trainer.evaluate
 
-    def told(self: train.Run) -> None:
+    def told(self: train.Trainer) -> None:
         if self.state.step == STOPS_AT:
             self.agreement.tick = lambda *_: setattr(self.agreement, "stop", "INTERRUPT")  # type: ignore[method-assign]
         evaluate(self)
 
-    train.Run.evaluate = told  # type: ignore[method-assign]
+    train.Trainer.evaluate = told  # type: ignore[method-assign]
 
 
 def killed_before_the_save() -> None:

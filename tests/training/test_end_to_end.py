@@ -19,7 +19,7 @@ from PIL import Image
 from torch.nn import functional
 
 from dist_train.atomic_files import read_json, write_json
-from dist_train.inference.trained_net import SavedNet
+from dist_train.inference.trained_net import TrainedNet
 from dist_train.runs.directory import RunDir
 from support.processes import DIST_TRAIN, ROOT, run
 from support.ranks import run_forked, run_on_ranks, train_here, train_on_ranks
@@ -287,7 +287,7 @@ def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
     """Of averaged weights, which Accelerate has not prepared; by the run and by `evaluate`."""
     train_on_ranks(own(model={"name": "mlp"}, ema_decay=0.9, mixed_precision="bf16"), tmp_path / "r")
     ours = json.loads((tmp_path / "r/result.json").read_text())["test/loss"]
-    saved, test = SavedNet.open(tmp_path / "r", "last"), mnist_part(train=False)
+    saved, test = TrainedNet.open(tmp_path / "r", "last"), mnist_part(train=False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = saved.net(test.images / 255)
     assert logits.dtype == torch.bfloat16

@@ -193,7 +193,7 @@ def test_evaluating_changes_nothing(world: World) -> None:
 
 def test_a_stop_cuts_it_short(world: World) -> None:
     request = StopRequest()
-    request.tell("INTERRUPT")
+    request.request("INTERRUPT")
     net = Net().train()
     found = evaluate(net, batches(images(), world), Objective(net), world, Agreement(world, request, interval_s=0.0))
     assert found is None

@@ -17,7 +17,7 @@ from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.models.tasks.confusion import Mistake
 from dist_train.runs.directory import RunDir
 from dist_train.runs.reports import charts
-from dist_train.training.final_evaluation import FinalPasses, draw
+from dist_train.training.final_evaluation import FinalEvaluation, draw
 from support.ranks import run_on_ranks, train_here, train_on_ranks
 
 SETTINGS: dict[str, Any] = {
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
 def drawn(examples: Examples | None, run_dir: RunDir) -> dict[str, bytes]:
     counts = torch.tensor([[3, 1], [0, 0]])
     metrics: dict[str, Any] = {"val/accuracy": 0.75}
-    return draw(FinalPasses(metrics, "val", examples, ["cat", "dog"], counts, [Mistake(1, 0, 1, 0.9)]), run_dir)
+    return draw(FinalEvaluation(metrics, "val", examples, ["cat", "dog"], counts, [Mistake(1, 0, 1, 0.9)]), run_dir)
 
 
 def grey(count: int) -> ImageSet:
@@ -85,7 +85,7 @@ def test_an_example_that_cannot_be_had_costs_its_picture_alone(
 
 
 def test_a_net_that_is_no_classifier(run_dir: RunDir) -> None:
-    assert draw(FinalPasses({"val/loss": 1.0}, "val", None, [], None, []), run_dir).keys() == {"curves"}
+    assert draw(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, []), run_dir).keys() == {"curves"}
 
 
 @pytest.mark.parametrize("classes", [2, 21, 100, 1000])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train.data.sets.download import fetch
 from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.user_code.bundles import check_method, class_of, import_bundled, label_of, open_bundle
-from dist_train.user_code.importing import explained
+from dist_train.user_code.importing import wrap_user_errors
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -39,7 +39,7 @@ def load_dataset_bundle(path: Path, data_root: Path) -> tuple[Dataset[Any], Data
     _link_torchvision_folders(module, data_root)
     sets = []
     for cls in classes:
-        with explained(label_of(cls), f"made with data_path={str(data_root)!r} failed"):
+        with wrap_user_errors(label_of(cls), f"made with data_path={str(data_root)!r} failed"):
             sets.append(cls(str(data_root)))
     return sets[0], sets[1] if val_class else None
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_train.atomic_files import remove_leftovers, whole
+from dist_train.atomic_files import atomic_write, remove_leftovers
 from dist_train.data.sets.storage import disk_errors, locked
 from dist_train.errors import DataError
 
@@ -71,7 +71,7 @@ def _not_right(folder: Path) -> list[str]:
     }
     if right and right != known:
         # On a read-only disk the marker cannot be kept; then each start hashes anew, which takes a tenth of a second.
-        with suppress(OSError), whole(folder / MARKER_NAME) as aside:
+        with suppress(OSError), atomic_write(folder / MARKER_NAME) as aside:
             aside.write_text(json.dumps(right))
     return [name for name in FILES if name not in right]
 
@@ -111,7 +111,7 @@ def _unpack(name: str, folder: Path) -> None:
         _log.warning("%s is not the MNIST file it should be; restored. The old one is now %s.", target, aside.name)
     packed = _PACKED / f"{name}.xz"
     digest = hashlib.md5(usedforsecurity=False)
-    with whole(target) as aside, aside.open("wb") as file:
+    with atomic_write(target) as aside, aside.open("wb") as file:
         try:
             with lzma.open(packed) as source:
                 while chunk := source.read(_CHUNK_BYTES):

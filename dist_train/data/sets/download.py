@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import sync
+from dist_train.atomic_files import fsync
 from dist_train.data.sets.bundled_mnist import unpack_mnist
 from dist_train.data.sets.catalog import SETS, NamedSet, check_packages, fetch_command
 from dist_train.data.sets.idx import read_idx_set
@@ -125,9 +125,9 @@ def _move_files(known: NamedSet, staging: Path, root: Path) -> None:
         if path.is_file() and not path.is_symlink() and path not in packed:  # archives have done their work
             target = root / path.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
-            sync(path)
+            fsync(path)
             path.replace(target)
-            sync(target.parent)
+            fsync(target.parent)
 
 
 @contextmanager

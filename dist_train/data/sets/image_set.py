@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.errors import DataError, DistTrainError
-from dist_train.user_code.importing import explanation
+from dist_train.user_code.importing import user_code_error
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: == of tensors is a tensor
@@ -55,7 +55,7 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices], self.classes)
 
 
-class Part(Dataset[Any]):
+class Subset(Dataset[Any]):
     """Some examples of a map-style data set, with what the harness asks a data set for besides examples.
 
     torch's `Subset` would lose these: `collate` decides what a batch looks like.
@@ -84,15 +84,15 @@ def num_examples(examples: Examples) -> int:
     return len(examples)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__; ours is checked
 
 
-def part_of(examples: Examples, indices: Tensor) -> Examples:
+def subset_of(examples: Examples, indices: Tensor) -> Examples:
     """The examples at `indices` (int64 [M]), in that order."""
-    return examples.subset(indices) if isinstance(examples, ImageSet) else Part(examples, indices)
+    return examples.subset(indices) if isinstance(examples, ImageSet) else Subset(examples, indices)
 
 
 def origin(examples: Examples, index: int) -> tuple[Any, int]:
     """The data set as it was given, and where in it the example at `index` is: validation may have been held out."""
     whole: Any = examples
-    while isinstance(whole, Part):
+    while isinstance(whole, Subset):
         whole, index = whole.whole, int(whole.indices[index])
     return whole, index
 
@@ -119,7 +119,7 @@ def example_at(examples: Examples, index: int) -> Any:
         hint = ""
         if isinstance(error, (IndexError, KeyError)):
             hint = f" Its len() is {len(origin(examples, index)[0])}: more than it holds?"
-        raise explanation(f"{name_of(examples, index)} cannot be made", error, hint) from error
+        raise user_code_error(f"{name_of(examples, index)} cannot be made", error, hint) from error
 
 
 def form_of(made: Any) -> str:

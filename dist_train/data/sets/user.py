@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from dist_train.data.sets.image_set import Examples
 from dist_train.data.sets.storage import locked
 from dist_train.errors import ConfigError
-from dist_train.user_code.importing import check_arguments, explained, load_object, parameters_of
+from dist_train.user_code.importing import check_arguments, load_object, parameters_of, wrap_user_errors
 
 
 def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Examples]:
@@ -85,5 +85,5 @@ def _selections(target: Any, free: set[str], name: str) -> dict[str, dict[str, A
 
 def _call(target: Callable[..., Any], arguments: dict[str, Any], call: str) -> Any:
     hint = " (an attribute `splits` that lists the splits leaves the others out)" if "split=" in call else ""
-    with explained(call, f"failed{hint}"):
+    with wrap_user_errors(call, f"failed{hint}"):
         return target(**arguments)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.data.loader import loader_fault
+from dist_train.data.loader import loader_error
 from dist_train.data.sets.image_set import Examples, form_of, name_of
 from dist_train.data.transforms import change_each
 from dist_train.distributed.devices import is_device_assert, is_out_of_memory
 from dist_train.distributed.world import is_peer_failure
 from dist_train.errors import ConfigError, UserCodeError
-from dist_train.user_code.importing import explained
+from dist_train.user_code.importing import wrap_user_errors
 
 _IGNORE_NOTHING = -(2**31)  # torch's own default, -100, would pass over such labels in silence
 _LABELS = (torch.int64, torch.uint8)  # that cross-entropy takes
 
 
-class Misfit(UserCodeError):
+class TargetMismatch(UserCodeError):
     """Output and targets that cross-entropy cannot be taken of."""
 
     def __init__(self, text: str, row: int | None = None) -> None:
@@ -31,7 +31,7 @@ class Misfit(UserCodeError):
         self.row = row  # of the micro-batch, if one is to blame
 
 
-class Told(AbstractContextManager[None]):
+class ErrorContext(AbstractContextManager[None]):
     """What a net, its loss or cross-entropy raise over the examples at `indices` [B], in one line.
 
     No generator: it is entered at each micro-step, and takes 0.6 us where that takes 2.
@@ -44,15 +44,15 @@ class Told(AbstractContextManager[None]):
         self._examples = examples
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, Misfit) and error.row is not None:
+        if isinstance(error, TargetMismatch) and error.row is not None:
             raise UserCodeError(f"{name_of(self._examples, int(self._indices[error.row]))} has {error}") from error
         if error is not None:
-            with explained(type(self._net).__name__, f"failed {self._when}", unless=_is_not_the_nets):
+            with wrap_user_errors(type(self._net).__name__, f"failed {self._when}", unless=_is_not_the_nets):
                 raise error
 
 
 def _is_not_the_nets(error: BaseException) -> bool:
-    faults = (is_peer_failure, is_out_of_memory, is_device_assert, loader_fault)
+    faults = (is_peer_failure, is_out_of_memory, is_device_assert, loader_error)
     return any(is_fault(error) for is_fault in faults)
 
 
@@ -109,13 +109,13 @@ class Objective:
         """See that cross-entropy, where the net has no loss of its own, can be taken of these. Waits for the device.
 
         Raises:
-            Misfit
+            TargetMismatch
         """
         if self._own_loss is not None:
             return
         fix = f"give {self._name} a method loss(output, target)"
         if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[1] < 2:
-            raise Misfit(
+            raise TargetMismatch(
                 f"{self._name} gives {form_of(output)}, and cross-entropy takes logits [B, K > 1]. Return the logits "
                 f"alone, or {fix}."
             )
@@ -123,7 +123,7 @@ class Objective:
             return  # probabilities of the classes
         labels_of = [len(output), *output.shape[2:]]
         if not isinstance(targets, Tensor) or targets.dtype not in _LABELS or list(targets.shape) != labels_of:
-            raise Misfit(
+            raise TargetMismatch(
                 f"The targets are {form_of(targets)}, and cross-entropy over {form_of(output)} takes labels, int64 "
                 f"{labels_of}. Make them whole numbers in the data set, or {fix}."
             )
@@ -133,7 +133,7 @@ class Objective:
         """See that these (of any shape) are of classes that the net tells apart. Waits for the device they are on.
 
         Raises:
-            Misfit
+            TargetMismatch
         """
         if labels is None or self._own_loss is not None or not isinstance(output, Tensor):
             return
@@ -143,7 +143,7 @@ class Objective:
         classes = output.shape[1]
         if low < 0 or high >= classes:
             place = ((labels < 0) | (labels >= classes)).nonzero()[0].tolist()
-            raise Misfit(
+            raise TargetMismatch(
                 f"label {int(labels[tuple(place)])}, which is none of the {classes} classes that {self._name} tells "
                 f"apart: 0 to {classes - 1}. Number them from 0, or give the net more outputs.",
                 row=place[0],

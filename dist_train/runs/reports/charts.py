@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from dist_train.errors import DistTrainError
-from dist_train.runs.reports.compare import Axis, Trained, group_seeds
+from dist_train.runs.reports.compare import Axis, LoadedRun, group_seeds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ _COUNTED, _NAMED = 20, 60  # classes; of more of them the counts, and the names,
 _IN_ROW = 6  # mistakes
 
 
-def learning_curves(runs: Sequence[Trained], axis: Axis = "step") -> bytes:
+def learning_curves(runs: Sequence[LoadedRun], axis: Axis = "step") -> bytes:
     """A PNG: a panel for each metric that a run has, a colour for each experiment, its seeds thin and their mean bold.
 
     Raises:
@@ -55,7 +55,7 @@ def learning_curves(runs: Sequence[Trained], axis: Axis = "step") -> bytes:
     return _png(figure)
 
 
-def _draw(panel: Any, group: Sequence[Trained], key: str, axis: Axis, colour: str) -> None:
+def _draw(panel: Any, group: Sequence[LoadedRun], key: str, axis: Axis, colour: str) -> None:
     """The runs of one experiment."""
     curves = [curve for run in group if (curve := run.curve(key, axis))[0]]
     name = _plain(group[0].name) if len(group) == 1 else f"{_plain(group[0].name)} ({len(group)} runs)"

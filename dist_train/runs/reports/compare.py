@@ -38,13 +38,13 @@ class Metric:
     """A column of the comparison."""
 
     name: str
-    of: Callable[[Trained], float | None]
+    of: Callable[[LoadedRun], float | None]
     form: str  # for people
     best: Callable[[Sequence[float]], float] | None = None  # max or min; None: neither is better
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedRun:
     """A run with its settings and all of its metrics."""
 
     summary: Summary
@@ -106,7 +106,7 @@ METRICS = (
 )
 
 
-def read_run(path: Path) -> Trained:
+def read_run(path: Path) -> LoadedRun:
     """
     Raises:
         RunDirError: there is no run.
@@ -120,7 +120,7 @@ def read_run(path: Path) -> Trained:
         config = load_config(str(summary.run_dir.config))
     except (DistTrainError, OSError):
         config = None
-    return Trained(summary, config, list(summary.run_dir.metrics.read()))
+    return LoadedRun(summary, config, list(summary.run_dir.metrics.read()))
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ def value_of(cell: Cell) -> str | float | None:
     return cell.mean if isinstance(cell, Mean) else cell
 
 
-def compare(runs: Sequence[Trained]) -> list[Table]:
+def compare(runs: Sequence[LoadedRun]) -> list[Table]:
     """The table of the runs and, if there are several seeds of one experiment, that of the experiments."""
     return [table for table in (run_table(runs), seed_table(runs)) if table is not None]
 
 
-def run_table(runs: Sequence[Trained]) -> Table:
+def run_table(runs: Sequence[LoadedRun]) -> Table:
     """A row for each run: its state, the settings in which they differ, its metrics."""
     settings = differing_settings(runs)
     rows: list[list[Cell]] = []
@@ -176,7 +176,7 @@ def run_table(runs: Sequence[Trained]) -> Table:
     return _table("runs", ["run", "state", *settings, *(metric.name for metric in METRICS)], rows)
 
 
-def seed_table(runs: Sequence[Trained]) -> Table | None:
+def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
     """A row for each experiment with its finished seeds' mean and spread; None if each has but one."""
     finished = [run for run in runs if run.summary.state == "FINISHED"]
     # The same seed again says nothing new.
@@ -211,7 +211,7 @@ def _table(title: str, columns: list[str], rows: list[list[Cell]]) -> Table:
     return Table(title, columns, rows, {name: form for name, form in forms.items() if name in columns}, best)
 
 
-def differing_settings(runs: Sequence[Trained]) -> dict[str, list[Cell]]:
+def differing_settings(runs: Sequence[LoadedRun]) -> dict[str, list[Cell]]:
     """The settings that are not the same in all runs, with the value of each run; None where one has not got it.
 
     Without those of where a run lies and who is told of it.
@@ -231,9 +231,9 @@ def _cell(value: Any) -> Cell:
     )
 
 
-def group_seeds(runs: Sequence[Trained]) -> list[list[Trained]]:
+def group_seeds(runs: Sequence[LoadedRun]) -> list[list[LoadedRun]]:
     """Runs of one experiment together, in the order of their first."""
-    groups: dict[str, list[Trained]] = {}
+    groups: dict[str, list[LoadedRun]] = {}
     for run in runs:
         groups.setdefault(run.experiment, []).append(run)
     return list(groups.values())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from dist_train.errors import DistTrainError
 from dist_train.runs.reports.charts import AXES, learning_curves
-from dist_train.runs.reports.compare import Axis, Table, Trained, value_of
+from dist_train.runs.reports.compare import Axis, LoadedRun, Table, value_of
 
 _log = logging.getLogger(__name__)
 _STYLE = """
@@ -22,7 +22,7 @@ td.best { font-weight: 700; background: #e6f4e6; } img { max-width: 100%; }
 """
 
 
-def to_page(runs: Sequence[Trained], tables: Sequence[Table]) -> str:
+def to_html(runs: Sequence[LoadedRun], tables: Sequence[Table]) -> str:
     """The tables, and the curves over each axis if they can be drawn. In a cell's `data-value` its number in full."""
     title = f"{len(runs)} runs" if len(runs) > 1 else runs[0].name
     parts = [_table(table) for table in tables]
@@ -38,7 +38,7 @@ def to_page(runs: Sequence[Trained], tables: Sequence[Table]) -> str:
     )
 
 
-def _curves(runs: Sequence[Trained], axis: Axis) -> str:
+def _curves(runs: Sequence[LoadedRun], axis: Axis) -> str:
     picture = base64.b64encode(learning_curves(runs, axis)).decode()
     name = f"Learning curves over {axis}"
     return f'<h2>{name}</h2>\n<img alt="{name}" src="data:image/png;base64,{picture}">'

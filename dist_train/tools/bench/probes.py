@@ -71,7 +71,7 @@ def breakdown(net: str) -> dict[str, float]:
         started = time.perf_counter()
 
     for number in range(_STEPS):
-        eager.forget_gradients()
+        eager.clear_gradients()
         started = time.perf_counter()
         batch = eager.batches.at(number, 0)
         done("gather and normalise")
@@ -174,17 +174,15 @@ def guards(contestant: str) -> dict[str, float]:
     sampler = ShardSampler(60_000, step.eager.plan, 0, config.seed)
     with _checkpoints(config, world) as checkpoints:
         run_dir = checkpoints.run_dir
-        agreement = Agreement(
-            world, StopRequest(), run_dir, poll=checkpoints.poll, on_agreed=lambda: watchdog.expect_within(600)
-        )
+        agreement = Agreement(world, StopRequest(), run_dir, poll=checkpoints.poll, on_agreed=lambda: watchdog.arm(600))
         audit = ShardAudit(sampler, world, 0)
         eager, untold = step.eager, nullcontext()
-        ignore, told = eager.batches.on_gather, eager.told
+        ignore, told = eager.batches.on_gather, eager.error_context
 
         def block(first: int, *, guarded: bool) -> float:
             eager.batches.at(first, 0)  # a streamed set opens its loader anew where the second block begins
             eager.batches.on_gather = audit.note if guarded else ignore
-            eager.told = told if guarded else lambda *_: untold  # type: ignore[method-assign, assignment]
+            eager.error_context = told if guarded else lambda *_: untold  # type: ignore[method-assign, assignment]
             world.synchronize()
             started = time.perf_counter()
             for number in range(first, first + _BLOCK_STEPS):
@@ -204,7 +202,7 @@ def guards(contestant: str) -> dict[str, float]:
             times = {guarded: block(number * _BLOCK_STEPS, guarded=guarded) for guarded in order}
             audit = ShardAudit(sampler, world, 0)
             pairs.append((times[False], times[True]))
-        watchdog.expect_nothing()
+        watchdog.disarm()
     ratios = [guarded / bare for bare, guarded in pairs[2:]]
     return {
         "bare_ms": statistics.median(bare for bare, _ in pairs[2:]),

@@ -20,7 +20,7 @@ class Series:
     typical_s: float  # of one measurement, on two CPU cores
 
 
-class Outlook:
+class TimeEstimate:
     """Runs series and says before each measurement how long it and the ones after it will take.
 
     Until a measurement has been made, it counts with its typical seconds times the pace of this machine so far.

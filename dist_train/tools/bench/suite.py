@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_train.tools.bench import contest, inside, scaling, speedrun, startup
 from dist_train.tools.bench.report import check_pictures, write
-from dist_train.tools.bench.rounds import Outlook, Round, Series
+from dist_train.tools.bench.rounds import Round, Series, TimeEstimate
 from dist_train.tools.bench.task import Task
 
 
@@ -152,7 +152,7 @@ def run(names: Sequence[str], options: Options, out: Path, say: Callable[[str], 
     """
     check_pictures()
     series = {name: PARTS[name].series(options) for name in names}
-    outlook = Outlook([each for those in series.values() for each in those], say)
+    outlook = TimeEstimate([each for those in series.values() for each in those], say)
     for name, those in series.items():
         part = PARTS[name]
         found = part.collect(options, [outlook.run(each) for each in those])

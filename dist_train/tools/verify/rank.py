@@ -27,17 +27,17 @@ from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.sampler import ShardSampler, count_into
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
-from dist_train.distributed.process import find_place
+from dist_train.distributed.process import detect_process
 from dist_train.distributed.world import World, end_process
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.models.invariance import drop_rates
 from dist_train.runs.directory import RunDir
 from dist_train.tools.verify.trial import Outcome, Trial
-from dist_train.training.build import build_parts
+from dist_train.training.build import build_components
 from dist_train.training.step.train_step import Step
 
 
-def hold_still(net: nn.Module) -> list[str]:
+def freeze_for_comparison(net: nn.Module) -> list[str]:
     """What depends on how a batch is divided does nothing from now on. Returns the names of what was held."""
     held = set()
     for module in net.modules():
@@ -56,10 +56,12 @@ def run(trial: Trial) -> Outcome:
     config = load_config(trial.config)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    splits = load_splits(config.data, config.seed, find_place(os.environ).local_world_size)
+    splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
     world = World.join(config)
     found = Outcome(on_cpu=world.device.type == "cpu")
-    parts = build_parts(config, world, splits, change=lambda net: found.held_still.extend(hold_still(net)))
+    parts = build_components(
+        config, world, splits, change=lambda net: found.held_still.extend(freeze_for_comparison(net))
+    )
     step, state, total = parts.step, TrainState(), parts.learning_rate.total_steps
     if total < trial.steps:
         raise ConfigError(f"{trial.steps} steps are tried, and train_for has {total}. Try with a longer train_for.")

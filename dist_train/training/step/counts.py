@@ -55,7 +55,7 @@ class Overflows:
     def scale(self) -> Tensor:
         return self._scaler.scale(self._one)
 
-    def note_update(self, scale_before: Tensor) -> None:
+    def record_update(self, scale_before: Tensor) -> None:
         """Only an overflow makes the scale smaller."""
         left_out = (self.scale() < scale_before).long()
         self.counts[0] += left_out

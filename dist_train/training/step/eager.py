@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
-from dist_train.data.batches import Batch, Batches, Nudged
+from dist_train.data.batches import Batch, Batches, PerturbedBatches
 from dist_train.distributed.rng import derive_seed
 from dist_train.distributed.world import World
 from dist_train.models.invariance import seeding_for
-from dist_train.models.tasks.objective import Objective, Told, count_correct
+from dist_train.models.tasks.objective import ErrorContext, Objective, count_correct
 from dist_train.training.step.counts import Counts, Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import unchanged
@@ -59,13 +59,16 @@ class EagerUpdate:
         """The update that follows `step` (from 0) others."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate.at(step)
-        self.forget_gradients()
+        self.clear_gradients()
         scale = self.overflows.scale() if self.overflows is not None else None
         micro_steps = self.plan.grad_accum_steps
         for micro_step in range(micro_steps):
             batch = self.batches.at(step, micro_step)
             self.seed_forward(step, micro_step)
-            with self.sync_gradients(when=micro_step == micro_steps - 1), self.told(f"at step {step + 1}", batch):
+            with (
+                self.sync_gradients(when=micro_step == micro_steps - 1),
+                self.error_context(f"at step {step + 1}", batch),
+            ):
                 output = self.objective.forward(self.model, batch.inputs)  # [B, K]
                 self.objective.check_labels(output, batch.labels)
                 loss = self.objective.loss(output, batch.targets)
@@ -77,27 +80,27 @@ class EagerUpdate:
             self.norm = self.world.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimize()
         if self.overflows is not None and scale is not None:
-            self.overflows.note_update(scale)
+            self.overflows.record_update(scale)
 
-    def nudged(self, step: int) -> None:
+    def perturbed(self, step: int) -> None:
         """As a call, on inputs that are off by rounding: how far that alone carries the net."""
         exact = self.batches
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.world.mixed_precision)
-        self.batches = Nudged(exact, torch.finfo(dtype or torch.get_default_dtype()).eps)
+        self.batches = PerturbedBatches(exact, torch.finfo(dtype or torch.get_default_dtype()).eps)
         try:
             self(step)
         finally:
             self.batches = exact
 
-    def told(self, when: str, batch: Batch) -> Told:
+    def error_context(self, when: str, batch: Batch) -> ErrorContext:
         """Errors of the net and its loss over `batch` as one line."""
-        return Told(self.net, when, batch.indices, self.batches.examples)
+        return ErrorContext(self.net, when, batch.indices, self.batches.examples)
 
     def seed_forward(self, step: int, micro_step: int) -> None:
         """Dropout and the like, of the net or of user code, as a function of where we are."""
         self._seed_generators(derive_seed(self._seed, "forward", step, micro_step, self.world.rank))
 
-    def forget_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         """As `zero_grad`, without its record for the profiler: 60 us a step."""
         for parameter in self.parameters:
             parameter.grad = None

@@ -23,7 +23,7 @@ Draw = tuple[Tensor, ...]  # what decides a batch: see ResidentBatches.draw
 
 
 @dataclass(frozen=True)
-class WholeUpdate:
+class FusedUpdate:
     """Gather, normalise, forward, backward, clip, optimizer and sums, without a look from the host."""
 
     batches: ResidentBatches
@@ -36,7 +36,7 @@ class WholeUpdate:
 
     def __call__(self, *draw: Tensor) -> Tensor:
         """The gradient's L2 norm before clipping, []."""
-        inputs, targets = self.batches.make(*draw)
+        inputs, targets = self.batches.materialise(*draw)
         output = self.objective.forward(self.model, inputs)
         loss = self.objective.loss(output, targets)
         # Not loss.backward(): that would end a compiled graph, and there is nothing to add to.
@@ -68,9 +68,9 @@ def prepare(eager: EagerUpdate, mode: StepMode, step: int) -> Update:
     Raises: whatever a compiler or a capture has to say of the net.
     """
     batches = eager.batches
-    assert isinstance(batches, ResidentBatches)  # see `obstacle`
+    assert isinstance(batches, ResidentBatches)  # see `unsupported_reason`
     lr = torch.tensor(eager.learning_rate.at(step), device=eager.world.device)
-    update = WholeUpdate(
+    update = FusedUpdate(
         batches,
         eager.model,
         eager.objective,
@@ -79,12 +79,12 @@ def prepare(eager: EagerUpdate, mode: StepMode, step: int) -> Update:
         traceable_step(eager.optimizer, lr, fused=mode == "graph"),
         eager.window.sums,
     )
-    run = _compiled(update) if mode == "compile" else _captured(update, batches.draw(step, 0))
+    run = _compiled(update) if mode == "compile" else _captured(update, batches.select(step, 0))
 
     def take(step: int) -> None:
         lr.fill_(eager.learning_rate.at(step))
         eager.seed_forward(step, 0)
-        eager.norm = run(*batches.draw(step, 0))
+        eager.norm = run(*batches.select(step, 0))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a compiler has to say of torch's own code helps nobody
@@ -92,7 +92,7 @@ def prepare(eager: EagerUpdate, mode: StepMode, step: int) -> Update:
     return take
 
 
-def _compiled(update: WholeUpdate) -> Callable[..., Tensor]:
+def _compiled(update: FusedUpdate) -> Callable[..., Tensor]:
     """One graph of forward, backward and optimizer: mlp takes 0.29 ms instead of 0.46; of parts there is no gain."""
     # Kept for the user's next run: 3 s instead of 8 to 18.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "compiled"))
@@ -105,7 +105,7 @@ def _compiled(update: WholeUpdate) -> Callable[..., Tensor]:
     return torch.compile(update, fullgraph=True, dynamic=False)
 
 
-def _captured(update: WholeUpdate, draw: Draw) -> Callable[..., Tensor]:
+def _captured(update: FusedUpdate, draw: Draw) -> Callable[..., Tensor]:
     """One CUDA graph on static buffers: the host launches once where it launched for every kernel."""
     static = tuple(each.clone() for each in draw)
     side = torch.cuda.Stream()
@@ -127,7 +127,7 @@ def _captured(update: WholeUpdate, draw: Draw) -> Callable[..., Tensor]:
     return replay
 
 
-def obstacle(eager: EagerUpdate, mode: StepMode, config: Config) -> str:
+def unsupported_reason(eager: EagerUpdate, mode: StepMode, config: Config) -> str:
     """Why the update cannot be of this mode, or nothing."""
     world, sgd = eager.world, config.optimizer
     if world.size > 1:

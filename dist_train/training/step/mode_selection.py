@@ -28,7 +28,7 @@ _ROWS, _ROW_S = 5, 0.05  # then rows of steps are timed, of about so many second
 _TRIALS: dict[str, tuple[StepMode, float]] = {"cpu": ("compile", 20.0), "cuda": ("graph", 2.0)}
 
 
-def worth_trying(device: str, steps_left: int, pass_s: float) -> StepMode:
+def mode_to_try(device: str, steps_left: int, pass_s: float) -> StepMode:
     """The mode that would repay itself in the rest of the run, by the time of one forward and backward.
 
     A gain is not sure before it was tried: if it comes to nothing, that must not cost more than a tenth of the rest.
@@ -38,7 +38,7 @@ def worth_trying(device: str, steps_left: int, pass_s: float) -> StepMode:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class TrialResult:
     """What was found."""
 
     preparation_s: float  # compiling or capturing
@@ -47,7 +47,7 @@ class Rehearsal:
     distance: float  # between the two outcomes, as a part of the eager step; of the tensor that is worst
     allowed: float  # for that tensor
 
-    def objection(self, must_gain: bool) -> str:
+    def rejection_reason(self, must_gain: bool) -> str:
         """Why the fast update is not to be used, or nothing."""
         if not self.distance <= self.allowed:
             return f"its steps are {self.distance:.2%} off the eager ones, where rounding explains {self.allowed:.2%}"
@@ -58,17 +58,17 @@ class Rehearsal:
         return f"{times}, {self.preparation_s:.1f} s to prepare"
 
 
-def rehearse(
+def try_update(
     eager: Update,
-    nudged: Update,
+    perturbed: Update,
     prepare: Callable[[], Update],
     state: list[Tensor],
     step: int,
     synchronize: Callable[[], None],
-) -> tuple[Update, Rehearsal]:
+) -> tuple[Update, TrialResult]:
     """The fast update that `prepare` makes, and how it did. `state`, all that an update changes, is as before after it.
 
-    `nudged`: the eager update on inputs that are off by rounding.
+    `perturbed`: the eager update on inputs that are off by rounding.
 
     Raises: whatever compiling, capturing or running the net so raises.
     """
@@ -78,7 +78,7 @@ def rehearse(
             eager(step + number)
             marks.append([tensor.detach().clone() for tensor in state])
             _put(state, marks[number])
-            nudged(step + number)
+            perturbed(step + number)
             rounding.append(_distances(marks[number], marks[number + 1], state))
             _put(state, marks[number + 1])
         eager_s = median_time(eager, step, synchronize)
@@ -97,7 +97,7 @@ def rehearse(
     distances = map(statistics.median, zip(*found, strict=True))
     allowed = (max(MAX_DISTANCE, _ROUNDINGS * max(each)) for each in zip(*rounding, strict=True))
     worst = max(zip(distances, allowed, strict=True), key=lambda pair: pair[0] / pair[1])
-    return fast, Rehearsal(preparation_s, eager_s, fast_s, *worst)
+    return fast, TrialResult(preparation_s, eager_s, fast_s, *worst)
 
 
 @contextmanager

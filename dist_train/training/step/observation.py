@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.distributed.rng import generator_states
-from dist_train.models.invariance import not_invariant
+from dist_train.models.invariance import world_size_dependent_layers
 from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.mode_selection import unchanged
 
@@ -35,7 +35,7 @@ class Observation:
         self._loss = ""
 
     @contextmanager
-    def of_a_pass(self) -> Iterator[None]:
+    def watch_pass(self) -> Iterator[None]:
         """Buffers hold afterwards what they held before, and are the tensors that they were."""
         generators = generator_states()
         with _same_buffers(self._net) as before:
@@ -46,7 +46,7 @@ class Observation:
         self._draws |= generator_states() != generators
         self._kept.append(dict(_kept_by(self._net)))
 
-    def of_a_loss(self, objective: Objective, output: Any, targets: Any, size: int) -> None:
+    def check_loss(self, objective: Objective, output: Any, targets: Any, size: int) -> None:
         """Of the loss over `size` examples and over its halves. One that cannot be divided so is left alone."""
         if objective.is_plain or size < 2:
             return
@@ -66,9 +66,9 @@ class Observation:
             self._loss = f"the loss ({whole:.6g} over a micro-batch, {halves:.6g} over its halves)"
 
     @property
-    def dependent(self) -> list[str]:
+    def world_size_dependent(self) -> list[str]:
         """What makes the result depend on how a step is divided over ranks and micro-batches, for people."""
-        found = not_invariant(self._net)
+        found = world_size_dependent_layers(self._net)
         if self._draws and not any("dropout" in each for each in found):
             found.append("random numbers in forward (drawn per rank and micro-batch)")
         if self._changes:

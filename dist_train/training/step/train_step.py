@@ -20,9 +20,9 @@ from dist_train.errors import UserCodeError
 from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.averaging import AveragedNet
 from dist_train.training.step.eager import EagerUpdate
-from dist_train.training.step.fused import obstacle, prepare
+from dist_train.training.step.fused import prepare, unsupported_reason
 from dist_train.training.step.lr_schedule import LearningRate
-from dist_train.training.step.mode_selection import Update, rehearse, worth_trying
+from dist_train.training.step.mode_selection import Update, mode_to_try, try_update
 from dist_train.training.step.observation import Observation, first_of
 from dist_train.training.step.optimizers import load_state
 
@@ -97,19 +97,19 @@ class Step:
             # Code of the user may change what it is given, which the first step is given again.
             inputs, targets = deepcopy((batch.inputs, batch.targets))
             eager.seed_forward(step, 0)
-            with eager.told("on its first batch", batch), self.observed.of_a_pass():
+            with eager.error_context("on its first batch", batch), self.observed.watch_pass():
                 output = eager.objective.forward(eager.model, inputs)
                 eager.objective.check(output, targets)
                 eager.objective.loss(output, targets).backward()
             self.world.synchronize()
             pass_s = time.perf_counter() - started
             self._check_gradients()
-        self.observed.of_a_loss(eager.objective, output, batch.targets, len(batch))
+        self.observed.check_loss(eager.objective, output, batch.targets, len(batch))
         if isinstance(eager.batches, ResidentBatches):  # all of them now: a graph or a compiled step could not tell
             labels = eager.batches.labels
-            with eager.told("on its data", Batch(None, labels, torch.arange(len(labels)))):
+            with eager.error_context("on its data", Batch(None, labels, torch.arange(len(labels)))):
                 eager.objective.check_labels(output, labels)
-        eager.forget_gradients()
+        eager.clear_gradients()
         self._choose_mode(step, wanted, pass_s)
         self.warm_up_s = time.perf_counter() - began
 
@@ -192,14 +192,16 @@ class Step:
     def _choose_mode(self, step: int, wanted: WantedMode, pass_s: float) -> None:
         """Keep the eager update, or take one with the same outcome that is asked for or, on `auto`, is faster."""
         left = self.eager.learning_rate.total_steps - step
-        mode = worth_trying(self.world.device.type, left, pass_s) if wanted == "auto" else wanted
+        mode = mode_to_try(self.world.device.type, left, pass_s) if wanted == "auto" else wanted
         if mode == "eager":
             if wanted == "auto":
                 _log.info(
                     "step_mode=auto: eager, since trying another would not repay in the %d steps that are left", left
                 )
             return
-        why_not = obstacle(self.eager, mode, self._config) or self._try(step, mode, must_gain=wanted == "auto")
+        why_not = unsupported_reason(self.eager, mode, self._config) or self._try(
+            step, mode, must_gain=wanted == "auto"
+        )
         if why_not:
             level = logging.INFO if wanted == "auto" else logging.WARNING
             _log.log(level, "step_mode=%s: the update stays eager: %s", wanted, why_not)
@@ -214,10 +216,10 @@ class Step:
         _log.info("step_mode=%s: %s the update, which may take a minute where it was not done before", mode, doing)
         groups = [dict(group) for group in optimizer.param_groups]
         try:
-            update, found = rehearse(
-                eager, eager.nudged, lambda: prepare(eager, mode, step), eager.state(), step, self.world.synchronize
+            update, found = try_update(
+                eager, eager.perturbed, lambda: prepare(eager, mode, step), eager.state(), step, self.world.synchronize
             )
-            why_not = found.objection(must_gain)
+            why_not = found.rejection_reason(must_gain)
         except Exception as error:  # whatever a compiler finds to say of a user's net
             _log.debug("%s", traceback.format_exc())
             why_not = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
@@ -226,7 +228,7 @@ class Step:
                 group.update(before)
             if fresh:
                 optimizer.state.clear()
-            eager.forget_gradients()
+            eager.clear_gradients()
         else:
             self._update, self.mode = update, mode
             _log.info("step_mode=%s: %s", mode, found)

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from dist_train.atomic_files import beside
+from dist_train.atomic_files import temporary_path
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets import bundled_mnist as module
 from dist_train.data.sets import named
@@ -176,7 +176,7 @@ def test_a_damaged_file_is_restored_with_a_warning(
 
 def test_what_a_killed_process_left_is_removed(root: Path) -> None:
     (raw(root) / LABELS).unlink()
-    leftover = beside(raw(root) / LABELS)
+    leftover = temporary_path(raw(root) / LABELS)
     leftover.write_bytes(b"half")
     unpack_mnist(root)
     assert not leftover.exists()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data.sets.idx import read_idx, read_idx_set
-from dist_train.data.sets.image_set import ImageSet, Part, part_of
+from dist_train.data.sets.image_set import ImageSet, Subset, subset_of
 from dist_train.errors import DataError
 
 TEN = tuple("0123456789")
@@ -74,12 +74,12 @@ def test_a_part_of_a_map_style_set_keeps_what_the_harness_asks_for() -> None:
         def collate(self, batch: list[int]) -> int:
             return sum(batch)
 
-    part = part_of(Squares(), torch.tensor([9, 2]))  # type: ignore[arg-type]
-    assert isinstance(part, Part)
+    part = subset_of(Squares(), torch.tensor([9, 2]))  # type: ignore[arg-type]
+    assert isinstance(part, Subset)
     assert [part[i] for i in range(len(part))] == [81, 4]
     assert part.collate([1, 2]) == 3  # type: ignore[attr-defined]
     assert not hasattr(part, "yields_pixels")
-    assert isinstance(part_of(small_set(), torch.tensor([1])), ImageSet)
+    assert isinstance(subset_of(small_set(), torch.tensor([1])), ImageSet)
 
 
 def test_reading_idx(tmp_path: Path) -> None:

@@ -193,14 +193,14 @@ def _step(module: ModuleType) -> None:
 
 
 def _journal(module: ModuleType) -> None:
-    enter = module.Journal.enter
+    set_state = module.RunRecorder.set_state
 
     def watched(self: Any, state: str) -> None:
         at(f"before {state}")
-        enter(self, state)
+        set_state(self, state)
         at(f"after {state}")
 
-    module.Journal.enter = watched
+    module.RunRecorder.set_state = watched
 
 
 _WATCHED: dict[str, Callable[[ModuleType], None]] = {

@@ -235,7 +235,7 @@ def test_a_run_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
         run_dir = RunDir(tmp_path / "run")
         run_dir.create()
         run_dir.begin_attempt(parse_config({}), wandb_id="id")
-        run_dir.note_resume(step, world_size=2)
+        run_dir.record_resume(step, world_size=2)
         decisions.append(decide_requeue(run_dir, {}, max_requeues=100)[0])
     assert decisions == ["requeue"] * 4 + ["failed"] * 2
 

@@ -174,7 +174,7 @@ def test_what_is_named(make: Callable[[], nn.Module], dependent: list[str], unsa
     step = new_step(world, 0, make_net=make)
     buffers = [(name, buffer, buffer.clone()) for name, buffer in step.net.named_buffers()]
     step.warm_up(0)
-    found = step.observed.dependent
+    found = step.observed.world_size_dependent
     assert len(found) == len(dependent)
     assert all(one.startswith(beginning) for one, beginning in zip(found, dependent, strict=True)), found
     assert step.observed.unsaved == unsaved

@@ -23,7 +23,7 @@ from dist_train.distributed.world import World
 from dist_train.models.nets import MODELS, Mlp
 from dist_train.training.step import mode_selection as rehearsal
 from dist_train.training.step.lr_schedule import LearningRate
-from dist_train.training.step.mode_selection import MAX_DISTANCE, rehearse, worth_trying
+from dist_train.training.step.mode_selection import MAX_DISTANCE, mode_to_try, try_update
 from dist_train.training.step.train_step import Step
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked
@@ -202,12 +202,12 @@ def test_a_wrong_update_is_found() -> None:
         sums.add_(count)
 
     def tried(fast: Callable[..., None], rounding: float = 1e-7, **fault: float) -> float:
-        nudged = partial(descend, rounding=rounding)
-        _, found = rehearse(descend, nudged, lambda: partial(fast, **fault), state, 5, lambda: None)
+        perturbed = partial(descend, rounding=rounding)
+        _, found = try_update(descend, perturbed, lambda: partial(fast, **fault), state, 5, lambda: None)
         assert torch.equal(weights, torch.ones(4))
         assert not momentum.any()
         assert not sums.any()
-        assert bool(found.objection(must_gain=False)) == (not found.distance <= found.allowed)
+        assert bool(found.rejection_reason(must_gain=False)) == (not found.distance <= found.allowed)
         assert found.allowed == MAX_DISTANCE or rounding > 1e-3
         return found.distance / found.allowed
 
@@ -225,10 +225,10 @@ def test_a_wrong_update_is_found() -> None:
 
 
 def test_auto_asks_whether_it_repays() -> None:
-    assert worth_trying("cpu", 1_000, 0.5e-3) == "eager"
-    assert worth_trying("cpu", 500_000, 0.5e-3) == "compile"
-    assert worth_trying("cuda", 100_000, 0.5e-3) == "graph"
-    assert worth_trying("mps", 10**9, 1.0) == "eager"
+    assert mode_to_try("cpu", 1_000, 0.5e-3) == "eager"
+    assert mode_to_try("cpu", 500_000, 0.5e-3) == "compile"
+    assert mode_to_try("cuda", 100_000, 0.5e-3) == "graph"
+    assert mode_to_try("mps", 10**9, 1.0) == "eager"
 
 
 def test_auto_measures_and_says_what(

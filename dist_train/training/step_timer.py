@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 
-class Pace:
+class StepTimer:
     """Seconds inside training steps, and how fast the last of them were. Read it when the device was synchronised."""
 
     def __init__(self, total_s: float = 0.0) -> None:
         self.total_s = total_s
         self._started: float | None = None
-        self.lap(0, 0.0)
+        self.start_window(0, 0.0)
 
     def start(self) -> None:
         """Go on, or just run on."""
@@ -22,7 +22,7 @@ class Pace:
         self.total_s = self._now_s()
         self._started = None
 
-    def lap(self, step: int, data_wait_s: float) -> None:
+    def start_window(self, step: int, data_wait_s: float) -> None:
         """What `measure` measures begins here."""
         self._lap = self._now_s(), step, data_wait_s
 
