@@ -21,7 +21,6 @@ FOLDERS = [
     "inference", "cli",
 ]  # fmt: skip
 FILES = {"__init__", "__main__", "errors", "atomic_files", "torchvision_compat"}  # of the top, which all may import
-APART = {"training", "launch"}  # one starts processes, the other is what runs in them
 # What runs before processes start, and `--help`, must not wait for torch.
 TORCH_FREE = {"errors", "atomic_files", "config", "runs", "launch", "cli"}
 PEERS = "tools.bench.peers."  # what people write without us: they come through any door
@@ -66,8 +65,8 @@ def test_the_top_is_these_folders_and_files() -> None:
 @pytest.mark.parametrize("module", PATHS)
 def test_imports_point_down(module: str) -> None:
     mine = folder_of(module)
-    below = FOLDERS[: FOLDERS.index(mine)] if mine in FOLDERS else FOLDERS if module == "__main__" else []
-    allowed = FILES | {mine} | set(below) - (APART if mine in APART else set())
+    below = FOLDERS[: FOLDERS.index(mine)] if mine in FOLDERS else FOLDERS if mine.startswith("__") else []
+    allowed = FILES | {mine, *below}
     assert [name for name in ours(PATHS[module]) if folder_of(name) not in allowed] == []
 
 

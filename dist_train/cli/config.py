@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dist_train.cli.options import load, look_up, settings_options
+from dist_train.cli.options import check_net_and_data, load, settings_options
 
 
 @click.group()
@@ -41,7 +41,7 @@ def config_validate(config_name: str, overrides: tuple[str, ...], settings: tupl
     from dist_train.config.batch_plan import BatchPlan
 
     found = load(config_name, (*overrides, *settings))
-    look_up(found)
+    check_net_and_data(found)
     plan = BatchPlan.fit(found.global_batch_size, found.per_device_batch_size, nproc)
     click.echo(
         f"{config_name} is fine: global batch {plan.global_batch_size} = {plan.per_device_batch_size} per device "

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.cli.options import RunPath, arguments_of_train, look_up, print_table, resolve, start_options
+from dist_train.cli.options import STARTED, RunPath, check_net_and_data, print_table, start_options, train_arguments
 from dist_train.errors import RunDirError
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.launch.slurm.batch_script import BatchScript
-    from dist_train.runs.directory import RunDir
     from dist_train.runs.start_options import StartOptions
 
 
@@ -55,62 +53,48 @@ _OF_JOB = (
 )  # fmt: skip
 
 
-def _script(options: dict[str, Any], config: Config, start: StartOptions) -> BatchScript:
+def _resolve(options: dict[str, Any]) -> tuple[BatchScript, Config, StartOptions]:
     from dist_train.launch.slurm.batch_script import BatchScript
 
-    arguments = arguments_of_train(options)[1:]
-    if options["run_name"]:
-        arguments += (f"--run-name={options['run_name']}",)
-    asked = {name: options[name] for name in _OF_JOB}
-    return BatchScript(
-        arguments=arguments,
+    arguments = train_arguments(options)
+    config, start = arguments.resolve(STARTED)
+    of_train = arguments.of_a_rank()[1:] + ((f"--run-name={start.run_name}",) if start.run_name else ())
+    script = BatchScript(
+        arguments=of_train,
         job_name=start.config_name,
         join_timeout_s=config.setup_timeout_s,
         python=sys.executable,
-        **asked,
+        **{name: options[name] for name in _OF_JOB},
     )
+    return script, config, start
 
 
 @slurm.command()
 @_job_options
 def render(**options: Any) -> None:
     """Print the sbatch script that submit would hand in."""
-    click.echo(_script(options, *resolve(options)).render(), nl=False)
+    script, _, _ = _resolve(options)
+    click.echo(script.render(), nl=False)
 
 
 @slurm.command()
 @_job_options
 def submit(**options: Any) -> None:
     """Queue a run; prints the job's id and the run's directory. What cannot work is refused first."""
-    from dataclasses import replace
+    from dist_train.launch import jobs
 
-    from dist_train.atomic_files import write_json
-    from dist_train.distributed.process import persistent_run_name
-    from dist_train.launch.slurm import commands as cluster
-    from dist_train.launch.slurm.preflight import check_partition, check_submission
-    from dist_train.runs.start_options import check_start, find_run_dir, valid_run_name
-
-    config, start = resolve(options)
-    script = _script(options, config, start)
-    named = find_run_dir(config, start) if start.run_name or start.run_dir else None
-    if named is not None and check_start(named, config, start, create=False):
-        click.echo(f"{named.path} is finished already: nothing to do.")
+    script, config, start = _resolve(options)
+    finished = jobs.find_finished(config, start)
+    if finished is not None:
+        click.echo(f"{finished.path} is finished already: nothing to do.")
         return
-    look_up(config)
-    check_submission(script, config, named.read_status().get("save_s", 0.0) if named is not None else 0.0)
-    check_partition(script, cluster.partitions())
+    check_net_and_data(config)
+    jobs.check_job(script, config, start)
     if options["dry_run"]:
         click.echo(script.render(), nl=False)
         return
-    job = cluster.submit(script.render())
-    if named is None:
-        as_the_job_finds_it = persistent_run_name(valid_run_name(start.config_name), {"SLURM_JOB_ID": job})
-        named = find_run_dir(config, replace(start, run_name=as_the_job_finds_it))
-    named.create()
-    (named.path / "job.sbatch").write_text(script.render())
-    log = Path(script.log.replace("%x", script.job_name).replace("%j", job)).absolute()
-    write_json(named.slurm_json, {"job": job, "log": str(log), "submitted": round(time.time(), 3)})
-    click.echo(f"job {job}, run directory {named.path}")
+    job, run_dir = jobs.submit(script, config, start)
+    click.echo(f"job {job}, run directory {run_dir.path}")
 
 
 @slurm.command()
@@ -118,12 +102,13 @@ def submit(**options: Any) -> None:
 def status(runs: tuple[Path, ...]) -> None:
     """What Slurm and the runs themselves say of them; without RUN: of all that were submitted."""
     from dist_train.config.paths import runs_root
-    from dist_train.launch.slurm import commands as cluster
+    from dist_train.launch.jobs import job_of
+    from dist_train.launch.slurm import commands
     from dist_train.runs.directory import RunDir
 
     paths = [*runs] or sorted(path.parent for path in runs_root().glob("*/slurm.json"))
-    found = {run: _job_of(RunDir(run)) for run in paths}
-    states = cluster.jobs(found.values())
+    found = {run: job_of(RunDir(run)) for run in paths}
+    states = commands.jobs(found.values())
     rows = []
     for run, job in found.items():
         own = RunDir(run).read_status()
@@ -133,16 +118,6 @@ def status(runs: tuple[Path, ...]) -> None:
              str(own.get("attempt", 0)))
         )  # fmt: skip
     print_table(("run", "job", "Slurm", "nodes or reason", "run's state", "step", "starts"), rows)
-
-
-def _job_of(run_dir: RunDir) -> str:
-    """The id of the job that the run belongs to."""
-    from dist_train.runs.summary import summarise
-
-    job = summarise(run_dir.path).job
-    if job is None:
-        raise RunDirError(f"{run_dir.path} was not submitted to Slurm: neither slurm.json nor status.json names a job.")
-    return job
 
 
 @slurm.command()
@@ -163,10 +138,11 @@ def logs(run: Path, count: int) -> None:
 @click.argument("run", type=RunPath())
 def cancel(run: Path) -> None:
     """End a run's job. It saves first if it is running."""
-    from dist_train.launch.slurm import commands as cluster
+    from dist_train.launch.jobs import job_of
+    from dist_train.launch.slurm import commands
     from dist_train.runs.directory import RunDir
 
-    cluster.cancel(_job_of(RunDir(run)))
+    commands.cancel(job_of(RunDir(run)))
 
 
 @slurm.command("requeue-check")
@@ -179,7 +155,7 @@ def requeue_check(max_requeues: int, told: bool, **options: Any) -> None:
     from dist_train.launch.slurm.preemption import decide_requeue
     from dist_train.runs.start_options import find_run_dir
 
-    run_dir = find_run_dir(*resolve(options))
+    run_dir = find_run_dir(*train_arguments(options).resolve(STARTED))
     decision, why = decide_requeue(run_dir, os.environ, max_requeues, told=told)
     click.echo(decision)
     if decision == "failed" and run_dir.config.exists():

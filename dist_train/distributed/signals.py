@@ -6,12 +6,17 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Literal
 
 StopState = Literal["INTERRUPT", "PREEMPTED"]
 StopReason = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # TERM may mean either: Slurm sends it for both
 
+# What torchrun passes on to its ranks; of any other it would die and leave them behind.
+HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+# Ranks get this long to save after a signal before torchrun kills them.
+SHUTDOWN_TIMEOUT_S = 60
 # Slurm and torchrun both deliver a signal, and torchrun again when it gets its own copy twice: a preemption without
 # time of grace is up to four TERMs within 20 ms. Copies within this time are no second wish.
 ECHO_S = 10.0
@@ -24,8 +29,12 @@ class StopRequest:
     ECHO_S are echoes of the first; one after that, or Ctrl-C twice at a terminal, ends the process at once.
     """
 
-    def __init__(self, preempt_signal: signal.Signals = signal.SIGUSR1) -> None:
+    def __init__(
+        self, preempt_signal: signal.Signals = signal.SIGUSR1, on_repeat: Callable[[int], object] | None = None
+    ) -> None:
+        """`on_repeat` is called with the number of a repeated signal instead of ending the process."""
         self.preempt_signal = preempt_signal
+        self._on_repeat = on_repeat or _end
         self.requested: StopReason | None = None
         self._first_at: float | None = None
 
@@ -53,4 +62,8 @@ class StopRequest:
             return
         at_terminal = number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
         if at_terminal or now - self._first_at > ECHO_S:
-            os._exit(128 + number)
+            self._on_repeat(number)
+
+
+def _end(number: int) -> None:
+    os._exit(128 + number)

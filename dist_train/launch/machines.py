@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import socket
 import time
@@ -10,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from dist_train.atomic_files import write_atomically
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, LaunchError
 from dist_train.runs.directory import ENDS, RunDir
 
@@ -59,6 +62,38 @@ class Nodes:
             # The last: so long a smaller world waits for more machines.
             f"--rdzv-conf=join_timeout={math.ceil(self.join_timeout_s)},last_call_timeout=10",
         ]  # fmt: skip
+
+
+def find_nodes(
+    nnodes: str | None, endpoint: str | None, run_name: str | None, nproc: int, config: Config
+) -> Nodes | None:
+    """Return the machines that `launch --nnodes` asks for, None for this one alone.
+
+    Every number of machines that may meet is checked.
+
+    Raises:
+        ConfigError: The options do not fit together, or the batch cannot be divided among so many.
+        LaunchError: As `Nodes.parse`.
+    """
+    outside = os.environ.get("PET_NNODES") or "1"
+    if nnodes is None and outside not in ("1", "1:1"):
+        raise ConfigError(
+            f"PET_NNODES={outside} from outside asks torchrun for several machines. Start with launch "
+            f"--nnodes={outside} --rdzv-endpoint={os.environ.get('PET_MASTER_ADDR') or 'HOST'}, or unset PET_NNODES to "
+            f"train on this machine alone."
+        )
+    nnodes = nnodes or "1"
+    if nnodes == "1" and endpoint is None:
+        return None
+    if endpoint is None or not run_name:
+        raise ConfigError(
+            f"--nnodes={nnodes} needs --rdzv-endpoint=HOST, where the machines meet, and --run-name=N, so that they "
+            f"train one run: give both, the same on each."
+        )
+    nodes = Nodes.parse(nnodes, endpoint, config.setup_timeout_s)
+    for number in range(nodes.at_least, nodes.at_most + 1):
+        BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, number * nproc)
+    return nodes
 
 
 def stop_run_to_rejoin(run_dir: RunDir) -> None:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,11 @@ from dist_train.distributed.process import (
     threads_per_process,
     without_torchrun_options,
 )
+from dist_train.distributed.signals import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S
 from dist_train.errors import LaunchError
 from dist_train.launch.diagnosis import diagnose_failure, log_sizes
 from dist_train.launch.machines import Nodes
 from dist_train.runs.directory import CLEAN_ENDS, RunDir
-
-# What torchrun passes on to its ranks; of any other it would die and leave them behind.
-HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-# Ranks get this long to save after a signal before torchrun kills them.
-SHUTDOWN_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +127,9 @@ class _Forwarding:
         self.requested: signal.Signals | None = None
 
     def __enter__(self) -> _Forwarding:
-        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        # Python lets the main thread alone handle signals; from another one the ranks are only waited for.
+        in_main = threading.current_thread() is threading.main_thread()
+        heard = [number for number in self.SIGNALS if in_main and signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._forward) for number in heard}
         return self
 

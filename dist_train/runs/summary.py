@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from dist_train.config.paths import runs_root
 from dist_train.distributed.parent import is_alive
+from dist_train.errors import RunDirError
 from dist_train.runs.directory import ENDS, RunDir
 
 # A live run writes a heartbeat every few seconds, but not while it compiles its step or waits for a data set.
@@ -73,6 +77,21 @@ class Summary:
         return seconds
 
     @property
+    def age_text(self) -> str:
+        """ "3 s", "5 min", "2 h", "4 d"."""
+        if self.age_s is None:
+            return "-"
+        for unit, seconds in (("d", 86_400), ("h", 3600), ("min", 60)):
+            if self.age_s >= 2 * seconds:
+                return f"{self.age_s // seconds:.0f} {unit}"
+        return f"{self.age_s:.0f} s"
+
+    @property
+    def progress_text(self) -> str:
+        """ "600/1000 60%"."""
+        return f"{self.step}/{self.total_steps} {self.progress:.0%}" if self.progress is not None else "-"
+
+    @property
     def progress(self) -> float | None:
         """0 to 1."""
         return self.step / self.total_steps if self.total_steps else None
@@ -98,11 +117,52 @@ def summarise(path: Path) -> Summary:
     )
 
 
+def summarise_existing(path: Path) -> Summary:
+    """
+    Raises:
+        RunDirError: There is no run.
+    """
+    if not is_run(path):
+        raise RunDirError(
+            f"{path} is no run: it has neither status.json nor config.yaml. dist-train runs ls shows them."
+        )
+    return summarise(path)
+
+
 def find_runs(folder: Path) -> Iterator[Summary]:
     """The runs that lie in a folder, by name."""
     with os.scandir(folder) as entries:
         paths = sorted(entry.path for entry in entries if entry.is_dir())
     yield from (summarise(path) for path in map(Path, paths) if is_run(path))
+
+
+def select_runs(folder: Path, names: Sequence[str], states: Sequence[str], sort: str) -> list[Summary]:
+    """Return the runs in a folder that match one of `names` (with * and ?) and one of `states`; empty: all.
+
+    `sort`: name, age, progress, accuracy, speed or state; the greatest last.
+    """
+    wanted = {state.upper() for state in states}
+    found = [
+        run
+        for run in find_runs(folder)
+        if (not names or any(fnmatch(run.name, name) for name in names)) and (not wanted or run.state in wanted)
+    ]
+    low = -math.inf
+    keys: dict[str, Callable[[Summary], Any]] = {
+        "name": lambda run: run.name,
+        "age": lambda run: run.heartbeat or low,  # the newest last
+        "progress": lambda run: run.progress or 0.0,
+        "accuracy": lambda run: low if run.accuracy is None else run.accuracy,
+        "speed": lambda run: run.samples_per_s or low,
+        "state": lambda run: run.state,
+    }
+    return sorted(found, key=keys[sort])
+
+
+def find_run(path: Path) -> Path:
+    """Return `path`, or the run of that name in the folder of runs if only that one exists."""
+    named = runs_root() / path
+    return named if not is_run(path) and is_run(named) else path
 
 
 def is_run(path: Path) -> bool:

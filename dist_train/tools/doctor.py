@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from filelock import FileLock
 
 from dist_train.atomic_files import write_atomically
+from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
@@ -24,6 +26,7 @@ from dist_train.distributed.process import available_cores, detect_process, thre
 from dist_train.distributed.world import World, backends
 from dist_train.errors import DistTrainError, LaunchError
 from dist_train.launch.slurm.commands import installed_version
+from dist_train.launch.subprocesses import output_of_ranks
 from dist_train.models.registry import build_model
 from dist_train.training.provenance import cpu_model, version_of
 from dist_train.training.tracking import wandb_mode
@@ -33,11 +36,21 @@ _EXCHANGED = 16 * _MIB  # bytes of the all-reduce that is timed
 _SLOW_S = 1.0  # of a file that is written and synced
 
 
+Row = dict[str, str]  # what, said, fix: as `dist-train doctor --json` prints them
+
+RANKS_OF_OURS = "DIST_TRAIN_DOCTOR"  # set for ranks that `doctor --nproc` starts: it reports what they found
+_MEET_S = 60  # ranks that do not meet within so long do not meet
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     name: str
     result: str
     fix: str = ""  # not empty: something is wrong
+
+    @property
+    def row(self) -> Row:
+        return {"what": self.name, "said": self.result, "fix": self.fix}
 
 
 def examine(config: Config, runs_dir: Path) -> Iterator[Diagnosis]:
@@ -61,6 +74,42 @@ def examine(config: Config, runs_dir: Path) -> Iterator[Diagnosis]:
     yield from _folder(runs_dir, needed_bytes=2 * checkpoint_bytes)
     yield _wandb(config)
     yield _slurm()
+
+
+def examine_ranks(config: Config) -> list[Row] | None:
+    """Return what all ranks found, on rank zero; of the others only what is wrong there. None on other ranks.
+
+    Collective: every rank must call this.
+    """
+    runs_dir = runs_root(config.runs_dir)
+    mine = [*examine(config, runs_dir)]
+    try:
+        world = World.join(config.model_copy(update={"setup_timeout_s": _MEET_S}))
+        mine.append(exchange(world))
+        world.check_shared(runs_dir.absolute())
+    except (DistTrainError, RuntimeError) as error:  # the latter by gloo and NCCL
+        return [each.row for each in [*mine, Diagnosis("ranks", "do not meet, or not as they should", str(error))]]
+    of_all = world.gather([each.row for each in mine])
+    hosts = world.hosts()
+    wrong = [
+        row | {"what": f"{row['what']}, rank {rank} on {hosts[rank]}"}
+        for rank, rows in enumerate(of_all) if rank for row in rows if row["fix"]
+    ]  # fmt: skip
+    world.leave()
+    return [*of_all[0], *wrong] if world.is_rank_zero else None
+
+
+def start_and_examine(nproc: int, config_name: str, overrides: Sequence[str]) -> list[Row]:
+    """The same on `nproc` ranks that are started for it.
+
+    Raises:
+        LaunchError: They cannot be started.
+    """
+    arguments = ["-c", config_name, *(f"-o{override}" for override in overrides), "--json"]
+    environment = {"OMP_NUM_THREADS": str(threads_per_process(nproc, os.environ)), RANKS_OF_OURS: "1"}
+    printed = output_of_ranks(nproc, "dist_train", "doctor", *arguments, environment=environment)
+    rows: list[Row] = json.loads(printed.splitlines()[-1])
+    return rows
 
 
 def exchange(world: World) -> Diagnosis:

@@ -10,8 +10,8 @@ from typing import Literal
 
 from dist_train.config.schema import Config
 from dist_train.distributed.process import OF_ONE_WANDB_RUN
+from dist_train.distributed.signals import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S
 from dist_train.errors import ConfigError
-from dist_train.launch.torchrun import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S
 
 Launcher = Literal["torchrun", "srun", "accelerate"]
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from dist_train.config.loading import load_config
 from dist_train.config.schema import Config
-from dist_train.errors import DistTrainError, RunDirError
-from dist_train.runs.summary import Summary, is_run, summarise
+from dist_train.errors import DistTrainError
+from dist_train.runs.summary import Summary, summarise_existing
 
 Axis = Literal["step", "samples", "seconds"]
 
@@ -111,11 +111,7 @@ def read_run(path: Path) -> LoadedRun:
     Raises:
         RunDirError: there is no run.
     """
-    summary = summarise(path)
-    if not is_run(path):
-        raise RunDirError(
-            f"{path} is no run: it has neither status.json nor config.yaml. dist-train runs ls shows them."
-        )
+    summary = summarise_existing(path)
     try:
         config = load_config(str(summary.run_dir.config))
     except (DistTrainError, OSError):

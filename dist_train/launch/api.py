@@ -1,0 +1,133 @@
+"""Training from Python: `from dist_train import train` in a script or a notebook."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.loading import load_config, to_yaml
+from dist_train.config.paths import runs_root
+from dist_train.config.schema import Config
+from dist_train.distributed.process import detect_process
+from dist_train.distributed.signals import StopRequest
+from dist_train.errors import ConfigError, DistTrainError, LaunchError
+from dist_train.launch import jobs
+from dist_train.runs.directory import RunDir
+from dist_train.runs.start_options import StartOptions, check_run_name, find_run_dir, remove_if_not_started
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_IN_USE = threading.Lock()  # torch's default dtype and Accelerate's state belong to the whole process
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training has left."""
+
+    run_dir: Path
+    state: str  # FINISHED; INTERRUPT or PREEMPTED after a stop request: train again with the same run_name to continue
+    metrics: Mapping[str, Any]  # as in result.json: test/accuracy, val/loss, train_s, ...; {} unless FINISHED
+
+    @cached_property
+    def net(self) -> nn.Module:
+        """The trained net of the last checkpoint (averaged weights if the run keeps them), on the CPU in eval mode."""
+        import torch
+
+        from dist_train.checkpoints.manifest import find_checkpoint
+        from dist_train.checkpoints.storage import load_weights
+        from dist_train.data.splits import load_splits
+        from dist_train.models.registry import build_model
+
+        run_dir = RunDir(self.run_dir)
+        config = load_config(str(run_dir.config))
+        spec = run_dir.read_provenance().get("data") or load_splits(config.data, config.seed).description
+        net = build_model(config.model, {name: spec[name] for name in ("in_channels", "num_classes", "image_size")}, 0)
+        net.to(getattr(torch, config.dtype))
+        load_weights(net, find_checkpoint(run_dir, "last"))
+        return net.eval()
+
+
+def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Result:
+    """Train a run to its end, or continue it, and return what it has left.
+
+    With one process it trains in the calling one, from any thread, and leaves default dtype, number of threads,
+    random generators, environment, logging and signal handlers as they were. The first Ctrl-C asks the run to save and
+    stop, a second one raises KeyboardInterrupt. With more, it starts `nproc` processes on this machine, as
+    `dist-train launch` does; these import the user's classes by name from the current folder.
+
+    Args:
+        config: The settings: `load_config("mnist", ["train_for=2 epochs"])`.
+        nproc: Number of processes.
+        run_name: Name of the run's directory. A run of that name that is there and not finished is continued. None: a
+            new one, named by the time.
+
+    Raises:
+        DistTrainError: As `dist-train train` reports it: ConfigError, DataError, UserCodeError, TrainingDiverged, ...
+    """
+    place = detect_process(os.environ)
+    if place.world_size > 1:
+        raise LaunchError(
+            f"train() starts its processes itself, and this is rank {place.rank} of {place.world_size}. Call it in a "
+            f"single process with nproc={place.world_size}, or start dist-train train under torchrun."
+        )
+    BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
+    if run_name is not None:
+        check_run_name("run_name", run_name, runs_root(config.runs_dir))
+    asked = StartOptions(config_name=config.model.name.rpartition(":")[2], run_name=run_name)
+    run_dir = find_run_dir(config, asked, claim=True)
+    start = replace(asked, run_name=None, run_dir=run_dir.path)
+    try:
+        if nproc == 1:
+            _train_here(config, start)
+        else:
+            _launch(config, start, nproc)
+    except DistTrainError:
+        remove_if_not_started(run_dir, asked)
+        raise
+    status, result = run_dir.read_status(), run_dir.read_result()
+    return Result(run_dir.path, status.get("state", "INTERRUPT"), result)
+
+
+def _train_here(config: Config, start: StartOptions) -> None:
+    from dist_train.distributed import watchdog
+    from dist_train.distributed.guest import as_guest
+
+    if not _IN_USE.acquire(blocking=False):
+        raise LaunchError("Another thread of this process is training. Wait for it, or pass nproc=2.")
+    try:
+        # Signal handlers belong to the main thread.
+        in_main = threading.current_thread() is threading.main_thread()
+        request = StopRequest(on_repeat=_interrupt)
+        with as_guest(), watchdog.off():
+            jobs.train_here(config, start, request, time.perf_counter(), handle_signals=in_main)
+    finally:
+        _IN_USE.release()
+
+
+def _interrupt(number: int) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _launch(config: Config, start: StartOptions, nproc: int) -> None:
+    for setting, name in (("model.name", config.model.name), ("data.name", config.data.name)):
+        if name.startswith("__main__:"):
+            raise ConfigError(
+                f"{setting}={name} and nproc={nproc}: other processes cannot import what is defined in this script or "
+                f"notebook. Move the class to a file, say mine.py, and name it mine:{name.partition(':')[2]}."
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(to_yaml(config))
+        code = jobs.launch(config, start, ("train", "-c", str(path)), nproc, say=lambda _: None)
+    if code > 128:
+        raise KeyboardInterrupt(signal.Signals(code - 128).name)
