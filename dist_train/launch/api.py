@@ -80,6 +80,8 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
             f"train() starts its processes itself, and this is rank {place.rank} of {place.world_size}. Call it in a "
             f"single process with nproc={place.world_size}, or start dist-train train under torchrun."
         )
+    if nproc > 1:
+        _check_importable(config, nproc)
     BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
     if run_name is not None:
         check_run_name("run_name", run_name, runs_root(config.runs_dir))
@@ -96,6 +98,15 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
         raise
     status, result = run_dir.read_status(), run_dir.read_result()
     return Result(run_dir.path, status.get("state", "INTERRUPT"), result)
+
+
+def _check_importable(config: Config, nproc: int) -> None:
+    for setting, name in (("model.name", config.model.name), ("data.name", config.data.name)):
+        if name.startswith("__main__:"):
+            raise ConfigError(
+                f"{setting}={name} and nproc={nproc}: other processes cannot import what is defined in this script or "
+                f"notebook. Move the class to a file, say mine.py, and name it mine:{name.partition(':')[2]}."
+            )
 
 
 def _train_here(config: Config, start: StartOptions) -> None:
@@ -119,12 +130,6 @@ def _interrupt(number: int) -> None:
 
 
 def _launch(config: Config, start: StartOptions, nproc: int) -> None:
-    for setting, name in (("model.name", config.model.name), ("data.name", config.data.name)):
-        if name.startswith("__main__:"):
-            raise ConfigError(
-                f"{setting}={name} and nproc={nproc}: other processes cannot import what is defined in this script or "
-                f"notebook. Move the class to a file, say mine.py, and name it mine:{name.partition(':')[2]}."
-            )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(to_yaml(config))

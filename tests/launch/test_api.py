@@ -1,0 +1,160 @@
+"""`from dist_train import train`: runs of a script or notebook, in its own process, which stays as it was."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from dist_train import Config, load_config, train
+from dist_train.atomic_files import read_json
+from dist_train.distributed.rng import generator_states
+from dist_train.errors import ConfigError, LaunchError, TrainingDiverged, UserCodeError
+from support.patience import PATIENCE_S, wait_until
+from support.run_files import train_losses
+from support.user_nets import OPEN
+
+SETTINGS = [
+    "data.name=support.user_sets:mnist_part", "model.name=mlp", "global_batch_size=96", "train_for=4 steps",
+    "log_every=1", "final_train_eval=false", "tracking.wandb=disabled", "tracking.pictures=false", "device=cpu",
+]  # fmt: skip
+
+
+def settings(*overrides: str) -> Config:
+    return load_config("mnist", [*SETTINGS, *overrides])
+
+
+def state_of_the_process() -> dict[str, Any]:
+    logger = logging.getLogger("dist_train")
+    return {
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "path": list(sys.path),
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "generators": generator_states(),
+        "logging": (logger.level, logger.propagate, list(logger.handlers)),
+        "warnings": warnings.showwarning,
+        "accelerate": dict(AcceleratorState._shared_state),
+    }
+
+
+@pytest.fixture
+def as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process after the test is the one before it."""
+    monkeypatch.chdir(tmp_path)
+    before = state_of_the_process()
+    yield
+    assert state_of_the_process() == before
+
+
+@pytest.mark.usefixtures("as_found")
+def test_a_script_trains_twice_with_other_numbers() -> None:
+    first = train(settings("mixed_precision=bf16"), run_name="first")
+    assert (first.state, first.run_dir) == ("FINISHED", Path("runs/first").absolute())
+    assert first.metrics["mixed_precision"] == "bf16"
+    second = train(settings("dtype=float64"))
+    assert second.metrics["mixed_precision"] == "no"
+    assert {parameter.dtype for parameter in second.net.parameters()} == {torch.float64}
+    assert not second.net.training
+
+
+@pytest.mark.usefixtures("as_found")
+def test_a_finished_run_is_returned_as_it_is() -> None:
+    first = train(settings(), run_name="r")
+    again = train(settings(), run_name="r")
+    assert (again.state, again.metrics) == (first.state, first.metrics)
+    with pytest.raises(ConfigError, match="belongs to a run with other settings"):
+        train(settings("seed=1"), run_name="r")
+
+
+@pytest.mark.usefixtures("as_found")
+def test_a_failure_leaves_the_process_as_it_was() -> None:
+    with pytest.raises(TrainingDiverged, match=r"Lower optimizer\.lr"):
+        train(settings("optimizer.lr=1e30"))
+    with pytest.raises(UserCodeError, match="nobody"):
+        train(settings("model.name=nobody:Net"))
+    assert not list(Path("runs").glob("Net-*"))  # it says no more than the error
+    assert train(settings()).state == "FINISHED"
+
+
+@pytest.mark.usefixtures("as_found")
+def test_a_thread_trains_and_a_second_one_is_refused() -> None:
+    config, found = settings("model.name=support.user_nets:Gated"), []
+    thread = threading.Thread(target=lambda: found.append(train(config, run_name="r")))
+    thread.start()
+    wait_until(lambda: Path("runs/r/status.json").exists() or not thread.is_alive(), "training")
+    with pytest.raises(LaunchError, match="Another thread of this process is training"):
+        train(settings())
+    Path(OPEN).touch()
+    thread.join(PATIENCE_S)
+    assert found[0].state == "FINISHED"
+
+
+@pytest.mark.usefixtures("as_found")
+def test_what_the_script_has_armed_and_made_stays(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    with (tmp_path / "stacks").open("w") as file:
+        faulthandler.dump_traceback_later(0.2, file=file)
+        train(settings("mixed_precision=bf16"))
+        wait_until(lambda: (tmp_path / "stacks").read_text(), "dump of the script's own timer", patience_s=60)
+    assert accelerator.state.mixed_precision == "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("as_found")
+def test_ctrl_c_saves_and_the_same_call_continues() -> None:
+    config = settings("model.name=support.user_nets:Gated", "train_for=12 steps", "log_every=1")
+    timer = threading.Thread(target=_interrupt_once_it_trains)
+    timer.start()
+    stopped = train(config, run_name="r")
+    timer.join()
+    assert (stopped.state, stopped.metrics) == ("INTERRUPT", {})
+    assert train(config, run_name="r").state == "FINISHED"
+    whole = train(config, run_name="whole")
+    assert train_losses(stopped.run_dir) == train_losses(whole.run_dir)
+
+
+def _interrupt_once_it_trains() -> None:
+    status_file = Path("runs/r/status.json")
+    wait_until(lambda: status_file.exists() and read_json(status_file).get("step"), "first step")
+    os.kill(os.getpid(), signal.SIGINT)
+    Path(OPEN).touch()
+
+
+@pytest.mark.usefixtures("as_found")
+def test_several_processes() -> None:
+    result = train(settings(), nproc=2, run_name="two")
+    assert (result.state, result.metrics["world_size"]) == ("FINISHED", 2)
+    assert sum(parameter.numel() for parameter in result.net.parameters()) > 0
+    with pytest.raises(ConfigError, match=r"global_batch_size=96 is not a multiple of world_size=5"):
+        train(settings(), nproc=5)
+    with pytest.raises(ConfigError, match=r"model\.name=__main__:Net and nproc=2: .* mine:Net"):
+        train(settings("model.name=__main__:Net"), nproc=2)
+    assert [path.name for path in Path("runs").iterdir()] == ["two"]
+
+
+def test_inside_a_world_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "h", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(LaunchError, match="this is rank 1 of 2"):
+        train(settings())
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys, dist_train; print({'torch', 'click', 'pydantic', 'dist_train.launch'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
