@@ -108,9 +108,11 @@ def test_a_thread_trains_and_a_second_one_is_refused() -> None:
 def test_what_the_script_has_armed_and_made_stays(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     with (tmp_path / "stacks").open("w") as file:
-        faulthandler.dump_traceback_later(0.2, file=file)
+        faulthandler.dump_traceback_later(0.2, repeat=True, file=file)
         train(settings("mixed_precision=bf16"))
-        wait_until(lambda: (tmp_path / "stacks").read_text(), "dump of the script's own timer", patience_s=60)
+        size = (tmp_path / "stacks").stat().st_size
+        wait_until(lambda: (tmp_path / "stacks").stat().st_size > size, "dump by the script's own timer", patience_s=60)
+        faulthandler.cancel_dump_traceback_later()
     assert accelerator.state.mixed_precision == "no"
     AcceleratorState._reset_state(reset_partial_state=True)
 
