@@ -1,1 +1,1 @@
-"""From a data set to batches on the device: splits, the sampler, loader workers."""
+"""The data pipeline from a data set to batches on the device: splits, sampler, loader workers."""

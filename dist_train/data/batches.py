@@ -1,4 +1,4 @@
-"""Training batches on the device: gathered from a resident set, or streamed by loader workers. The same either way."""
+"""Training batches on the device, gathered from a resident set or streamed by loader workers, with equal results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Position = tuple[int, int]  # (step, micro-step)
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Images are [B, C, H, W] of the default dtype and labels int64 [B]; user code may differ."""
+    """One micro-batch. Images are [B, C, H, W] in the default dtype, labels int64 [B]; user code may differ."""
 
     inputs: Any
     targets: Any
-    indices: Tensor  # int64 [B]: which examples of the set these are
-    labels: Tensor | None = None  # the targets as the host has them, where they are on another device
+    indices: Tensor  # int64 [B]: positions of the examples in the set
+    labels: Tensor | None = None  # host copy of the targets, if the device is not the CPU
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -37,15 +37,15 @@ class Batch:
 class Batches(Protocol):
     """The training batches of one rank."""
 
-    examples: Examples  # that they are made of
+    examples: Examples  # the source of the batches
     wait_s: float  # seconds spent waiting for data since the start
-    on_gather: Callable[[Tensor], object]  # told the indices of each batch that is handed out
+    on_gather: Callable[[Tensor], object]  # called with the indices of each returned batch
 
     def at(self, step: int, micro_step: int) -> Batch: ...
 
 
 class ResidentBatches:
-    """The whole set lies on the device as uint8; a batch is one gather."""
+    """Batches of a set that is on the device as uint8: each is one gather."""
 
     wait_s = 0.0
 
@@ -57,21 +57,21 @@ class ResidentBatches:
         self.sampler = sampler.on(device)
         self.pixels = pixels
         self.augment = augment
-        self.on_gather: Callable[[Tensor], object] = _ignore
+        self.on_gather: Callable[[Tensor], object] = _no_listener
 
     def at(self, step: int, micro_step: int) -> Batch:
         draw = self.select(step, micro_step)
         return Batch(*self.materialise(*draw), draw[0])
 
     def select(self, step: int, micro_step: int) -> tuple[Tensor, ...]:
-        """What decides the micro-batch, on the device: the indices of its examples, int64 [B], and their shifts."""
+        """Return what defines the micro-batch, on the device: example indices, int64 [B], and their shifts."""
         size = self.sampler.plan.per_device_batch_size
         indices = self.sampler.indices(step)[micro_step * size : (micro_step + 1) * size]
         self.on_gather(indices)
         return (indices, *self.augment.draw(step, micro_step)) if self.augment else (indices,)
 
     def materialise(self, indices: Tensor, *shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """The images [B, C, H, W] and labels [B] that `select` decided on. Tensor work alone."""
+        """Return the images [B, C, H, W] and labels [B] that `select` chose. Runs tensor operations only."""
         images = self.images.index_select(0, indices)
         if self.augment is not None:
             images = self.augment(images, *shifts)
@@ -79,13 +79,13 @@ class ResidentBatches:
 
 
 class PerturbedBatches:
-    """Resident batches whose pixels are each off by at most `by`, as a part of itself."""
+    """Resident batches whose pixels each have a relative error of at most `by`."""
 
     wait_s = 0.0
 
     def __init__(self, exact: Batches, by: float) -> None:
         self.examples = exact.examples
-        self.on_gather: Callable[[Tensor], object] = _ignore
+        self.on_gather: Callable[[Tensor], object] = _no_listener
         self._exact, self._by = exact, by
 
     def at(self, step: int, micro_step: int) -> Batch:
@@ -96,9 +96,9 @@ class PerturbedBatches:
 
 
 class StreamingBatches:
-    """Batches made by loader workers, fetched ahead in the order of the steps.
+    """Batches made by loader workers and prefetched in step order.
 
-    `at` may be asked again for the batch it gave last (the warm-up does); any other jump starts a new loader there.
+    `at` may return its last batch again (the warm-up needs this); any other jump starts a new loader at that position.
     """
 
     def __init__(
@@ -113,17 +113,17 @@ class StreamingBatches:
     ) -> None:
         self.examples = examples
         self.wait_s = 0.0
-        self.on_gather: Callable[[Tensor], object] = _ignore
+        self.on_gather: Callable[[Tensor], object] = _no_listener
         self._sampler = sampler
         self._augment = augment
-        self._place = ToDevice(pixels, device)
-        self._open = partial(loader_of, examples, num_workers=num_workers, device=device, seed=seed)
-        self._stream: Iterator[LoadedBatch] = iter(())
+        self._to_device = ToDevice(pixels, device)
+        self._open_loader = partial(loader_of, examples, num_workers=num_workers, device=device, seed=seed)
+        self._loaded: Iterator[LoadedBatch] = iter(())
         self._last: tuple[Position, Batch] | None = None
-        self._next: Position | None = None  # what comes out of `_ready`, then out of the stream
+        self._next: Position | None = None  # position of the next batch in `_ready`, then in the stream
         self._ready: deque[Batch] = deque()
-        # On a GPU the next batch is copied and normalised beside the work on this one.
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # On a GPU the next batch is copied and normalised while the current one is computed.
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def at(self, step: int, micro_step: int) -> Batch:
         wanted = (step, micro_step)
@@ -133,53 +133,53 @@ class StreamingBatches:
         started = time.perf_counter()
         if self._next != wanted:
             self._ready.clear()
-            self._stream = stream(self._open(_keys(self._sampler, *wanted)))
+            self._loaded = stream(self._open_loader(_keys_from(self._sampler, *wanted)))
         if not self._ready:
             self._ready.append(self._fetch(wanted))
         batch = self._ready.popleft()
         self._next = self._after(wanted)
-        if self._side is not None:
-            _hand_over(batch, self._side)
+        if self._copy_stream is not None:
+            _sync_with_copy_stream(batch, self._copy_stream)
             self._ready.append(self._fetch(self._next))
         self.wait_s += time.perf_counter() - started
         self._last = wanted, batch
         self.on_gather(batch.indices)
         return batch
 
-    def _fetch(self, place: Position) -> Batch:
-        made = next(self._stream)
-        with torch.cuda.stream(self._side):  # None: nothing changes
-            shifts = self._augment.draw(*place) if self._augment else ()
-            return self._place(made, lambda images: self._augment(images, *shifts) if self._augment else images)
+    def _fetch(self, position: Position) -> Batch:
+        loaded = next(self._loaded)
+        with torch.cuda.stream(self._copy_stream):  # None: no effect
+            shifts = self._augment.draw(*position) if self._augment else ()
+            return self._to_device(loaded, lambda images: self._augment(images, *shifts) if self._augment else images)
 
-    def _after(self, place: Position) -> Position:
-        step, micro_step = place
+    def _after(self, position: Position) -> Position:
+        step, micro_step = position
         last = micro_step + 1 == self._sampler.plan.grad_accum_steps
         return (step + 1, 0) if last else (step, micro_step + 1)
 
 
-def _ignore(_indices: Tensor) -> None:
-    """Nobody listens yet."""
+def _no_listener(_indices: Tensor) -> None:
+    """The default `on_gather`."""
 
 
-def _hand_over(batch: Batch, side: torch.cuda.Stream) -> None:
-    """From the stream it was made on to the one that trains, which must wait for it and holds its memory."""
-    here = torch.cuda.current_stream(side.device)
-    here.wait_stream(side)
-    change_each(partial(_record, here), (batch.inputs, batch.targets))
+def _sync_with_copy_stream(batch: Batch, copy_stream: torch.cuda.Stream) -> None:
+    """Make the current stream wait for `copy_stream`, and keep the batch's memory until the current stream is done."""
+    current = torch.cuda.current_stream(copy_stream.device)
+    current.wait_stream(copy_stream)
+    change_each(partial(_record_stream, current), (batch.inputs, batch.targets))
 
 
-def _record(stream: torch.cuda.Stream, item: Any) -> Any:
+def _record_stream(stream: torch.cuda.Stream, item: Any) -> Any:
     if isinstance(item, Tensor):
         item.record_stream(stream)
     return item
 
 
-def _keys(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[ExampleKey]]:
-    """The keys of every micro-batch from here on, without end.
+def _keys_from(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[ExampleKey]]:
+    """Yield the keys of every micro-batch from this position on, endlessly.
 
-    No method of the batches: the loader that reads it would be part of a cycle, and its workers would live on until
-    the garbage collector finds it, which then waits 5 s for each of them.
+    Not a method of the batches: the loader that reads it would be part of a reference cycle, and its workers would
+    live until the garbage collector finds the cycle and then waits 5 s for each worker.
     """
     size = sampler.plan.per_device_batch_size
     while True:
@@ -190,14 +190,14 @@ def _keys(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[Ex
 
 
 class ToDevice:
-    """What a loader made, moved to the device and, if it is pixels, made into images there."""
+    """Moves a loaded batch to the device and converts its pixels to images there."""
 
     def __init__(self, pixels: Pixels | None, device: torch.device) -> None:
         self.pixels = pixels
         self.device = device
 
-    def __call__(self, made: LoadedBatch, change: Callable[[Tensor], Tensor] = lambda images: images) -> Batch:
-        inputs, targets, indices = made
+    def __call__(self, loaded: LoadedBatch, change: Callable[[Tensor], Tensor] = lambda images: images) -> Batch:
+        inputs, targets, indices = loaded
         labels = None
         if self.device.type != "cpu":
             labels = targets if isinstance(targets, Tensor) and targets.device.type == "cpu" else None
@@ -211,7 +211,7 @@ class ToDevice:
 def training_batches(
     examples: Examples, sampler: ShardSampler, config: DataConfig, device: torch.device, seed: int
 ) -> Batches:
-    """Resident or streaming; the same batches bit for bit."""
+    """Return resident or streaming batches; both are equal bit for bit."""
     pixels = Pixels(config.normalize, device) if yields_pixels(examples) else None
     augment = Augment(config.augment, sampler.plan, sampler.rank, seed, device) if config.augment else None
     if isinstance(examples, ImageSet) and pixels and is_resident(examples, config, device):
@@ -220,8 +220,8 @@ def training_batches(
 
 
 def is_resident(examples: ImageSet, config: DataConfig, device: torch.device) -> bool:
-    """As `data.resident` says, else if the set takes at most half of the free device memory. On a CPU it is in memory
-    already."""
+    """Whether the set is kept on the device: `data.resident`, else whether it takes at most half of the free device
+    memory. On a CPU the set is in memory already."""
     if config.resident is not None or device.type != "cuda":
         return config.resident is not False
     free, _total = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""A child process that looks at a data set of the user and is thrown away."""
+"""A short-lived child process that inspects a user's data set."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ T = TypeVar("T")
 
 
 def run_in_child(function: Callable[..., T], *args: Any) -> T:
-    """What `function(*args)` returns (small, picklable), without a trace in this process.
+    """Return the (small, picklable) result of `function(*args)` without side effects in this process.
 
-    The child begins as a DataLoader's workers do: by fork, where that is the way here. So what a set opens at its first
-    use is opened in the child, and later in each worker: never in the parent, where all workers would share it.
+    The child starts as a DataLoader's workers do: by fork, where that is the default. What a set opens at its first
+    use is opened in the child, and later in each worker, but never in the parent, whose handle all workers would share.
 
     Raises:
-        DistTrainError: that of the function, or the child ended without an answer.
+        DistTrainError: raised by the function, or because the child ended without a result.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.Process(target=_answer, args=(sender, function, args), daemon=True)
+    child = multiprocessing.Process(target=_run_and_send, args=(sender, function, args), daemon=True)
     child.start()
     sender.close()
     try:
-        answer = receiver.recv()
+        result = receiver.recv()
     except EOFError:
         child.join()
         raise UserCodeError(
-            f"The process that was to look at the first examples ended with exit code {child.exitcode}. "
-            f"data.num_workers=0 looks at them in this one."
+            f"The process that inspects the first examples ended with exit code {child.exitcode}. "
+            f"Set data.num_workers=0 to inspect them in the main process."
         ) from None
     child.join()
-    if isinstance(answer, DistTrainError):
-        raise answer
-    return answer  # type: ignore[no-any-return]
+    if isinstance(result, DistTrainError):
+        raise result
+    return result  # type: ignore[no-any-return]
 
 
-def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    threading.Thread(target=_not_outlive_the_parent, daemon=True).start()
-    torch.set_num_threads(1)  # as in a worker: others would wait for threads that a fork leaves behind
+def _run_and_send(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    torch.set_num_threads(1)  # as in a worker: more would wait for threads that do not exist after a fork
     code = 1
     try:
         try:
-            answer = function(*args)
+            result = function(*args)
         except DistTrainError as error:
-            answer = error
-        sender.send(answer)
+            result = error
+        sender.send(result)
         code = 0
-    except BaseException:  # not of the user's code: that is told by a DistTrainError
+    except BaseException:  # not from user code: that arrives as a DistTrainError
         traceback.print_exc()
     finally:
-        end_process(code)  # whatever threads the set has started
+        end_process(code)  # even if the set has started threads
 
 
-def _not_outlive_the_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""The batches of an evaluation: every example of a split on just one rank, once."""
+"""Evaluation batches: each example of a split once, on exactly one rank."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dist_train.data.transforms import Pixels
 from dist_train.distributed.rng import derive_seed
 from dist_train.distributed.world import World
 
-# What a convolution makes of a batch should stay in a CPU's caches, and what a forward needs in a GPU's memory.
+# A convolution's output should fit in a CPU's caches, and a forward pass in a GPU's memory.
 # 10 000 images on two cores: conv takes 1.3 s in batches of 256 and 2.2 s of 512; mlp 11 ms of 256 and 9 of 1000.
 _BATCH_SIZE = 256
 _KEPT_PIXELS = 16 * 2**20  # 64 MiB as fp32: MNIST's test set takes 30
 
 
 class EvaluationBatches:
-    """One rank's shard of a split, once over. Every rank has `num_batches`, the last of them may be empty."""
+    """One pass over a rank's shard of a split. `num_batches` is equal on all ranks; a shard may have fewer."""
 
     def __init__(
         self,
@@ -38,49 +38,49 @@ class EvaluationBatches:
         num_workers: int,
         seed: int,
     ) -> None:
-        self.examples = examples  # of the whole split
+        self.examples = examples  # the whole split
         self.num_examples = num_examples(examples)
         self.num_batches = num_batches
         self._chunks = torch.split(shard, batch_size) if len(shard) else ()
-        self._place = ToDevice(pixels, device)
+        self._to_device = ToDevice(pixels, device)
         self._seed = seed
         self._resident = None
         if resident and isinstance(examples, ImageSet):
             self._resident = examples.images.to(device), examples.labels.to(device)
             self._keeps = len(shard) * examples.images[0].numel() <= _KEPT_PIXELS
         self._kept: dict[int, tuple[Batch, tuple[int, ...]]] = {}
-        # One for all passes: its workers live on between them.
+        # One loader for all passes: its workers persist between them.
         keys = [[(0, index) for index in chunk.tolist()] for chunk in self._chunks]
         self._loader = loader_of(examples, keys, num_workers, device, derive_seed(seed, "evaluation"))
 
     def __iter__(self) -> Iterator[Batch]:
         if self._resident is None:
-            yield from map(self._place, stream(self._loader))
+            yield from map(self._to_device, stream(self._loader))
             return
         for number, chunk in enumerate(self._chunks):
             batch, versions = self._kept.get(number, (None, ()))
-            if batch is None or _versions(batch) != versions:  # new, or changed in place by the net
+            if batch is None or _versions(batch) != versions:  # not kept, or changed in place by the net
                 batch = self._gather(chunk, *self._resident)
                 if self._keeps:
                     self._kept[number] = batch, _versions(batch)
             yield batch
 
     def _gather(self, chunk: Tensor, images: Tensor, labels: Tensor) -> Batch:
-        here = chunk.to(images.device)
-        return self._place((images.index_select(0, here), labels.index_select(0, here), chunk))
+        indices = chunk.to(images.device)
+        return self._to_device((images.index_select(0, indices), labels.index_select(0, indices), chunk))
 
     def seed_of(self, batch: Batch) -> int:
-        """For nets that draw in evaluation too (a VAE, dropout kept on): the same after any resume."""
+        """Return a seed for nets that draw random numbers in evaluation (a VAE, active dropout); a resume keeps it."""
         return derive_seed(self._seed, "evaluation forward", int(batch.indices[0]))
 
 
 def _versions(batch: Batch) -> tuple[int, ...]:
-    """Counts of what was done in place to each tensor."""
+    """Return the in-place modification counter of each tensor."""
     return batch.inputs._version, batch.targets._version
 
 
 def evaluation_batches(examples: Examples, net: nn.Module, world: World, config: Config) -> EvaluationBatches:
-    """This rank's shard of a split, in batches that suit the net."""
+    """Return this rank's shard of a split, with a batch size that suits the net."""
     total = num_examples(examples)
     largest_shard = -(-total // world.size)
     device = world.device

@@ -1,4 +1,4 @@
-"""What a run's examples are, in a few numbers: recorded with it, compared at a resume and between ranks."""
+"""Fingerprints of a run's data, recorded with the run and compared at a resume and between ranks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dist_train.data.loader import Seeded
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
 
-Identity = dict[str, Any]  # of one split; plain enough for JSON
+Identity = dict[str, Any]  # fingerprint of one split, JSON-serialisable
 
-READ_BYTES = 64 * 10**6  # at most, of what lies in memory
-_FEW = 4  # examples that are made
-_PATIENCE_S = 0.5  # where they are slow, fewer
+READ_BYTES = 64 * 10**6  # upper bound for data in memory
+_NUM_SAMPLES = 4
+_SAMPLING_LIMIT_S = 0.5  # time limit: fewer examples if they are slow
 _PARTS = 8  # of an example's floats
 
 
 def identify(examples: Examples, seed: int) -> Identity:
-    """How many examples, their labels and the names of their files where those lie at hand, and what they hold.
+    """Return the number of examples, checksums of labels and file names where available, and of the content.
 
-    Pixels that are stored as they are count by their bytes. Of all other sets a few examples are made, as a loader
-    worker makes them; their floats count within what another CPU or library may round otherwise. A set that makes two
-    different examples under one seed is only named: `unsteady` is the index of one of them.
+    Stored pixels are compared by their bytes. Of all other sets a few examples are made, as in a loader worker; their
+    floats are compared within the rounding differences of other CPUs and libraries. A set that makes two different
+    examples under one seed has no content fingerprint: `unsteady` is the index of such an example.
     """
     found: Identity = {"count": num_examples(examples)}
     labels = _labels(examples)
@@ -41,19 +41,19 @@ def identify(examples: Examples, seed: int) -> Identity:
         found["names"] = f"{zlib.crc32('/'.join(names).encode()):08x}"
     if isinstance(examples, ImageSet) and not names:
         return found | {"pixels": _checksum(examples.images.numpy())}
-    return found | _few_examples(examples, seed, decoded=bool(names))
+    return found | _sample_examples(examples, seed, decoded=bool(names))
 
 
 class Difference(NamedTuple):
     split: str
-    now: str  # in words, as `then`
+    now: str  # description, as is `then`
     then: str
 
 
 def differences(now: Mapping[str, Identity], then: Mapping[str, Identity]) -> list[Difference]:
-    """The splits that hold other examples, each by the first thing that shows it.
+    """Return the splits whose examples differ, each with the first difference found.
 
-    What one of the two does not tell is not compared: a folder may lie in memory here and be streamed there.
+    Parts that one side lacks are not compared: a folder may be in memory here and streamed there.
     """
     pairs = ((split, now.get(split, {"count": 0}), then.get(split, {"count": 0})) for split in {**then, **now})
     return [Difference(split, *found) for split, one, other in pairs if (found := _difference(one, other))]
@@ -67,40 +67,40 @@ def _difference(now: Identity, then: Identity) -> tuple[str, str] | None:
             return f"{part} with checksum {now[part]}", f"{part} with checksum {then[part]}"
     for index, example in now.get("examples", {}).items():
         other = then.get("examples", {}).get(index)
-        if other is not None and (found := _contrast(example, other)):
+        if other is not None and (found := _sketch_difference(example, other)):
             return f"an example {index} with {found[0]}", f"one with {found[1]}"
     return None
 
 
-# --- what lies in memory -----------------------------------------------------------------------------------------
+# --- data in memory ----------------------------------------------------------------------------------------------
 
 
 def _labels(examples: Examples) -> npt.NDArray[Any] | None:
-    """Whole numbers or names, one for each example, where they lie at hand under the names that torchvision has."""
-    kept = getattr(examples, "__dict__", {})  # a property may have to read all examples for it
-    stated = kept.get("targets", kept.get("labels"))
-    if isinstance(stated, Tensor):
-        whole = stated.layout == torch.strided and not stated.is_floating_point() and not stated.is_complex()
-        stated = stated.cpu().numpy() if whole else None
-    elif isinstance(stated, (list, tuple)) and all(isinstance(label, (int, str, np.integer)) for label in stated):
-        stated = np.array(stated)
-    if not isinstance(stated, np.ndarray) or stated.dtype.kind not in "iubU":
+    """Return the integer or string labels, one per example, if the set stores them under torchvision's names."""
+    kept = getattr(examples, "__dict__", {})  # no properties: one may read all examples
+    labels = kept.get("targets", kept.get("labels"))
+    if isinstance(labels, Tensor):
+        whole = labels.layout == torch.strided and not labels.is_floating_point() and not labels.is_complex()
+        labels = labels.cpu().numpy() if whole else None
+    elif isinstance(labels, (list, tuple)) and all(isinstance(label, (int, str, np.integer)) for label in labels):
+        labels = np.array(labels)
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iubU":
         return None
-    return stated if stated.shape[:1] == (num_examples(examples),) else None
+    return labels if labels.shape[:1] == (num_examples(examples),) else None
 
 
 def _checksum(array: npt.NDArray[Any]) -> str:
-    """Of its shape and its rows: all of them, or evenly spaced ones. CRC-32 takes half the time of SHA-256."""
+    """Return a CRC-32 of the shape and of all or evenly spaced rows. It takes half the time of SHA-256."""
     stride = max(1, -(-array.nbytes // READ_BYTES))
     rows = np.ascontiguousarray(array[::stride])
     return f"{zlib.crc32(rows.view(np.uint8).data, zlib.crc32(str(array.shape).encode())):08x}"
 
 
-# --- examples that have to be made -------------------------------------------------------------------------------
+# --- sampled examples --------------------------------------------------------------------------------------------
 
 
-def _few_examples(examples: Examples, seed: int, *, decoded: bool) -> Identity:
-    """`decoded`: pictures of ours, always the same, but for a shade between two versions of PIL."""
+def _sample_examples(examples: Examples, seed: int, *, decoded: bool) -> Identity:
+    """`decoded` marks images of our own decoder: deterministic, up to rounding between PIL versions."""
     make = Seeded(examples, seed)
 
     def sketch_of(index: int) -> dict[str, Any]:
@@ -108,25 +108,25 @@ def _few_examples(examples: Examples, seed: int, *, decoded: bool) -> Identity:
         return _sketch((example[0].float(), example[1]) if decoded else example)
 
     last = num_examples(examples) - 1
-    until = time.monotonic() + _PATIENCE_S
+    until = time.monotonic() + _SAMPLING_LIMIT_S
     sketches: dict[str, Any] = {}
-    for index in sorted({last * part // (_FEW - 1) for part in range(_FEW)}):
+    for index in sorted({last * part // (_NUM_SAMPLES - 1) for part in range(_NUM_SAMPLES)}):
         if sketches and time.monotonic() > until:
             break
         try:
             sketches[str(index)] = sketch_of(index)
-            if not decoded and _contrast(sketches[str(index)], sketch_of(index)):
+            if not decoded and _sketch_difference(sketches[str(index)], sketch_of(index)):
                 return {"unsteady": index}
         except Exception:
-            sketches.pop(str(index), None)  # whoever needs it for a batch will say so
+            sketches.pop(str(index), None)  # reported when a batch needs it
     return {"examples": sketches}
 
 
 def _sketch(example: Any) -> dict[str, Any]:
-    """A checksum of all that is exact, shapes too, and some numbers of each array of floats."""
+    """Return a checksum of the exact content, shapes included, and summary numbers of each float array."""
     exact, numbers = 0, []
     for leaf in _leaves(example):
-        # Pixels too: another version of what decodes and resizes them rounds in another way.
+        # Pixels count as floats: versions of the decoding and resizing code round differently.
         if isinstance(leaf, np.ndarray) and (leaf.dtype.kind == "f" or (leaf.dtype == np.uint8 and leaf.ndim > 1)):
             kept = leaf[np.isfinite(leaf)].astype(np.float64).clip(-1e100, 1e100)
             exact = zlib.crc32(str(kept.size).encode(), exact)
@@ -139,27 +139,27 @@ def _sketch(example: Any) -> dict[str, Any]:
 
 
 def _numbers(values: npt.NDArray[Any]) -> list[float]:
-    """Their spread, which says what is little, then means of parts (of pictures) and single ones (of noise)."""
+    """Return the standard deviation, which scales the tolerance, means of parts (images) and single values (noise)."""
     parts = np.array_split(values, min(_PARTS, values.size))
     singles = values[np.linspace(0, values.size - 1, len(parts)).astype(int)]
     return [float(values.std()), *(float(part.mean()) for part in parts), *singles.tolist()]
 
 
-def _contrast(now: dict[str, Any], then: dict[str, Any]) -> tuple[str, str] | None:
-    """What shows that these are sketches of two examples, not of one rounded in two ways; in words."""
+def _sketch_difference(now: dict[str, Any], then: dict[str, Any]) -> tuple[str, str] | None:
+    """Describe how two sketches differ by more than rounding; None if they do not."""
     if now["exact"] != then["exact"]:
         return f"checksum {now['exact']}", f"checksum {then['exact']}"
-    # As many on both sides, by the checksum of their sizes; a record that somebody has cut tells less.
+    # Equal checksums of the sizes imply equal lengths, unless the record was truncated by hand.
     for ours, theirs in zip(now["floats"], then["floats"], strict=False):
-        little = 0.1 * max(ours[0], theirs[0]) + 1e-6
+        tolerance = 0.1 * max(ours[0], theirs[0]) + 1e-6
         for one, other in zip(ours, theirs, strict=False):
-            if abs(one - other) > little + 1e-4 * abs(other):
+            if abs(one - other) > tolerance + 1e-4 * abs(other):
                 return f"{one:.6g} in it", f"{other:.6g}"
     return None
 
 
 def _leaves(value: Any) -> Iterator[npt.NDArray[Any] | str]:
-    """What an example is made of: arrays, those of floats as float64, and texts."""
+    """Yield the parts of an example: arrays (floats as float64) and strings."""
     if isinstance(value, Tensor):
         value = torch.view_as_real(value) if value.is_complex() else value
         value = (value.double() if value.is_floating_point() else value).detach().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Loader workers: a DataLoader whose examples depend on (seed, epoch, index) alone, and that only its parent stops."""
+"""Loader workers whose examples depend on (seed, epoch, index) alone and that only their parent can stop."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ LoadedBatch = tuple[Any, Any, Tensor]  # inputs, targets and indices of a batch,
 def loader_of(
     examples: Examples, keys: Iterable[list[ExampleKey]], num_workers: int, device: torch.device, seed: int
 ) -> DataLoader[Any]:
-    """Makes the batches of `keys`, ahead of time, pinned where the device is a GPU; open it with `stream`."""
+    """Return a DataLoader that prefetches the batches of `keys`, pinned for a GPU; iterate over it with `stream`."""
     return DataLoader(
         _Batches(examples, seed),
         sampler=keys,
-        batch_size=None,  # an item of ours is a batch
+        batch_size=None,  # an item is a batch already
         num_workers=num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_begin,
+        collate_fn=_identity,
+        worker_init_fn=_init_worker,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
         persistent_workers=num_workers > 0,
@@ -45,10 +45,9 @@ def loader_of(
 
 
 class Seeded(Dataset[Any]):
-    """Makes each example under seeds from (seed, epoch, index).
+    """Makes each example with the generators seeded from (seed, epoch, index).
 
-    So random transforms of user code give the same example whatever the number of workers and ranks, and after any
-    resume.
+    Random transforms of user code thus give the same example for any number of workers and ranks and after any resume.
     """
 
     def __init__(self, examples: Examples, seed: int) -> None:
@@ -59,7 +58,7 @@ class Seeded(Dataset[Any]):
     def __getitem__(self, key: ExampleKey) -> tuple[int, Any]:
         """
         Raises:
-            UserCodeError: as `example_at`.
+            UserCodeError: see `example_at`.
         """
         epoch, index = key
         if self.draws:
@@ -68,8 +67,8 @@ class Seeded(Dataset[Any]):
 
 
 class _Batches(Dataset[Any]):
-    """A batch for a list of keys; or why there is none, as a value: of an error that a worker raises DataLoader would
-    send the traceback as its message."""
+    """Maps a list of keys to a batch or to an error value: DataLoader replaces the message of an error that a worker
+    raises by its traceback."""
 
     def __init__(self, examples: Examples, seed: int) -> None:
         self._seeded = Seeded(examples, seed)
@@ -83,26 +82,26 @@ class _Batches(Dataset[Any]):
             return error
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _identity(batch: Any) -> Any:
+    return batch
 
 
 def loader_error(error: BaseException) -> DataError | None:
-    """What DataLoader and torch's shared memory have to say of loader workers; None if `error` is of something else.
+    """Translate an error of DataLoader or of torch's shared memory; None if `error` has another cause.
 
-    That a worker is gone may be raised anywhere: by the handler of a signal.
+    A signal handler reports a dead worker, so that error may be raised anywhere.
     """
     if not isinstance(error, RuntimeError):
         return None
-    said = " ".join(str(error).split()).rstrip(".")
-    if "Too many open files" in said or "items of ancdata" in said:
+    message = " ".join(str(error).split()).rstrip(".")
+    if "Too many open files" in message or "items of ancdata" in message:
         return _too_many_files()
-    if "out of shared memory" in said or "</torch_" in said:
-        return _too_little_shared_memory()
-    if "DataLoader worker" in said:
+    if "out of shared memory" in message or "</torch_" in message:
+        return _shared_memory_full()
+    if "DataLoader worker" in message:
         return DataError(
-            f"A loader worker is gone: {said}. If it was killed, memory or /dev/shm ran out: lower data.num_workers or "
-            f"enlarge /dev/shm (docker run --shm-size=8g). If not, data.num_workers=0 shows more of it."
+            f"A loader worker died: {message}. If it was killed, memory or /dev/shm ran out: lower data.num_workers or "
+            f"enlarge /dev/shm (docker run --shm-size=8g). Otherwise set data.num_workers=0 to see the cause."
         )
     return None
 
@@ -110,17 +109,17 @@ def loader_error(error: BaseException) -> DataError | None:
 def _too_many_files() -> DataError:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return DataError(
-        f"Too many open files: a process may have {limit}, and every tensor that a loader worker hands over is one "
-        f"until it was used. Raise the limit (ulimit -n 65536), or lower data.num_workers."
+        f"Too many open files: the limit per process is {limit}, and each tensor from a loader worker is one open "
+        f"file until it is used. Raise the limit (ulimit -n 65536), or lower data.num_workers."
     )
 
 
-def _too_little_shared_memory() -> DataError:
+def _shared_memory_full() -> DataError:
     size = ""
     with suppress(OSError):
-        size = f", {shutil.disk_usage('/dev/shm').total // 1024:,} KiB in all,"
+        size = f" ({shutil.disk_usage('/dev/shm').total // 1024:,} KiB in total)"
     return DataError(
-        f"Loader workers hand batches over in shared memory, and /dev/shm{size} has no room for them. Enlarge it "
+        f"Loader workers send batches through shared memory, and /dev/shm{size} has too little space. Enlarge it "
         f"(docker run --shm-size=8g), or set data.num_workers=0."
     )
 
@@ -133,18 +132,18 @@ def _translate_loader_errors() -> Iterator[None]:
         if loader_error(error) is None:
             raise
         raise loader_error(error) from error  # type: ignore[misc]
-    except OSError as error:  # by multiprocessing: those of the user's code are told already
+    except OSError as error:  # from multiprocessing: those of user code are translated already
         if error.errno == errno.EMFILE:
             raise _too_many_files() from error
         if error.errno == errno.ENOSPC:
-            raise _too_little_shared_memory() from error
+            raise _shared_memory_full() from error
         raise
-    except EOFError as error:  # the worker had no more files to send one by
+    except EOFError as error:  # the worker had no file descriptor left to send a tensor with
         raise _too_many_files() from error
 
 
 class _Collate:
-    """The data set's own `collate(batch)`, else torch's, inside ours, which keeps the indices beside it."""
+    """Collates with the data set's own `collate(batch)`, else torch's, and adds the indices."""
 
     def __init__(self, examples: Examples) -> None:
         self._examples = examples
@@ -153,82 +152,82 @@ class _Collate:
     def __call__(self, items: list[tuple[int, Any]]) -> LoadedBatch:
         """
         Raises:
-            UserCodeError: there is no batch of these examples, or one that leaves some of them out.
+            UserCodeError: the examples cannot be collated, or the batch omits some of them.
         """
         indices, batch = [index for index, _ in items], [example for _, example in items]
         try:
-            made = (self._own or default_collate)(batch)
+            collated = (self._own or default_collate)(batch)
         except DistTrainError:
             raise
         except Exception as error:
             if is_out_of_memory(error) or loader_error(error):
                 raise
-            raise self._blame(error, indices, batch) from error
-        if not isinstance(made, (tuple, list)) or len(made) != 2:
+            raise self._collate_error(error, indices, batch) from error
+        if not isinstance(collated, (tuple, list)) or len(collated) != 2:
             raise UserCodeError(
-                f"A batch must be two things, (inputs, targets); found {_kind_of(made)}. Make each example a pair, or "
-                f"give the data set a method collate(batch) that returns one."
+                f"A batch must be a pair (inputs, targets), found {_kind_of(collated)}. Return each example as a pair, "
+                f"or give the data set a method collate(batch) that returns one."
             )
-        inputs, targets = made
+        inputs, targets = collated
         count = _count(targets, len(items))
         if count is not None and count < len(items):
             raise UserCodeError(
-                f"{self._name}.collate made {count} targets of {len(items)} examples ({self._places(indices)}). Those "
-                f"that it leaves out would count as seen: leave them out of the data set itself, so that len() and "
-                f"the indices are of examples that there are. For a net that needs no targets make them None."
+                f"{self._name}.collate made {count} targets of {len(items)} examples ({self._positions(indices)}). "
+                f"Omitted examples would count as seen: remove them from the data set itself, so that len() and "
+                f"the indices cover only valid examples. For a net that needs no targets, return None as targets."
             )
         return inputs, targets, torch.tensor(indices)
 
-    def _blame(self, error: Exception, indices: list[int], batch: list[Any]) -> UserCodeError:
+    def _collate_error(self, error: Exception, indices: list[int], batch: list[Any]) -> UserCodeError:
         if self._own is not None:
-            return user_code_error(f"{self._name}.collate failed on examples {self._places(indices)}", error)
+            return user_code_error(f"{self._name}.collate failed on examples {self._positions(indices)}", error)
         forms = [form_of(example) for example in batch]
         other = next((number for number, form in enumerate(forms) if form != forms[0]), 0)
         shown = [f"{name_of(self._examples, indices[number])} is {forms[number]}" for number in sorted({0, other})]
         return UserCodeError(
-            f"torch cannot put these into one batch: {'; '.join(shown)} ({' '.join(str(error).split())}). Make them "
-            f"tensors of one shape in __getitem__, or give {self._name} a method collate(batch)."
+            f"torch cannot collate these examples: {'; '.join(shown)} ({' '.join(str(error).split())}). Return "
+            f"tensors of one shape from __getitem__, or give {self._name} a method collate(batch)."
         )
 
     @property
     def _name(self) -> str:
         return type(origin(self._examples, 0)[0]).__name__
 
-    def _places(self, indices: list[int]) -> str:
-        places = [str(origin(self._examples, index)[1]) for index in indices[:_NAMED]]
-        return ", ".join([*places, *["..."] * (len(indices) > _NAMED)])
+    def _positions(self, indices: list[int]) -> str:
+        positions = [str(origin(self._examples, index)[1]) for index in indices[:_NAMED]]
+        return ", ".join([*positions, *["..."] * (len(indices) > _NAMED)])
 
 
-_NAMED = 8  # examples of a batch, in an error
+_NAMED = 8  # examples of a batch named in an error
 
 
 def _count(targets: Any, wanted: int) -> int | None:
-    """Of how many examples these are, by the length of the first tensor or of a list; None if they do not tell."""
+    """Return the number of examples, from the length of a list or of the first tensor; None if unknown."""
     if isinstance(targets, Mapping):
         return next((_count(item, wanted) for item in targets.values()), None)
     if isinstance(targets, (list, tuple)) and targets:
-        # One for each example, or one for each of several tasks.
+        # One item per example, or one per task.
         return max(len(targets), _count(targets[0], wanted) or 0)
     shape = getattr(targets, "shape", ())
     return wanted if wanted in shape[:2] else next(iter(shape), None)  # time may come first: [T, B]
 
 
-def _kind_of(made: Any) -> str:
-    return f"{len(made)} in a {type(made).__name__}" if isinstance(made, (tuple, list)) else type(made).__name__
+def _kind_of(batch: Any) -> str:
+    return f"{len(batch)} in a {type(batch).__name__}" if isinstance(batch, (tuple, list)) else type(batch).__name__
 
 
-# What stops a run is sent to whole process groups (torchrun) or jobs (Slurm), and so to the loader workers too.
+# Stop signals go to whole process groups (torchrun) or jobs (Slurm), and so reach the loader workers too.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def stream(loader: DataLoader[Any]) -> Iterator[LoadedBatch]:
-    """Iterate, with workers that only their parent can stop: the ranks agree on a stop and need batches until then.
+    """Iterate with workers that only their parent can stop: ranks need batches until they agree on a stop.
 
-    Blocked while the workers are forked, the signals are so in them from their first moment on.
+    The signals are blocked during the fork, so the workers start with them blocked.
 
     Raises:
         UserCodeError: an example or a batch cannot be made.
-        DataError: a worker is gone, or cannot hand over what it has made.
+        DataError: a worker died, or cannot send its batch.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
@@ -242,25 +241,25 @@ def stream(loader: DataLoader[Any]) -> Iterator[LoadedBatch]:
 def _received(batches: Iterator[LoadedBatch | DistTrainError]) -> Iterator[LoadedBatch]:
     while True:
         with _translate_loader_errors():
-            made = next(batches, None)
-        if made is None:
+            batch = next(batches, None)
+        if batch is None:
             return
-        if isinstance(made, DistTrainError):
+        if isinstance(batch, DistTrainError):
             try:
-                raise made
+                raise batch
             finally:
-                del made  # else error and frame would hold each other, and the workers: an exit waits 5 s for each
-        yield made
+                del batch  # break the cycle of error and frame: it keeps workers alive, and an exit waits 5 s for each
+        yield batch
 
 
-def _begin(_worker: int) -> None:
-    """In a worker, before its first batch."""
-    Queue._on_queue_feeder_error = _tell_parent  # type: ignore[attr-defined]
-    _heed_only_the_parent()
+def _init_worker(_worker: int) -> None:
+    """Initialise a worker before its first batch."""
+    Queue._on_queue_feeder_error = _report_to_parent  # type: ignore[attr-defined]
+    _ignore_foreign_signals()
 
 
-def _tell_parent(queue: Queue[Any], error: Exception, item: tuple[int, Any]) -> None:
-    """In place of a batch that could not be handed over, why: a queue by itself drops it, and the parent waits on."""
+def _report_to_parent(queue: Queue[Any], error: Exception, item: tuple[int, Any]) -> None:
+    """Send the error in place of a batch that cannot be sent: the queue would drop it, and the parent wait forever."""
     number, _made = item
     try:
         with _translate_loader_errors():
@@ -268,18 +267,18 @@ def _tell_parent(queue: Queue[Any], error: Exception, item: tuple[int, Any]) -> 
     except DistTrainError as found:
         queue.put((number, found))
     except Exception:
-        queue.put((number, user_code_error("A batch cannot be handed over by a loader worker", error)))
+        queue.put((number, user_code_error("A loader worker cannot send a batch", error)))
 
 
-def _heed_only_the_parent() -> None:
-    """In a worker: TERM from the parent, which ends workers so, ends it; the blocked signals of others do not."""
+def _ignore_foreign_signals() -> None:
+    """Exit on TERM from the parent, which ends workers this way, and ignore the blocked signals of other senders."""
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
 
     def wait() -> None:
         while True:
-            told = signal.sigwaitinfo(_STOP_SIGNALS)
-            if told.si_signo == signal.SIGTERM and told.si_pid == os.getppid():
+            received = signal.sigwaitinfo(_STOP_SIGNALS)
+            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
                 os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Which examples a rank trains on at a step, and which it evaluates. Pure functions of seed, step, rank and world."""
+"""Training and evaluation shards: pure functions of seed, step, rank and world size."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dist_train.distributed.rng import derive_seed
 class ShardSampler(DistributedSampler[Any]):
     """This rank's example indices of each step.
 
-    As torch's DistributedSampler, it deals the epoch's permutation out card by card, so that one global batch holds
-    the same examples for any world size. It differs in three things: the permutation comes from a hash of (seed,
-    epoch) (torch's `seed + epoch` makes seed 0 epoch 1 the same as seed 1 epoch 0), it can be asked for any step, and
-    it hands out tensors. The ragged tail of an epoch that does not fill a global batch is dropped: `num_dropped`
-    examples, others in each epoch.
+    As torch's DistributedSampler, it interleaves the epoch's permutation over the ranks, so that one global batch holds
+    the same examples for any world size. It differs in three ways: the permutation is seeded by a hash of (seed, epoch)
+    (with torch's `seed + epoch`, seed 0 epoch 1 equals seed 1 epoch 0), any step can be requested, and the indices are
+    tensors. The tail of an epoch that does not fill a global batch is dropped: `num_dropped` examples, different ones
+    in each epoch.
     """
 
     def __init__(self, num_examples: int, plan: BatchPlan, rank: int, seed: int) -> None:
@@ -39,33 +39,33 @@ class ShardSampler(DistributedSampler[Any]):
         self._device = torch.device("cpu")
 
     def on(self, device: torch.device) -> ShardSampler:
-        """The same, with indices that lie on `device`: moved once an epoch, not once a step."""
+        """Return a copy whose indices are on `device`: moved once per epoch, not once per step."""
         moved = copy(self)
         moved._device, moved._permutation = device, None
         return moved
 
     def permutation(self, epoch: int) -> Tensor:
-        """The order of all examples in `epoch` (from 0): int64 [num_examples]."""
+        """Return the order of all examples in `epoch` (from 0): int64 [num_examples]."""
         if self._permutation is None or self._permutation[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.run_seed, "epoch", epoch))
             self._permutation = epoch, torch.randperm(self.num_examples, generator=generator).to(self._device)
         return self._permutation[1]
 
     def indices(self, step: int) -> Tensor:
-        """This rank's examples of the update that follows `step` (from 0) updates: int64 [share]."""
+        """Return this rank's examples of the update after `step` (from 0) updates: int64 [per_rank_batch_size]."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         start = in_epoch * self.plan.global_batch_size
         return self.permutation(epoch)[start + self.rank : start + self.plan.global_batch_size : self.plan.world_size]
 
     def __iter__(self) -> Iterator[int]:
-        """The indices of the epoch set by `set_epoch`, as a DataLoader would ask for them."""
+        """Yield the indices of the epoch set by `set_epoch`, as a DataLoader expects."""
         first = self.epoch * self.steps_per_epoch
         for step in range(first, first + self.steps_per_epoch):
             yield from self.indices(step).tolist()
 
 
 class _Length(Sized):
-    """All that DistributedSampler asks of a data set."""
+    """The part of a data set that DistributedSampler needs."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -75,15 +75,15 @@ class _Length(Sized):
 
 
 def count_into(counts: Tensor, batches: Sequence[Tensor]) -> None:
-    """One more in `counts` [num_examples] for each index of these batches, on whatever device they lie."""
+    """Increment `counts` [num_examples] for each index of these batches, which may be on any device."""
     if batches:
         indices = torch.cat([each.to(counts.device) for each in batches])
         counts.index_add_(0, indices, torch.ones_like(indices, dtype=counts.dtype))
 
 
 def evaluation_shard(num_examples: int, rank: int, world_size: int) -> Tensor:
-    """Every example on just one rank, none twice: int64 [about num_examples / world_size].
+    """Return the examples this rank evaluates, each on exactly one rank: int64 [about num_examples / world_size].
 
-    Not padded, as DistributedSampler would: filler counts twice and dilutes a user's own metric.
+    Unlike DistributedSampler, it does not pad: padding counts examples twice and distorts a user's own metric.
     """
     return torch.arange(min(rank, num_examples), num_examples, world_size)

@@ -1,4 +1,4 @@
-"""From the `data` settings to the splits of a run."""
+"""Loads the splits of a run from the `data` settings."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from dist_train.user_code.importing import check_object, wrap_user_errors
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the sets tell of themselves, as they were found: before examples were held out."""
+    """Properties of the data sets as loaded, before validation examples are held out."""
 
-    image_shape: tuple[int, int, int] | None  # [C, H, W] of the first training example, None if that is no image
-    num_classes: int | None  # this and the next: None where the training set does not tell
+    image_shape: tuple[int, int, int] | None  # [C, H, W] of the first training example, None if it is not an image
+    num_classes: int | None  # None if the training set does not define it, as is `classes`
     classes: list[str] | None
     identity: Mapping[str, Identity]  # by split
 
@@ -48,18 +48,18 @@ class DataSummary:
 class Splits:
     train: Examples
     val: Examples | None
-    test: Examples | None  # the same object as `val` where validation uses the test split
-    val_source: str  # for the report: where `val` comes from
+    test: Examples | None  # the same object as `val` if validation uses the test split
+    val_source: str  # origin of `val`, for the report
     summary: DataSummary
 
     @property
     def input_spec(self) -> dict[str, int | None]:
-        """What a net may need to know of the data; None where the set does not tell."""
+        """The data properties a net may need; None where the set does not define one."""
         return {"in_channels": self.in_channels, "num_classes": self.num_classes, "image_size": self.image_size}
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a net needs to know to be used without the data."""
+        """The data properties needed to use a net without the data."""
         return {**self.input_spec, "classes": self.summary.classes, "pixels": yields_pixels(self.train)}
 
     @property
@@ -78,15 +78,15 @@ class Splits:
 
     @property
     def identity(self) -> Mapping[str, Identity]:
-        """What the examples of each split are known by."""
+        """The fingerprint of each split."""
         return self.summary.identity
 
 
 def check_data_exists(config: DataConfig) -> None:
-    """See that the data set is there, as far as can be told without reading it. Code of the user as in `check_object`.
+    """Check that the data set exists, as far as possible without reading it; user code as in `check_object`.
 
     Raises:
-        ConfigError, DataError, UserCodeError: as `load_splits`.
+        ConfigError, DataError, UserCodeError: see `load_splits`.
     """
     check_settings(config)
     if config.bundle is not None:
@@ -102,22 +102,22 @@ def _root(config: DataConfig) -> Path:
 
 
 def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Splits:
-    """Training, validation and test examples, the same on every rank.
+    """Load training, validation and test examples, the same on every rank.
 
     Raises:
-        ConfigError: settings that do not belong to the data set, or are at odds with it.
-        DataError: data missing, damaged, or not to be had.
-        UserCodeError: the user's data set fails.
+        ConfigError: settings do not apply to the data set or contradict it.
+        DataError: data is missing, damaged or unavailable.
+        UserCodeError: the user's data set raises an error.
     """
     check_settings(config)
     found = _load(config, _root(config), ranks_per_node)
-    of_user = [split for split, examples in found.items() if not isinstance(examples, (ImageSet, ImageFolder))]
-    # Where workers are to be forked, a set of the user stays as it was made, its length unasked: it may open a file.
-    apart = of_user if config.num_workers else []
-    seen = run_in_child(_summarise, found, seed) if apart else _summarise(found, seed)
-    found |= {split: Subset(found[split], range(seen.identity[split]["count"])) for split in apart}
-    check_pixels(config, found["train"], seen.image_shape)
-    return Splits(*_with_validation(config, seed, found), seen)
+    user_splits = [split for split, examples in found.items() if not isinstance(examples, (ImageSet, ImageFolder))]
+    # If workers will be forked, a user's set stays unused here, even its length: using it may open a file.
+    in_child = user_splits if config.num_workers else []
+    summary = run_in_child(_summarise, found, seed) if in_child else _summarise(found, seed)
+    found |= {split: Subset(found[split], range(summary.identity[split]["count"])) for split in in_child}
+    check_pixels(config, found["train"], summary.image_shape)
+    return Splits(*_add_validation(config, seed, found), summary)
 
 
 def _summarise(found: Mapping[str, Examples], seed: int) -> DataSummary:
@@ -129,11 +129,11 @@ def _summarise(found: Mapping[str, Examples], seed: int) -> DataSummary:
             identity[split] = identify(examples, seed)
     train = found["train"]
     with wrap_user_errors("The train set", "cannot be read"):
-        classes, stated = getattr(train, "classes", None), getattr(train, "num_classes", None)
+        classes, num_classes = getattr(train, "classes", None), getattr(train, "num_classes", None)
         counted = len(classes) if isinstance(classes, Sized) else None
         return DataSummary(
             image_shape=_image_shape(train),
-            num_classes=stated if isinstance(stated, int) else counted,
+            num_classes=num_classes if isinstance(num_classes, int) else counted,
             classes=list(map(str, classes)) if isinstance(classes, (list, tuple)) else None,
             identity=identity,
         )
@@ -163,11 +163,11 @@ def _load(config: DataConfig, root: Path, ranks_per_node: int) -> dict[str, Exam
     return {"train": train_set, "test": test_set}
 
 
-_Divided = tuple[Examples, Examples | None, Examples | None, str]
+_SplitsAndSource = tuple[Examples, Examples | None, Examples | None, str]
 
 
-def _with_validation(config: DataConfig, seed: int, found: dict[str, Examples]) -> _Divided:
-    """The splits, and where `val` comes from."""
+def _add_validation(config: DataConfig, seed: int, found: dict[str, Examples]) -> _SplitsAndSource:
+    """Return the splits and the origin of `val`."""
     train, val, test = found["train"], found.get("val"), found.get("test")
     held_out, total = config.val_examples, num_examples(train)
     if not held_out:
@@ -176,7 +176,7 @@ def _with_validation(config: DataConfig, seed: int, found: dict[str, Examples]) 
         return train, test, test, "none" if test is None else "the test split"
     if val is not None:
         raise ConfigError(
-            f"data.val_examples={held_out}, but there is a validation set already: {_name_of_val(config)}. "
+            f"data.val_examples={held_out}, but a validation set exists already: {_name_of_val(config)}. "
             "Set data.val_examples=0."
         )
     if held_out >= total:
@@ -184,7 +184,7 @@ def _with_validation(config: DataConfig, seed: int, found: dict[str, Examples]) 
             f"data.val_examples={held_out} of {total} training examples leaves {total - held_out} to train on. "
             f"Set data.val_examples to less than {total}."
         )
-    # The generator is ours alone, so that every rank and every resume draws the same examples.
+    # A generator of its own, so that every rank and every resume draws the same examples.
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(derive_seed(seed, "val")))
     val = subset_of(train, shuffled[:held_out].sort().values)
     train = subset_of(train, shuffled[held_out:].sort().values)

@@ -1,4 +1,4 @@
-"""uint8 pixels to what a net is given, on the device they are on: shifted and flipped at random, normalised."""
+"""Transforms of uint8 images on their device: random shifts and flips, normalisation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dist_train.distributed.rng import derive_seed
 
 
 class Pixels:
-    """uint8 pixels to normalised floats, (x / 255 - mean) / std, on the device they are on."""
+    """Converts uint8 pixels to normalised floats, (x / 255 - mean) / std, on their device."""
 
     def __init__(self, normalize: Normalize | None, device: torch.device) -> None:
         dtype = torch.get_default_dtype()
         mean = torch.tensor(normalize.mean if normalize else [0.0], dtype=torch.float64)
         std = torch.tensor(normalize.std if normalize else [1.0], dtype=torch.float64)
-        # One multiplication and one subtraction: a third less memory traffic than the formula as written.
+        # One multiplication and one subtraction take a third less memory traffic than the formula as written.
         self.scale = (1 / (255 * std)).to(dtype).view(-1, 1, 1).to(device)
         self.shift = (mean / std).to(dtype).view(-1, 1, 1).to(device)
         self.is_identity = not self.shift.any().item()
@@ -32,24 +32,24 @@ class Pixels:
         return images if self.is_identity else images.sub_(self.shift)
 
 
-def change_each(change: Callable[[Any], Any], made: Any) -> Any:
-    """`made` with every tensor, and what else can be moved by `.to`, changed; containers keep their form."""
-    if isinstance(made, Tensor) or hasattr(made, "to"):
-        return change(made)
-    if isinstance(made, (list, tuple)):
-        items = [change_each(change, item) for item in made]
-        return type(made)(*items) if hasattr(made, "_fields") else type(made)(items)  # a named tuple takes each alone
-    if isinstance(made, Mapping):
-        changed: Any = {key: change_each(change, item) for key, item in made.items()}
-        if not isinstance(made, MutableMapping):
-            return type(made)(changed)  # type: ignore[call-arg]
-        made = copy(made)  # it may be more than its items, as a defaultdict is
-        made.update(changed)
-    return made
+def change_each(change: Callable[[Any], Any], value: Any) -> Any:
+    """Apply `change` to every tensor, and every object with `.to`, in nested containers, whose types are kept."""
+    if isinstance(value, Tensor) or hasattr(value, "to"):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        items = [change_each(change, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # named tuple: positional
+    if isinstance(value, Mapping):
+        changed: Any = {key: change_each(change, item) for key, item in value.items()}
+        if not isinstance(value, MutableMapping):
+            return type(value)(changed)  # type: ignore[call-arg]
+        value = copy(value)  # it may have state besides its items, as a defaultdict
+        value.update(changed)
+    return value
 
 
 def to_default_dtype(inputs: Any) -> Any:
-    """What user code made, with float32 tensors in the run's dtype (float64 is for exactness checks)."""
+    """Convert float32 tensors from user code to the run's dtype (float64 is for exactness checks)."""
     dtype = torch.get_default_dtype()
     if dtype == torch.float32:
         return inputs
@@ -57,10 +57,10 @@ def to_default_dtype(inputs: Any) -> Any:
 
 
 class Augment:
-    """Random shifts and flips of uint8 images, another for each example of each step.
+    """Random shifts and flips of uint8 images, drawn for each example of each step.
 
-    Drawn for the whole global batch as a function of (seed, step), of which each rank takes its rows: the same images
-    for any world size, any division into micro-batches, and after any resume.
+    They are drawn for the whole global batch as a function of (seed, step), and each rank takes its rows: the images
+    are the same for any world size, any division into micro-batches, and after any resume.
     """
 
     def __init__(self, config: AugmentConfig, plan: BatchPlan, rank: int, seed: int, device: torch.device) -> None:
@@ -68,18 +68,18 @@ class Augment:
         self._plan, self._rank, self._seed, self._device = plan, rank, seed, device
 
     def draw(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """For a micro-batch: where the shifted image begins in the padded one, int64 [B, 2]; whether to flip, [B]."""
+        """Draw a micro-batch's corners of the shifted images in the padded ones, int64 [B, 2], and flips, bool [B]."""
         plan = self._plan
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "augment", step))
         corners = torch.randint(2 * self.shift + 1, (plan.global_batch_size, 2), generator=generator)
         flips = torch.rand(plan.global_batch_size, generator=generator) < (0.5 if self.flip else 0.0)
         start = micro_step * plan.per_device_batch_size
-        mine = slice(start, start + plan.per_device_batch_size)
-        corners, flips = corners[self._rank :: plan.world_size][mine], flips[self._rank :: plan.world_size][mine]
+        rows = slice(start, start + plan.per_device_batch_size)
+        corners, flips = corners[self._rank :: plan.world_size][rows], flips[self._rank :: plan.world_size][rows]
         return corners.to(self._device, non_blocking=True), flips.to(self._device, non_blocking=True)
 
     def __call__(self, images: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> the same shape; what comes in from outside is black."""
+        """Shift and flip uint8 [B, C, H, W]; pixels from outside the image are black."""
         if self.shift:
             height, width = images.shape[2:]
             padded = pad(images, [self.shift] * 4)

@@ -1,1 +1,1 @@
-"""A trained net: evaluated again, asked for predictions, exported."""
+"""Evaluation, prediction and export of a trained net."""

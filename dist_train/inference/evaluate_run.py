@@ -1,4 +1,4 @@
-"""The metrics of a checkpoint, counted once more."""
+"""Evaluation of a checkpoint."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ _log = logging.getLogger(__name__)
 class EvaluationResult:
     step: int
     metrics: dict[str, float]
-    confusion: Tensor | None  # int64 [K, K]: of a class (row) so many were taken for another (column)
+    confusion: Tensor | None  # int64 [K, K]: counts by class (row) and predicted class (column)
     classes: list[str]  # [K]
 
 
 def find_trained(path: Path, which: str) -> tuple[Config, Path]:
-    """The settings of a run and the folder of its checkpoint `which` (last, best or a step).
+    """Return a run's settings and the folder of its checkpoint `which` (last, best or a step).
 
     Raises:
-        CheckpointError: no such run or checkpoint.
+        CheckpointError: the run or checkpoint does not exist.
     """
     run_dir = RunDir(path)
     if not run_dir.config.is_file():
-        raise CheckpointError(f"{path} has no config.yaml, so it is no run. Name a run directory.")
+        raise CheckpointError(f"{path} has no config.yaml, so it is not a run. Give a run directory.")
     return load_config(str(run_dir.config)), find_checkpoint(run_dir, which)
 
 
 def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
-    """Metrics of checkpoint `which` (last, best or a step) on `split` (val or test); None on ranks other than zero.
+    """Evaluate checkpoint `which` (last, best or a step) on `split` (val or test); None on ranks other than zero.
 
     Collective: every rank calls this with the same arguments.
 
     Raises:
-        CheckpointError: no such run or checkpoint.
+        CheckpointError: the run or checkpoint does not exist.
         DataError: the data set has no such split.
     """
     config, folder = find_trained(path, which)
@@ -66,23 +66,23 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
     precision = RunDir(path).precision
     if precision == "fp16" and not torch.cuda.is_available():
-        precision = "no"  # what fp16 has trained may be looked at without a GPU
-    # As if the settings named it: whatever a launcher exports is no wish for other numbers.
+        precision = "no"  # allow evaluation of fp16 runs without a GPU
+    # Pass it as a setting, which overrides what a launcher exports.
     world = World.join(config.model_copy(update={"mixed_precision": precision}), precision)
     if world.is_rank_zero:
         for change in changed_data(RunDir(path).read_provenance(), splits.identity):
-            _log.warning("%s These numbers are not comparable with its own.", change)
+            _log.warning("%s These metrics are not comparable with the run's own.", change)
     net = build_model(config.model, splits.input_spec, config.seed)
     load_weights(net, folder)
     net.to(world.device)
     batches = evaluation_batches(examples, net, world, config)
     world.set_timeout(config.stall_timeout_s)
     confusion = Confusion()
-    found = evaluate(net, batches, Objective(net, config.label_smoothing), world, confusion=confusion)
+    values = evaluate(net, batches, Objective(net, config.label_smoothing), world, confusion=confusion)
     counts = confusion.total(world)
     world.leave()
-    if not world.is_rank_zero or found is None:
+    if not world.is_rank_zero or values is None:
         return None
     classes = class_names(splits.description["classes"], 0 if counts is None else len(counts))
-    metrics = {name: value for name, value in found.items() if math.isfinite(value)}
+    metrics = {name: value for name, value in values.items() if math.isfinite(value)}
     return EvaluationResult(read_manifest(folder)["step"], metrics, counts, classes)

@@ -1,4 +1,4 @@
-"""A trained net to take elsewhere: its weights, and a program of torch.export with the normalisation in it."""
+"""Export of a trained net: its weights and a torch.export program that includes the normalisation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dist_train.models.tasks.confusion import class_names
 PROGRAM = "model.pt2"
 
 
-# What the folder of an export says of itself.
+# The load.py of an exported folder.
 _LOADER = """\
 from pathlib import Path
 
 import torch
 
 net = torch.export.load(Path(__file__).with_name("{program}")).module()
-images = torch.zeros(1, {channels}, {size}, {size}, dtype=torch.uint8)  # yours, as many as you like
+images = torch.zeros(1, {channels}, {size}, {size}, dtype=torch.uint8)  # your images, any number
 logits = net(images)  # {logits}
 classes = {classes}
 print([classes[index] for index in logits.argmax(dim=1).tolist()])
@@ -31,14 +31,14 @@ print([classes[index] for index in logits.argmax(dim=1).tolist()])
 
 
 def export(saved: TrainedNet, out: Path) -> list[Path]:
-    """Weights, the net as a program of torch.export with the normalisation in it, and how to load that.
+    """Write the weights, a torch.export program that includes the normalisation, and a script that loads it.
 
     Raises:
-        RunDirError: the folder exists already, or cannot be written.
+        RunDirError: `out` exists already or cannot be written.
         UserCodeError: the net cannot be exported.
     """
     if out.exists():
-        raise RunDirError(f"{out} exists already. Name a folder that is yet to be made.")
+        raise RunDirError(f"{out} exists already. Give the path of a new folder.")
     size, channels = saved.image_size, saved.in_channels
     example = torch.zeros(2, channels, size, size, dtype=torch.uint8)
     shape = list(logits_of(saved, example).shape)
@@ -46,7 +46,7 @@ def export(saved: TrainedNet, out: Path) -> list[Path]:
         program = torch.export.export(
             saved.on_pixels, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
         )
-    except Exception as error:  # whatever torch finds to say of a user's net
+    except Exception as error:  # torch may raise any exception for a user's net
         reason = str(error).strip().split("\n")[0]
         raise UserCodeError(f"torch.export cannot export {type(saved.net).__name__}: {reason}") from error
     text = _LOADER.format(
@@ -59,6 +59,6 @@ def export(saved: TrainedNet, out: Path) -> list[Path]:
             shutil.copyfile(saved.folder / MODEL, aside / MODEL)
             torch.export.save(program, aside / PROGRAM)
             (aside / "load.py").write_text(text)
-    except (OSError, RuntimeError) as error:  # the latter by torch's writer
+    except (OSError, RuntimeError) as error:  # RuntimeError is from torch's writer
         raise RunDirError(f"{out} cannot be written: {error}.") from None
     return [out / name for name in (MODEL, PROGRAM, "load.py")]

@@ -1,4 +1,4 @@
-"""What pictures show, by a trained net."""
+"""Class predictions of a trained net for image files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_train.data.sets.image_folder import decode
 from dist_train.inference.trained_net import TrainedNet, logits_of
 from dist_train.models.tasks.confusion import class_names
 
-_AT_ONCE = 256  # pictures
+_BATCH_SIZE = 256  # images
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Prediction:
 
 
 def predict(saved: TrainedNet, images: Sequence[Path], *, invert: bool = False, count: int = 3) -> Iterator[Prediction]:
-    """What each picture shows. It is turned to the set's colours and size; `invert`: dark on bright, unlike the set's.
+    """Predict the class of each image, converted to the data set's channels and size; `invert` swaps dark and bright.
 
     Raises:
-        DataError: a file is no picture.
-        UserCodeError: the net gives something else than logits [B, K].
+        DataError: a file is not a valid image.
+        UserCodeError: the net does not return logits [B, K].
     """
-    for start in range(0, len(images), _AT_ONCE):
-        paths = images[start : start + _AT_ONCE]
+    for start in range(0, len(images), _BATCH_SIZE):
+        paths = images[start : start + _BATCH_SIZE]
         pixels = torch.stack([decode(path, saved.image_size, saved.in_channels) for path in paths])
         logits = logits_of(saved, 255 - pixels if invert else pixels)
         names = class_names(saved.classes, logits.shape[1])

@@ -1,4 +1,4 @@
-"""The net of a run's checkpoint, without its data set: to predict with, and to take elsewhere."""
+"""The net of a run's checkpoint without its data set, for prediction and export."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class TrainedNet:
-    """A net in eval mode on the CPU, and what it wants and gives."""
+    """A net in eval mode on the CPU, with its input and output formats."""
 
     config: Config
-    folder: Path  # of its checkpoint
+    folder: Path  # its checkpoint
     net: nn.Module
     in_channels: int
     image_size: int
@@ -34,19 +34,19 @@ class TrainedNet:
 
     @classmethod
     def open(cls, path: Path, which: str) -> TrainedNet:
-        """Of checkpoint `which` (last, best or a step) of a run.
+        """Load checkpoint `which` (last, best or a step) of a run.
 
         Raises:
-            CheckpointError: no such run or checkpoint.
-            DataError: it was not trained on square images of so many pixels.
+            CheckpointError: the run or checkpoint does not exist.
+            DataError: the net was not trained on square images of a known size.
         """
         config, folder = find_trained(path, which)
-        # A run of an older version has not noted it down.
+        # Runs of older versions did not record it.
         facts = RunDir(path).read_provenance().get("data") or load_splits(config.data, config.seed).description
         if not facts["pixels"] or facts["in_channels"] not in (1, 3) or not facts["image_size"]:
             raise DataError(
-                f"{path} was trained on {config.data.bundle or config.data.name}: inputs of its own making, or no "
-                f"square pictures. Only nets for square pictures of 1 or 3 channels can be used without their data."
+                f"{path} was trained on {config.data.bundle or config.data.name}, whose inputs are not pixels "
+                f"or not square images. Only nets for square images with 1 or 3 channels can be used without the data."
             )
         net = build_model(config.model, {name: facts[name] for name in ("in_channels", "num_classes", "image_size")}, 0)
         load_weights(net, folder)
@@ -56,15 +56,20 @@ class TrainedNet:
 
     @property
     def on_pixels(self) -> nn.Module:
-        """uint8 [B, C, S, S] -> what the net gives; the normalisation is in it."""
+        """The net with its normalisation, for uint8 images [B, C, S, S]."""
         return _OnPixels(self.net, Pixels(self.config.data.normalize, _CPU)).eval()
 
 
 @torch.no_grad()
 def logits_of(saved: TrainedNet, pixels: Tensor) -> Tensor:
+    """Return the net's logits [B, K] for uint8 images [B, C, S, S].
+
+    Raises:
+        UserCodeError: the net does not return logits.
+    """
     output: Any = saved.on_pixels(pixels)
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
-        raise UserCodeError(f"{type(saved.net).__name__} does not give logits [B, K > 1]: it is no classifier.")
+        raise UserCodeError(f"{type(saved.net).__name__} does not return logits [B, K > 1], so it is not a classifier.")
     return output
 
 

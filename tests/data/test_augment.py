@@ -1,4 +1,4 @@
-"""Random shifts and flips: what is drawn, for whom, and that a plain loop makes the same images."""
+"""Random shifts and flips: the drawn values, their division over ranks, and a reference implementation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GLOBAL = 24
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(1, 256, (100, 3, 7, 9), dtype=torch.uint8, generator=generator)  # none is black
+    pixels = torch.randint(1, 256, (100, 3, 7, 9), dtype=torch.uint8, generator=generator)  # no black pixels
     return ImageSet(pixels, torch.arange(100) % 4, tuple("abcd"))
 
 
@@ -34,7 +34,7 @@ def batches(images: ImageSet, plan: BatchPlan, rank: int, **settings: object) ->
 
 
 def by_example(images: ImageSet, plan: BatchPlan, step: int, **settings: object) -> dict[int, Tensor]:
-    """The images of one global batch, whoever makes them."""
+    """Return the images of one global batch from all ranks."""
     found: dict[int, Tensor] = {}
     for rank in range(plan.world_size):
         source = batches(images, plan, rank, **settings)
@@ -54,15 +54,15 @@ def by_example(images: ImageSet, plan: BatchPlan, step: int, **settings: object)
     ],
     ids=["two", "three-micro", "streamed-micro", "workers"],
 )
-def test_the_same_images_however_they_are_made(plan: BatchPlan, settings: dict[str, object], images: ImageSet) -> None:
-    for step in (0, 3, 4, 9):  # four steps an epoch
+def test_images_are_the_same_for_any_division(plan: BatchPlan, settings: dict[str, object], images: ImageSet) -> None:
+    for step in (0, 3, 4, 9):  # four steps per epoch
         whole, divided = by_example(images, BatchPlan(GLOBAL, 1, 1), step), by_example(images, plan, step, **settings)
         assert len(whole) == GLOBAL
         assert whole.keys() == divided.keys()
         assert all(torch.equal(whole[index], divided[index]) for index in whole)
 
 
-def test_a_plain_loop_makes_the_same(images: ImageSet) -> None:
+def test_a_reference_loop_gives_the_same_images(images: ImageSet) -> None:
     augment = Augment(AugmentConfig(shift=2, flip=True), BatchPlan(GLOBAL, 1, 1), 0, 5, CPU)
     corners, flips = augment.draw(0, 0)
     made = augment(images.images[:GLOBAL], corners, flips)
@@ -77,7 +77,7 @@ def test_a_plain_loop_makes_the_same(images: ImageSet) -> None:
 
 
 def test_every_shift_and_both_sides_are_drawn() -> None:
-    """Evenly: 500 steps of 24, five positions on each axis; a count is off by more than 5 sigma once in 10^5."""
+    """Uniform draws: 500 steps of 24, five positions per axis; a count is off by more than 5 sigma once in 10^5."""
     augment = Augment(AugmentConfig(shift=2, flip=True), BatchPlan(GLOBAL, 1, 1), 0, 5, CPU)
     drawn = [augment.draw(step, 0) for step in range(500)]
     corners, flips = torch.cat([each[0] for each in drawn]), torch.cat([each[1] for each in drawn])
@@ -89,14 +89,17 @@ def test_every_shift_and_both_sides_are_drawn() -> None:
     assert abs(int(flips.sum()) - total / 2) < 5 * (total / 4) ** 0.5
 
 
-def test_off_changes_nothing(images: ImageSet) -> None:
+def test_a_shift_of_zero_changes_nothing(images: ImageSet) -> None:
     plan = BatchPlan(GLOBAL, 1, 1)
     plain, off = batches(images, plan, 0, augment=None), batches(images, plan, 0, augment={"shift": 0})
     assert torch.equal(plain.at(0, 0).inputs, off.at(0, 0).inputs)
 
 
-def test_data_with_transforms_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_augment_is_refused_for_data_with_its_own_transforms(tmp_path: Path) -> None:
     settings = ["data.name=support.user_sets:Jittered", "data.augment.shift=2", "--fast-dev-run"]
     done = run_forked([*DIST_TRAIN, "train", "-c", "smoke", *settings], tmp_path)
     assert done.returncode == 2
-    assert "data.augment and data.name=support.user_sets:Jittered, which has transforms of its own" in done.stderr
+    assert (
+        "data.augment does not apply to data.name=support.user_sets:Jittered, which has its own transforms"
+        in done.stderr
+    )

@@ -1,4 +1,4 @@
-"""The audit of an epoch: counted from what was gathered, over all ranks, however often it was stopped."""
+"""The epoch audit: it counts gathered examples over all ranks and across any number of restarts."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def test_a_whole_epoch_and_the_next(world: World, began_at: int) -> None:
     audit = ShardAudit(sampler, world, began_at)
     for step in range(began_at, 100):
         audit.note(sampler.indices(step))
-    believed = {"audit/believed": 10 * began_at} if began_at else {}  # an older version kept no totals
+    unaudited = {"audit/believed": 10 * began_at} if began_at else {}  # as if an older version saved no totals
     seen = {"audit/unique": 1000 - 10 * began_at, "audit/duplicate": 0, "audit/dropped": 3}
-    assert audit.close_epoch(100) == seen | believed
+    assert audit.close_epoch(100) == seen | unaudited
     for step in range(100, 200):
         audit.note(sampler.indices(step))
     assert audit.close_epoch(200) == {"audit/unique": 1000, "audit/duplicate": 0, "audit/dropped": 3}
 
 
 def test_streamed_indices_on_another_device(world: World) -> None:
-    """Their sum lies on the device that trains."""
+    """The hash sum is on the training device."""
     elsewhere = SimpleNamespace(device=torch.device("meta"), is_rank_zero=True)
     audit = ShardAudit(sampler_of(1, 0), elsewhere, 0)  # type: ignore[arg-type]
     for _ in range(300):
@@ -54,11 +54,11 @@ def test_added_up_in_chunks(world: World, batches: int) -> None:
     for step in range(batches):
         audit.note(sampler.indices(step))
     assert audit.close_epoch(batches)["audit/unique"] == batches
-    assert audit.close_epoch(batches)["audit/unique"] == batches  # the epoch is still under way
+    assert audit.close_epoch(batches)["audit/unique"] == batches  # the epoch is not over
 
 
-@pytest.mark.parametrize(("instead", "told"), [(10, "1000 examples .* not the first 1000"), (None, "990 examples ")])
-def test_an_example_twice_or_never_is_an_error(instead: int | None, told: str, world: World) -> None:
+@pytest.mark.parametrize(("instead", "message"), [(10, "1000 examples .* not the first 1000"), (None, "990 examples ")])
+def test_an_example_twice_or_never_is_an_error(instead: int | None, message: str, world: World) -> None:
     sampler = sampler_of(1, 0)
     audit = ShardAudit(sampler, world, 0)
     for step in range(100):
@@ -66,13 +66,13 @@ def test_an_example_twice_or_never_is_an_error(instead: int | None, told: str, w
             audit.note(sampler.indices(step))
         elif instead is not None:
             audit.note(sampler.indices(instead))
-    with pytest.raises(DistTrainError, match=f"Epoch 1: the {told}"):
+    with pytest.raises(DistTrainError, match=f"Epoch 1: the {message}"):
         audit.close_epoch(100)
 
 
 @pytest.mark.parametrize("stopped_at", [1, 57, 100, 157])
-def test_a_resume_takes_up_what_was_seen(stopped_at: int, world: World) -> None:
-    """Also where the first half was trained on in other shares, and the seconds in others."""
+def test_a_resume_continues_the_count(stopped_at: int, world: World) -> None:
+    """The count also continues when the sharding differs before and after the resume."""
     first, then = ShardAudit(sampler_of(1, 0), world, 0), sampler_of(1, 0)
     for step in range(stopped_at):
         first.note(torch.cat([sampler_of(2, rank).indices(step) for rank in (1, 0)]))
@@ -94,7 +94,7 @@ def test_a_resume_after_other_examples_is_refused(world: World) -> None:
         ShardAudit(sampler_of(1, 0), world, 2, audit.totals())
 
 
-def test_what_was_believed_stays_believed(world: World) -> None:
+def test_unaudited_examples_stay_unaudited(world: World) -> None:
     sampler = sampler_of(1, 0)
     first = ShardAudit(sampler, world, 30)
     for step in range(30, 57):
@@ -108,7 +108,7 @@ def test_what_was_believed_stays_believed(world: World) -> None:
 
 
 def test_a_late_resume_reads_one_slice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the indices of each step before it: of an epoch of a million steps those took 13 s and 756 MiB."""
+    """It does not read the indices of each earlier step: for an epoch of 10^6 steps those took 13 s and 756 MiB."""
     sampler = ShardSampler(10**5, BatchPlan.fit(1, 1, 1), 0, seed=3)
     monkeypatch.setattr(ShardSampler, "indices", None)
     assert ShardAudit(sampler, world, 99_999).totals()["seen"] == 99_999
@@ -129,13 +129,13 @@ def _on_two_ranks(same: bool) -> None:
 
 
 @pytest.mark.parametrize("same", [False, True])
-def test_over_the_ranks(same: bool) -> None:
+def test_the_audit_covers_all_ranks(same: bool) -> None:
     run_on_ranks(_on_two_ranks, same, world_size=2)
 
 
 @pytest.mark.parametrize("resident", ["true", "false"])
 def test_a_line_for_each_epoch(resident: str, tmp_path: Path) -> None:
-    """60 000 examples in batches of 7000: 8 steps and 4000 dropped in an epoch; then half of one."""
+    """60 000 examples in batches of 7000: 8 steps and 4000 dropped per epoch, then half an epoch."""
     settings = ["global_batch_size=7000", "train_for=20 steps", f"data.resident={resident}", "final_train_eval=false"]
     assert run_forked([*TRAIN, *settings], tmp_path).returncode == 0
     lines = [line for line in metrics(tmp_path / "runs/r") if "audit/unique" in line]

@@ -1,4 +1,4 @@
-"""The data of a run are known again: at its resume, between its ranks, by `evaluate`; rounding is no other data."""
+"""Data fingerprints at a resume, between ranks and in `evaluate`; rounding differences are ignored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from support.user_sets import Jittered
 
 
 class Listed(Dataset[Any]):
-    """Any examples."""
+    """A data set of the given examples."""
 
     def __init__(self, examples: Iterable[Any], **attributes: Any) -> None:
         self.examples = list(examples)
@@ -50,7 +50,7 @@ class Listed(Dataset[Any]):
 
 
 def compare(now: Examples, then: Examples) -> list[Difference]:
-    """As at a resume, where one of the two comes from a file."""
+    """Compare as at a resume, where one fingerprint comes from a file."""
     return differences(
         {"train": identify(now, 0)}, json.loads(json.dumps({"train": identify(then, 0)}, allow_nan=False))
     )
@@ -83,7 +83,7 @@ def test_every_byte_in_memory_counts() -> None:
         assert identify(images(), 0)["pixels"] in found
 
 
-def test_of_a_large_set_evenly_spaced_examples_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evenly_spaced_examples_of_a_large_set_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "READ_BYTES", 160)  # a tenth
     changed = []
     for place in range(100):
@@ -93,27 +93,27 @@ def test_of_a_large_set_evenly_spaced_examples_are_read(monkeypatch: pytest.Monk
     assert changed == list(range(0, 100, 10))
 
 
-def test_a_split_that_is_gone_or_new() -> None:
+def test_a_missing_or_new_split() -> None:
     whole, part = {"train": identify(images(), 0), "val": identify(images(7), 0)}, {"train": identify(images(), 0)}
     assert differences(part, whole) == [("val", "0 examples", "7")]
     assert differences(whole, part) == [("val", "7 examples", "0")]
 
 
-# --- sets of the user --------------------------------------------------------------------------------------------
+# --- user-defined sets -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["targets", "labels"])
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
-def test_labels_at_hand(name: str, kind: Any) -> None:
+def test_stored_labels_are_compared(name: str, kind: Any) -> None:
     before, after = [0, 1, 2, 1] * 25, [0, 1, 2, 2] * 25
     others = Listed(range(100), **{name: kind(after)})
     assert texts(others, Listed(range(100), **{name: kind(before)}))[0].startswith("labels")
     assert compare(others, Listed(range(100), **{name: kind(after)})) == []
-    assert compare(others, Listed(range(100))) == []  # what one does not tell is not compared
+    assert compare(others, Listed(range(100))) == []  # parts that one side lacks are not compared
 
 
 @pytest.mark.parametrize("labels", [["a", "b"], None, 7, [[1], [2, 3], [4]], [1.5, 2.5, 3.5], [torch.tensor(1)] * 3])
-def test_what_is_called_labels_and_is_something_else(labels: Any) -> None:
+def test_labels_of_other_types_are_ignored(labels: Any) -> None:
     assert "labels" not in identify(Listed(range(3), labels=labels), 0)
 
 
@@ -123,7 +123,7 @@ class ReadsAll(Listed):
         return [self[index] for index in range(len(self))]
 
 
-def test_labels_that_have_to_be_computed_are_left() -> None:
+def test_computed_labels_are_not_read() -> None:
     computed = ReadsAll(range(1000))
     assert "labels" not in identify(computed, 0)
     assert computed.asked == 8
@@ -165,7 +165,7 @@ def test_floats_within_rounding(make: Any) -> None:
         ([1, 2], [1, 2, 3]),
     ],
 )
-def test_one_example_is_not_the_other(now: Any, then: Any) -> None:
+def test_different_examples_differ(now: Any, then: Any) -> None:
     assert len(texts(Listed([now]), Listed([then]))) == 1
     assert compare(Listed([now]), Listed([now])) == []
     assert compare(Listed([then]), Listed([then])) == []
@@ -210,14 +210,14 @@ def test_few_examples_are_made_and_fewer_of_slow_ones(monkeypatch: pytest.Monkey
     assert compare(slow, large) == []
 
 
-def test_an_example_that_fails_is_left_to_whoever_needs_it() -> None:
+def test_a_failing_example_is_skipped() -> None:
     def fail() -> None:
         raise OSError("gone")
 
     assert list(identify(Listed([0, 1, 2, fail]), 0)["examples"]) == ["0", "1", "2"]
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- image folders -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_names_of_files(folder: Path) -> None:
 
 
 def test_names_and_labels_touch_no_file(folder: Path) -> None:
-    """A million files on NFS: a `stat` of each takes minutes."""
+    """A `stat` of each of a million files on NFS takes minutes."""
     pictures = ImageFolder(folder, 8)
     before = identify(pictures, 0)
     shutil.rmtree(folder)
@@ -296,14 +296,14 @@ def test_ranks_with_other_data_are_refused_before_the_first_step(
     monkeypatch.setenv("TEST_LENGTH_ELSEWHERE", "100")
     with pytest.raises(AssertionError):
         train_on_ranks(SETTINGS, tmp_path, world_size=2)
-    told = read_json(tmp_path / "error.json")["message"]
-    assert re.match(r"The train set of rank 1 on .* has 100 examples, that of rank 0 101\.", told)
+    message = read_json(tmp_path / "error.json")["message"]
+    assert re.match(r"The train set of rank 1 on .* has 100 examples, that of rank 0 101\.", message)
     assert not (tmp_path / "metrics.jsonl").exists()
     assert status(tmp_path) == "ERROR"
 
 
 def forget_the_data(run_dir: Path) -> None:
-    """As an older version left a run: it recorded neither the data nor what was seen of them."""
+    """Make the run look like one of an older version, which recorded neither fingerprints nor audit totals."""
     facts = read_json(run_dir / "run.json")
     del facts["data_identity"]
     write_json(run_dir / "run.json", facts)
@@ -335,7 +335,7 @@ def test_evaluate_warns_of_other_data(tmp_path: Path) -> None:
     assert "The test set has 109 examples, where the run began with 101." in done.stderr
 
 
-# --- with loader workers nothing of the user's set is used before they are forked ---------------------------------
+# --- a user's set is not used before loader workers are forked ---------------------------------------------------
 
 
 def load(name: str, num_workers: int, **settings: Any) -> Any:
@@ -344,26 +344,26 @@ def load(name: str, num_workers: int, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("val_examples", [0, 10])
 def test_the_set_is_untouched(val_examples: int) -> None:
-    apart, here = load("Lazy", 2, val_examples=val_examples), load("Lazy", 0, val_examples=val_examples)
-    assert len(apart.train) == len(here.train) == 50 - val_examples
-    assert apart.known == here.known == {"in_channels": 1, "num_classes": 2, "image_size": 8}
-    assert apart.identity == here.identity
-    opened = apart.train
+    in_child, in_parent = load("Lazy", 2, val_examples=val_examples), load("Lazy", 0, val_examples=val_examples)
+    assert len(in_child.train) == len(in_parent.train) == 50 - val_examples
+    assert in_child.input_spec == in_parent.input_spec == {"in_channels": 1, "num_classes": 2, "image_size": 8}
+    assert in_child.identity == in_parent.identity
+    opened = in_child.train
     while hasattr(opened, "whole"):
         opened = opened.whole
     assert opened.opened_by is None
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("Fails", r"Example 0 of Fails cannot be made: .*user_sets\.py:\d+: ValueError: no such record"),
         ("Empty", "The train set holds no examples"),
         ("Exits", "ended with exit code 3"),
     ],
 )
-def test_what_goes_wrong_in_the_child_is_told(name: str, told: str) -> None:
-    with pytest.raises(DistTrainError, match=told):
+def test_errors_in_the_child_are_reported(name: str, message: str) -> None:
+    with pytest.raises(DistTrainError, match=message):
         load(name, 2)
 
 

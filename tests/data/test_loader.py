@@ -1,4 +1,4 @@
-"""Making a batch: the same with and without loader workers, and every fault told in one line that names the example."""
+"""Batches are the same with and without loader workers; each error is one line that names the example."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
 
 
 class Twenty(Dataset[Any]):
-    """Twenty examples; number 13 is as `odd` makes it."""
+    """Twenty examples; number 13 is the result of `odd`."""
 
     def __init__(self, odd: Callable[[], Any], length: int = 20) -> None:
         self.odd = odd
@@ -41,22 +41,22 @@ class Twenty(Dataset[Any]):
 
 
 def fetch(examples: Examples, num_workers: int = 0, indices: list[int] | None = None) -> list[LoadedBatch]:
-    """In batches of four."""
+    """Load the examples in batches of four."""
     indices = list(range(20)) if indices is None else indices
     keys = [[(0, index) for index in indices[start : start + 4]] for start in range(0, len(indices), 4)]
     return list(stream(loader_of(examples, keys, num_workers, CPU, seed=0)))
 
 
-def told(examples: Examples, num_workers: int = 0, **more: Any) -> str:
-    said = ""
-    try:  # not pytest.raises: what it gives holds the frame, and so the workers, until garbage is collected
+def error_of(examples: Examples, num_workers: int = 0, **more: Any) -> str:
+    message = ""
+    try:  # not pytest.raises: its result holds the frame, and so the workers, until garbage collection
         fetch(examples, num_workers, **more)
     except (UserCodeError, DataError) as error:
-        said = str(error)
-    assert said
-    assert "\n" not in said
-    assert "Traceback" not in said
-    return said
+        message = str(error)
+    assert message
+    assert "\n" not in message
+    assert "Traceback" not in message
+    return message
 
 
 def corrupt() -> Any:
@@ -67,25 +67,25 @@ def corrupt() -> Any:
 def test_an_example_that_cannot_be_made_is_named(num_workers: int) -> None:
     here = __file__.replace(".", r"\.")
     expected = rf"Example 13 of Twenty cannot be made: {here}:\d+: OSError: image file is truncated\."
-    assert re.fullmatch(expected, told(Twenty(corrupt), num_workers))
+    assert re.fullmatch(expected, error_of(Twenty(corrupt), num_workers))
 
 
-def test_a_part_of_a_part_is_named_as_the_set_itself() -> None:
+def test_the_origin_of_a_nested_subset() -> None:
     inner = Subset([7, 8, 9, 10], torch.tensor([3, 2, 1]))
     assert origin(Subset(inner, range(3)), 1) == ([7, 8, 9, 10], 2)
 
 
-def test_it_is_named_as_its_own_set_counts_it() -> None:
-    """Where validation was held out, another number is asked for."""
+def test_an_example_is_named_by_its_index_in_the_original_set() -> None:
+    """Held-out validation examples have another index."""
     part = subset_of(Twenty(corrupt), torch.tensor([5, 6, 7, 13]))
-    assert told(part, indices=[0, 1, 2, 3]).startswith("Example 13 of Twenty cannot be made")
+    assert error_of(part, indices=[0, 1, 2, 3]).startswith("Example 13 of Twenty cannot be made")
 
 
 @WORKERS
 def test_a_length_that_is_too_large(num_workers: int) -> None:
-    said = told(Twenty(lambda: (torch.zeros(1, 4, 4), 0), length=24), num_workers, indices=list(range(24)))
-    assert said.startswith("Example 20 of Twenty cannot be made: ")
-    assert said.endswith("Its len() is 24: more than it holds?")
+    message = error_of(Twenty(lambda: (torch.zeros(1, 4, 4), 0), length=24), num_workers, indices=list(range(24)))
+    assert message.startswith("Example 20 of Twenty cannot be made: ")
+    assert message.endswith("Its len() is 24: is that too large?")
 
 
 @WORKERS
@@ -101,13 +101,13 @@ def test_a_length_that_is_too_large(num_workers: int) -> None:
 )
 def test_examples_that_make_no_batch_are_shown(odd: Callable[[], Any], form: str, num_workers: int) -> None:
     expected = rf"Example 12 of Twenty is \(float32 \[1, 4, 4\], int\); Example 13 of Twenty is {form} \("
-    assert re.search(expected, told(Twenty(odd), num_workers))
+    assert re.search(expected, error_of(Twenty(odd), num_workers))
 
 
-def test_examples_that_are_alike_and_make_no_batch() -> None:
-    said = told(Twenty(lambda: (object(), 0)), indices=[13])
-    assert "Example 13 of Twenty is (object, int) (default_collate: batch must contain tensors" in said
-    assert "give Twenty a method collate(batch)" in said
+def test_equal_examples_that_cannot_be_collated() -> None:
+    message = error_of(Twenty(lambda: (object(), 0)), indices=[13])
+    assert "Example 13 of Twenty is (object, int) (default_collate: batch must contain tensors" in message
+    assert "give Twenty a method collate(batch)" in message
 
 
 class Collated(Twenty):
@@ -131,16 +131,16 @@ def without_the_odd(targets: Callable[[Tensor], Any]) -> Callable[[list[Any]], A
     ids=["labels", "dict", "numbers", "tasks", "list of dicts"],
 )
 def test_a_collate_that_leaves_examples_out_is_refused(targets: Callable[[Tensor], Any], num_workers: int) -> None:
-    said = told(Collated(without_the_odd(targets)), num_workers)
-    assert "Twenty" not in said
-    assert said.startswith("Collated.collate made 3 targets of 4 examples (12, 13, 14, 15).")
+    message = error_of(Collated(without_the_odd(targets)), num_workers)
+    assert "Twenty" not in message
+    assert message.startswith("Collated.collate made 3 targets of 4 examples (12, 13, 14, 15).")
 
 
-def test_a_stand_in_for_targets_is_told_what_to_be() -> None:
-    """That it works is shown by a training: `test_a_net_that_needs_no_targets`."""
-    said = told(Collated(lambda batch: (default_collate(batch)[0], torch.zeros(1))))
-    assert said.startswith("Collated.collate made 1 targets of 4 examples (0, 1, 2, 3).")
-    assert said.endswith("For a net that needs no targets make them None.")
+def test_dummy_targets_are_refused_with_the_fix() -> None:
+    """A training without targets is tested by `test_a_net_that_needs_no_targets`."""
+    message = error_of(Collated(lambda batch: (default_collate(batch)[0], torch.zeros(1))))
+    assert message.startswith("Collated.collate made 1 targets of 4 examples (0, 1, 2, 3).")
+    assert message.endswith("For a net that needs no targets, return None as targets.")
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_a_collate_that_fails_is_located(num_workers: int) -> None:
     def collate(batch: list[Any]) -> Any:
         return default_collate(batch) if batch[0][0].max() < 10 else batch[7]
 
-    said = told(Collated(collate), num_workers)
-    assert said.startswith(f"Collated.collate failed on examples 12, 13, 14, 15: {__file__}:")
-    assert said.endswith("IndexError: list index out of range.")
+    message = error_of(Collated(collate), num_workers)
+    assert message.startswith(f"Collated.collate failed on examples 12, 13, 14, 15: {__file__}:")
+    assert message.endswith("IndexError: list index out of range.")
 
 
 # --- workers -----------------------------------------------------------------------------------------------------
@@ -178,25 +178,25 @@ def test_a_collate_that_fails_is_located(num_workers: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
 def test_a_worker_that_is_gone(number: int) -> None:
-    run_on_ranks(lose_a_worker, number, world_size=1)  # a process of its own: torch raises from a signal's handler
+    run_on_ranks(lose_a_worker, number, world_size=1)  # a separate process: torch raises from a signal handler
 
 
 def lose_a_worker(number: int) -> None:
     try:
-        said = told(Twenty(lambda: os.kill(os.getpid(), number)), num_workers=2)
-    except RuntimeError as error:  # of the handler, between two of our lines
-        said = str(loader_error(error))
-    assert "/dev/shm" in said
-    assert "data.num_workers" in said
+        message = error_of(Twenty(lambda: os.kill(os.getpid(), number)), num_workers=2)
+    except RuntimeError as error:  # from the signal handler
+        message = str(loader_error(error))
+    assert "/dev/shm" in message
+    assert "data.num_workers" in message
 
 
 def test_a_batch_that_cannot_be_handed_over_is_told_and_not_waited_for() -> None:
-    """By a queue's own thread, which by itself drops it."""
-    assert "cannot be handed over by a loader worker" in told(Collated(lambda batch: (lambda: 0, [0] * 4)), 2)
+    """By default the queue's thread drops the batch."""
+    assert "A loader worker cannot send a batch" in error_of(Collated(lambda batch: (lambda: 0, [0] * 4)), 2)
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("message", "expected"),
     [
         ("unable to write to file </torch_7_8_9>: No space left on device (28)", "--shm-size"),
         ("unable to open shared memory object </torch_7_8> in read-write mode: Too many open files (24)", "ulimit -n"),
@@ -204,19 +204,19 @@ def test_a_batch_that_cannot_be_handed_over_is_told_and_not_waited_for() -> None
         ("mat1 and mat2 shapes cannot be multiplied", None),
     ],
 )
-def test_what_torch_says_of_shared_memory(said: str, expected: str | None) -> None:
-    found = loader_error(RuntimeError(said))
+def test_what_torch_says_of_shared_memory(message: str, expected: str | None) -> None:
+    found = loader_error(RuntimeError(message))
     assert (found is None) if expected is None else expected in str(found)
-    assert loader_error(ValueError(said)) is None
+    assert loader_error(ValueError(message)) is None
 
 
-# --- the form of what a set gives ----------------------------------------------------------------------------------
+# --- the structure of inputs -------------------------------------------------------------------------------------
 
 Inputs = namedtuple("Inputs", "image mask")
 
 
 class Held(dict[str, Any]):
-    """A mapping with more than its items, that is not made of a dict alone."""
+    """A mapping with state besides its items, which cannot be built from a dict."""
 
     def __init__(self, note: str) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Sets and nets of users, drawn at random: stopped and resumed with other loader workers they end as never stopped.
+"""Randomly drawn user sets and nets: a run resumed with other loader workers ends as an uninterrupted run.
 
-`make sets` draws many, each run of the tests a few of these.
+`make sets` tests many of them, each run of the tests a few.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import pytest
 from support.ranks import train_on_ranks
 from support.run_files import assert_bit_identical, metrics
 
-DRAWN, AT_EACH_RUN = 60, 3
+DRAWN, BY_DEFAULT = 60, 3
 
 
 def drawn(seed: int, folder: Path) -> tuple[dict[str, Any], int, list[int]]:
-    """Settings, the step to stop after, and the loader workers of the three starts."""
+    """Draw settings, the step to stop after, and the loader workers of the three starts."""
     draw = random.Random(seed)
     data = {
         "length": draw.randrange(24, 90),
@@ -38,7 +38,7 @@ def drawn(seed: int, folder: Path) -> tuple[dict[str, Any], int, list[int]]:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=[] if seed < AT_EACH_RUN else pytest.mark.full) for seed in range(DRAWN)]
+    "seed", [pytest.param(seed, marks=[] if seed < BY_DEFAULT else pytest.mark.full) for seed in range(DRAWN)]
 )
 def test_any_set_is_trained_on_exactly(seed: int, tmp_path: Path) -> None:
     settings, stop_after, workers = drawn(seed, tmp_path)

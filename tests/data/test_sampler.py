@@ -1,4 +1,4 @@
-"""Which examples at which step, and that a batch is the same bits however it is made."""
+"""The examples of each step; resident and streamed batches are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def samplers(num_examples: int, plan: BatchPlan, seed: int = 0) -> list[ShardSam
 
 
 def global_batch(ranks: list[ShardSampler], step: int) -> list[int]:
-    """The examples of a step in the order of the epoch: dealt out card by card, so gathered card by card."""
+    """Return the examples of a step in epoch order, by interleaving the ranks' shards."""
     return torch.stack([sampler.indices(step) for sampler in ranks], dim=1).flatten().tolist()
 
 
@@ -67,7 +67,7 @@ def test_a_global_batch_is_the_same_for_every_division(num_examples: int, step: 
 
 
 def test_orders_of_epochs_and_seeds_differ() -> None:
-    """Also seed 0 epoch 1 from seed 1 epoch 0, which torch's own sampler shuffles alike."""
+    """Seed 0 epoch 1 also differs from seed 1 epoch 0, which torch's own sampler shuffles alike."""
     orders = {
         tuple(ShardSampler(100, BatchPlan(10, 1, 1), 0, seed).permutation(epoch).tolist())
         for seed in range(4)
@@ -83,9 +83,9 @@ def test_the_dropped_examples_differ_between_epochs() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_iterating_is_asking_for_each_step(rank: int) -> None:
+def test_iteration_yields_the_indices_of_each_step(rank: int) -> None:
     sampler = ShardSampler(101, BatchPlan(2, 2, 3), rank, seed=7)
-    for epoch in (2, 0, 1):  # in any order: nothing is remembered
+    for epoch in (2, 0, 1):  # in any order: there is no state
         sampler.set_epoch(epoch)
         steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
         expected = [index for step in steps for index in sampler.indices(step).tolist()]
@@ -120,25 +120,25 @@ def batches(examples: object, num_workers: int = 0, resident: bool | None = None
     return training_batches(examples, ShardSampler(len(examples), PLAN, rank, 3), config, CPU, 3)  # type: ignore[arg-type]
 
 
-def made(source: Batches, places: Iterable[tuple[int, int]] = STEPS) -> list[tuple[Tensor, Tensor, Tensor]]:
+def batches_of(source: Batches, places: Iterable[tuple[int, int]] = STEPS) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [(b.inputs, b.targets, b.indices) for b in (source.at(*place) for place in places)]
 
 
 def assert_same(one: list[tuple[Tensor, Tensor, Tensor]], other: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     assert len(one) == len(other)
-    for mine, theirs in zip(one, other, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
+    for mine, others in zip(one, other, strict=True):
+        for a, b in zip(mine, others, strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)  # to the bit
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resident_and_streamed_batches_are_the_same_bits(num_workers: int, images: ImageSet) -> None:
+def test_resident_and_streamed_batches_are_bit_identical(num_workers: int, images: ImageSet) -> None:
     resident, streamed = batches(images), batches(images, num_workers, resident=False)
     assert isinstance(resident, ResidentBatches)
     assert isinstance(streamed, StreamingBatches)
-    found = made(resident)
-    assert_same(made(streamed), found)
+    found = batches_of(resident)
+    assert_same(batches_of(streamed), found)
     for inputs, targets, indices in found:
         assert (inputs.dtype, inputs.shape, targets.dtype) == (torch.float32, (3, 3, 5, 4), torch.int64)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (NORMALIZE.mean, NORMALIZE.std))
@@ -146,50 +146,50 @@ def test_resident_and_streamed_batches_are_the_same_bits(num_workers: int, image
         assert torch.equal(targets, images.labels[indices])
 
 
-def test_micro_batches_are_the_share_in_order(images: ImageSet) -> None:
+def test_micro_batches_split_the_shard_in_order(images: ImageSet) -> None:
     sampler = ShardSampler(101, PLAN, 1, 3)
     for step in (0, 5, 9):
-        found = torch.cat([indices for _, _, indices in made(batches(images), [(step, 0), (step, 1)])])
+        found = torch.cat([indices for _, _, indices in batches_of(batches(images), [(step, 0), (step, 1)])])
         assert torch.equal(found, sampler.indices(step))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_example_depends_on_seed_epoch_and_index_alone(num_workers: int) -> None:
-    """Random transforms: from a later step on, after a jump, with workers or without, asked twice or once."""
-    whole = made(batches(Jittered(True)))
-    assert_same(made(batches(Jittered(True), num_workers)), whole)
-    assert_same(made(batches(Jittered(True), num_workers), STEPS[7:]), whole[7:])
+    """Random transforms repeat from a later step, after a jump, with any workers, for a repeated request."""
+    whole = batches_of(batches(Jittered(True)))
+    assert_same(batches_of(batches(Jittered(True), num_workers)), whole)
+    assert_same(batches_of(batches(Jittered(True), num_workers), STEPS[7:]), whole[7:])
     source = batches(Jittered(True), num_workers)
-    warm_up = [STEPS[4], STEPS[4]]  # asks for the batch that comes first, twice, and takes nothing away
-    assert_same(made(source, [*warm_up, *STEPS[4:]]), [whole[4], whole[4], *whole[4:]])
-    assert_same(made(source, STEPS[2:5]), whole[2:5])
+    warm_up = [STEPS[4], STEPS[4]]  # requests the first batch twice without consuming it
+    assert_same(batches_of(source, [*warm_up, *STEPS[4:]]), [whole[4], whole[4], *whole[4:]])
+    assert_same(batches_of(source, STEPS[2:5]), whole[2:5])
 
 
 def test_workers_end_with_their_batches() -> None:
     source = batches(Jittered(True), num_workers=2)
     source.at(0, 0)
-    source.at(5, 0)  # a jump: the workers of the first stream are gone
+    source.at(5, 0)  # a jump: the workers of the first stream have ended
     assert len(multiprocessing.active_children()) == 2
     del source
     assert multiprocessing.active_children() == []
 
 
-def test_asking_again_makes_no_example_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_a_repeated_batch_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[int] = []
 
     def note(_: Jittered, index: int) -> tuple[Tensor, int]:
-        asked.append(index)
+        requested.append(index)
         return torch.zeros(1), 0
 
     monkeypatch.setattr(Jittered, "__getitem__", note)
-    made(batches(Jittered(True)), [STEPS[4], STEPS[4], *STEPS[4:7]])
-    assert len(asked) == 3 * PLAN.per_device_batch_size
+    batches_of(batches(Jittered(True)), [STEPS[4], STEPS[4], *STEPS[4:7]])
+    assert len(requested) == 3 * PLAN.per_device_batch_size
 
 
-def test_another_epoch_draws_anew() -> None:
+def test_each_epoch_draws_new_transforms() -> None:
     by_epoch: list[dict[int, Tensor]] = [{}, {}]
     for step in range(16):  # two epochs of eight
-        for inputs, _, indices in made(batches(Jittered(True)), [(step, 0), (step, 1)]):
+        for inputs, _, indices in batches_of(batches(Jittered(True)), [(step, 0), (step, 1)]):
             by_epoch[step // 8] |= dict(zip(indices.tolist(), inputs, strict=True))
     both = by_epoch[0].keys() & by_epoch[1].keys()
     assert both
@@ -215,7 +215,7 @@ def test_evaluation_batches_hold_the_split_once(resident: bool | None, world_siz
 
 
 def test_a_net_that_changes_its_input_is_evaluated_on_the_same_images_again(images: ImageSet) -> None:
-    """Small sets are kept as they were given to the net, unless it wrote to them."""
+    """Batches of small sets are reused unless the net changed them in place."""
     world = cast(World, SimpleNamespace(rank=0, size=1, device=CPU))
     source = evaluation_batches(images, Mlp(), world, parse_config({"per_device_batch_size": 7}))
     before = [batch.inputs.clone() for batch in source]
@@ -227,8 +227,8 @@ def test_a_net_that_changes_its_input_is_evaluated_on_the_same_images_again(imag
     assert all(torch.equal(batch.inputs, first) for batch, first in zip(source, before, strict=True))
 
 
-def test_evaluation_workers_live_on_between_passes(images: ImageSet) -> None:
-    """Also when a pass was left in the middle, as an agreed stop does."""
+def test_evaluation_workers_persist_between_passes(images: ImageSet) -> None:
+    """They persist even when a pass is left early, as at an agreed stop."""
     world = cast(World, SimpleNamespace(rank=0, size=1, device=CPU))
     config = parse_config({"per_device_batch_size": 7, "data": {"resident": False, "num_workers": 2}})
     source = evaluation_batches(images, Mlp(), world, config)

@@ -1,4 +1,4 @@
-"""From settings to splits: which settings fit which set, and what validation is held out of train."""
+"""Splits from settings: valid settings for each set, and validation examples held out of train."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_train.errors import ConfigError
 
 @pytest.fixture
 def numbered(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
-    """A training set in which each image holds its own index; it takes the place of fashion_mnist."""
+    """A training set whose images contain their own index; it replaces fashion_mnist."""
     images = torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1)
     train = ImageSet(images, torch.arange(200) % 10, tuple("0123456789"))
     monkeypatch.setattr(module, "load_named", lambda *_: (train, train.subset(torch.arange(7))))
@@ -47,10 +47,10 @@ def test_held_out_examples_are_drawn_by_the_seed_and_in_no_other_split(numbered:
     train, val = ids(splits.train), ids(splits.val)
     assert len(val) == 50
     assert sorted(train + val) == list(range(200))
-    assert val not in (list(range(50)), list(range(150, 200)))  # drawn, not cut off
+    assert val not in (list(range(50)), list(range(150, 200)))  # drawn at random, not a slice
     assert ids(splits.test) == list(range(7))
     assert splits.val_source == "50 examples held out of train"
-    torch.manual_seed(99)  # the draw is of its own generator
+    torch.manual_seed(99)  # the draw uses its own generator
     assert ids(load(seed=1, val_examples=50).val) == val
     assert ids(load(seed=2, val_examples=50).val) != val
     assert isinstance(splits.val, ImageSet)
@@ -74,29 +74,29 @@ def test_normalize_needs_a_number_per_channel(numbered: ImageSet) -> None:
 def test_a_shift_must_leave_something_of_the_image(numbered: ImageSet) -> None:
     side = numbered.images.shape[-1]
     load(augment=AugmentConfig(shift=side - 1))
-    with pytest.raises(ConfigError, match=rf"data\.augment\.shift={side} moves images of {side} pixels out of sight"):
+    with pytest.raises(ConfigError, match=rf"data\.augment\.shift={side} shifts images of {side} pixels out of"):
         load(augment=AugmentConfig(shift=side))
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "fashion-mnist"}, "data.name=fashion-mnist. Did you mean fashion_mnist? Known: mnist, "),
+        ({"name": "fashion-mnist"}, "is not a known data set. Did you mean fashion_mnist? Known: mnist, "),
         ({"name": "cifar"}, "Did you mean cifar10"),
-        ({"name": "zzz"}, "There is no data set data.name=zzz. Known: mnist, fashion_mnist, kmnist, emnist, cifar10"),
-        ({"name": "my_sets.Mine"}, "your own is written package.module:Name"),
+        ({"name": "zzz"}, "data.name=zzz is not a known data set. Known: mnist, fashion_mnist, kmnist, emnist, cifar"),
+        ({"name": "my_sets.Mine"}, "For your own, set data.name=package.module:Name."),
         ({"name": "emnist"}, "needs data.split. Set data.split to one of: balanced, byclass, bymerge, digits, letters"),
         ({"name": "emnist", "split": "leters"}, "has no data.split=leters"),
-        ({"name": "mnist", "split": "letters"}, "data.split=letters belongs to emnist, not to data.name=mnist"),
+        ({"name": "mnist", "split": "letters"}, "data.split=letters applies to emnist, not to data.name=mnist"),
         ({"name": "image_folder"}, "needs data.image_size"),
-        ({"name": "cifar10", "image_size": 32}, "data.image_size=32 belongs to image_folder, not to data.name=cifar10"),
-        ({"name": "a:b", "image_size": 32}, "data.image_size=32 belongs to image_folder, not to data.name=a:b"),
-        ({"name": "mnist", "args": {"x": 1}}, "data.args={'x': 1} belongs to package.module:Name"),
+        ({"name": "cifar10", "image_size": 32}, "data.image_size=32 applies to image_folder, not to data.name=cifar10"),
+        ({"name": "a:b", "image_size": 32}, "data.image_size=32 applies to image_folder, not to data.name=a:b"),
+        ({"name": "mnist", "args": {"x": 1}}, "data.args={'x': 1} applies to package.module:Name"),
         ({"bundle": "code", "args": {"x": 1}}, "not to data.bundle"),
         ({"bundle": "code", "name": "cifar10"}, "data.name=cifar10 and data.bundle=code are both set"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_splits(DataConfig.model_validate(settings), seed=0)
     assert words in str(caught.value)
@@ -107,13 +107,13 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], words: s
     [
         {},
         {"bundle": "code"},
-        {"bundle": "code", "name": "mnist"},  # as the resolved config of a run says it
+        {"bundle": "code", "name": "mnist"},  # as in a run's resolved config
         {"name": "emnist", "split": "letters"},
         {"name": "image_folder", "image_size": 32},
         {"name": "my_sets:Mine", "args": {"x": 1}},
     ],
 )
-def test_settings_that_fit(settings: dict[str, Any]) -> None:
+def test_valid_settings(settings: dict[str, Any]) -> None:
     check_settings(DataConfig.model_validate(settings))
 
 
@@ -136,15 +136,15 @@ class UserValDataset(UserDataset): ...
 
 @pytest.fixture
 def bundle(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands for data.sets.bundle; returns what it was asked and, as the last item, which sets it gives."""
-    asked: list[Any] = [(UserDataset(), UserValDataset())]
+    """Replace data.sets.bundle; return its calls and, as the last item, the sets it returns."""
+    calls: list[Any] = [(UserDataset(), UserValDataset())]
 
     def load_dataset_bundle(path: Path, data_root: Path) -> Any:
-        asked.insert(0, (path, data_root))
-        return asked[-1]
+        calls.insert(0, (path, data_root))
+        return calls[-1]
 
     monkeypatch.setattr(module, "load_dataset_bundle", load_dataset_bundle)
-    return asked
+    return calls
 
 
 def load_bundle(root: Path, **settings: Any) -> Splits:
@@ -156,10 +156,10 @@ def test_a_bundle_brings_its_own_validation_set(bundle: list[Any], tmp_path: Pat
     assert bundle[0] == (Path("code"), tmp_path)
     assert splits.val_source == "UserValDataset"
     assert (splits.train, splits.val, splits.test) == (*bundle[-1], None)
-    assert (splits.in_channels, splits.image_size, splits.num_classes) == (1, None, None)  # 4 x 6 is no square
-    with pytest.raises(ConfigError, match="there is a validation set already: UserValDataset"):
+    assert (splits.in_channels, splits.image_size, splits.num_classes) == (1, None, None)  # 4 x 6 is not square
+    with pytest.raises(ConfigError, match="a validation set exists already: UserValDataset"):
         load_bundle(tmp_path, val_examples=5)
-    with pytest.raises(ConfigError, match=r"data\.normalize and data\.bundle"):
+    with pytest.raises(ConfigError, match=r"data\.normalize does not apply to data\.bundle"):
         load_bundle(tmp_path, normalize=Normalize(mean=[0], std=[1]))
 
 

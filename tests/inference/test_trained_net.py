@@ -1,4 +1,4 @@
-"""A trained net used without its data set, and without this package."""
+"""Use of a trained net without its data set and without this package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_set() -> ImageSet:
 
 @pytest.fixture(scope="module", params=["conv", "speedrun"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With dropout, with BatchNorm; so far that it is right about most digits."""
+    """Runs with dropout and with BatchNorm, trained until most digits are right."""
 
     settings = [f"model.name={request.param}", "train_for=60 steps", "optimizer.lr=1e-2", "global_batch_size=128"]
     return trained_once(tmp_path_factory, f"trained {request.param}", [*SETTINGS, *settings])
@@ -47,7 +47,7 @@ def call(*arguments: object) -> Result:
 
 @torch.no_grad()
 def logits_of(path: Path, images: Tensor) -> Tensor:
-    """By the net itself, from what the formula of the normalisation says."""
+    """Compute the logits with the net and the normalisation formula."""
     saved = TrainedNet.open(path, "last")
     normalize = saved.config.data.normalize
     mean, std = (normalize.mean[0], normalize.std[0]) if normalize else (0.0, 1.0)
@@ -55,12 +55,12 @@ def logits_of(path: Path, images: Tensor) -> Tensor:
 
 
 def test_predict_agrees_with_evaluate(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
-    """Over twenty pictures, and over all of one digit as `evaluate` counts them."""
+    """They agree on twenty images, and on the accuracy of one digit."""
     for index in range(20):
         Image.fromarray(test_set.images[index, 0].numpy()).save(tmp_path / f"{index:02}.png")
-    said = call("predict", trained, *sorted(tmp_path.glob("*.png")), "--json")
-    assert said.exit_code == 0, said.output
-    found = [json.loads(line)["classes"] for line in said.output.splitlines()]
+    result = call("predict", trained, *sorted(tmp_path.glob("*.png")), "--json")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line)["classes"] for line in result.output.splitlines()]
     expected = logits_of(trained, test_set.images[:20]).softmax(1)
     assert [next(iter(each)) for each in found] == [str(int(row.argmax())) for row in expected]
     for each, row in zip(found, expected, strict=True):
@@ -76,8 +76,8 @@ def test_predict_agrees_with_evaluate(trained: Path, test_set: ImageSet, tmp_pat
     assert counted["accuracy_by_class"][3] == pytest.approx(float(confusion[3, 3] / confusion[3].sum()))
 
 
-def test_pictures_are_turned_to_what_the_net_wants(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
-    """Larger, in colours, on white paper, as JPEG, not square."""
+def test_images_are_converted_to_the_nets_format(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
+    """The image is larger, RGB, inverted, a JPEG, and not square."""
     index = next(i for i, row in enumerate(logits_of(trained, test_set.images[:50]).softmax(1)) if row.max() > 0.9)
     small = Image.fromarray(test_set.images[index, 0].numpy())
     small.save(tmp_path / "small.png")
@@ -92,13 +92,13 @@ def test_pictures_are_turned_to_what_the_net_wants(trained: Path, test_set: Imag
     assert first == second
 
 
-def test_what_is_no_picture(trained: Path, tmp_path: Path) -> None:
+def test_invalid_images_are_named(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no")
     for name in ("x.png", "missing.png"):
-        said = call("predict", trained, tmp_path / name)
-        assert said.exit_code == 1
-        assert name in said.output
-    assert "There is no picture" in said.output
+        result = call("predict", trained, tmp_path / name)
+        assert result.exit_code == 1
+        assert name in result.output
+    assert "There is no image" in result.output
 
 
 USE = """
@@ -113,17 +113,17 @@ assert classes == list("0123456789")
 """
 
 
-def test_an_export_needs_torch_alone(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
+def test_an_export_needs_only_torch(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = call("export", trained, out)
-    assert said.exit_code == 0, said.output
-    for count in (1, 7, 64):  # the size of a batch is free
+    result = call("export", trained, out)
+    assert result.exit_code == 0, result.output
+    for count in (1, 7, 64):  # any batch size works
         torch.save(test_set.images[:count], out / "images.pt")
         subprocess.run([sys.executable, "-I", "-c", USE], cwd=out, check=True)
         logits = torch.load(out / "logits.pt")
         torch.testing.assert_close(logits, logits_of(trained, test_set.images[:count]), atol=1e-5, rtol=1e-5)
-    as_it_is = subprocess.run([sys.executable, out / "load.py"], capture_output=True, text=True, check=True).stdout
-    assert as_it_is.strip()[1:-1].strip("'") in set("0123456789")
+    unchanged = subprocess.run([sys.executable, out / "load.py"], capture_output=True, text=True, check=True).stdout
+    assert unchanged.strip()[1:-1].strip("'") in set("0123456789")
     assert (out / "model.safetensors").read_bytes() == (trained / "checkpoints/last/model.safetensors").read_bytes()
     again = call("export", trained, out)
     assert again.exit_code == 1
@@ -131,18 +131,18 @@ def test_an_export_needs_torch_alone(trained: Path, test_set: ImageSet, tmp_path
 
 
 def test_a_run_by_its_name(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `runs ls` prints it."""
+    """The name is the one that `runs ls` prints."""
     monkeypatch.setenv("DIST_TRAIN_RUNS_DIR", str(trained.parent))
     for command in (("runs", "show"), ("runs", "tail"), ("runs", "compare"), ("evaluate",), ("train", "--resume")):
-        said = run_forked([*DIST_TRAIN, *command, trained.name], tmp_path, DIST_TRAIN_RUNS_DIR=str(trained.parent))
-        assert said.returncode == 0, (command, said.stderr)
+        result = run_forked([*DIST_TRAIN, *command, trained.name], tmp_path, DIST_TRAIN_RUNS_DIR=str(trained.parent))
+        assert result.returncode == 0, (command, result.stderr)
     assert "is not running: FINISHED" in call("runs", "stop", trained.name).output
     missing = call("runs", "stop", "no-such-run")
     assert "no-such-run is no run" in missing.output
 
 
 def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that has the run alone; a run of an older version asks its data set."""
+    """A machine with only the run suffices; a run of an older version needs its data set."""
     saved = TrainedNet.open(trained, "last")
     assert (saved.in_channels, saved.image_size, saved.classes) == (1, 28, tuple("0123456789"))
     facts = read_json(trained / "run.json")
@@ -157,7 +157,7 @@ def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest
     assert TrainedNet.open(trained, "last").classes == saved.classes
 
 
-# --- what is taken for what ------------------------------------------------------------------------------------------
+# --- confusion matrix --------------------------------------------------------------------------------------------
 
 
 def confusion_on_ranks() -> None:
@@ -183,8 +183,8 @@ def test_confusion_over_ranks() -> None:
     run_on_ranks(confusion_on_ranks, world_size=3)
 
 
-def test_labels_that_are_no_class(world: World) -> None:
-    """Of nets with a loss of their own; and labels of few bits do not overflow."""
+def test_labels_outside_the_classes(world: World) -> None:
+    """Such labels occur with a net's own loss; labels of narrow integer types do not overflow."""
     confusion = Confusion(most_mistakes=9)
     logits = torch.eye(20)[[19, 18, 0, 0]]
     confusion.note(logits, torch.tensor([19, 19, 200, 0], dtype=torch.uint8), torch.arange(4))
@@ -196,15 +196,15 @@ def test_labels_that_are_no_class(world: World) -> None:
     assert [each.index for each in confusion.mistakes(world)] == [1]
 
 
-def test_outputs_that_say_nothing_of_one_example(world: World) -> None:
-    """NaN, and several for one: they are counted, and are no mistakes that could be shown."""
+def test_outputs_without_one_prediction_per_example(world: World) -> None:
+    """NaN outputs and several per example are counted, but not shown as mistakes."""
     confusion = Confusion(most_mistakes=1)
     confusion.note(torch.tensor([[float("nan")] * 2, [0.0, 1.0]]), torch.tensor([1, 0]), torch.arange(2))
     confusion.note(torch.eye(2), torch.tensor([1, 0]), torch.arange(1))
     assert [each.index for each in confusion.mistakes(world)] == [1]
 
 
-def test_names_only_if_they_fit() -> None:
+def test_class_names_are_used_only_if_their_number_matches() -> None:
     assert class_names(("a", "b"), 2) == ["a", "b"]
     assert class_names(("a", "b"), 3) == class_names(None, 3) == class_names(("a", "b", "a"), 3) == ["0", "1", "2"]
 

@@ -1,1 +1,1 @@
-"""What several tests share: real ranks, processes, hosts and clusters, and what their runs left."""
+"""Shared test helpers: real ranks, processes, hosts and clusters, and readers of run files."""

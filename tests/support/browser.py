@@ -1,4 +1,4 @@
-"""A page in a real browser that has no network."""
+"""Rendering of a page in a real browser without network access."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or os.geteuid() != 0, reason="needs chromium, and root to take the network from it"
+    CHROMIUM is None or os.geteuid() != 0, reason="needs chromium, and root to disable its network"
 )
 
-# What a reader has before them: cells with what they hold, and how large the pictures came out.
-_LOOK = """<script>addEventListener("load", () => {
+# Collects what a reader sees: table cells with their values, and the sizes of the images.
+_COLLECT = """<script>addEventListener("load", () => {
   const tables = [...document.querySelectorAll("table")].map(table => ({
     columns: [...table.querySelectorAll("th")].map(cell => cell.innerText),
     rows: [...table.querySelectorAll("tbody tr")].map(row => [...row.cells].map(
@@ -31,10 +31,10 @@ _LOOK = """<script>addEventListener("load", () => {
 
 
 def look_at(page: Path, folder: Path) -> dict[str, Any]:
-    """{"tables": [{"columns", "rows"}], "pictures": [[name, width, height]]}, as the browser shows them."""
+    """Return {"tables": [{"columns", "rows"}], "pictures": [[name, width, height]]} as rendered by the browser."""
     assert CHROMIUM is not None
     watched = folder / "watched.html"
-    watched.write_text(page.read_text().replace("</body>", f"{_LOOK}</body>"))
+    watched.write_text(page.read_text().replace("</body>", f"{_COLLECT}</body>"))
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile", "--dump-dom")
     command = ["unshare", "--net", CHROMIUM, *options, "--virtual-time-budget=5000", watched.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,10 +1,10 @@
-"""A clock that a test sets, in the place of a module's `time`."""
+"""A settable clock that replaces a module's `time`."""
 
 from __future__ import annotations
 
 
 class Clock:
-    """`monkeypatch.setattr(module, "time", clock)`: all its readers say `now`."""
+    """A clock whose functions all return `now`; use `monkeypatch.setattr(module, "time", clock)`."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now

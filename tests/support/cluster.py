@@ -1,7 +1,7 @@
 """A real Slurm on hosts of network namespaces: munged, slurmctld on `head`, a slurmd on each node.
 
-No systemd, no cgroups. Three partitions: `low`, whose jobs are preempted and queued again, `low0`, the same without
-time of grace, and `high`. Accounting is off.
+No systemd, no cgroups. Three partitions: `low`, whose jobs are preempted and requeued, `low0`, the same without a
+grace time, and `high`. Accounting is off.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from support.patience import wait_until
 NEEDS = ("munged", "slurmctld", "slurmd", "strace")
 REASON = "needs root and Slurm: apt-get install -y --no-install-recommends slurm-wlm munge iproute2 strace"
 PORT = 27_000
-GRACE_S, KILL_WAIT_S = 15, 15  # of a preemption; from TERM to KILL
-# Until a silent node counts as down: where that is tried; and elsewhere, where a busy machine must not look like one.
+GRACE_S, KILL_WAIT_S = 15, 15  # grace time of a preemption; time from TERM to KILL
+# Until a silent node counts as down: in tests of lost nodes, and in all others, where it may only be busy.
 LOST_S, PATIENT_S = 40, 600
 
 
@@ -33,7 +33,7 @@ def can_be_made() -> bool:
 
 
 class Cluster(Hosts):
-    """`with Cluster(folder, nodes=2) as cluster`: idle nodes node1, node2, ..."""
+    """A cluster with idle nodes node1, node2, ...; use `with Cluster(folder, nodes=2) as cluster`."""
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4) -> None:
         super().__init__(folder, ["head", *(f"node{number + 1}" for number in range(nodes))])
@@ -56,7 +56,7 @@ class Cluster(Hosts):
         return self
 
     def __exit__(self, *_: object) -> None:
-        super().__exit__()  # every daemon and job on the hosts dies with them
+        super().__exit__()  # this kills every daemon and job on the hosts
         with suppress(OSError, ValueError):
             os.kill(int((self.folder / "munge/pid").read_text()), signal.SIGTERM)
 
@@ -127,16 +127,16 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
     # --- daemons --------------------------------------------------------------------------------------------------
 
     def start_controller(self) -> None:
-        # Not -c: after a restart the jobs are still known.
+        # Without -c, so that jobs survive a restart.
         self._daemon("head", "slurmctld", "-f", self.env["SLURM_CONF"])
 
     def stop_controller(self) -> None:
-        """Killed: nothing is put in order."""
+        """Kill the controller without a clean shutdown."""
         self.run("head", "bash", "-c", f"kill -KILL $(cat {self.folder}/slurmctld.pid)")
 
     @contextmanager
     def noticing_losses(self) -> Iterator[None]:
-        """A node that is silent for LOST_S counts as down. Afterwards all are idle."""
+        """Count a node that is silent for LOST_S as down. On exit all nodes are idle."""
         self._configure(LOST_S)
         try:
             yield
@@ -150,7 +150,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
         self.ask("scontrol", "reconfigure")
 
     def repair(self) -> None:
-        """Every node is healed, up and idle."""
+        """Reconnect and boot the nodes until all are idle."""
         self.ask("scancel", "--user=root")
         for node in self.nodes:
             self.heal(node)
@@ -170,7 +170,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
     # --- jobs -----------------------------------------------------------------------------------------------------
 
     def ask(self, *command: object, **options: Any) -> str:
-        """What a command of Slurm or of ours says on the submit host."""
+        """Return the output of a command on the submit host."""
         done = self.run("head", *command, env=self.env, **options)
         assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
         return done.stdout
@@ -183,10 +183,10 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
         return self.ask("scontrol", "show", "hostnames", names).split()
 
     def start_at_once(self, job: str) -> None:
-        """A job that was queued again would wait for two minutes. One that waits for others goes on waiting.
+        """Start a requeued job now instead of after two minutes. A job that waits for others keeps waiting.
 
-        Not until its former start has gone for five seconds: Slurm may hear of the end of the former batch shell after
-        it has queued the job again, and if the job runs already, takes that for the job's end.
+        First wait until five seconds after the end of its former start: Slurm may receive the end of the former batch
+        shell after it has requeued the job, and takes it for the job's end if the job runs already.
         """
         if self.ask("squeue", "--noheader", f"--jobs={job}", "--format=%r").strip() != "BeginTime":
             return
@@ -195,7 +195,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
         self.run("head", "scontrol", "update", f"jobid={job}", "StartTime=now", env=self.env)
 
     def _has_steps(self, job: str) -> bool:
-        """Whether a process of Slurm's own still looks after a step of it, on a node that can be heard of."""
+        """Whether a slurmstepd of the job still runs on a reachable node."""
         number = self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A").strip()
         nodes = [node for node in self.nodes if node in self._inits and node not in self._cut]
         return any(self.run(node, "pgrep", "-f", rf"^slurmstepd: \[{number}\.").returncode == 0 for node in nodes)

@@ -1,4 +1,4 @@
-"""What may happen to the files of a checkpoint: each damage changes one for certain, and says which it touched."""
+"""Damages to the files of a checkpoint. Each changes at least one file and returns the names of those it touched."""
 
 from __future__ import annotations
 
@@ -11,79 +11,81 @@ from dist_train.checkpoints.manifest import MANIFEST, MODEL, STATE, TRAINING
 
 FILES = [MODEL, TRAINING, STATE, MANIFEST]
 
-Damage = Callable[[Path, list[Path], random.Random], set[str]]  # (checkpoint, other ones, source of chance)
+Damage = Callable[[Path, list[Path], random.Random], set[str]]  # (checkpoint, other checkpoints, random generator)
 
 
-def flip_bits(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
-    path = folder / chance.choice(FILES)
+def flip_bits(folder: Path, _: list[Path], rng: random.Random) -> set[str]:
+    path = folder / rng.choice(FILES)
     content = bytearray(path.read_bytes())
-    for place in chance.sample(range(8 * len(content)), chance.choice([1, 1, 1, 2, 8])):
+    for place in rng.sample(range(8 * len(content)), rng.choice([1, 1, 1, 2, 8])):
         content[place // 8] ^= 1 << place % 8
     path.write_bytes(content)
     return {path.name}
 
 
-def truncate(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
-    path = folder / chance.choice(FILES)
+def truncate(folder: Path, _: list[Path], rng: random.Random) -> set[str]:
+    path = folder / rng.choice(FILES)
     content = path.read_bytes()
-    path.write_bytes(content[: chance.randrange(len(content) - 1)])  # the last byte of a manifest, "\n", says nothing
+    path.write_bytes(
+        content[: rng.randrange(len(content) - 1)]
+    )  # at least two bytes: a manifest's final "\n" carries nothing
     return {path.name}
 
 
-def append(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
-    path = folder / chance.choice(FILES)
+def append(folder: Path, _: list[Path], rng: random.Random) -> set[str]:
+    path = folder / rng.choice(FILES)
     with path.open("ab") as file:
-        file.write(bytes([chance.choice([0, 0x30, 0x7D, chance.randrange(33, 256)])]))  # no blank: it says nothing
+        file.write(bytes([rng.choice([0, 0x30, 0x7D, rng.randrange(33, 256)])]))  # not a blank, which changes nothing
     return {path.name}
 
 
-def delete(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
-    gone = chance.sample(FILES, chance.choice([1, 1, 2, 4]))
+def delete(folder: Path, _: list[Path], rng: random.Random) -> set[str]:
+    gone = rng.sample(FILES, rng.choice([1, 1, 2, 4]))
     for name in gone:
         (folder / name).unlink()
     return set(gone)
 
 
-def empty(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
-    emptied = chance.sample(FILES, chance.choice([1, 1, 2, 4]))
+def empty(folder: Path, _: list[Path], rng: random.Random) -> set[str]:
+    emptied = rng.sample(FILES, rng.choice([1, 1, 2, 4]))
     for name in emptied:
         (folder / name).write_bytes(b"")
     return set(emptied)
 
 
-def zero_a_block(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
-    """As a file system may leave it after a power cut: the length is right, a part was never written."""
-    path = folder / chance.choice(FILES)
+def zero_a_block(folder: Path, _: list[Path], rng: random.Random) -> set[str]:
+    """Zero a block, as after a power cut: the length is right, but a part was never written."""
+    path = folder / rng.choice(FILES)
     content = path.read_bytes()
-    start = chance.choice([0, chance.randrange(len(content))])
-    size = chance.choice([512, 4096, len(content)])
+    start = rng.choice([0, rng.randrange(len(content))])
+    size = rng.choice([512, 4096, len(content)])
     zeroed = content[:start] + bytes(len(content[start : start + size])) + content[start + size :]
     path.write_bytes(zeroed if zeroed != content else bytes(len(content)))
     return {path.name}
 
 
-def exchange_two_files(folder: Path, _: list[Path], chance: random.Random) -> set[str]:
-    one, other = chance.sample(FILES, 2)
+def exchange_two_files(folder: Path, _: list[Path], rng: random.Random) -> set[str]:
+    one, other = rng.sample(FILES, 2)
     (folder / one).rename(folder / "between")
     (folder / other).rename(folder / one)
     (folder / "between").rename(folder / other)
     return {one, other}
 
 
-def file_of_another(folder: Path, others: list[Path], chance: random.Random) -> set[str]:
-    name = chance.choice([MODEL, TRAINING, STATE])
-    shutil.copy(chance.choice(others) / name, folder / name)
+def file_of_another(folder: Path, others: list[Path], rng: random.Random) -> set[str]:
+    name = rng.choice([MODEL, TRAINING, STATE])
+    shutil.copy(rng.choice(others) / name, folder / name)
     return {name}
 
 
-def manifest_of_another(folder: Path, others: list[Path], chance: random.Random) -> set[str]:
-    shutil.copy(chance.choice(others) / MANIFEST, folder / MANIFEST)
+def manifest_of_another(folder: Path, others: list[Path], rng: random.Random) -> set[str]:
+    shutil.copy(rng.choice(others) / MANIFEST, folder / MANIFEST)
     return {MANIFEST}
 
 
-def all_of_another(folder: Path, others: list[Path], chance: random.Random) -> set[str]:
-    """Whole and right, under a name that promises more steps."""
-    other = chance.choice(others)
+def all_of_another(folder: Path, others: list[Path], rng: random.Random) -> set[str]:
+    """Copy a complete valid checkpoint under the name of another step."""
+    other = rng.choice(others)
     for name in FILES:
         shutil.copy(other / name, folder / name)
     return {MANIFEST}

@@ -1,6 +1,6 @@
-"""Several hosts on one machine: network namespaces with names, addresses and processes of their own, on one switch.
+"""Several hosts on one machine: network namespaces with their own names, addresses and processes, on one switch.
 
-Files are shared, as on a cluster. Nothing is added to the machine's own network, and nothing gets out. Needs root.
+Files are shared, as on a cluster. The machine's own network is neither changed nor reachable. Needs root.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def can_be_made() -> bool:
     return os.geteuid() == 0 and all(map(shutil.which, NEEDS))
 
 
-# Process 1 of a host: it reaps what its parent left, and its death ends every process of the host.
+# Process 1 of a host: it reaps orphans, and its death kills every process of the host.
 _INIT = """
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
@@ -40,12 +40,12 @@ _groups = itertools.count()
 
 
 class Hosts:
-    """`with Hosts(folder, ["a", "b"]) as hosts`: both are up; all of it is gone after."""
+    """Hosts that are up inside `with Hosts(folder, ["a", "b"]) as hosts` and removed on exit."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder = folder
         self.names = list(names)
-        # Namespaces are named in one place for the whole machine, and a process may have several groups of hosts.
+        # Namespace names are global to the machine, and a process may have several groups of hosts.
         self._prefix = f"dt{os.getpid()}.{next(_groups)}"
         self._switch = f"{self._prefix}-switch"
         self._inits: dict[str, subprocess.Popen[bytes]] = {}
@@ -84,10 +84,10 @@ class Hosts:
             with suppress(subprocess.CalledProcessError):
                 _ip("netns", "del", space)
 
-    # --- what can happen to a host --------------------------------------------------------------------------------
+    # --- host failures --------------------------------------------------------------------------------------------
 
     def cut(self, name: str) -> None:
-        """Packets vanish at the switch; the host itself sees a link that is up."""
+        """Drop the packets of a host at the switch; the host still sees its link up."""
         _ip("-n", self._switch, "link", "set", self._port(name), "nomaster")
         self._cut.add(name)
 
@@ -96,12 +96,12 @@ class Hosts:
         self._cut.discard(name)
 
     def crash(self, name: str) -> None:
-        """Power off: nobody hears a goodbye. It stays cut off until healed."""
+        """Power off a host without closing connections. It stays disconnected until `heal`."""
         self.cut(name)
         self._halt(name)
 
     def boot(self, name: str) -> None:
-        """An empty host."""
+        """Start a host without processes."""
         ready = self.folder / f"ready.{name}"
         ready.unlink(missing_ok=True)
         self._inits[name] = subprocess.Popen(
@@ -118,7 +118,7 @@ class Hosts:
     # --- processes ------------------------------------------------------------------------------------------------
 
     def command(self, name: str, *command: object) -> list[str]:
-        """What runs `command` on a host, in the current folder."""
+        """Return the command line that runs `command` on a host, in the current folder."""
         outer = self._inits[name].pid
         inner = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()[0]
         spaces = ("--net", "--uts", "--mount", "--pid")

@@ -1,4 +1,4 @@
-"""Trainings as jobs of the cluster: submit them, watch them, disturb them, compare them."""
+"""Trainings as cluster jobs: helpers to submit, watch and disturb them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from support.run_files import status_of
 from support.trainings import SETTINGS, let_go
 
 SCRIPTS = ROOT / "slurm"
-# A job to be disturbed: held until it is let go, or for two minutes. It saves at its end and when it is asked to.
+# A job to be disturbed: held until released, or for two minutes. It saves at its end and on request.
 LONG = [
     *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=1",
     "train_for=120 steps", "log_every=5", "save_every=120 steps",
 ]  # fmt: skip
 Check = Callable[[Path], None]  # of a run directory
-full = partial(pytest.param, marks=pytest.mark.full)  # parameters of a test with --full alone
+full = partial(pytest.param, marks=pytest.mark.full)  # parameters for runs with --full only
 
 
 def submit(cluster: Cluster, *command: object) -> str:
@@ -30,9 +30,9 @@ def submit(cluster: Cluster, *command: object) -> str:
 
 
 def submit_long(cluster: Cluster, folder: Path, *options: str, script: str = "train") -> tuple[str, Path]:
-    """The job and the run directory of a LONG training on two nodes, unless otherwise asked.
+    """Submit a LONG training on two nodes, unless `options` differ; return the job and the run directory.
 
-    On two ranks on each; by `train_srun`, which starts no torchrun and is sooner there, on two and on one.
+    Each node runs two ranks; `train_srun`, which starts faster without torchrun, runs two and one.
     """
     if script == "train_srun":
         options = ("--ntasks=3", *options)
@@ -41,26 +41,26 @@ def submit_long(cluster: Cluster, folder: Path, *options: str, script: str = "tr
 
 
 def is_training(run_dir: Path, beyond: int = 0) -> bool:
-    """Beyond that step, and W&B has begun to record it."""
+    """Whether the run trains beyond that step and W&B records it."""
     status = status_of(run_dir)
     trains = status.get("state") == "TRAINING" and status.get("step", 0) > beyond
     return trains and len(segments(run_dir)) == status["attempt"]
 
 
 def segments(run_dir: Path) -> list[str]:
-    """The id of each of W&B's records."""
+    """Return the run id of each W&B record."""
     return [path.name.rpartition("-")[2] for path in run_dir.glob("wandb/offline-run-*")]
 
 
 def trains_again(cluster: Cluster, job: str, run_dir: Path, attempt: int, beyond: int = 0) -> bool:
-    """Started at once whenever it waits: Slurm may set the time to wait for after it was taken back."""
+    """Whether the attempt trains; start a pending job at once each time, as Slurm may set its delay late."""
     if cluster.state(job) == "PENDING":
         cluster.start_at_once(job)
     return status_of(run_dir).get("attempt") == attempt and is_training(run_dir, beyond)
 
 
 def ended(cluster: Cluster, job: str, run_dir: Path) -> bool:
-    """Started at once whenever it was queued again."""
+    """Whether the job has completed; start a requeued job at once."""
     state = cluster.state(job)
     if state == "PENDING":
         cluster.start_at_once(job)
@@ -69,16 +69,16 @@ def ended(cluster: Cluster, job: str, run_dir: Path) -> bool:
 
 
 def end_well(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
-    """Wait for the end; the run is finished, as one W&B run, in so many attempts (or so many)."""
+    """Wait for the end and assert that the run finished as one W&B run in one of these numbers of attempts."""
     wait_until(lambda: ended(cluster, job, run_dir), "end", 2400)
     status = status_of(run_dir)
     assert status["state"] == "FINISHED"
     assert status["attempt"] in attempts
     found = segments(run_dir)
     assert set(found) == {status["wandb_id"]}
-    if len(attempts) == 1:  # each was disturbed when it was seen to train, and to be recorded
+    if len(attempts) == 1:  # each was disturbed while it trained and was recorded
         assert len(found) == status["attempt"]
-    assert len(found) <= status["attempt"]  # one that was ended in its set-up has none
+    assert len(found) <= status["attempt"]  # an attempt that ended during set-up has none
 
 
 def disturb_each(
@@ -90,7 +90,7 @@ def disturb_each(
     script: str,
     state: str = "PREEMPTED",
 ) -> Path:
-    """The directory of a LONG run that was disturbed while it was held, in each of so many attempts but the last."""
+    """Disturb a LONG run in each of its first `times` attempts while it is held; return its directory."""
     job, run_dir = submit_long(cluster, folder, *options, script=script)
     beyond = 0
     for attempt in range(1, times + 1):
@@ -106,19 +106,19 @@ def disturb_each(
 
 
 def steps_lost(run_dir: Path, reached: int) -> int:
-    """Steps that the present attempt has to make again."""
+    """Return the number of steps that the current attempt repeats."""
     return max(0, reached - int(status_of(run_dir)["resumed_at"]))
 
 
 def pids_of_rank(cluster: Cluster, job: str, rank: int) -> list[int]:
-    """The living processes of this rank, on whatever node and of whatever attempt."""
-    # Another cluster, that tests beside this one have made, has a job of the same number.
+    """Return the live processes of a rank, on any node and of any attempt."""
+    # The cluster of a concurrent test may have a job with the same number.
     wanted = {"SLURM_CONF": cluster.env["SLURM_CONF"], "SLURM_JOB_ID": job}
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             command = (process / "cmdline").read_bytes()
-            # Neither srun nor torchrun, whose commands have this in them.
+            # Skip srun and torchrun, whose command lines contain it too.
             if b"/python" not in command.split(b"\0")[0] or b"torch.distributed.run" in command:
                 continue
             entries = (process / "environ").read_text(errors="replace").split("\0")

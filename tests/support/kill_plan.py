@@ -1,4 +1,4 @@
-"""Which kills a run gets: where, of whom, how often. Drawn with a seed; over the rounds a phase is hit in many ways."""
+"""Kills of a run: point, process and count, drawn with a seed. Over the rounds each phase is hit in many ways."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Kill:
     target: str  # rank 0, another rank, launcher, torchrun, all
     victims: tuple[str, ...]
     hold: bool = False
-    begun: bool | None = True  # whether the attempt has its number by then; None: it may
+    begun: bool | None = True  # whether the attempt has its number by then; None: either
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One run: each of its starts is killed, then one is not."""
+    """One run: each of its starts is killed except the last."""
 
     number: int
     nproc: int
@@ -36,14 +36,14 @@ class Chain:
         return f"{self.number}-on-{self.nproc}"
 
 
-# Any rank comes to these points. A launcher that is killed leaves the ranks to an agreed stop.
+# Any rank reaches these points. After a kill of the launcher the ranks agree on a stop.
 ANYWHERE: dict[str, tuple[tuple[str, int], ...]] = {
     "set-up": (("before restore_latest", 1), ("after restore_latest", 1)),
     "warm-up": (("before warm_up", 1), ("before forward", 2), ("after forward", 2), ("after warm_up", 1)),
     "step": (("before take", 9), ("after take", 9), ("after forward", 30)),
     "evaluation": (("before tick evaluate", 15), ("after tick evaluate", 15)),
 }
-# Rank zero alone comes to these. When the launcher was killed it stays there until it is ended.
+# Only rank zero reaches these. After a kill of the launcher it stays there until it is ended.
 RANK_ZERO: dict[str, tuple[tuple[str, int], ...]] = {
     "start of the attempt": (
         ("before unlink token", 1),
@@ -79,7 +79,7 @@ START_UP = (
     ("launcher", "before unlink probe", "launcher", False),
     ("rank 1", "import dist_train.training.run", "all", False),
 )
-# The end of a run: all its steps are saved, so that the next start saves the last of them once more.
+# The end of a run: all its steps are saved, so the next start saves the last one again.
 RESULT = (("after rename result.json", 1), ("before FINISHED", 1))
 REPLACE = (
     ("before rename replaced", 1), ("after rename replaced", 1), ("after rename step", 1), ("before rmdir replaced", 1),
@@ -95,20 +95,20 @@ def victims_of(target: str, nproc: int, other: int) -> tuple[str, ...]:
 
 
 def plan(seed: int = 0) -> Iterator[Chain]:
-    """All kills, three runs a round."""
+    """Yield all kills, three runs per round."""
     draw = random.Random(seed)
     for number in range(ROUNDS):
         yield from _round(number, 3, ["start-up", *ANYWHERE, *RANK_ZERO], draw)
 
 
 def sample(seed: int = 0) -> Iterator[Chain]:
-    """A tenth of them: one in each phase of a save, and at the end of the run; the longer run on two processes."""
+    """Yield a tenth of the kills: one per phase of a save and one at the end; the longer run uses two processes."""
     yield from _round(2, 2, [*SAVE], random.Random(seed))
     yield Chain(6, 2, (_at_the_end("after FINISHED", FINISHED, 0, 2, "rank 0"),))
 
 
 def _round(number: int, runs: int, phases: list[str], draw: random.Random) -> Iterator[Chain]:
-    """One kill in each phase, over so many runs, the first of them on three processes. Ends vary with the round."""
+    """Yield one kill per phase over `runs` runs, the first on three processes. Ends vary with the round."""
     draw.shuffle(phases)
     for part in range(runs):
         nproc = 2 if part else 3
@@ -130,7 +130,7 @@ def _kill(phase: str, number: int, nproc: int, draw: random.Random) -> Kill:
         return Kill(phase, point, 1, role, target, victims_of(target, nproc, other), begun=begun)
     points = ANYWHERE.get(phase) or RANK_ZERO[phase]
     point, most = points[number % len(points)]
-    # Each phase begins its round with another target.
+    # Each phase starts the rotation with another target.
     targets = ("rank 0", "another rank", "all", "launcher" if number % 2 else "torchrun")
     target = targets[(number + PHASES.index(phase)) % 4]
     role = f"rank {other}" if phase in ANYWHERE and target == "another rank" else "rank 0"

@@ -1,4 +1,4 @@
-"""Disks of a test's own: full, read-only, small."""
+"""The skip marker of tests that mount their own disks: full, read-only, small."""
 
 from __future__ import annotations
 

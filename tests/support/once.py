@@ -1,4 +1,4 @@
-"""What is the same for all of pytest's workers, and made by one of them."""
+"""Test data that one pytest worker makes for all workers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from filelock import FileLock
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all workers of this session."""
+    """Return the folder that all workers of this session share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder that the first worker to ask has made; the others wait for it."""
+    """Return a folder made by the first worker that requests it; the others wait."""
     folder = shared_folder(tmp_path_factory) / name
     with FileLock(folder.with_name(f".{name}.lock")):
         if not (folder / ".made").exists():

@@ -1,7 +1,7 @@
-"""How long a test waits for what must come.
+"""The timeout of waits in tests.
 
-It ends a test that hangs, and measures nothing: a busy machine takes 38 s to start ranks that it starts in 4 s when it
-is idle. What has to be quick is measured in benchmarks; the seconds that things took here are in the tables.
+It only ends a test that hangs: a busy machine takes 38 s to start ranks that it starts in 4 s when idle. Benchmarks
+measure speed; the tables show the seconds measured here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PATIENCE_S = 600.0
 
 
 def wait_until(condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> float:
-    """Seconds until it came true."""
+    """Wait until the condition is true and return the seconds."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < patience_s, f"no {what} within {patience_s} s"

@@ -1,4 +1,4 @@
-"""A rank of `dist-train verify` with a fault in it, named by FAULT."""
+"""A rank of `dist-train verify` with the fault that FAULT names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _indices, _loss = ShardSampler.indices, Objective.loss
 
 
 def doubled_shard(sampler: ShardSampler, step: int) -> Any:
-    """Every rank trains on rank zero's examples."""
+    """Return rank zero's examples on every rank."""
     mine, sampler.rank = sampler.rank, 0
     try:
         return _indices(sampler, step)
@@ -24,13 +24,13 @@ def doubled_shard(sampler: ShardSampler, step: int) -> Any:
         sampler.rank = mine
 
 
-def everybody_evaluates_the_first_shard(total: int, rank: int, world_size: int) -> Any:
+def every_rank_evaluates_the_first_shard(total: int, rank: int, world_size: int) -> Any:
     return evaluation_shard(total, 0, world_size)
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a doubled shard": (ShardSampler, "indices", doubled_shard),
-    "a doubled evaluation": (evaluation_batches, "evaluation_shard", everybody_evaluates_the_first_shard),
+    "a doubled evaluation": (evaluation_batches, "evaluation_shard", every_rank_evaluates_the_first_shard),
     "a mean per rank": (EagerUpdate, "sync_gradients", lambda self, when: self.world.accelerator.no_sync(self.model)),
     "a sum for a mean": (Objective, "loss", lambda self, output, targets: _loss(self, output, targets) * len(targets)),
     "a missing warm-up": (Step, "warm_up", lambda self, step, wanted="eager": None),

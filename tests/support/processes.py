@@ -1,4 +1,4 @@
-"""Processes as a user starts them: real ones, ended whatever becomes of the test."""
+"""Real processes, started as by a user and killed when the test ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIST_TRAIN = [str(BIN / "dist-train")]
 def started(
     command: list[str], folder: Path, terminal: int | None = None, **env: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own; whatever is left of it afterwards is killed."""
+    """Start a process in its own session; kill what is left of it on exit."""
     out = subprocess.PIPE if terminal is None else terminal
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | env
     process = subprocess.Popen(
@@ -41,7 +41,7 @@ def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedPro
 
 
 def alive(folder: Path) -> list[int]:
-    """Processes that work in `folder`, zombies aside: those of one test, whatever their session or parent."""
+    """Return the processes whose working directory is `folder`, except zombies: those of one test in any session."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -58,7 +58,7 @@ def command_of(pid: int) -> str:
 
 
 def ranks_of(folder: Path) -> list[int]:
-    """The training processes among those, without their launchers."""
+    """Return the training processes in `folder`, without launchers."""
     launchers = ("torch.distributed.run", "torchrun", "launch")
     commands = {pid: command_of(pid) for pid in alive(folder)}
     return [

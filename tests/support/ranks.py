@@ -18,31 +18,31 @@ from typing import Any
 from support.patience import PATIENCE_S
 from support.processes import DIST_TRAIN
 
-# Forked from a server that has imported torch once: a rank is there in 0.1 s instead of 4.
+# Forked from a server that has imported torch once: a rank starts in 0.1 s instead of 4 s.
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["dist_train.training.run", "dist_train.cli", "support.ranks", "torch._dynamo"])
 
 
 def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = PATIENCE_S) -> None:
-    """Run `function(*args)` on `world_size` CPU processes with the environment torchrun would give them.
+    """Run `function(*args)` on `world_size` CPU processes with the environment that torchrun sets.
 
-    Raises AssertionError with the traceback of the rank that failed *first*: the others only report that their peer
-    is gone.
+    Raises:
+        AssertionError: with the traceback of the rank that failed first: the others only report the loss of their peer.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = [(function, args, rank, world_size, folder, dict(os.environ)) for rank in range(world_size)]
-        late, codes = _run_to_the_end(_enter, arguments, timeout_s)
-        errors = sorted(Path(folder).glob("error_*"))  # named by the time they happened
+        late, codes = _run_processes(_run_rank, arguments, timeout_s)
+        errors = sorted(Path(folder).glob("error_*"))  # named by time
         if errors:
             raise AssertionError(errors[0].read_text())
         if late or any(codes):
             raise AssertionError(f"{late} late, exit codes {codes}\n{_stacks(folder)}")
 
 
-def _run_to_the_end(
+def _run_processes(
     target: Callable[..., None], arguments: list[tuple[Any, ...]], timeout_s: float
 ) -> tuple[int, list[int]]:
-    """A process for each; how many had to be ended, and all exit codes."""
+    """Run a process per argument tuple; return how many had to be killed, and all exit codes."""
     ranks = [_CONTEXT.Process(target=target, args=each) for each in arguments]
     late = []
     try:
@@ -54,7 +54,7 @@ def _run_to_the_end(
     finally:
         late = [rank for rank in ranks if rank.is_alive()]
         for rank in late:
-            os.kill(rank.pid or 0, signal.SIGUSR2)  # prints where it is
+            os.kill(rank.pid or 0, signal.SIGUSR2)  # prints its stack
             rank.join(1)
             rank.kill()
             rank.join()
@@ -65,13 +65,13 @@ def _stacks(folder: str) -> str:
     return "\n".join(path.read_text() for path in sorted(Path(folder).glob("stack_*")))
 
 
-def _enter(
+def _run_rank(
     function: Callable[..., None], args: Sequence[Any], rank: int, world_size: int, folder: str, env: dict[str, str]
 ) -> None:
     os.environ.clear()
     os.environ.update(env)
-    _be_rank(rank, world_size, folder)
-    _tell_stack(rank, folder)
+    _set_rank_environment(rank, world_size, folder)
+    _dump_stack_on_signal(rank, folder)
     try:
         function(*args)
     except BaseException:
@@ -80,38 +80,38 @@ def _enter(
         os._exit(1)
 
 
-def _tell_stack(rank: int, folder: str) -> None:
-    faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))  # noqa: SIM115 - for good
+def _dump_stack_on_signal(rank: int, folder: str) -> None:
+    faulthandler.register(signal.SIGUSR2, Path(folder, f"stack_{rank}").open("w"))  # noqa: SIM115 - stays open
 
 
-def _be_rank(rank: int, world_size: int, folder: str) -> None:
+def _set_rank_environment(rank: int, world_size: int, folder: str) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in place.items()})
-    # Rendezvous through a file, so that no port can clash; the address is only what a launcher would have set.
+    # Rendezvous through a file, so that no port can clash; the address is set only because a launcher sets it.
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})
     os.environ["TEST_RENDEZVOUS"] = folder
-    # Loader workers as in a rank of torchrun; a rank of ours would start a fork server for them, each importing torch.
+    # Loader workers fork, as in a rank of torchrun; otherwise each rank would start a fork server that imports torch.
     mp.set_start_method("fork", force=True)
 
 
 def run_forked(
     command: Sequence[str], folder: Path, world_size: int = 1, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """As `processes.run` of a `dist-train` command, on so many ranks, for what is not about how processes start.
+    """Run a `dist-train` command like `processes.run`, but on forked ranks, for tests that do not test process starts.
 
-    What they print is rank zero's; the exit code is the first that is not 0.
+    The output is rank zero's; the exit code is the first nonzero one.
     """
     assert command[: len(DIST_TRAIN)] == DIST_TRAIN
     given = [*command[len(DIST_TRAIN) :]], folder
     with tempfile.TemporaryDirectory() as made:
         arguments = [(*given, rank, world_size, made, dict(os.environ) | env) for rank in range(world_size)]
-        late, codes = _run_to_the_end(_enter_command, arguments, PATIENCE_S)
+        late, codes = _run_processes(_run_command, arguments, PATIENCE_S)
         assert not late, _stacks(made)
         out, err = (Path(made, f"{name}_0").read_text() for name in ("out", "err"))
         return subprocess.CompletedProcess(command, next(filter(None, codes), 0), out, err)
 
 
-def _enter_command(
+def _run_command(
     arguments: list[str], folder: Path, rank: int, world_size: int, made: str, env: dict[str, str]
 ) -> None:
     from dist_train.cli import main
@@ -121,29 +121,29 @@ def _enter_command(
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(env)
-    _tell_stack(rank, made)
+    _dump_stack_on_signal(rank, made)
     os.chdir(folder)
     if world_size > 1:
-        _be_rank(rank, world_size, made)
+        _set_rank_environment(rank, world_size, made)
         join_group("ranks")
     main(arguments, prog_name="dist-train")
 
 
 def join_group(name: str) -> None:
-    """The process group, met through a file. Any number of them one after the other, each with its own name."""
+    """Join a process group through a file. Groups may follow each other, each with its own name."""
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    # A world of one too: Accelerate would make it one with a server on MASTER_PORT.
+    # Also for a world of one: Accelerate would start a server on MASTER_PORT.
     path = Path(os.environ["TEST_RENDEZVOUS"], name)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
 
 
 def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None = None) -> str:
-    """One attempt of a run on this rank. `stop_after`: rank 0's neighbour is told to stop after that many steps."""
+    """Train one attempt on this rank. `stop_after`: rank 1, if any, gets a stop request after that many steps."""
     import torch
 
     from dist_train.config.loading import parse_config
@@ -157,19 +157,19 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
     join_group(f"{run_dir.name}_{_count()}")
     config = parse_config({"tracking": {"wandb": "disabled", "pictures": False}, **settings})
     request = StopRequest()
-    told = min(1, int(os.environ["WORLD_SIZE"]) - 1)  # one rank alone knows of it
+    stopped_rank = min(1, int(os.environ["WORLD_SIZE"]) - 1)  # only one rank gets the request
     take, original = step.Step.take, agreement.Agreement.__init__
 
-    def take_and_tell(self: step.Step, number: int) -> None:
+    def take_and_request(self: step.Step, number: int) -> None:
         take(self, number)
-        if number + 1 == stop_after and int(os.environ["RANK"]) == told:
+        if number + 1 == stop_after and int(os.environ["RANK"]) == stopped_rank:
             request.request("INTERRUPT")
 
     def agree_at_each_step(self: agreement.Agreement, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **{**kwargs, "interval_s": 0.0})
 
     if stop_after is not None:
-        step.Step.take = take_and_tell  # type: ignore[method-assign, assignment]
+        step.Step.take = take_and_request  # type: ignore[method-assign, assignment]
         agreement.Agreement.__init__ = agree_at_each_step  # type: ignore[method-assign]
     try:
         start = StartOptions(config_name="test", run_dir=run_dir, verbosity=-1)
@@ -184,7 +184,7 @@ _groups = 0
 
 
 def _count() -> int:
-    """The same number on every rank, another at each call."""
+    """Return a number that is equal on every rank and new at each call."""
     global _groups
     _groups += 1
     return _groups
@@ -197,7 +197,7 @@ def train_on_ranks(
     stop_after: int | None = None,
     timeout_s: float = PATIENCE_S,
 ) -> None:
-    """A training, or one attempt of it, on fresh ranks."""
+    """Run a training, or one attempt of it, on new ranks."""
     run_on_ranks(_train, settings, run_dir, stop_after, world_size=world_size, timeout_s=timeout_s)
 
 

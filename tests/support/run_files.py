@@ -1,4 +1,4 @@
-"""What a run left in its directory, and whether two runs are the same."""
+"""Readers of a run directory and comparisons of runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.runs.directory import RunDir
 
 
 def status_of(run_dir: Path) -> dict[str, Any]:
-    """Empty where there is none yet."""
+    """Return status.json, or an empty dict if it does not exist."""
     return read_json(run_dir / "status.json")
 
 
@@ -44,7 +44,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def metrics_without_times(run_dir: Path) -> list[dict[str, Any]]:
-    """What must be the same in a resumed and in an uninterrupted run."""
+    """Return the metrics that must be equal in a resumed and in an uninterrupted run."""
     times = ("time", "epoch_s", "attempt")
     return [
         {key: value for key, value in line.items() if key not in times and not key.startswith("perf/")}
@@ -62,14 +62,14 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 
 def assert_bit_identical(run: Path, other: Path) -> None:
-    """The same weights, optimizer state and lines of metrics; times aside."""
+    """Assert equal weights, optimizer state and metrics lines, except times."""
     assert largest_difference(weights(run), weights(other)) == 0
     assert_equal(optimizer_state(run), optimizer_state(other))
     assert metrics_without_times(run) == metrics_without_times(other)
 
 
 def assert_equal(a: Any, b: Any) -> None:
-    """Nested containers with tensors, to the bit."""
+    """Assert that nested containers with tensors are bit-identical."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)

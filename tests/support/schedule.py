@@ -1,7 +1,7 @@
-"""In which order tests start: what takes longest first, and a few clusters beside the tests that compute.
+"""The start order of tests: the longest first, with a few clusters next to the tests that compute.
 
-Tests of the cluster mostly wait. Each of their groups goes to one worker of pytest, which has one cluster for all of
-it, while the other workers compute.
+Cluster tests mostly wait. Each group of them goes to one pytest worker with one cluster for the whole group, while the
+other workers compute.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import pytest
 
 CLUSTERS = 2
-# Files in which single tests take long, by what they took; the others in their own order after them.
+# Files with slow tests, by measured time; the others follow in their own order.
 LONG = [
     "test_wandb.py", "test_wandb_offline.py", "test_surroundings.py", "test_kills.py", "test_verify.py",
     "test_bench.py", "test_sweep.py", "test_torchrun.py", "test_step_modes.py", "test_trained_net.py",
@@ -31,6 +31,6 @@ def in_order(items: Iterable[pytest.Item]) -> list[pytest.Item]:
 
 
 def minutes_on_cluster(item: pytest.Item) -> float:
-    """As the test's mark says, about one and a half if it does not; 0 for a test that needs no cluster."""
+    """Return the minutes of the test's mark, 1.5 by default, 0 for a test that needs no cluster."""
     mark = item.get_closest_marker("cluster")
     return mark.kwargs.get("minutes", 1.5) if mark else 0.0

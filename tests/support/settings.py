@@ -1,4 +1,4 @@
-"""Settings as trees of YAML and back."""
+"""Conversion of settings to YAML trees and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/cluster.md and docs/faults.md: rows that tests hand in, printed at the end of a session."""
+"""The tables of docs/cluster.md and docs/faults.md: rows recorded by tests, printed at the end of a session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGETS = ("all", "rank 0", "another rank", "torchrun", "launcher")
 
 
 def tables_of(reports: Iterable[pytest.TestReport]) -> Iterator[tuple[str, list[Row]]]:
-    """(title, rows with the header first) of what the tests that passed handed in, in the order of the files."""
+    """Yield (title, rows with the header first) from the records of passed tests, in file order."""
     found: dict[str, list[Row]] = {}
     for report in sorted(reports, key=lambda report: report.location[:2]):
         for name, value in report.user_properties:
@@ -30,7 +30,7 @@ def _as_row(value: Any) -> tuple[str, Row, Row]:
 
 
 def kills_by_phase(rows: list[Row]) -> list[Row]:
-    """Of rows (phase, point, target, processes, seconds, test) one for each phase, and one for all of them."""
+    """Summarise rows (phase, point, target, processes, seconds, test): one row per phase and one for all."""
     _, *kills = rows
     header = ["phase", "kills", "on 3 processes", *TARGETS, "all gone after, at most", "test"]
     kills.sort(key=lambda row: row[0])

@@ -1,4 +1,4 @@
-"""A net of a few weights and its checkpoints, without data sets, launchers or ranks."""
+"""A tiny net and its checkpoints, without data sets, launchers or ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 2, "keep_
 
 
 class Numbers:
-    """Batches that depend on the step alone."""
+    """Batches that depend only on the step."""
 
     examples: Any = None
     wait_s = 0.0
@@ -66,7 +66,7 @@ def steps(run_dir: RunDir) -> list[int]:
 
 
 def write_at(run_dir: RunDir, step: int, accuracy: float | None = None) -> Path:
-    """A checkpoint in which every file differs from those of other steps."""
+    """Write a checkpoint whose files all differ from those of other steps."""
     state = TrainState(step=step)
     if accuracy is not None:
         state.record_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)

@@ -1,4 +1,4 @@
-"""What tests train."""
+"""Settings and helpers of trainings in tests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from support.ranks import run_forked
 from support.run_files import last_checkpoint
 from support.user_nets import OPEN
 
-# A few seconds of real MNIST.
+# A few seconds of training on MNIST.
 SETTINGS = shlex.split("-c smoke -q -o log_every=1 -o eval_every=0 -o final_train_eval=false -o optimizer.lr=1e-3")
 
-# For what must not depend on how a batch is divided.
+# For tests that the division of a batch does not change results.
 NETS: dict[str, dict[str, Any]] = {
     "mlp": {"name": "mlp"},
     "guide": {"name": "guide"},
@@ -33,12 +33,12 @@ MNIST: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
     "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}},
 }
-# (world size, at most per device): every rank count, with and without micro-batches
+# (world size, per_device_batch_size): every world size, with and without micro-batches
 DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
 
 
 STEPS = 200
-# To be disturbed: held until `let_go`, or for a minute.
+# A training to be disturbed: held until `let_go`, or for a minute.
 HELD = [
     *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=0.3", f"train_for={STEPS} steps",
     "log_every=4", "save_every=8 steps",
@@ -46,14 +46,14 @@ HELD = [
 
 
 def train(*settings: str, nproc: int = 2) -> list[str]:
-    """The command for a HELD training in the current folder, as `runs/r`."""
+    """Return the command of a HELD training in the current folder, as `runs/r`."""
     return [*DIST_TRAIN, "train", *HELD, *settings, "--run-name=r", f"--nproc={nproc}"]
 
 
 def trained_once(
     tmp_path_factory: pytest.TempPathFactory, name: str, settings: Sequence[str], world_size: int = 1
 ) -> Path:
-    """The directory of a training that nothing holds or disturbs, on forked ranks; made once for all workers."""
+    """Return the directory of an undisturbed training on forked ranks, made once for all workers."""
 
     def make(folder: Path) -> None:
         let_go(folder)
@@ -64,12 +64,12 @@ def trained_once(
 
 
 def let_go(folder: Path) -> None:
-    """Trainings in this folder, those that go on and those to come, are held no longer."""
+    """Release current and future trainings in this folder."""
     (folder / OPEN).touch()
 
 
 def save(run_dir: Path) -> int:
-    """Ask for the first checkpoint and wait for it: its step."""
+    """Request the first checkpoint, wait for it and return its step."""
     (run_dir / "SAVE").touch()
     wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
     return int(last_checkpoint(run_dir).name.removeprefix("step_"))

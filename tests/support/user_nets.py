@@ -1,4 +1,4 @@
-"""Nets and a data set with what is unusual in user code."""
+"""User nets and a data set with unusual features."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPEN = "open"
 
 
 class Drawing(Mlp):
-    """From all three generators."""
+    """Draws from all three generators in training."""
 
     def forward(self, images: Tensor) -> Tensor:
         noise = random.random() + float(np.random.rand()) + torch.rand(())
@@ -30,11 +30,11 @@ class Drawing(Mlp):
 
 
 class _Held:
-    """Each step of training takes `slow_s` longer until OPEN lies in the current folder; the numbers are the same.
+    """Each training step takes `slow_s` longer until OPEN exists in the current folder; results do not change.
 
-    A run that is to be disturbed must not be over before, however fast the machine, and once it was disturbed it must
-    not take its time. It is held from the first step on: ranks agree at a distance that their pace has set, and may
-    hear of a signal late if they become slower all at once.
+    A run to be disturbed must not end before that on a fast machine, and must not be slow afterwards. It is held from
+    the first step on: the step rate sets the interval at which ranks agree, so that ranks which slow down suddenly
+    would notice a signal late.
     """
 
     training: bool
@@ -57,7 +57,7 @@ class Gated(_Held, Mlp):
 
 
 class GatedBks(_Held, Bks):
-    """With convolutions and dropout."""
+    """A gated net with convolutions and dropout."""
 
     def forward(self, images: Tensor) -> Tensor:
         self.hold()
@@ -65,7 +65,7 @@ class GatedBks(_Held, Bks):
 
 
 class Unhurried(Mlp):
-    """When its launcher has died it may take a minute to save and end, not 3 s: a busy machine may need them."""
+    """Has a minute, not 3 s, to save and end after its launcher died, for busy machines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Masked(Mlp):
 
 
 class OwnLoss(Mlp):
-    """With weights of its own and another value in training."""
+    """Has a loss with its own weights and another value in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,16 +90,16 @@ class OwnLoss(Mlp):
 
 
 class Shifting(Mlp):
-    """Its loss takes labels that begin at 1, and changes them in place."""
+    """Has a loss for labels that start at 1, which it changes in place."""
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output, target.sub_(1))
 
 
 class Scoring(Mlp):
-    """No classifier, by its output's form; what it calls accuracy is undefined in its first and third evaluation.
+    """Not a classifier by the shape of its output; its `accuracy` is undefined in its first and third evaluation.
 
-    Its loss is negative: as a score it would be better than any accuracy.
+    Its loss is negative: as a score it would beat any accuracy.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Scoring(Mlp):
 
 
 class Encoding(nn.Module):
-    """Gives back what it is given, as near as two numbers can tell it; needs no targets."""
+    """An autoencoder with a code of two numbers; needs no targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Encoding(nn.Module):
 
 
 class ForOdd(nn.Module):
-    """Takes what `user_sets.Odd` gives; `in_place` changes what it and its loss are given."""
+    """Accepts batches of `user_sets.Odd`; with `in_place` it and its loss change their inputs in place."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Extra(Mlp):
 
 
 class _AtCall(_Held, Mlp):
-    """Knows the call in training, on one rank alone, in which something is to happen."""
+    """Acts in one training call on one rank."""
 
     def __init__(self, call: int, rank: int, slow_s: float = 0.0) -> None:
         super().__init__(slow_s)
@@ -182,7 +182,7 @@ class _AtCall(_Held, Mlp):
 
 
 class Failing(_AtCall):
-    """Says hello past Python at its first call and fails at its call number `call`."""
+    """Writes to stdout from a subprocess in its first call and fails in call number `call`."""
 
     def forward(self, images: Tensor) -> Tensor:
         if self.calls == 0:
@@ -193,7 +193,7 @@ class Failing(_AtCall):
 
 
 class Hanging(_AtCall):
-    """Waits for ever in its call number `call`, in C and holding the interpreter's lock."""
+    """Hangs in call number `call`, in C code that holds the GIL."""
 
     def forward(self, images: Tensor) -> Tensor:
         due = self.is_due()

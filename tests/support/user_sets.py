@@ -1,4 +1,4 @@
-"""Data sets and nets as a user would write them."""
+"""Data sets and nets as a user writes them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from dist_train.data.sets.named import load_named
 
 
 def mnist_part(train: bool, length: int = 960) -> ImageSet:
-    """The first images of the real MNIST: real pixels, and an evaluation that takes no time."""
+    """Return the first images of MNIST, for real pixels and a fast evaluation."""
     whole = load_named("mnist", default_data_root(), None)[0 if train else 1]
     return whole.subset(torch.arange(length))
 
 
 def noise(train: bool, size: int) -> ImageSet:
-    """A dozen pictures of `size` pixels per side, of ten classes."""
+    """Return a dozen random images of `size` pixels per side in ten classes."""
     generator = torch.Generator().manual_seed(int(train))
     pixels = torch.randint(256, (12, 3, size, size), dtype=torch.uint8, generator=generator)
     return ImageSet(pixels, torch.randint(10, (12,), generator=generator), tuple("abcdefghij"))
 
 
 class Jittered(Dataset[tuple[Tensor, int]]):
-    """Small random images whose transform draws from all three generators that user code uses."""
+    """Small random images with a transform that draws from all three generators user code uses."""
 
     classes = ("a", "b", "c")
 
@@ -51,7 +51,7 @@ class Jittered(Dataset[tuple[Tensor, int]]):
 
 
 class Unlabelled(Jittered):
-    """Its batches have no targets, for a net that needs none."""
+    """Has batches without targets, for a net that needs none."""
 
     def collate(self, batch: list[tuple[Tensor, int]]) -> tuple[Tensor, None]:
         return torch.stack([image for image, _ in batch]), None
@@ -61,8 +61,8 @@ Pair = namedtuple("Pair", "image mask")
 
 
 class Odd(Dataset[Any]):
-    """Of any length and form, drawing from any generators; with a `folder` its pictures lie in a file there, which is
-    opened at the first use."""
+    """Has any length and structure and draws from any generators. With a `folder` its images are in a file there that
+    is opened at the first use."""
 
     classes = ("a", "b", "c")
 
@@ -102,7 +102,7 @@ NOISE: dict[str, Callable[[], float]] = {
 
 
 class FromOne(Jittered):
-    """Labels that begin at 1."""
+    """Has labels that start at 1."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = super().__getitem__(index)
@@ -110,7 +110,7 @@ class FromOne(Jittered):
 
 
 class OfLength(Jittered):
-    """As long as the environment says; on another rank than zero as long as it says for that."""
+    """Takes its length from TEST_LENGTH, on ranks other than zero from TEST_LENGTH_ELSEWHERE."""
 
     def __init__(self, train: bool) -> None:
         name = "TEST_LENGTH_ELSEWHERE" if int(os.environ.get("RANK", 0)) else "TEST_LENGTH"
@@ -118,7 +118,7 @@ class OfLength(Jittered):
 
 
 class Lazy(Dataset[Any]):
-    """Stands for a file of records, opened at the first use of any kind; another process than that must not use it."""
+    """Represents a file of records that is opened at the first use; other processes must not use the handle."""
 
     def __init__(self, train: bool) -> None:
         self.opened_by: int | None = None

@@ -1,6 +1,6 @@
-"""A stand-in for W&B's server, on a loopback port: as much of it as the real client needs to deliver a run.
+"""A fake W&B server on a loopback port with the parts that the real client needs to upload a run.
 
-The client is the real one; only the other end of the wire cannot exist here.
+The client is the real one; only the server is replaced.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Manner = Literal["answers", "refuses the key", "hangs", "fails"]
 
 
 class WandbServer:
-    """What clients of it have sent; `manner` may change while they are connected."""
+    """Records what clients send; `manner` may change while they are connected."""
 
     def __init__(self, manner: Manner = "answers", sweep: str = "", points: Sequence[Mapping[str, Any]] = ()) -> None:
-        """`sweep`: the YAML of one, named `s`, of which an agent is given the `points` in turn."""
+        """`sweep` is the YAML of a sweep named `s`, whose agent gets the `points` in turn."""
         self.manner: Manner = manner
-        self.histories: dict[str, list[dict[str, Any]]] = {}  # of each run, as its page would show it
-        self.buckets: dict[str, dict[str, Any]] = {}  # of each run, what it has said of itself
+        self.histories: dict[str, list[dict[str, Any]]] = {}  # by run, as its page would show it
+        self.buckets: dict[str, dict[str, Any]] = {}  # by run, its own description
         self._sweep = sweep
         self._points = [{"id": str(number), "type": "run", "run_id": f"of-sweep-{number}", "program": "dist_train",
                          "args": {key: {"value": value} for key, value in point.items()}}
@@ -49,18 +49,18 @@ class WandbServer:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Of the only run."""
+        """The history of the only run."""
         (found,) = self.histories.values() or ([],)
         return found
 
     @property
     def env(self) -> dict[str, str]:
-        """With which a client turns to this server."""
+        """The environment of a client that connects to this server."""
         url = f"http://127.0.0.1:{self._http.server_address[1]}"
         return {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": url}
 
     def die(self) -> None:
-        """From now on the port refuses, and whoever was connected is cut off."""
+        """Refuse new connections and close the existing ones."""
         if not self._over.is_set():
             self._over.set()
             self._http.shutdown()
@@ -83,8 +83,8 @@ class WandbServer:
 
     def _look_up(self, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         if "upsertBucket" in query:
-            said = {key: value for key, value in variables.items() if value is not None}
-            self.buckets.setdefault(variables["name"], {}).update(said)
+            fields = {key: value for key, value in variables.items() if value is not None}
+            self.buckets.setdefault(variables["name"], {}).update(fields)
             history = self.histories.setdefault(variables["name"], [])
             project = {"id": "cA==", "name": variables["project"], "entity": {"id": "ZQ==", "name": "somebody"}}
             names = {"name": variables["name"], "displayName": variables["displayName"] or variables["name"]}
@@ -115,7 +115,7 @@ class WandbServer:
         return {"model": None}
 
     def _command(self, heartbeat: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What the agent is to do next: one run at a time, then leave."""
+        """Return the next command of the agent: one run at a time, then exit."""
         if any(json.loads(heartbeat["runState"]).values()):
             return []
         return [self._points.pop(0)] if self._points else [{"id": "exit", "type": "exit"}]
@@ -140,11 +140,11 @@ class _Http(ThreadingHTTPServer):
 
     def cut_off(self) -> None:
         for connection in self._connected:
-            with suppress(OSError):  # it went away by itself
+            with suppress(OSError):  # the client has disconnected
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):

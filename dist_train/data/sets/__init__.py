@@ -1,1 +1,1 @@
-"""Data sets: the bundled MNIST, torchvision's by name, folders of pictures, the user's own."""
+"""Data sets: the bundled MNIST, torchvision sets by name, image folders and user-defined sets."""

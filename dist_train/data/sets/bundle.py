@@ -1,4 +1,4 @@
-"""A BK.Synapse bundle's data set: `bks_dataset.py` with UserDataset, optionally UserValDataset."""
+"""The data set of a BK.Synapse bundle: `bks_dataset.py` with UserDataset, optionally UserValDataset."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def load_dataset_bundle(path: Path, data_root: Path) -> tuple[Dataset[Any], Dataset[Any] | None]:
-    """UserDataset and UserValDataset (None if there is none), made with `data_path=data_root`.
+    """Return UserDataset and UserValDataset (None if not defined), built with `data_path=data_root`.
 
     Raises:
-        ConfigError: nothing at `path`, or a data set that can only be iterated over.
-        DataError: `data_root` cannot be made, or the bundled MNIST not unpacked there.
-        UserCodeError: what lies there does not have the interface above, or fails.
+        ConfigError: `path` does not exist, or the data set is iterable-style.
+        DataError: `data_root` cannot be created, or the bundled MNIST cannot be unpacked there.
+        UserCodeError: the bundle does not have this interface, or raises an error.
     """
     module = open_bundle(path, "bks_dataset.py", "data.bundle")
     train_class = class_of(module, "UserDataset")
@@ -35,7 +35,7 @@ def load_dataset_bundle(path: Path, data_root: Path) -> tuple[Dataset[Any], Data
     try:
         data_root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"data.root={data_root} cannot be made: {error.strerror}. Set data.root.") from error
+        raise DataError(f"data.root={data_root} cannot be created: {error.strerror}. Set data.root.") from error
     _link_torchvision_folders(module, data_root)
     sets = []
     for cls in classes:
@@ -45,7 +45,7 @@ def load_dataset_bundle(path: Path, data_root: Path) -> tuple[Dataset[Any], Data
 
 
 class _Module:
-    """Pickled ahead of a data set: unpickling it imports the module that the data set's class is looked up in."""
+    """Pickled before a data set: unpickling it imports the module that defines the data set's class."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -59,9 +59,9 @@ def _rebuild(_module: object, make: Callable[..., Any], arguments: tuple[Any, ..
 
 
 def _pickle_with_module(cls: type, module: ModuleType) -> None:
-    # Loader workers that are spawned, not forked, have never heard of the module's name.
+    # Spawned loader workers cannot import the module by its name.
     if any(name in vars(base) for base in cls.__mro__[:-1] for name in ("__reduce__", "__reduce_ex__")):
-        return  # the user's code has its own way
+        return  # user code defines its own pickling
     file = str(module.__file__)
 
     def reduce(self: object, protocol: Any) -> tuple[Any, ...]:
@@ -87,15 +87,16 @@ def _check_dataset(cls: type) -> None:
 
 
 def _link_torchvision_folders(module: ModuleType, data_root: Path) -> None:
-    """torchvision's MNIST family reads `<root>/<name of the class>/raw`, so `class UserDataset(MNIST)` would find
-    nothing in `UserDataset/raw` and download: a link leads from the derived class's name to its base's.
+    """Link the folder of each class derived from torchvision's MNIST family to the folder of its base.
+
+    The family reads `<root>/<class name>/raw`: `class UserDataset(MNIST)` would find no files there and download them.
     """
     classes: list[Any] = [value for value in vars(module).values() if inspect.isclass(value)]
     for cls in classes:
         ancestors = [base for base in cls.__mro__ if hasattr(base, "raw_folder")]
         base = next((base for base in ancestors if base.__module__.startswith("torchvision.")), None)
         if base is None or cls.raw_folder is not base.raw_folder:
-            continue  # not of this family, or the user's code has a folder of its own
+            continue  # not of this family, or with its own folder
         if base.__name__ == "MNIST":
             fetch("mnist", data_root, None)
         if cls.__name__ != base.__name__:
@@ -106,17 +107,17 @@ def _link(link: Path, target: Path, cls: type) -> None:
     try:
         target.mkdir(exist_ok=True)
         try:
-            link.symlink_to(target.name)  # atomic: of several ranks one makes it, the others find it
+            link.symlink_to(target.name)  # atomic: one rank creates it, the others find it
         except FileExistsError:
             if link.resolve() == target.resolve():
                 return
-            holds = f"a link to {link.readlink()}" if link.is_symlink() else "a file or folder of its own"
+            actual = f"a link to {link.readlink()}" if link.is_symlink() else "a file or folder"
             raise UserCodeError(
-                f"{label_of(cls)} reads its files from {link}, which is {holds} and not a link to {target.name}. "
+                f"{label_of(cls)} reads its files from {link}, which is {actual} and not a link to {target.name}. "
                 "Give each bundle its own data.root, or move this away."
             ) from None
     except OSError as error:
         raise UserCodeError(
-            f"{label_of(cls)} needs the link {link} -> {target.name}, which cannot be made: {error.strerror}. "
-            "Set data.root to a folder that can be written to."
+            f"{label_of(cls)} needs the link {link} -> {target.name}, which cannot be created: {error.strerror}. "
+            "Set data.root to a writable folder."
         ) from error

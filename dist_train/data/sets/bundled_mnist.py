@@ -1,4 +1,4 @@
-"""The MNIST that travels with the package, unpacked once into the data folder in torchvision's layout.
+"""The MNIST bundled with the package, unpacked once into the data folder in torchvision's layout.
 
 MNIST: Y. LeCun, C. Cortes, C. Burges; CC BY-SA 3.0.
 """
@@ -20,60 +20,60 @@ from dist_train.errors import DataError
 _log = logging.getLogger(__name__)
 _PACKED = Path(__file__).with_name("mnist")
 _CHUNK_BYTES = 1 << 20
-MARKER_NAME = ".verified.json"  # {file: [size, mtime_ns]} of the files whose MD5 was found right
+MARKER_NAME = ".verified.json"  # {file: [size, mtime_ns]} of the files whose MD5 was verified
 
 
-class _Sum(NamedTuple):
+class _FileInfo(NamedTuple):
     size: int
     md5: str
 
 
 FILES = {
-    "train-images-idx3-ubyte": _Sum(47_040_016, "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": _Sum(60_008, "a25bea736e30d166cdddb491f175f624"),
-    "t10k-images-idx3-ubyte": _Sum(7_840_016, "2646ac647ad5339dbf082846283269ea"),
-    "t10k-labels-idx1-ubyte": _Sum(10_008, "27ae3e4e09519cfbb04c329615203637"),
+    "train-images-idx3-ubyte": _FileInfo(47_040_016, "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte": _FileInfo(60_008, "a25bea736e30d166cdddb491f175f624"),
+    "t10k-images-idx3-ubyte": _FileInfo(7_840_016, "2646ac647ad5339dbf082846283269ea"),
+    "t10k-labels-idx1-ubyte": _FileInfo(10_008, "27ae3e4e09519cfbb04c329615203637"),
 }
 
 
 def unpack_mnist(root: Path) -> Path:
-    """The folder `root/MNIST/raw` with the four right files in it, unpacked if they are not there.
+    """Return the folder `root/MNIST/raw` with the four verified files; unpack those that are missing.
 
-    A folder that is complete is only read, so it may lie on a read-only disk. A file with other content is kept
-    beside the right one under the name `*.damaged`, and a warning says so.
+    A complete folder is only read, so it may be on a read-only disk. A file with other content is renamed to
+    `*.damaged` with a warning.
 
     Raises:
-        DataError: something must be written and cannot be.
+        DataError: a file must be written and cannot be.
     """
     folder = root / "MNIST" / "raw"
-    if not _not_right(folder):
+    if not _invalid_files(folder):
         return folder
     with locked(root), disk_errors(root, needed_bytes=sum(file.size for file in FILES.values())):
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        for name in _not_right(folder):  # asked again: another process may have been faster
+        for name in _invalid_files(folder):  # check again: another process may have been faster
             _unpack(name, folder)
-        _not_right(folder)
+        _invalid_files(folder)
     return folder
 
 
-def _not_right(folder: Path) -> list[str]:
-    """The files that are missing or differ from the bundled ones.
+def _invalid_files(folder: Path) -> list[str]:
+    """Return the files that are missing or differ from the bundled ones.
 
-    A file is hashed once: the marker then vouches for it as long as its size and time of change stay the same.
+    A file is hashed once: the marker is then trusted while its size and modification time stay the same.
     """
     known = _read_marker(folder)
-    seen = {name: _stamp(folder / name) for name in FILES}  # before hashing, so that a later change is noticed
-    right = {
+    stamps = {name: _stamp(folder / name) for name in FILES}  # before hashing, so that a later change is detected
+    verified = {
         name: stamp
-        for name, stamp in seen.items()
-        if stamp and stamp[0] == FILES[name].size and (stamp == known.get(name) or _md5_fits(folder / name))
+        for name, stamp in stamps.items()
+        if stamp and stamp[0] == FILES[name].size and (stamp == known.get(name) or _md5_matches(folder / name))
     }
-    if right and right != known:
-        # On a read-only disk the marker cannot be kept; then each start hashes anew, which takes a tenth of a second.
+    if verified and verified != known:
+        # On a read-only disk the marker cannot be written, and each start hashes again, which takes 0.1 s.
         with suppress(OSError), atomic_write(folder / MARKER_NAME) as aside:
-            aside.write_text(json.dumps(right))
-    return [name for name in FILES if name not in right]
+            aside.write_text(json.dumps(verified))
+    return [name for name in FILES if name not in verified]
 
 
 def _read_marker(folder: Path) -> dict[str, list[int]]:
@@ -92,7 +92,7 @@ def _stamp(path: Path) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _md5_fits(path: Path) -> bool:
+def _md5_matches(path: Path) -> bool:
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with path.open("rb") as file:
@@ -108,7 +108,7 @@ def _unpack(name: str, folder: Path) -> None:
     if target.exists():
         aside = target.with_name(f"{name}.damaged")
         target.replace(aside)
-        _log.warning("%s is not the MNIST file it should be; restored. The old one is now %s.", target, aside.name)
+        _log.warning("%s is not the expected MNIST file. It was restored; the old file is now %s.", target, aside.name)
     packed = _PACKED / f"{name}.xz"
     digest = hashlib.md5(usedforsecurity=False)
     with atomic_write(target) as aside, aside.open("wb") as file:
@@ -118,7 +118,7 @@ def _unpack(name: str, folder: Path) -> None:
                     digest.update(chunk)
                     file.write(chunk)
         except (FileNotFoundError, EOFError, lzma.LZMAError) as error:
-            raise DataError(f"{packed} of the installed package is damaged ({error}). Install it anew.") from None
+            raise DataError(f"{packed} of the installed package is damaged ({error}). Reinstall it.") from None
         if digest.hexdigest() != FILES[name].md5:
-            raise DataError(f"{packed} of the installed package has other content. Install it anew.")
+            raise DataError(f"{packed} of the installed package has other content. Reinstall it.")
     _log.info("Unpacked %s.", target)

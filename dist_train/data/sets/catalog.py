@@ -1,4 +1,4 @@
-"""The data sets known by name: what their files are called and where they lie, in torchvision's layout."""
+"""The data sets known by name: their file names and locations in torchvision's layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.errors import ConfigError
 
 DIGITS = tuple(string.digits)
 _IDX_PARTS = ("images-idx3-ubyte", "labels-idx1-ubyte")
-# Capital letters that look like their small ones are one class with them in bymerge and balanced.
+# In bymerge and balanced, capital letters that look like their lowercase form share its class.
 _MERGED = tuple(sorted(set(string.digits + string.ascii_letters) - set("cijklmopsuvwxyz")))
 EMNIST_CLASSES = {
     "balanced": _MERGED,
@@ -32,11 +32,11 @@ class NamedSet:
     folder: str  # below the data root
     train_files: tuple[str, ...]
     test_files: tuple[str, ...]
-    archives: tuple[str, ...]  # what torchvision downloads, below the data root
-    classes: tuple[str, ...] | None = None  # of sets in IDX files; the others bring theirs along
+    archives: tuple[str, ...]  # the downloads of torchvision, below the data root
+    classes: tuple[str, ...] | None = None  # of sets in IDX files; the others store them
 
     def files(self, root: Path, split: str | None = None) -> list[Path]:
-        """What must be there; of emnist for `split`, or for all of its splits."""
+        """Return the required files; for emnist those of `split`, or of all splits."""
         splits = [split] if split or self.class_name != "EMNIST" else list(EMNIST_CLASSES)
         names = self.train_files + self.test_files
         return [root / self.folder / name.format(split=part) for part in splits for name in names]
@@ -74,12 +74,17 @@ SETS = {
 
 
 def check_packages(name: str) -> None:
+    """Check that the packages which read the set are installed.
+
+    Raises:
+        ConfigError
+    """
     if name == "svhn" and find_spec("scipy") is None:
-        raise ConfigError('data.name=svhn is read by scipy, which is not installed. pip install "dist-train[svhn]"')
+        raise ConfigError('data.name=svhn needs scipy, which is not installed. pip install "dist-train[svhn]"')
 
 
 def fetch_command(name: str, root: Path) -> str:
-    """What to type where there is network, for files to land in `root`."""
+    """Return the command that downloads the set to `root` on a machine with network access."""
     prefix = "" if root == default_data_root() else f"DIST_TRAIN_DATA_DIR={shlex.quote(str(root))} "
     return f"{prefix}dist-train data fetch {name}"
 
@@ -87,18 +92,18 @@ def fetch_command(name: str, root: Path) -> str:
 class Available(NamedTuple):
     name: str
     present: bool  # can be used without a network
-    path: Path  # where its files lie, or would
+    path: Path  # the folder of its files, which may not exist yet
     note: str
 
 
 def available_sets(root: Path | None = None) -> list[Available]:
-    """Every set known by name, for `dist-train data ls`."""
+    """Return every set known by name, for `dist-train data ls`."""
     root = root or default_data_root()
     rows = []
     for name, known in SETS.items():
         present, note = known.is_present(root), ""
         if name == "mnist":
-            present, note = True, "travels with the package"
+            present, note = True, "bundled with the package"
         elif name == "emnist":
             splits = [split for split in EMNIST_CLASSES if known.is_present(root, split)]
             present, note = bool(splits), f"data.split: {', '.join(splits or EMNIST_CLASSES)}"

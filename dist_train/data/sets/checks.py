@@ -1,4 +1,4 @@
-"""Whether the `data` settings name a data set, belong to it, and fit it."""
+"""Validation of the `data` settings against each other and against the data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_train.errors import ConfigError
 
 
 def check_settings(config: DataConfig) -> None:
-    """Whether the settings name a data set and belong to it; reads no data.
+    """Check that the settings name a data set and apply to it. Reads no data.
 
     Raises:
         ConfigError
@@ -23,8 +23,8 @@ def check_settings(config: DataConfig) -> None:
     if kind not in ("bundle", "user", "image_folder", *SETS):
         near = difflib.get_close_matches(name, ["image_folder", *SETS], n=1, cutoff=0.5)
         raise ConfigError(
-            f"There is no data set data.name={name}.{f' Did you mean {near[0]}?' if near else ''} "
-            f"Known: {', '.join(SETS)}, image_folder; your own is written package.module:Name."
+            f"data.name={name} is not a known data set.{f' Did you mean {near[0]}?' if near else ''} "
+            f"Known: {', '.join(SETS)}, image_folder. For your own, set data.name=package.module:Name."
         )
     label = "data.bundle" if kind == "bundle" else f"data.name={name}"
     for setting, value, owner, belongs in (
@@ -33,7 +33,7 @@ def check_settings(config: DataConfig) -> None:
         ("args", config.args or None, "package.module:Name", kind == "user"),
     ):
         if value is not None and not belongs:
-            raise ConfigError(f"data.{setting}={value} belongs to {owner}, not to {label}. Remove data.{setting}.")
+            raise ConfigError(f"data.{setting}={value} applies to {owner}, not to {label}. Remove data.{setting}.")
     if kind == "emnist" and config.split not in EMNIST_CLASSES:
         had = f"has no data.split={config.split}" if config.split else "needs data.split"
         raise ConfigError(f"data.name=emnist {had}. Set data.split to one of: {', '.join(EMNIST_CLASSES)}.")
@@ -42,7 +42,7 @@ def check_settings(config: DataConfig) -> None:
 
 
 def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, int, int] | None) -> None:
-    """Whether what is done to pixels fits the images [C, H, W]; sets that give none (most user code) have their own
+    """Check that the pixel settings fit the images [C, H, W]; sets without pixels (most user code) have their own
     transforms.
 
     Raises:
@@ -51,11 +51,13 @@ def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, in
     for setting in ("normalize", "augment"):
         if getattr(config, setting) is not None and not yields_pixels(train):
             label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
-            raise ConfigError(f"data.{setting} and {label}, which has transforms of its own. Remove data.{setting}.")
+            raise ConfigError(
+                f"data.{setting} does not apply to {label}, which has its own transforms. Remove data.{setting}."
+            )
     channels, *sides = image_shape or (0, 0, 0)
     if config.augment is not None and config.augment.shift >= (side := min(sides)):
         raise ConfigError(
-            f"data.augment.shift={config.augment.shift} moves images of {side} pixels out of sight. "
+            f"data.augment.shift={config.augment.shift} shifts images of {side} pixels out of the frame. "
             f"Set it to less than {side}."
         )
     if config.normalize is None:
@@ -64,5 +66,5 @@ def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, in
     if channels != given:
         raise ConfigError(
             f"data.normalize has {given} channels, the images of data.name={config.name} have {channels}. "
-            f"Give {channels} numbers for mean and for std."
+            f"Set {channels} numbers for mean and for std."
         )

@@ -1,4 +1,4 @@
-"""Downloading a named data set through torchvision, so that a broken-off download leaves nothing half done."""
+"""Downloads of named data sets through torchvision; an interrupted download leaves no partial files."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from dist_train.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 _STAGING = ".download-"
-_SILENCE_S = 30.0  # a mirror that says nothing for so long will not answer; urllib alone would wait for ever
+_SOCKET_TIMEOUT_S = 30.0  # for a mirror that does not respond; urllib has no timeout by default
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def fetch(name: str, root: Path, split: str | None = None, *, progress: bool = False) -> Path:
-    """Brings the files of a named set into `root`, unless they are there; returns their folder.
+    """Download the files of a named set to `root` unless they exist, and return their folder.
 
-    Of emnist, whose splits come in one archive, all are kept; `split` only says which must be there.
+    All splits of emnist come in one archive and are kept; `split` only says which one must exist.
 
     Raises:
-        ConfigError: no such set.
+        ConfigError: the set is unknown.
         DataError: no mirror can be reached, or `root` cannot be written.
     """
     from dist_train.torchvision_compat import import_torchvision
 
     if name not in SETS:
-        raise ConfigError(f"No data set {name}. There are: {', '.join(SETS)}.")
+        raise ConfigError(f"{name} is not a known data set. Known: {', '.join(SETS)}.")
     known = SETS[name]
     check_packages(name)
     if name == "mnist":
@@ -52,24 +52,24 @@ def fetch(name: str, root: Path, split: str | None = None, *, progress: bool = F
     with locked(root), disk_errors(root):
         if known.is_present(root, split):  # another process was faster
             return folder
-        for stale in root.glob(f"{_STAGING}*"):  # of a killed process: nobody else is writing now
+        for stale in root.glob(f"{_STAGING}*"):  # of a killed process: only the lock's holder writes
             shutil.rmtree(stale, ignore_errors=True)
         build = getattr(import_torchvision().datasets, known.class_name)
-        # Into a folder of its own first: torchvision writes in place, and others look for the files without the lock.
+        # Use a staging folder: torchvision writes in place, and other processes look for the files without the lock.
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=root))
         try:
             if not _unpack_idx(known, dict(getattr(build, "resources", ())), root, staging):
                 _log.info("Downloading %s to %s.", name, folder)
                 _link_archives(known, root, staging)
-                with nullcontext() if progress else _quiet(), _impatient():
+                with nullcontext() if progress else _suppressed_output(), _socket_timeout():
                     _download(name, build, staging, split)
             _move_files(known, staging, root)
         except Exception as error:
-            raise _explain(error, name, known, root) from None
+            raise _to_data_error(error, name, known, root) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     if not known.is_present(root, split):
-        raise DataError(f"The mirror of {name} did not send all files that {folder} needs. Fetch them by hand.")
+        raise DataError(f"The mirror of {name} did not send all files that {folder} needs. Download them by hand.")
     return folder
 
 
@@ -84,9 +84,9 @@ def _download(name: str, build: Callable[..., Any], staging: Path, split: str | 
 
 
 def _unpack_idx(known: NamedSet, checksums: Mapping[str, str], root: Path, staging: Path) -> bool:
-    """From archives that somebody already put where torchvision looks for them, if our own reader takes them all.
+    """Unpack archives already in torchvision's location; return False unless our own reader accepts them all.
 
-    torchvision would load them anew, and over them, where a mirror has packed the same files in another way.
+    torchvision would download and overwrite archives of the same files that a mirror has compressed differently.
     """
     archives = [root / archive for archive in known.archives]
     if known.classes is None or not all(archive.is_file() for archive in archives):
@@ -106,13 +106,13 @@ def _unpack_idx(known: NamedSet, checksums: Mapping[str, str], root: Path, stagi
         with archive.open("rb") as packed:
             checksum = hashlib.file_digest(packed, "md5").hexdigest()
         if checksum != checksums[archive.name]:
-            _log.warning("%s is a good archive, of another checksum (%s) than torchvision's; taken.", archive, checksum)
+            _log.warning("Using %s: a valid archive, but its checksum (%s) is not torchvision's.", archive, checksum)
     _log.info("Unpacked %s from the archives in %s.", known.class_name, archives[0].parent)
     return True
 
 
 def _link_archives(known: NamedSet, root: Path, staging: Path) -> None:
-    """Archives that somebody already put where torchvision looks for them need no network."""
+    """Link archives that are already in torchvision's location, so that they need no network."""
     for archive in known.archives:
         if (root / archive).is_file():
             (staging / archive).parent.mkdir(parents=True, exist_ok=True)
@@ -120,9 +120,11 @@ def _link_archives(known: NamedSet, root: Path, staging: Path) -> None:
 
 
 def _move_files(known: NamedSet, staging: Path, root: Path) -> None:
-    packed = {staging / archive for archive in known.archives} - set(known.files(staging))  # svhn's are no archives
+    packed = {staging / archive for archive in known.archives} - set(
+        known.files(staging)
+    )  # svhn's archives are its files
     for path in sorted(staging.rglob("*")):
-        if path.is_file() and not path.is_symlink() and path not in packed:  # archives have done their work
+        if path.is_file() and not path.is_symlink() and path not in packed:  # not the unpacked archives
             target = root / path.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
             fsync(path)
@@ -131,27 +133,27 @@ def _move_files(known: NamedSet, staging: Path, root: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """torchvision draws one progress bar per file, and each rank would."""
+def _suppressed_output() -> Iterator[None]:
+    """Suppress output: torchvision shows a progress bar per file, on each rank."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
+def _socket_timeout() -> Iterator[None]:
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_SILENCE_S)
+    socket.setdefaulttimeout(_SOCKET_TIMEOUT_S)
     try:
         yield
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _explain(error: Exception, name: str, known: NamedSet, root: Path) -> Exception:
+def _to_data_error(error: Exception, name: str, known: NamedSet, root: Path) -> Exception:
     if isinstance(error, OSError) and error.errno in _DISK:
         return unwritable(root, error)
     return DataError(
         f"{name} is not in {root / known.folder} and could not be downloaded "
         f"({type(error).__name__}: {' '.join(str(error).split())}). "
-        f"Where there is network, on a login node for example, run: {fetch_command(name, root)}"
+        f"On a machine with network access, for example a login node, run: {fetch_command(name, root)}"
     )

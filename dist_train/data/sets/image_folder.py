@@ -1,6 +1,6 @@
-"""Folders of pictures: root/train/CLASS/*, and root/val/CLASS/* or root/test/CLASS/* beside it.
+"""Image folders: root/train/CLASS/*, optionally root/val/CLASS/* and root/test/CLASS/*.
 
-Each picture, as a viewer shows it, becomes RGB, its shorter side `image_size`, and the middle square is kept.
+Each image, as a viewer shows it, is converted to RGB, resized to a shorter side of `image_size`, and center-cropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dist_train.data.sets.memory import available_bytes
 from dist_train.errors import DataError
 
 _log = logging.getLogger(__name__)
-_TURNS = {  # by EXIF orientation; 1 is upright
+_TRANSPOSE_BY_ORIENTATION = {  # by EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -31,18 +31,18 @@ _TURNS = {  # by EXIF orientation; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DEEP_MODES = ("I", "F")  # more than 8 bits a pixel: PIL would cut the values off, not scale them
+_DEEP_MODES = ("I", "F")  # more than 8 bits per pixel: PIL would clip the values, not scale them
 
 
 class ImageFolder(Dataset[Any]):
-    """One split, each picture decoded when it is asked for: (uint8 [3, S, S], label)."""
+    """One split whose images are decoded on access: (uint8 [3, S, S], label)."""
 
-    yields_pixels = True  # uint8, to be normalised on the device
+    yields_pixels = True  # uint8, normalised on the device
 
     def __init__(self, folder: Path, image_size: int) -> None:
         class_folders = _sorted(path for path in _entries(folder) if path.is_dir())
         if not class_folders:
-            raise DataError(f"{folder} has no class folders. Put the pictures into {folder}/CLASS/.")
+            raise DataError(f"{folder} has no class folders. Put the images into {folder}/CLASS/.")
         self.classes = tuple(path.name for path in class_folders)
         self.image_size = image_size
         self.paths: list[Path] = []
@@ -50,10 +50,10 @@ class ImageFolder(Dataset[Any]):
         for label, class_folder in enumerate(class_folders):
             files = _sorted(_entries(class_folder))
             if not files:
-                raise DataError(f"{class_folder} holds no pictures. Fill it, or remove it from every split.")
+                raise DataError(f"{class_folder} contains no images. Fill it, or remove it from every split.")
             nested = next((path for path in files if path.is_dir()), None)
             if nested:
-                raise DataError(f"{nested} is a folder. Pictures must lie directly in {class_folder}.")
+                raise DataError(f"{nested} is a folder. Images must be directly in {class_folder}.")
             self.paths += files
             labels += [label] * len(files)
         self.labels = torch.tensor(labels)  # int64 [N]
@@ -66,7 +66,7 @@ class ImageFolder(Dataset[Any]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """CLASS/FILE of each picture."""
+        """CLASS/FILE of each image."""
         labels = self.labels.tolist()
         return tuple(f"{self.classes[label]}/{path.name}" for label, path in zip(labels, self.paths, strict=True))
 
@@ -75,7 +75,7 @@ class ImageFolder(Dataset[Any]):
         return len(self) * 3 * self.image_size**2
 
     def in_memory(self) -> ImageSet:
-        """All of it, decoded by as many threads as this process may use (PIL works outside of Python's lock)."""
+        """Decode all images, with as many threads as this process may use (PIL releases the GIL)."""
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
 
         def fill(index: int) -> None:
@@ -86,14 +86,15 @@ class ImageFolder(Dataset[Any]):
                 for _ in pool.map(fill, range(len(self))):
                     pass
             finally:
-                pool.shutdown(cancel_futures=True)  # after a bad picture the rest need not be read
+                pool.shutdown(cancel_futures=True)  # skip the rest after an invalid image
         return ImageSet(images, self.labels, self.classes, self.names)
 
 
 def check_folder(root: Path) -> None:
-    """
+    """Check that `root` has a train folder.
+
     Raises:
-        DataError: there is nothing to train on.
+        DataError: it has none.
     """
     if not (root / "train").is_dir():
         raise DataError(f"There is no folder {root / 'train'}. Set data.root to the folder that holds train/CLASS/*.")
@@ -102,13 +103,13 @@ def check_folder(root: Path) -> None:
 def load_image_folder(
     root: Path, image_size: int, resident: bool | None = None, ranks_per_node: int = 1
 ) -> dict[str, Examples]:
-    """The splits that are there, by name: "train", and "val" and "test" where their folders exist.
+    """Return the splits by name: "train", and "val" and "test" if their folders exist.
 
-    Decoded at once into memory if `resident` says so; where it is None, if this takes at most half of the memory
-    that is free, divided among the ranks of a node.
+    They are decoded into memory at once if `resident` is True or, if it is None, when they take at most half of the
+    free memory divided by the ranks per node.
 
     Raises:
-        DataError: no train folder, no pictures, splits with different classes, a picture that cannot be decoded.
+        DataError: no train folder, no images, splits with different classes, an image that cannot be decoded.
     """
     check_folder(root)
     found = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
@@ -122,62 +123,62 @@ def load_image_folder(
             sizes = f"{needed / 1e9:.1f} GB decoded, {(free or 0) / 1e9:.1f} GB free, {ranks_per_node} ranks per node"
             _log.info("%s is streamed: %s.", root, sizes)
     if resident:
-        _log.info("decoding %d pictures of %s into memory", sum(map(len, splits.values())), root)
+        _log.info("Decoding %d images of %s into memory.", sum(map(len, splits.values())), root)
     return {name: split.in_memory() if resident else split for name, split in splits.items()}
 
 
 def decode(path: Path, image_size: int, channels: int = 3) -> Tensor:
-    """One picture, uint8 [C, S, S] of 3 channels or, in shades of grey, of 1.
+    """Decode an image to uint8 [C, S, S] with 3 channels (RGB) or 1 (greyscale).
 
     Raises:
-        DataError: PIL cannot read it, or would lose what is in it.
+        DataError: PIL cannot read the image, or would lose information.
     """
     try:
-        with Image.open(path) as picture:
-            if picture.mode.split(";")[0] in _DEEP_MODES:
-                raise DataError(f"{path} has more than 8 bits per pixel (mode {picture.mode}). Convert it to 8 bits.")
-            converted = _as_shown(picture).convert("RGB" if channels == 3 else "L")
+        with Image.open(path) as image:
+            if image.mode.split(";")[0] in _DEEP_MODES:
+                raise DataError(f"{path} has more than 8 bits per pixel (mode {image.mode}). Convert it to 8 bits.")
+            converted = _as_shown(image).convert("RGB" if channels == 3 else "L")
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"There is no picture {path}.") from None
-    except Exception as error:  # PIL raises many kinds, by format
-        raise DataError(f"{path} is not a picture that can be decoded: {error}. Mend or remove it.") from None
+        raise DataError(f"There is no image {path}.") from None
+    except Exception as error:  # PIL raises many types, depending on the format
+        raise DataError(f"{path} is not a valid image: {error}. Repair or remove it.") from None
     short = min(converted.size)
     width, height = (image_size * side // short for side in converted.size)
-    resized = converted.resize((width, height), Image.Resampling.BILINEAR)  # PIL smooths when it shrinks
+    resized = converted.resize((width, height), Image.Resampling.BILINEAR)  # PIL antialiases when it downscales
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
     square = resized.crop((left, top, left + image_size, top + image_size))
     pixels = torch.from_numpy(np.array(square)).view(image_size, image_size, channels)
     return pixels.permute(2, 0, 1).contiguous()
 
 
-def _as_shown(picture: Image.Image) -> Image.Image:
-    """As a viewer shows it: upright, and white where it is transparent."""
-    picture.load()
-    turn = None
-    with suppress(Exception):  # viewers show a picture with broken EXIF data too
-        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    if picture.has_transparency_data:
-        ink = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", ink.size, "white"), ink)
-    return picture if turn is None else picture.transpose(turn)
+def _as_shown(image: Image.Image) -> Image.Image:
+    """Return the image as a viewer shows it: upright, on a white background."""
+    image.load()
+    transpose = None
+    with suppress(Exception):  # viewers also show images with broken EXIF data
+        transpose = _TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image if transpose is None else image.transpose(transpose)
 
 
-def _check_classes(folder: Path, classes: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+def _check_classes(folder: Path, classes: tuple[str, ...], expected: tuple[str, ...]) -> None:
     differences = []
-    if missing := sorted(set(wanted) - set(classes)):
+    if missing := sorted(set(expected) - set(classes)):
         differences.append(f"lacks {', '.join(missing)}")
-    if strange := sorted(set(classes) - set(wanted)):
-        differences.append(f"has {', '.join(strange)} besides")
+    if extra := sorted(set(classes) - set(expected)):
+        differences.append(f"also has {', '.join(extra)}")
     if differences:
         raise DataError(f"{folder} {' and '.join(differences)}. All splits need the same class folders as train.")
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder; hidden files (.DS_Store and the like) are nobody's pictures."""
+    """Return the entries of a folder without hidden files such as .DS_Store."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _sorted(paths: Any) -> list[Path]:
-    return sorted(paths, key=lambda path: path.name)  # not by locale or by the order on the disk: the same everywhere
+    return sorted(paths, key=lambda path: path.name)  # independent of the locale and of the order on disk

@@ -1,4 +1,4 @@
-"""Image sets that lie in memory as uint8, and parts of sets that do not."""
+"""Image sets in memory as uint8, and subsets of other data sets."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from dist_train.errors import DataError, DistTrainError
 from dist_train.user_code.importing import user_code_error
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors is a tensor
+@dataclass(frozen=True, eq=False)  # compared by identity: == on tensors returns a tensor
 class ImageSet:
-    """A whole split in memory. Pixels stay uint8 until they are on the device: a quarter of the room and of the copies.
+    """A whole split in memory. Pixels stay uint8 until they are on the device: a quarter of the memory and transfers.
 
     Raises:
-        DataError: shapes, types or lengths do not fit each other, a label has no class, or there is no image.
+        DataError: shapes, types or lengths do not match, a label is out of range, or the set is empty.
     """
 
     images: Tensor  # uint8 [N, C, H, W]
     labels: Tensor  # int64 [N], each in range(len(classes))
     classes: tuple[str, ...]
-    names: tuple[str, ...] = ()  # of the files that the images were decoded from, if they were
+    names: tuple[str, ...] = ()  # of the files, if the images were decoded from files
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise DataError(f"Images must be uint8 [N, C, H, W], these are {form_of(self.images)}.")
+            raise DataError(f"Images must be uint8 [N, C, H, W], got {form_of(self.images)}.")
         if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            raise DataError(f"Labels must be int64 [N], these are {form_of(self.labels)}.")
+            raise DataError(f"Labels must be int64 [N], got {form_of(self.labels)}.")
         if len(self.images) != len(self.labels):
             raise DataError(f"{len(self.images)} images but {len(self.labels)} labels; each image needs one.")
         if not len(self.images):
-            raise DataError("The set holds no images.")
+            raise DataError("The set contains no images.")
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= len(self.classes):
             raise DataError(
@@ -47,18 +47,18 @@ class ImageSet:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image, uint8 [C, H, W], and its label: what a streamed set gives too."""
+        """Return one image, uint8 [C, H, W], and its label, as a streamed set does."""
         return self.images[index], int(self.labels[index])
 
     def subset(self, indices: Tensor) -> ImageSet:
-        """The examples at `indices` (int64 [M]), copied, in that order."""
+        """Return a copy of the examples at `indices` (int64 [M]), in that order."""
         return ImageSet(self.images[indices], self.labels[indices], self.classes)
 
 
 class Subset(Dataset[Any]):
-    """Some examples of a map-style data set, with what the harness asks a data set for besides examples.
+    """Some examples of a map-style data set, with the other attributes that the harness reads.
 
-    torch's `Subset` would lose these: `collate` decides what a batch looks like.
+    torch's `Subset` loses these attributes, for example `collate`, which builds the batches.
     """
 
     CARRIED = ("collate", "yields_pixels")
@@ -81,16 +81,17 @@ Examples: TypeAlias = ImageSet | Dataset[Any]  # any data set here has __len__ a
 
 
 def num_examples(examples: Examples) -> int:
+    """Return the number of examples."""
     return len(examples)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__; ours is checked
 
 
 def subset_of(examples: Examples, indices: Tensor) -> Examples:
-    """The examples at `indices` (int64 [M]), in that order."""
+    """Return the examples at `indices` (int64 [M]), in that order."""
     return examples.subset(indices) if isinstance(examples, ImageSet) else Subset(examples, indices)
 
 
 def origin(examples: Examples, index: int) -> tuple[Any, int]:
-    """The data set as it was given, and where in it the example at `index` is: validation may have been held out."""
+    """Return the original data set and the position of example `index` in it: validation may have been held out."""
     whole: Any = examples
     while isinstance(whole, Subset):
         whole, index = whole.whole, int(whole.indices[index])
@@ -98,16 +99,16 @@ def origin(examples: Examples, index: int) -> tuple[Any, int]:
 
 
 def name_of(examples: Examples, index: int) -> str:
-    """For people: "Example 77 of Mine"."""
-    whole, place = origin(examples, index)
-    return f"Example {place} of {type(whole).__name__}"
+    """Return a name for messages: "Example 77 of Mine"."""
+    whole, position = origin(examples, index)
+    return f"Example {position} of {type(whole).__name__}"
 
 
 def example_at(examples: Examples, index: int) -> Any:
-    """`examples[index]`.
+    """Return `examples[index]`.
 
     Raises:
-        UserCodeError: that failed; the example and the user's file and line are named.
+        UserCodeError: the access failed; the message names the example and the user's file and line.
     """
     try:
         return examples[index]
@@ -118,19 +119,19 @@ def example_at(examples: Examples, index: int) -> Any:
             raise
         hint = ""
         if isinstance(error, (IndexError, KeyError)):
-            hint = f" Its len() is {len(origin(examples, index)[0])}: more than it holds?"
+            hint = f" Its len() is {len(origin(examples, index)[0])}: is that too large?"
         raise user_code_error(f"{name_of(examples, index)} cannot be made", error, hint) from error
 
 
-def form_of(made: Any) -> str:
-    """For people: "(float32 [1, 28, 28], int)"."""
-    if hasattr(made, "shape") and hasattr(made, "dtype"):
-        return f"{str(made.dtype).removeprefix('torch.')} {list(made.shape)}"
-    if isinstance(made, Mapping):
-        return f"{{{', '.join(f'{key}: {form_of(item)}' for key, item in made.items())}}}"
-    if isinstance(made, (list, tuple)):
-        return f"({', '.join(map(form_of, made[:_SHOWN]))}{', ...' * (len(made) > _SHOWN)})"
-    kind = type(made)
+def form_of(value: Any) -> str:
+    """Return a description for messages: "(float32 [1, 28, 28], int)"."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {form_of(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(form_of, value[:_SHOWN]))}{', ...' * (len(value) > _SHOWN)})"
+    kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
@@ -138,5 +139,5 @@ _SHOWN = 4  # items of a list
 
 
 def yields_pixels(examples: Examples) -> bool:
-    """Sets of ours give uint8 pixels, to be normalised on the device; user code gives what its transforms make."""
+    """Whether the set gives uint8 pixels, normalised on the device. User code gives the result of its transforms."""
     return isinstance(examples, ImageSet) or getattr(examples, "yields_pixels", False)

@@ -1,4 +1,4 @@
-"""How much memory there is for a data set."""
+"""The memory available for a data set."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the machine has free, at most what the control groups of this process allow; None where nothing tells.
+    """Return the machine's free memory, limited by the control groups of this process; None if unknown.
 
-    A Slurm job or a container often may use far less than the machine has.
+    A Slurm job or a container is often limited to far less than the machine has.
     """
     limits = [limit for limit in (_free(proc / "meminfo"), *_group_limits(proc, cgroups)) if limit is not None]
     return min(limits, default=None)
@@ -24,7 +24,7 @@ def _free(meminfo: Path) -> int | None:
 
 
 def _group_limits(proc: Path, cgroups: Path) -> list[int | None]:
-    """The limit of each group that holds this process, from its own up to the root; versions 1 and 2."""
+    """Return the limit of each control group (v1 and v2) of this process, from its own up to the root."""
     limits: list[int | None] = []
     with suppress(OSError):
         for line in (proc / "self" / "cgroup").read_text().splitlines():

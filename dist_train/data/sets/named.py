@@ -1,4 +1,4 @@
-"""The data sets known by name as image sets in memory."""
+"""Loads the data sets known by name into memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dist_train.errors import DataError
 
 
 def load_named(name: str, root: Path, split: str | None) -> tuple[ImageSet, ImageSet]:
-    """Training and test set; what is missing is unpacked (mnist) or downloaded.
+    """Return the training and test set. Missing files are unpacked (mnist) or downloaded.
 
     Raises:
-        DataError: files are missing and cannot be had, or are damaged.
+        DataError: files are missing and cannot be obtained, or are damaged.
         ConfigError: the set needs a package that is not installed.
     """
     known = SETS[name]
@@ -32,20 +32,20 @@ def load_named(name: str, root: Path, split: str | None) -> tuple[ImageSet, Imag
             unpack_mnist(root)
         except DataError:
             if os.environ.get("DIST_TRAIN_DATA_DIR") or root != default_data_root():
-                raise  # somebody wants it there
-            with TemporaryDirectory(prefix="dist_train-") as aside:  # the package has it: each start unpacks it anew
+                raise  # the folder was chosen explicitly
+            with TemporaryDirectory(prefix="dist_train-") as aside:  # each start unpacks it again
                 return load_named(name, Path(aside), split)
     elif not known.is_present(root, split):
         fetch(name, root, split)
     classes = EMNIST_CLASSES[split] if name == "emnist" and split else known.classes
     if classes is None:
-        return _through_torchvision(name, root, train=True), _through_torchvision(name, root, train=False)
-    # EMNIST's files hold each image transposed. It stays so: torchvision gives it like that, and so does everyone.
+        return _load_with_torchvision(name, root, train=True), _load_with_torchvision(name, root, train=False)
+    # EMNIST's files store each image transposed. It stays transposed, as in torchvision and elsewhere.
     train_images, train_labels, test_images, test_labels = known.files(root, split)
     return read_idx_set(train_images, train_labels, classes), read_idx_set(test_images, test_labels, classes)
 
 
-def _through_torchvision(name: str, root: Path, train: bool) -> ImageSet:
+def _load_with_torchvision(name: str, root: Path, train: bool) -> ImageSet:
     from dist_train.torchvision_compat import import_torchvision
 
     known = SETS[name]
@@ -53,7 +53,7 @@ def _through_torchvision(name: str, root: Path, train: bool) -> ImageSet:
     half: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         dataset = build(root, **half)
-    except Exception as error:  # torchvision's, and whatever a damaged pickle or .mat file sets off
+    except Exception as error:  # from torchvision, or any that a damaged pickle or .mat file causes
         folder = root / known.folder
         raise DataError(
             f"{name} in {folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}). "

@@ -1,4 +1,4 @@
-"""Data sets of the user, by `package.module:Name`: called the way torchvision calls its own."""
+"""User-defined data sets, named `package.module:Name` and called like torchvision's."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from dist_train.user_code.importing import check_arguments, load_object, paramet
 
 
 def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Examples]:
-    """The splits that `name` has, under "train", "val" and "test".
+    """Return the splits of `name`, under "train", "val" and "test".
 
-    It is called with `root` if it takes that, with `args`, and with the first of these that it takes and `args` leaves
-    open:
+    The callable is called with `root` if it accepts that, with `args`, and with the first of these arguments that it
+    accepts and `args` does not set:
     - `train`: True gives "train", False gives "test";
-    - `split`: "train" and "test", or, where the callable has an attribute `splits` (a collection of names), those of
+    - `split`: "train" and "test", or, if the callable has an attribute `splits` (a collection of names), those of
       "train", "val" and "test" that it lists;
-    - neither: there is "train" alone.
-    Which splits exist is never concluded from an exception: a ValueError may just as well be a fault.
+    - neither: only "train" exists.
+    An exception never means that a split does not exist: a ValueError may be a bug.
 
     Raises:
-        ConfigError: it is no map-style data set, or does not take what `args` holds.
-        UserCodeError: it cannot be found, or fails.
+        ConfigError: it is not a map-style data set, or does not accept `args`.
+        UserCodeError: it cannot be found, or raises an error.
     """
     target = load_object(name)
-    _refuse_iterable(target, name)
+    _check_not_iterable(target, name)
     if not callable(target):
         raise ConfigError(f"data.name={name} is of type {type(target).__name__}. Name a class or a function.")
     check_arguments(target, args, "data.args")
     named, _ = parameters_of(target)
     given = {"root": str(root), **args} if "root" in named else dict(args)
     splits: dict[str, Examples] = {}
-    # One process at a time where the set downloads itself: torchvision's classes are not safe against each other.
+    # One process at a time if the set downloads itself: torchvision's downloads are not safe to run concurrently.
     with locked(root) if args.get("download") else nullcontext():
         for split, selection in _selections(target, set(named) - set(args), name).items():
             call = f"{name}({', '.join(f'{key}={value!r}' for key, value in selection.items())})"
@@ -47,23 +47,23 @@ def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Exa
 
 
 def check_map_style(dataset: Any, what: str) -> Examples:
-    """`dataset` itself, if examples can be addressed by index.
+    """Return `dataset` if its examples can be addressed by index.
 
     Raises:
         ConfigError
     """
-    _refuse_iterable(dataset, what)
-    lacking = [method for method in ("__len__", "__getitem__") if not hasattr(dataset, method)]
-    if lacking:
+    _check_not_iterable(dataset, what)
+    missing = [method for method in ("__len__", "__getitem__") if not hasattr(dataset, method)]
+    if missing:
         raise ConfigError(
-            f"{what} is a {type(dataset).__name__} without {' and '.join(lacking)}; dist_train needs a map-style data "
+            f"{what} is a {type(dataset).__name__} without {' and '.join(missing)}; dist_train needs a map-style data "
             "set, since exact sharding and resume address examples by index. Add the method."
         )
     return dataset  # type: ignore[no-any-return]
 
 
-def _refuse_iterable(thing: Any, what: str) -> None:
-    kind = thing if isinstance(thing, type) else type(thing)
+def _check_not_iterable(item: Any, what: str) -> None:
+    kind = item if isinstance(item, type) else type(item)
     if issubclass(kind, IterableDataset):
         raise ConfigError(
             f"{what} is an IterableDataset; dist_train needs a map-style data set with __len__ and __getitem__, since "
@@ -72,18 +72,18 @@ def _refuse_iterable(thing: Any, what: str) -> None:
 
 
 def _selections(target: Any, free: set[str], name: str) -> dict[str, dict[str, Any]]:
-    """For each split that there is, the argument that selects it."""
+    """Return the selecting argument of each existing split."""
     if "train" in free:
         return {"train": {"train": True}, "test": {"train": False}}
     if "split" not in free:
         return {"train": {}}
     listed = getattr(target, "splits", ("train", "test"))
     if "train" not in listed:
-        raise ConfigError(f"{name}.splits is {', '.join(map(str, listed))}. One of them must be called train.")
+        raise ConfigError(f"{name}.splits is {', '.join(map(str, listed))}. One of them must be train.")
     return {split: {"split": split} for split in ("train", "val", "test") if split in listed}
 
 
 def _call(target: Callable[..., Any], arguments: dict[str, Any], call: str) -> Any:
-    hint = " (an attribute `splits` that lists the splits leaves the others out)" if "split=" in call else ""
+    hint = " (an attribute `splits` can list the splits that exist)" if "split=" in call else ""
     with wrap_user_errors(call, f"failed{hint}"):
         return target(**arguments)

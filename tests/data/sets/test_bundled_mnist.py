@@ -1,4 +1,4 @@
-"""The bundled MNIST: unpacked once, right, on any disk or with one line that says why not."""
+"""The bundled MNIST: it is unpacked once and verified on any disk, or fails with one line."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(unpacked: Path, tmp_path: Path) -> Path:
-    """An unpacked root of its own; hard links, so replace files and never write into them."""
+    """A copy of the unpacked root made of hard links: replace files, never write into them."""
     shutil.copytree(unpacked, tmp_path / "data", copy_function=os.link)
     return tmp_path / "data"
 
 
 @pytest.fixture(scope="module")
 def torchvision() -> ModuleType:
-    """Imported before a test begins: the import itself sets environment variables."""
+    """torchvision, imported before the test: its import sets environment variables."""
     return import_torchvision()
 
 
@@ -78,8 +78,8 @@ def md5(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def said_about(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[str]]]:
-    """What UNPACK says about roots on unusual disks, by name; all in one mount namespace and one process."""
+def output_for(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[str]]]:
+    """The output of UNPACK for roots on unusual disks, by name, from one process in one mount namespace."""
     top = tmp_path_factory.mktemp("mounted")
     for name in ("complete", "without_marker"):
         shutil.copytree(unpacked, top / name, copy_function=os.link)
@@ -96,9 +96,9 @@ def said_about(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         exec "$0" -c "$2" "$1/complete" "$1/without_marker" "$1/empty" "$1/full"
     """
     argv = ["unshare", "-m", "sh", "-euc", mounting, sys.executable, str(top), UNPACK]
-    said = subprocess.run(argv, input="\n", capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(argv, input="\n", capture_output=True, text=True, check=True).stdout
     roots = [top / name for name in ("complete", "without_marker", "empty", "full")]
-    parts = said.split("== root")[1:]
+    parts = output.split("== root")[1:]
     return {root.name: (root, part.splitlines()[1:]) for root, part in zip(roots, parts, strict=True)}
 
 
@@ -109,7 +109,7 @@ def test_the_four_files_are_the_published_ones(unpacked: Path) -> None:
         "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
         "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
     }
-    assert {path.name for path in raw(unpacked).iterdir()} == {*FILES, MARKER_NAME}  # nothing half-written is left
+    assert {path.name for path in raw(unpacked).iterdir()} == {*FILES, MARKER_NAME}  # no partial files
 
 
 def test_counts_mean_and_std(unpacked: Path) -> None:
@@ -140,12 +140,12 @@ def test_a_second_start_neither_hashes_nor_writes(root: Path, monkeypatch: pytes
         raise AssertionError("not needed")
 
     monkeypatch.setattr(hashlib, "md5", never)
-    monkeypatch.setattr(module, "whole", never)
+    monkeypatch.setattr(module, "atomic_write", never)
     monkeypatch.setattr(module, "locked", never)
     assert unpack_mnist(root) == raw(root)
 
 
-def test_files_that_lie_there_without_a_marker_are_hashed_and_used(root: Path) -> None:
+def test_existing_files_without_a_marker_are_hashed_and_used(root: Path) -> None:
     (raw(root) / MARKER_NAME).unlink()
     before = {name: (raw(root) / name).stat().st_ino for name in FILES}
     unpack_mnist(root)
@@ -155,7 +155,7 @@ def test_files_that_lie_there_without_a_marker_are_hashed_and_used(root: Path) -
 
 
 @pytest.mark.parametrize("marker", ["", "[]", '{"t10k-labels-idx1-ubyte": 7}'])
-def test_a_damaged_marker_is_made_anew(marker: str, root: Path) -> None:
+def test_a_damaged_marker_is_rewritten(marker: str, root: Path) -> None:
     replace(raw(root) / MARKER_NAME, marker.encode())
     unpack_mnist(root)
     assert set(json.loads((raw(root) / MARKER_NAME).read_text())) == set(FILES)
@@ -174,7 +174,7 @@ def test_a_damaged_file_is_restored_with_a_warning(
     assert str(raw(root) / LABELS) in warnings[0]
 
 
-def test_what_a_killed_process_left_is_removed(root: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(root: Path) -> None:
     (raw(root) / LABELS).unlink()
     leftover = temporary_path(raw(root) / LABELS)
     leftover.write_bytes(b"half")
@@ -211,36 +211,36 @@ def test_two_processes_at_once_unpack_once(tmp_path: Path) -> None:
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    said = [process.communicate()[0] for process in both]
-    assert [text.splitlines()[-1] for text in said] == [f"done {raw(tmp_path)}"] * 2, said
-    assert "".join(said).count("Unpacked") == len(FILES)
+    output = [process.communicate()[0] for process in both]
+    assert [text.splitlines()[-1] for text in output] == [f"done {raw(tmp_path)}"] * 2, output
+    assert "".join(output).count("Unpacked") == len(FILES)
     assert {name: md5(raw(tmp_path) / name) for name in FILES} == {name: file.md5 for name, file in FILES.items()}
 
 
 @needs_mounts
 @pytest.mark.parametrize("name", ["complete", "without_marker"])
-def test_a_read_only_root_with_the_files_works(name: str, said_about: dict[str, tuple[Path, list[str]]]) -> None:
-    root, lines = said_about[name]
+def test_a_read_only_root_with_the_files_works(name: str, output_for: dict[str, tuple[Path, list[str]]]) -> None:
+    root, lines = output_for[name]
     assert lines == [f"done {raw(root)}"]
 
 
 @needs_mounts
-def test_a_read_only_root_without_the_files_is_one_line(said_about: dict[str, tuple[Path, list[str]]]) -> None:
-    root, lines = said_about["empty"]
+def test_a_read_only_root_without_the_files_is_one_line(output_for: dict[str, tuple[Path, list[str]]]) -> None:
+    root, lines = output_for["empty"]
     assert len(lines) == 1
     assert lines[0].startswith(f"DataError Cannot write to {root}: Read-only file system")
     assert "data.root or DIST_TRAIN_DATA_DIR" in lines[0]
 
 
 @needs_mounts
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
-    said_about: dict[str, tuple[Path, list[str]]],
+def test_a_full_disk_is_one_line_and_leaves_no_partial_files(
+    output_for: dict[str, tuple[Path, list[str]]],
 ) -> None:
-    root, lines = said_about["full"]
+    root, lines = output_for["full"]
     assert len(lines) == 1
     assert lines[0].startswith(f"DataError Cannot write to {root}: No space left on device (55.0 MB to write, ")
     free_mb = float(lines[0].split(" MB to write, ")[1].split(" MB free")[0])
-    assert free_mb > 20  # the half-written file is gone again
+    assert free_mb > 20  # the partial file is removed
 
 
 def test_where_the_default_root_cannot_be_written_the_package_is_read(
@@ -254,7 +254,7 @@ def test_where_the_default_root_cannot_be_written_the_package_is_read(
     monkeypatch.setattr(named, "unpack_mnist", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "cache/dist_train"))
-    with pytest.raises(DataError, match="Cannot write to"):  # it was named
+    with pytest.raises(DataError, match="Cannot write to"):  # the folder was chosen explicitly
         load_splits(DataConfig(), seed=0)
     monkeypatch.delenv("DIST_TRAIN_DATA_DIR")
     found = load_splits(DataConfig(), seed=0).train

@@ -1,4 +1,4 @@
-"""Image sets and the IDX files that most of them come from."""
+"""Image sets and IDX files."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def small_set(num: int = 6) -> ImageSet:
     )
 
 
-def test_an_image_set_gives_an_image_and_its_label() -> None:
+def test_an_item_is_an_image_and_its_label() -> None:
     image, label = small_set()[4]
     assert image.tolist() == torch.arange(48, 60).view(3, 2, 2).tolist()
     assert label == 1
     assert isinstance(label, int)
     assert len(small_set()) == 6
-    with pytest.raises(IndexError):  # ends a loop over the set
+    with pytest.raises(IndexError):  # ends iteration over the set
         small_set()[6]
 
 
@@ -57,13 +57,13 @@ def test_a_subset_keeps_order_and_classes() -> None:
         (torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), TEN, "no images"),
     ],
 )
-def test_what_does_not_fit_is_refused(images: Tensor, labels: Tensor, classes: tuple[str, ...], words: str) -> None:
+def test_invalid_image_sets_are_refused(images: Tensor, labels: Tensor, classes: tuple[str, ...], words: str) -> None:
     with pytest.raises(DataError) as caught:
         ImageSet(images, labels, classes)
     assert words in str(caught.value)
 
 
-def test_a_part_of_a_map_style_set_keeps_what_the_harness_asks_for() -> None:
+def test_a_subset_of_a_map_style_set_keeps_its_collate() -> None:
     class Squares:
         def __len__(self) -> int:
             return 10
@@ -99,7 +99,7 @@ def test_reading_idx(tmp_path: Path) -> None:
         (idx_bytes((3, 2, 4), bytes(23)), "40 bytes expected, 39 found"),
         (idx_bytes((3, 2, 4), bytes(25)), "40 bytes expected, 41 found"),
         (idx_bytes((3, 2, 4), b"")[:9], "16 bytes expected, 9 found"),
-        (idx_bytes((24,), bytes(24)), "00 00 08 01"),  # labels where images belong
+        (idx_bytes((24,), bytes(24)), "00 00 08 01"),  # labels instead of images
         (idx_bytes((3, 2, 4), bytes(24), magic=b"\0\0\x0d"), "00 00 0d 03"),  # floats
         (b"\x1f\x8b\x08\x00gz", "1f 8b 08 00"),  # still compressed
         (b"", "nothing"),
@@ -124,5 +124,5 @@ def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:
 def test_images_and_labels_of_different_sets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images").write_bytes(idx_bytes((3, 2, 4), bytes(24)))
     (tmp_path / "labels").write_bytes(idx_bytes((2,), bytes(2)))
-    with pytest.raises(DataError, match=r"images and labels do not fit: 3 images but 2 labels"):
+    with pytest.raises(DataError, match=r"images and labels do not match: 3 images but 2 labels"):
         read_idx_set(tmp_path / "images", tmp_path / "labels", TEN)

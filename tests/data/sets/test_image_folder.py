@@ -1,4 +1,4 @@
-"""Folders of pictures: in memory and streamed alike, the same everywhere, and every fault named."""
+"""Image folders: equal in memory and streamed, the same on every machine; errors name the file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def picture(path: Path, size: tuple[int, int] = (9, 7), mode: str = "RGB") -> Pa
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes; pictures of several shapes, colours and formats, made in another order than that of their names."""
+    """Two classes with images of several shapes, modes and formats, not created in the order of their names."""
     picture(tmp_path / "train/dog/b.png", (5, 12))
     picture(tmp_path / "train/dog/a.jpg", (40, 30), "L")
     picture(tmp_path / "train/cat/10.png", (8, 8), "RGBA")
@@ -50,7 +50,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def transforms() -> Any:
-    """Imported before a test begins: importing torchvision sets environment variables."""
+    """torchvision.transforms, imported before the test: the import sets environment variables."""
     return import_torchvision().transforms
 
 
@@ -86,7 +86,7 @@ def test_files_are_sorted_by_name_and_labels_by_class(root: Path) -> None:
     assert train.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_a_streamed_set_goes_to_loader_workers(root: Path) -> None:
+def test_a_streamed_set_can_be_pickled(root: Path) -> None:
     train = ImageFolder(root / "train", image_size=8)
     again = pickle.loads(pickle.dumps(train))
     assert all(a[0].equal(b[0]) and a[1] == b[1] for a, b in zip(items(train), items(again), strict=True))
@@ -94,22 +94,20 @@ def test_a_streamed_set_goes_to_loader_workers(root: Path) -> None:
 
 @pytest.mark.parametrize("size", [(9, 7), (7, 9), (19, 16), (8, 8), (101, 33), (33, 100), (3, 5)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_pictures_become_what_torchvision_makes_of_them(
-    size: tuple[int, int], mode: str, transforms: Any, tmp_path: Path
-) -> None:
+def test_decoding_matches_torchvision(size: tuple[int, int], mode: str, transforms: Any, tmp_path: Path) -> None:
     path = picture(tmp_path / "x.png", size, mode)
     chain = [transforms.Resize(16), transforms.CenterCrop(16), transforms.PILToTensor()]
     assert decode(path, 16).equal(transforms.Compose(chain)(Image.open(path).convert("RGB")))
 
 
 def test_what_is_transparent_is_white(tmp_path: Path) -> None:
-    """Whatever the format keeps it by; half transparent is half of it, and what is not at all keeps its bits."""
-    ink = NUMBERS.integers(0, 2, (8, 8), dtype=np.uint8) * 255  # black, or nothing at all
-    on_white = torch.from_numpy(255 - ink).expand(3, 8, 8)
-    alpha = Image.fromarray(ink)
+    """Any format blends with white: half-transparent pixels by half, opaque pixels keep their bits."""
+    opacity = NUMBERS.integers(0, 2, (8, 8), dtype=np.uint8) * 255  # black or transparent
+    on_white = torch.from_numpy(255 - opacity).expand(3, 8, 8)
+    alpha = Image.fromarray(opacity)
     black = Image.new("L", (8, 8))
     pictures = {"la.png": Image.merge("LA", (black, alpha)), "rgba.webp": Image.merge("RGBA", (black,) * 3 + (alpha,))}
-    pictures["p.png"] = pictures["p.gif"] = Image.fromarray(ink // 255, "P")  # of two colours one is none
+    pictures["p.png"] = pictures["p.gif"] = Image.fromarray(opacity // 255, "P")  # one of two colours is transparent
     pictures["p.png"].putpalette([200, 100, 0, 0, 0, 0])
     for name, made in pictures.items():
         made.save(tmp_path / name, **({"transparency": 0} if made.mode == "P" else {"lossless": True}))
@@ -126,7 +124,7 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_picture_is_upright(orientation: int, mode: str, tmp_path: Path) -> None:
-    """As PIL's own function for it says, in any format."""
+    """The result matches PIL's exif_transpose in any format."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     plain = Image.open(picture(tmp_path / "plain.png", (9, 6), "RGB")).convert(mode)
@@ -138,7 +136,7 @@ def test_a_picture_is_upright(orientation: int, mode: str, tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_data_are_no_broken_picture(tmp_path: Path) -> None:
+def test_broken_exif_data_are_ignored(tmp_path: Path) -> None:
     drawn = Image.open(picture(tmp_path / "drawn.png"))
     drawn.save(tmp_path / "none.jpg")
     drawn.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
@@ -156,25 +154,25 @@ def test_without_val_folder_the_test_folder_validates(root: Path) -> None:
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_holding_out_of_train(resident: bool, root: Path) -> None:
+def test_validation_held_out_of_train(resident: bool, root: Path) -> None:
     (root / "val").rename(root / "unused")
     everything, splits = load(root, resident=resident), load(root, resident=resident, val_examples=1)
     assert (num_examples(splits.train), num_examples(splits.val)) == (3, 1)
     seen = {image.numpy().tobytes() for image, _ in items(splits.train) + items(splits.val)}
     assert seen == {image.numpy().tobytes() for image, _ in items(everything.train)}
-    assert getattr(splits.train, "yields_pixels", False) is not resident  # what normalises a streamed part
+    assert getattr(splits.train, "yields_pixels", False) is not resident  # normalisation of a streamed subset needs it
     assert splits.num_classes == 2
 
 
-def test_a_val_folder_and_val_examples_are_at_odds(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.val_examples=1, but there is a validation set already: val/\."):
+def test_a_val_folder_and_val_examples_conflict(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.val_examples=1, but a validation set exists already: val/\."):
         load(root, val_examples=1)
 
 
 @pytest.mark.parametrize(
     ("free_per_byte", "ranks_per_node", "in_memory"), [(2, 1, True), (1.9, 1, False), (4, 2, True), (3.9, 2, False)]
 )
-def test_memory_decides_when_nobody_does(
+def test_free_memory_decides_without_a_setting(
     free_per_byte: float,
     ranks_per_node: int,
     in_memory: bool,
@@ -182,7 +180,7 @@ def test_memory_decides_when_nobody_does(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    needed = 8 * 3 * 8 * 8  # eight pictures
+    needed = 8 * 3 * 8 * 8  # eight images
     monkeypatch.setattr(module, "available_bytes", lambda: int(needed * free_per_byte))
     with caplog.at_level(logging.INFO):
         splits = load_image_folder(root, 8, None, ranks_per_node)
@@ -208,7 +206,7 @@ def test_available_memory_is_the_least_of_machine_and_groups(tmp_path: Path) -> 
     assert (available_bytes() or 0) > 0
 
 
-# --- faults ------------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------
 
 
 def test_no_train_folder(tmp_path: Path) -> None:
@@ -226,7 +224,7 @@ def test_no_classes(tmp_path: Path) -> None:
 def test_an_empty_class(split: str, root: Path) -> None:
     for path in (root / split / "dog").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=f"{split}/dog holds no pictures"):
+    with pytest.raises(DataError, match=f"{split}/dog contains no images"):
         load(root)
 
 
@@ -238,29 +236,29 @@ def test_a_folder_inside_a_class(root: Path) -> None:
 
 def test_classes_that_differ_between_splits(root: Path) -> None:
     (root / "val/dog").rename(root / "val/wolf")
-    with pytest.raises(DataError, match=r"val lacks dog and has wolf besides\. All splits"):
+    with pytest.raises(DataError, match=r"val lacks dog and also has wolf\. All splits"):
         load(root)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n broken"])
-def test_a_file_that_is_no_picture_is_named(content: bytes, root: Path) -> None:
+def test_an_invalid_image_is_named(content: bytes, root: Path) -> None:
     bad = root / "train/dog/notes.png"
     bad.write_bytes(content)
-    with pytest.raises(DataError, match=f"{bad} is not a picture"):
+    with pytest.raises(DataError, match=f"{bad} is not a valid image"):
         load(root, resident=True)
     streamed = load(root, resident=False).train
-    with pytest.raises(DataError, match=f"{bad} is not a picture"):
+    with pytest.raises(DataError, match=f"{bad} is not a valid image"):
         items(streamed)
 
 
-def test_a_cut_off_picture_is_named(root: Path) -> None:
+def test_a_truncated_image_is_named(root: Path) -> None:
     path = root / "train/dog/a.jpg"
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(DataError, match=f"{path} is not a picture"):
+    with pytest.raises(DataError, match=f"{path} is not a valid image"):
         load(root, resident=True)
 
 
-def test_sixteen_bits_a_pixel_are_refused_instead_of_cut_off(tmp_path: Path) -> None:
+def test_sixteen_bits_per_pixel_are_refused_instead_of_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per pixel"):
         decode(tmp_path / "deep.png", 8)

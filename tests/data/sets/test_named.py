@@ -1,4 +1,4 @@
-"""Data sets by name: torchvision's files, read as torchvision reads them; downloads that fail say what to do."""
+"""Named data sets: files are read as torchvision reads them; failed downloads report the fix."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ IDX_SETS = [
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    """torchvision's data sets, imported before a test begins: the import itself sets environment variables."""
+    """torchvision.datasets, imported before the test: the import sets environment variables."""
     return import_torchvision().datasets
 
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -63,7 +63,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port of this machine that refuses connections: bound, but nobody listens."""
+    """A local port that refuses connections: bound, but not listening."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
@@ -71,7 +71,7 @@ def closed_port() -> Iterator[int]:
 
 @pytest.fixture
 def mirror(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the address under which this machine serves it."""
+    """A folder and the local address that serves it."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
@@ -98,13 +98,13 @@ def write_idx_set(name: str, root: Path, split: str | None, num_classes: int) ->
 
 
 def write_cifar(name: str, root: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small batches in the real format; torchvision is told their MD5 instead of the real ones."""
+    """Write small batches in the real format; torchvision gets their MD5 sums instead of the real ones."""
     kind = getattr(theirs, SETS[name].class_name)
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
     key = "labels" if name == "cifar10" else "fine_labels"
 
-    def written(filename: str, content: dict[str, Any]) -> str:
+    def write_pickle(filename: str, content: dict[str, Any]) -> str:
         (folder / filename).write_bytes(pickle.dumps(content))
         return hashlib.md5((folder / filename).read_bytes()).hexdigest()
 
@@ -112,10 +112,10 @@ def write_cifar(name: str, root: Path, theirs: Any, monkeypatch: pytest.MonkeyPa
         sums = []
         for filename, _ in getattr(kind, attribute):
             pixels = NUMBERS.integers(0, 256, (4, 3072), dtype=np.uint8)
-            sums.append([filename, written(filename, {"data": pixels, key: [3, 1, 0, 2]})])
+            sums.append([filename, write_pickle(filename, {"data": pixels, key: [3, 1, 0, 2]})])
         monkeypatch.setattr(kind, attribute, sums)
     names = {kind.meta["key"]: ["airplane", "bird", "cat", "deer"]}
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": written(kind.meta["filename"], names)})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": write_pickle(kind.meta["filename"], names)})
 
 
 def write_svhn(root: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,14 +123,14 @@ def write_svhn(root: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None
     listed = dict(theirs.SVHN.split_list)
     for half in ("train", "test"):
         url, filename, _ = listed[half]
-        labels = np.array([[10], [1], [9], [10]], dtype=np.uint8)  # the files call a zero 10
+        labels = np.array([[10], [1], [9], [10]], dtype=np.uint8)  # the files label zeros as 10
         savemat(root / filename, {"X": NUMBERS.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8), "y": labels})
         listed[half] = [url, filename, hashlib.md5((root / filename).read_bytes()).hexdigest()]
     monkeypatch.setattr(theirs.SVHN, "split_list", listed)
 
 
 def assert_same_images(ours: ImageSet, dataset: Any) -> None:
-    """Whether each example is what torchvision's class gives, as a PIL image."""
+    """Assert that each example equals that of torchvision's class, a PIL image."""
     assert len(ours) == len(dataset)
     for index in range(len(ours)):
         picture, label = dataset[index]
@@ -249,13 +249,13 @@ def test_an_unreachable_mirror_is_one_line_with_the_command(
     assert f"{name} is not in {tmp_path / SETS[name].folder} and could not be downloaded" in message
     assert "Connection refused" in message
     assert message.endswith(f"DIST_TRAIN_DATA_DIR={tmp_path} dist-train data fetch {name}")
-    assert [path.name for path in tmp_path.iterdir()] == [".dist_train.lock"]  # nothing half-done
+    assert [path.name for path in tmp_path.iterdir()] == [".dist_train.lock"]  # no partial files
     assert capfd.readouterr() == ("", "")
     assert socket.getdefaulttimeout() is None
 
 
 def fashion_archives(folder: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """The four archives of a small FashionMNIST in `folder`; returns what is in them."""
+    """Write the four archives of a small FashionMNIST to `folder` and return their contents."""
     folder.mkdir(parents=True)
     contents, resources = {}, []
     for filename, _ in theirs.FashionMNIST.resources:
@@ -284,13 +284,13 @@ def test_a_download_leaves_the_files_and_nothing_else(
     raw = root / "FashionMNIST" / "raw"
     assert {path.name: path.read_bytes() for path in raw.iterdir()} == contents
     assert {path.name for path in root.iterdir()} == {"FashionMNIST", ".dist_train.lock"}
-    assert capfd.readouterr() == ("", "")  # no bars, unless they are asked for
+    assert capfd.readouterr() == ("", "")  # no progress bars by default
     shutil.rmtree(raw)
     fetch("fashion_mnist", root, progress=True)
     assert "100%" in capfd.readouterr().err
 
 
-def test_a_download_that_breaks_off_leaves_nothing(
+def test_an_interrupted_download_leaves_nothing(
     mirror: tuple[Path, str], tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, address = mirror
@@ -304,9 +304,7 @@ def test_a_download_that_breaks_off_leaves_nothing(
 
 
 @pytest.mark.usefixtures("no_network")
-def test_archives_that_were_put_there_by_hand_are_used(
-    tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_manually_placed_archives_are_used(tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     contents = fashion_archives(raw, theirs, monkeypatch)
     fetch("fashion_mnist", tmp_path)
@@ -329,7 +327,7 @@ def test_archives_packed_in_another_way_are_taken_and_their_checksum_named(
     assert {path.name: path.read_bytes() for path in raw.iterdir() if path.suffix != ".gz"} == contents
     assert (raw / f"{name}.gz").read_bytes() == other
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert f"{raw / name}.gz is a good archive" in warning
+    assert f"{raw / name}.gz: a valid archive" in warning
     assert hashlib.md5(other).hexdigest() in warning
 
 
@@ -349,7 +347,7 @@ def test_a_damaged_archive_is_not_taken(
     assert (raw / "train-labels-idx1-ubyte.gz").read_bytes() == damaged
 
 
-def test_fetching_says_what_was_taken_and_where_it_lies(tmp_path: Path) -> None:
+def test_fetch_reports_the_files_and_their_folder(tmp_path: Path) -> None:
     command = [*DIST_TRAIN, "data", "fetch", "mnist", "--root", str(tmp_path / "data")]
     done = run_forked(command, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -391,7 +389,7 @@ def test_a_full_disk_while_downloading_is_not_blamed_on_the_network(
         fetch("fashion_mnist", tmp_path)
 
 
-def test_fetching_what_is_there_asks_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fetching_existing_files_uses_no_network(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_idx_set("kmnist", tmp_path, None, num_classes=10)
     with caplog.at_level(logging.INFO):
         assert fetch("kmnist", tmp_path) == tmp_path / "KMNIST" / "raw"
@@ -399,7 +397,7 @@ def test_fetching_what_is_there_asks_nobody(tmp_path: Path, caplog: pytest.LogCa
     assert not (tmp_path / ".dist_train.lock").exists()
 
 
-def test_what_is_available(tmp_path: Path) -> None:
+def test_available_sets(tmp_path: Path) -> None:
     write_idx_set("kmnist", tmp_path, None, num_classes=10)
     write_idx_set("emnist", tmp_path, "letters", num_classes=10)
     rows = {row.name: row for row in available_sets(tmp_path)}
@@ -411,5 +409,5 @@ def test_what_is_available(tmp_path: Path) -> None:
 
 def test_data_is_imported_without_torchvision() -> None:
     script = "import sys, dist_train.data; print('torchvision' in sys.modules, 'dist_train.data' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["False", "True"]
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert output.stdout.split() == ["False", "True"]

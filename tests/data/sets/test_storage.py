@@ -1,4 +1,4 @@
-"""The data folder: one writer at a time, errors in one line."""
+"""The data folder: one writer at a time and one-line errors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dist_train.data.sets.storage import LOCK_NAME, disk_errors, locked
 from dist_train.errors import DataError
 
 
-def test_a_lock_that_is_never_given_back_is_named(
+def test_a_lock_that_is_never_released_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And before that, that it is waited for."""
+    """The wait is logged before."""
     caplog.set_level("INFO")
     monkeypatch.setattr(storage, "LOCK_TIMEOUT_S", 0.1)
     with (
@@ -23,8 +23,8 @@ def test_a_lock_that_is_never_given_back_is_named(
         locked(tmp_path / "new"),
     ):
         pass
-    assert caplog.messages == [f"waiting for another process that fills {tmp_path / 'new'}"]
-    with locked(tmp_path / "new"):  # given back
+    assert caplog.messages == [f"Waiting for another process that is writing to {tmp_path / 'new'}."]
+    with locked(tmp_path / "new"):  # released
         pass
 
 
@@ -34,6 +34,6 @@ def test_a_root_that_is_a_file_is_one_line_with_the_fix(tmp_path: Path) -> None:
         locked(tmp_path / "file").__enter__()
 
 
-def test_only_errors_of_the_disk_are_reworded(tmp_path: Path) -> None:
+def test_only_disk_errors_are_translated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), disk_errors(tmp_path):
         raise ValueError("mine")

@@ -1,4 +1,4 @@
-"""Data sets of the user: called as torchvision's are, and refused where they cannot be sharded exactly."""
+"""User-defined data sets: called as torchvision's, and refused if they cannot be sharded exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_train.torchvision_compat import import_torchvision
 
 
 class Recorded(Dataset[Any]):
-    """Ten images of 3 x 5 x 5 and what it was called with."""
+    """Ten images of 3 x 5 x 5 that record the call's arguments."""
 
     def __init__(self, **called_with: Any) -> None:
         self.called_with = called_with
@@ -121,7 +121,7 @@ NUMBER = 7
 
 @pytest.fixture(autouse=True)
 def my_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This file's classes under a name that a user could type."""
+    """Make this file's classes importable as `my_sets`."""
     module = ModuleType("my_sets")
     vars(module).update({name: value for name, value in globals().items() if not name.startswith("__")})
     monkeypatch.setitem(sys.modules, "my_sets", module)
@@ -129,7 +129,7 @@ def my_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def torchvision() -> ModuleType:
-    """Imported before a test begins: the import itself sets environment variables."""
+    """torchvision, imported before the test: its import sets environment variables."""
     return import_torchvision()
 
 
@@ -158,17 +158,17 @@ def test_a_split_name() -> None:
     assert splits.num_classes == 7
 
 
-def test_a_list_of_splits_decides_which_there_are() -> None:
+def test_a_list_of_splits_selects_the_splits() -> None:
     splits = load("ThreeSplits")
     assert [call["split"] for call in calls(splits)] == ["train", "val", "test"]
     assert splits.val_source == "my_sets:ThreeSplits(split='val')"
     splits = load("TrainAndVal")
     assert [call and call["split"] for call in calls(splits)] == ["train", "val", None]
-    with pytest.raises(ConfigError, match=r"my_sets:NoTrain\.splits is extra\. One of them must be called train"):
+    with pytest.raises(ConfigError, match=r"my_sets:NoTrain\.splits is extra\. One of them must be train"):
         load("NoTrain")
 
 
-def test_a_failing_split_is_a_fault_and_not_an_absent_split() -> None:
+def test_a_failing_split_is_an_error_and_not_an_absent_split() -> None:
     with pytest.raises(UserCodeError) as caught:
         load("FaultyTest")
     assert "my_sets:FaultyTest(split='test') failed" in str(caught.value)
@@ -176,7 +176,7 @@ def test_a_failing_split_is_a_fault_and_not_an_absent_split() -> None:
     assert "`splits`" in str(caught.value)
 
 
-def test_train_goes_before_split_and_args_before_both() -> None:
+def test_train_takes_precedence_over_split_and_args_over_both() -> None:
     splits = load("LikeEmnist", args={"split": "letters"})
     assert [(call["split"], call["train"]) for call in calls(splits)] == [
         ("letters", True),
@@ -187,7 +187,7 @@ def test_train_goes_before_split_and_args_before_both() -> None:
     assert calls(splits) == [{"root": "/nowhere", "train": False, "level": 0}, None, None]
 
 
-def test_a_plain_function_has_train_alone() -> None:
+def test_a_plain_function_has_only_train() -> None:
     splits = load("plain", args={"count": 5})
     assert isinstance(splits.train, ImageSet)
     assert len(splits.train) == 5
@@ -207,9 +207,9 @@ def test_downloads_go_one_process_at_a_time(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".dist_train.lock"]
 
 
-def test_an_unknown_argument_is_named_with_those_there_are() -> None:
-    told = r"data\.args\.levle\. Did you mean data\.args\.level\? It takes: root, train, level\."
-    with pytest.raises(ConfigError, match=told):
+def test_an_unknown_argument_is_named_with_the_known_ones() -> None:
+    message = r"data\.args\.levle\. Did you mean data\.args\.level\? It takes: root, train, level\."
+    with pytest.raises(ConfigError, match=message):
         load("Derived", args={"levle": 3})
 
 
@@ -219,7 +219,7 @@ def test_an_iterable_data_set_is_refused_by_name(name: str) -> None:
         load(name)
 
 
-def test_what_is_no_data_set_is_refused() -> None:
+def test_objects_that_are_not_data_sets_are_refused() -> None:
     with pytest.raises(ConfigError, match="is a NoLength without __len__;"):
         load("NoLength")
     with pytest.raises(ConfigError, match="without __len__ and __getitem__"):
@@ -230,7 +230,7 @@ def test_what_is_no_data_set_is_refused() -> None:
         load("Empty")
 
 
-def test_the_first_example_tells_the_shape() -> None:
+def test_the_first_example_defines_the_shape() -> None:
     with pytest.raises(
         UserCodeError,
         match=r"Example 0 of BadFirst cannot be made: .*test_user\.py:\d+: RuntimeError: no such image",
@@ -242,7 +242,7 @@ def test_the_first_example_tells_the_shape() -> None:
 
 def test_normalize_is_for_pixels() -> None:
     two = Normalize(mean=[0.5, 0.5], std=[1, 1])
-    with pytest.raises(ConfigError, match=r"data\.normalize and data\.name=my_sets:TrainFlag, which has transforms"):
+    with pytest.raises(ConfigError, match=r"data\.normalize does not apply to data\.name=my_sets:TrainFlag, which has"):
         load("TrainFlag", normalize=two)
     load("plain", normalize=two)
 
