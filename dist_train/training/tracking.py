@@ -161,7 +161,7 @@ def sync(runs: Iterable[RunDir]) -> None:
     """
     folders: list[Path] = []
     for run_dir in runs:
-        # W&B cannot tell which online recordings it has completely; an upload repeated makes no duplicates.
+        # W&B cannot tell which online recordings it has completely; a repeated upload makes no duplicates.
         recorded = [*run_dir.path.glob("wandb/run-*"), *run_dir.path.glob("wandb/offline-run-*")]
         if not recorded:
             raise RunDirError(f"{run_dir.path} has no W&B recording in {run_dir.path / 'wandb'}.")

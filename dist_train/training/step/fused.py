@@ -87,7 +87,7 @@ def prepare(eager: EagerUpdate, mode: StepMode, step: int) -> Update:
         eager.norm = run(*batches.select(step, 0))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's warnings about torch's own code
+        warnings.simplefilter("ignore")  # compiler warnings about torch's own code do not help a user
         take(step)  # the first call compiles
     return take
 

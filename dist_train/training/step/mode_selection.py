@@ -113,7 +113,7 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def median_time(update: Update, step: int, synchronize: Callable[[], None]) -> float:
-    """Return the seconds per update, with one wait for the device per sequence of updates, as between two logs."""
+    """Return the median seconds per update. Waits for the device once per sequence of updates, as between two logs."""
     one = _time_per_update(update, step, 1, synchronize)
     length = max(1, min(20, round(_REPEAT_S / one)))
     return statistics.median(_time_per_update(update, step, length, synchronize) for _ in range(_REPEATS))

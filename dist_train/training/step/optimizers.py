@@ -106,7 +106,7 @@ class _OptimizerStandIn:
 
 
 def _avoid_compiler_import() -> None:
-    """Keep methods of torch's Optimizer from importing torch._dynamo on their first call, to disable tracing: 1.5 s.
+    """Prevent the import of torch._dynamo (1.5 s) by methods of torch's Optimizer, which disable its tracing.
 
     Each method first looks for this attribute on its function.
     """
