@@ -1,1 +1,1 @@
-"""Training: one start of a run from its configuration to its result; the loop is in trainer.py."""
+"""Training: one attempt of a run, from its configuration to its result. The loop is in trainer.py."""

@@ -1,4 +1,4 @@
-"""What a training is made of, apart from its directory: order of the examples, learning rate, step."""
+"""The components of a training that need no run directory: sampler, learning rate, step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Components:
 def build_components(
     config: Config, world: World, splits: Splits, change: Callable[[nn.Module], None] = lambda net: None
 ) -> Components:
-    """`change` is called with the net before anything holds on to it.
+    """Build the components. `change` may modify the net before anything else holds a reference to it.
 
     Collective: every rank must call this.
     """

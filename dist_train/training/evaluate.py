@@ -1,4 +1,4 @@
-"""Exact loss and accuracy of one split: every example counted once, for any world size."""
+"""Exact evaluation of one split: every example counts once, for any world size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_train.training.step.counts import Counts
 
 _log = logging.getLogger(__name__)
 
-_ENOUGH = 2**18  # numbers of outputs that are judged together
+_MAX_PENDING = 2**18  # output elements that are scored together
 
 
 @torch.no_grad()
@@ -33,17 +33,17 @@ def evaluate(
     agreement: Agreement | None = None,
     confusion: Confusion | None = None,
 ) -> dict[str, float] | None:
-    """Mean loss (nats), accuracy (0..1), `seen` and the net's own metrics, every example of the split counted once.
+    """Return mean loss (nats), accuracy (0..1), `seen` and the net's own metrics, each example counted once.
 
-    A metric of the net's own that is not finite is named; whoever writes it down leaves it out, as JSON has no NaN.
-    `confusion` is told of each batch that is classified.
-    None if the ranks agreed to stop before it was done. `net` is the bare module, not the one wrapped by DDP: shards
-    differ by one example, and a wrapped forward is a collective.
+    A metric of the net's own that is not finite is logged by name; callers omit it from files, as JSON has no NaN.
+    `confusion` receives each batch that is classified.
+    Returns None if the ranks agreed to stop before the end. `net` is the bare module, not the one wrapped by DDP:
+    shards differ by one example, and a wrapped forward is a collective.
 
     Collective: every rank must call this.
 
     Raises:
-        DistTrainError: the ranks together did not see just the whole split.
+        DistTrainError: the number of examples that all ranks counted is not the size of the split.
         TrainingDiverged: on every rank, if the loss is not finite.
     """
     world.broadcast([buffer for buffer in net.buffers() if buffer.numel()])
@@ -54,7 +54,7 @@ def evaluate(
     stream = iter(batches)
     try:
         for _ in range(batches.num_batches):
-            batch = next(stream, None)  # a rank's shard may end a batch before the longest one
+            batch = next(stream, None)  # a rank's shard may be one batch shorter than the longest
             if batch is not None:
                 seed_generators(batches.seed_of(batch))
                 with sums.error_context(batch.indices), world.accelerator.autocast():
@@ -69,7 +69,7 @@ def evaluate(
         net.train(was_training)
 
     counts = sums.counted()
-    # A rank without examples knows neither the net's own metrics nor whether it classifies: rank zero always has some.
+    # A rank without examples knows neither the net's own metrics nor whether it classifies. Rank zero always has some.
     names, classifies = world.from_rank_zero((counts.names, counts.classifies) if counts else ((), True))
     totals = (counts or Counts(world.device, names[3:])).totals(world)
     seen = round(totals["seen"])
@@ -80,22 +80,22 @@ def evaluate(
         raise TrainingDiverged(f"The loss over {seen} examples is not finite. Lower optimizer.lr or set max_grad_norm.")
     undefined = [name for name, mean in means.items() if not math.isfinite(mean)]
     if undefined:
-        _log.warning("left out, since not finite over %d examples: %s", seen, ", ".join(undefined))
+        _log.warning("metrics omitted, not finite over %d examples: %s", seen, ", ".join(undefined))
     accuracy = {"accuracy": totals["correct"] / seen} if classifies else {}
     return means | accuracy | {"seen": seen}
 
 
 def _check_accuracy(theirs: float, ours: float) -> None:
-    """Two numbers would have this name, of which ours is reported and decides what is best."""
+    """Reject a user metric `accuracy` that differs from ours, which is reported and selects the best checkpoint."""
     if not math.isclose(theirs, ours, abs_tol=1e-4):
         raise UserCodeError(
-            f"metrics(output, target) returned accuracy={theirs:.6g} for a batch of which {ours:.6g} are right, as we "
-            f"count for logits [B, K] and labels [B]. Give yours another name."
+            f"metrics(output, target) returned accuracy={theirs:.6g} for a batch whose accuracy is {ours:.6g}, as "
+            f"counted from logits [B, K] and labels [B]. Give the metric another name."
         )
 
 
 class _Sums:
-    """What a split's outputs come to. Small ones of a classifier are judged together: one operation instead of ten."""
+    """Sums over a split's outputs. Small outputs of a classifier are scored together: one operation instead of ten."""
 
     def __init__(
         self,
@@ -110,36 +110,36 @@ class _Sums:
         self._objective = objective
         self._device = device
         self._confusion = confusion
-        self._counts: Counts | None = None  # until there was a batch
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._num_waiting = 0  # numbers of outputs in there
+        self._counts: Counts | None = None  # None until the first batch
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._num_pending = 0  # output elements in `_pending`
 
     def error_context(self, indices: Tensor) -> ErrorContext:
-        """Errors of the net and its loss over these examples as one line."""
+        """Return a context that reports an error of the net or its loss on these examples in one line."""
         return ErrorContext(self._net, "in evaluation", indices, self._examples)
 
     def add(self, output: Any, targets: Any, indices: Tensor) -> None:
         tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)
         if not (self._objective.is_plain and tensors and output.ndim == 2 and targets.ndim == 1):
-            self._judge(output, targets, indices)
+            self._score(output, targets, indices)
             return
-        self._waiting.append((output, targets, indices))
-        self._num_waiting += output.numel()
-        if self._num_waiting >= _ENOUGH:
-            self._judge_waiting()
+        self._pending.append((output, targets, indices))
+        self._num_pending += output.numel()
+        if self._num_pending >= _MAX_PENDING:
+            self._score_pending()
 
     def counted(self) -> Counts | None:
-        """All of it; None if there was nothing."""
-        self._judge_waiting()
+        """Return the sums over all outputs, None if there were none."""
+        self._score_pending()
         return self._counts
 
-    def _judge_waiting(self) -> None:
-        if self._waiting:
-            outputs, targets, indices = zip(*self._waiting, strict=True)
-            self._waiting, self._num_waiting = [], 0
-            self._judge(torch.cat(outputs), torch.cat(targets), torch.cat(indices))
+    def _score_pending(self) -> None:
+        if self._pending:
+            outputs, targets, indices = zip(*self._pending, strict=True)
+            self._pending, self._num_pending = [], 0
+            self._score(torch.cat(outputs), torch.cat(targets), torch.cat(indices))
 
-    def _judge(self, output: Any, targets: Any, indices: Tensor) -> None:
+    def _score(self, output: Any, targets: Any, indices: Tensor) -> None:
         with self.error_context(indices):
             loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
         counts = self._counts = self._counts or Counts(self._device, tuple(own))

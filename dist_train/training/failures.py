@@ -1,4 +1,4 @@
-"""How an attempt says that it failed: to the other ranks, to whoever started it, and to those who look later."""
+"""Failure handling: report an error to the other ranks, to the launcher and to later readers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _log = logging.getLogger(__name__)
 
 
 class FailureHandler:
-    """An error ends up in error.json (of all ranks' the first), in the rank's log, and as state ERROR.
+    """Writes an error to error.json (the first of all ranks) and to the rank's log, and sets the state ERROR.
 
-    With other ranks about, the process ends at once: they are waiting in a collective, and the clean way out would
-    wait for them.
+    With several ranks the process exits immediately: the others wait in a collective, and a clean exit would wait
+    for them.
     """
 
     def __init__(self, place: ProcessInfo, config: Config, run_dir: RunDir | None) -> None:
-        """`run_dir`: of our launcher, which shows the error that is left there."""
+        """`run_dir`: the launcher's, if there is one. The launcher prints the error that it finds there."""
         self.place = place
         self.run_dir = run_dir  # None until this start owns one
-        self.errors: TextIO = sys.stderr  # the shared one, of all ranks
-        self.waits = f"setup_timeout_s={config.setup_timeout_s:g}"  # for an answer of the others
+        self.errors: TextIO = sys.stderr  # shared by all ranks
+        self.waits = f"setup_timeout_s={config.setup_timeout_s:g}"  # the limit while waiting for other ranks
         self._config = config
         self._launched = run_dir is not None
 
@@ -52,40 +52,40 @@ class FailureHandler:
         code = error.exit_code if isinstance(error, DistTrainError) else 1
         first = True
         if self.run_dir is not None and self.run_dir.is_superseded():
-            code = 0  # the old srun would end the step that failed by its number, which by now is the later start's
+            code = 0  # the old srun kills a failed step by number, and a later start now uses that number
         elif self.run_dir is not None and self.run_dir.read_status().get("state") == "FINISHED":
-            first = False  # another rank was lost on the way out: nothing of the run is
+            first = False  # a rank was lost during the exit, after the run was complete
         elif self.run_dir is not None:
             first = note_error(self.run_dir.error, error, self.place.rank, code, trace)
             if self.place.rank == 0 and self.run_dir.attempt:
                 with suppress(DistTrainError, OSError):
                     self.run_dir.set_status(state="ERROR")
             if first and not self._launched and not is_self_explanatory(type(error).__name__):
-                alone = self.place.world_size == self.place.local_world_size
-                error.add_note(resume_hint(self.run_dir, self.place.world_size if alone else None))
+                single_node = self.place.world_size == self.place.local_world_size
+                error.add_note(resume_hint(self.run_dir, self.place.world_size if single_node else None))
         if self.place.world_size > 1:
             if first:
-                said = str(error) if isinstance(error, DistTrainError) else trace
-                text = "\n".join([said, *getattr(error, "__notes__", [])])
-                # A disk that took no error.json takes nothing from the launcher's log either.
-                untold = self._launched and self.run_dir is not None and not self.run_dir.error.exists()
-                print(f"error [rank {self.place.rank}]: {text}", file=sys.stdout if untold else self.errors)
+                message = str(error) if isinstance(error, DistTrainError) else trace
+                text = "\n".join([message, *getattr(error, "__notes__", [])])
+                # A disk that rejects error.json also rejects the launcher's log.
+                unrecorded = self._launched and self.run_dir is not None and not self.run_dir.error.exists()
+                print(f"error [rank {self.place.rank}]: {text}", file=sys.stdout if unrecorded else self.errors)
             end_process(code)
         if error is not raised:
             raise error from raised
 
     def _explain(self, error: Exception) -> Exception:
-        """The error itself, unless we know better what it means."""
+        """Return a clearer error if the cause is known, otherwise the error itself."""
         if is_out_of_memory(error):
             return self._out_of_memory(error)
         if is_peer_failure(error):
             if is_timeout(error):
-                return PeerLost(f"Another rank did not answer within {self.waits}: it hangs, or is much slower.")
-            return PeerLost("Another rank is gone and left no error of its own: killed, or its node is lost?")
+                return PeerLost(f"Another rank did not answer within {self.waits}: it hangs or is much slower.")
+            return PeerLost("Another rank is gone and left no error: it was probably killed, or its node failed.")
         if is_device_assert(error):
             return UserCodeError(
-                "A kernel found an index out of range: most often a label that is none of the net's classes, or a word "
-                "beyond an embedding. Start again with device=cpu, which names the example."
+                "A kernel found an index out of range: usually a label outside the net's classes, or a token outside "
+                "an embedding. Run again with device=cpu, which names the example."
             )
         return loader_error(error) or error
 
@@ -94,13 +94,13 @@ class FailureHandler:
         plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, size)
         smaller = plan.with_smaller_forwards()
         if smaller is None:
-            way_out = f"A forward is of one example already: take a smaller net, or more than {size} processes."
+            fix = f"A forward pass already has only one example: use a smaller net, or more than {size} processes."
         else:
-            way_out = (
-                f"per_device_batch_size={smaller.per_device_batch_size} needs less for the same global batch: "
+            fix = (
+                f"per_device_batch_size={smaller.per_device_batch_size} needs less memory for the same global batch: "
                 f"{smaller.per_device_batch_size} x {smaller.grad_accum_steps} micro-steps x {size} processes."
             )
         return OutOfMemory(
             f"Out of memory with per_device_batch_size={plan.per_device_batch_size} ({plan.per_device_batch_size} x "
-            f"{plan.grad_accum_steps} x {size} = {plan.global_batch_size}). {way_out}\n{first_line(error)}"
+            f"{plan.grad_accum_steps} x {size} = {plan.global_batch_size}). {fix}\n{first_line(error)}"
         )

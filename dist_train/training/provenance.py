@@ -1,4 +1,4 @@
-"""What a run was made with: versions, code, machine, batch plan. Written to run.json; no secrets, no environment."""
+"""Provenance of a run: versions, code, machine, batch plan. Written to run.json; no secrets, no environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
 def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, Any]:
-    """What decides the numbers of a run, and what somebody who reads them later asks for."""
+    """Return what determines the numbers of a run, and what later readers need."""
     cuda = world.device.type == "cuda"
     return {
         "dist_train": __version__,
@@ -41,14 +41,14 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
     }
 
 
-# By these a step is divided: the result of a net that depends on the division is another one.
+# These determine how a step is divided: they change the result of a net that depends on the division.
 DIVISION_FACTORS = ("world_size", "micro_steps", "device")
 
 
 def changed_determinism_factors(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """What differs between two starts of a run, and decides the bits of its numbers: {"num_threads": "2 -> 1", ...}."""
+    """Return the changes between two starts that affect the bits of the numbers: {"num_threads": "2 -> 1", ...}."""
     old, new = (
-        {name: _of(provenance, name) for name in (*DIVISION_FACTORS, *_ROUNDING)} for provenance in (before, now)
+        {name: _lookup(provenance, name) for name in (*DIVISION_FACTORS, *_ROUNDING)} for provenance in (before, now)
     )
     return {name: f"{old[name]} -> {new[name]}" for name in old if old[name] != new[name]}
 
@@ -56,7 +56,7 @@ def changed_determinism_factors(before: dict[str, Any], now: dict[str, Any]) -> 
 _ROUNDING = ("num_threads", "step_mode", "cpu", "torch")
 
 
-def _of(provenance: dict[str, Any], name: str) -> Any:
+def _lookup(provenance: dict[str, Any], name: str) -> Any:
     nested = {"micro_steps": ("batch_plan", "grad_accum_steps"), "torch": ("versions", "torch")}
     if name not in nested:
         return provenance.get(name)
@@ -65,14 +65,16 @@ def _of(provenance: dict[str, Any], name: str) -> Any:
 
 
 def changed_data(before: dict[str, Any], now: Mapping[str, Identity]) -> list[str]:
-    """In which splits the examples are others than those that a run began with, by its facts: ["The train set has 109
-    examples, where the run began with 101.", ...]. An older version recorded none."""
-    found = differences(now, before["data_identity"]) if "data_identity" in before else []
-    return [f"The {split} set has {here}, where the run began with {then}." for split, here, then in found]
+    """Return the splits whose examples differ from those that the run began with, as one sentence each.
+
+    Such as "The train set has 109 examples, but the run began with 101." Runs of older versions recorded no identity.
+    """
+    changes = differences(now, before["data_identity"]) if "data_identity" in before else []
+    return [f"The {split} set has {here}, but the run began with {then}." for split, here, then in changes]
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that is checked out around `folder`, read from .git itself: git may not be there."""
+    """Return the commit checked out around `folder`, read from .git directly: git may not be installed."""
     for parent in (folder, *folder.parents):
         git = parent / ".git"
         if not git.is_dir():

@@ -1,4 +1,4 @@
-"""What a run writes about itself: lines of metrics, its status, and at the end its result."""
+"""The records of a run: metric lines, its status, and at the end its result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class RunRecorder:
-    """Made on all ranks; rank zero alone writes."""
+    """Writes the records of a run. Exists on all ranks; only rank zero writes."""
 
     config: Config
     world: World
@@ -37,23 +37,23 @@ class RunRecorder:
     screen: Screen
     total_steps: int
     steps_per_epoch: int
-    started: float  # time.perf_counter() when the process began
+    started: float  # time.perf_counter() at the start of the process
 
     def __post_init__(self) -> None:
-        self._newest: dict[str, Any] = {}  # of each metric the last value
+        self._newest: dict[str, Any] = {}  # the last value of each metric
         self._evaluated_at = time.perf_counter()
-        self._before = self.started - self.state.total_s
+        self._virtual_start = self.started - self.state.total_s
 
     @property
     def total_s(self) -> float:
         """Seconds in all attempts so far."""
-        return time.perf_counter() - self._before
+        return time.perf_counter() - self._virtual_start
 
     def set_state(self, state: State) -> None:
         self._set_status(state=state)
 
-    def log_train(self, totals: dict[str, float], lr: float, pace: dict[str, float]) -> None:
-        """One `train` line. `totals`: sums over the window since the last; `pace`: its perf/..."""
+    def log_train(self, totals: dict[str, float], lr: float, perf: dict[str, float]) -> None:
+        """Write one `train` line. `totals`: sums over the window since the last; `perf`: its perf/... metrics."""
         line = self._line()
         line["train/loss"] = totals["loss"] / totals["seen"]
         if self.step.window.classifies:
@@ -61,7 +61,7 @@ class RunRecorder:
         line |= {
             "train/lr": lr,
             "train/grad_norm": _finite(self.step.grad_norm()),
-            **pace,
+            **perf,
             "perf/peak_memory_gib": round(peak_memory_gib(self.world.device), 4),
         }
         if "overflows" in totals:
@@ -71,11 +71,11 @@ class RunRecorder:
         self._record_newest(line)
 
     def log_epoch_audit(self, coverage: dict[str, int]) -> None:
-        """One `audit` line."""
+        """Write one `audit` line."""
         self.tracker.log(self._line() | coverage)
 
     def log_eval(self, seconds: float) -> None:
-        """One `val` line, of what the state has just noted."""
+        """Write one `val` line with the evaluation that `state` has just recorded."""
         now = time.perf_counter()
         line = self._line() | self.state.val
         line |= {
@@ -88,7 +88,7 @@ class RunRecorder:
         self._record_newest(line)
 
     def stop(self, end: State) -> None:
-        """The run ends before its time; what is to be resumed is on the disk.
+        """Record that the run stopped early. Its last checkpoint is already on the disk.
 
         Collective: every rank must call this.
         """
@@ -96,27 +96,27 @@ class RunRecorder:
         watchdog.disarm()
         self.tracker.finish({})
         _log.info(
-            "saved and stopped at step %d of %d, state %s. To go on: the same command with --run-name=%s",
+            "saved and stopped at step %d of %d, state %s. To resume: the same command with --run-name=%s",
             self.state.step, self.total_steps, end, self.run_dir.path.name,
         )  # fmt: skip
 
-    def finish(self, final: FinalEvaluation, **found: Any) -> None:
-        """The run has come to its end: result.json, with what the loop has `found`, then the pictures.
+    def finish(self, final: FinalEvaluation, **extra: Any) -> None:
+        """Write result.json, with the `extra` fields of the loop, then the pictures.
 
         Collective: every rank must call this.
         """
-        results = self._results(final, found)
+        results = self._results(final, extra)
         self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
         self.world.on_rank_zero(lambda: self.set_state("FINISHED"))
-        watchdog.disarm()  # what is left may take its time, and takes nothing away
+        watchdog.disarm()  # the rest may take long and cannot change the result
         draws = self.world.is_rank_zero and self.config.tracking.pictures
         self.tracker.finish(results, draw(final, self.run_dir) if draws else {})
 
-    def _results(self, final: FinalEvaluation, found: dict[str, Any]) -> dict[str, Any]:
-        """What result.json says."""
+    def _results(self, final: FinalEvaluation, extra: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of result.json."""
         state, world = self.state, self.world
         samples = state.step * self.config.global_batch_size
-        seconds = self.run_dir.time_accounting.totals()  # wall seconds over all attempts, and between them
+        seconds = self.run_dir.time_accounting.totals()  # wall time during and between all attempts
         if world.is_rank_zero:
             _log.debug("seconds by use: %s", ", ".join(f"{use} {spent:.1f}" for use, spent in seconds.items()))
         return {
@@ -127,7 +127,7 @@ class RunRecorder:
             "world_size": world.size,
             "global_batch_size": self.config.global_batch_size,
             "mixed_precision": world.mixed_precision,
-            **found,
+            **extra,
             "step_mode": self.step.mode,
             "warm_up_s": round(self.step.warm_up_s, 3),  # of this attempt, compiling included
             "train_s": round(state.train_s, 3),
@@ -164,4 +164,4 @@ class RunRecorder:
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # strict JSON has no NaN; an fp16 overflow makes one
+    return value if math.isfinite(value) else None  # strict JSON has no NaN, the result of an fp16 overflow

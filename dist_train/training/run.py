@@ -1,4 +1,4 @@
-"""One start of a run: find its directory, build its parts, restore, train, and say how it ended."""
+"""One attempt of a run: find its directory, build the components, restore, train, and report the result."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 def run_training(
     config: Config, start: StartOptions, request: StopRequest, started: float, scheduler: Scheduler
 ) -> State:
-    """Train until the end or an agreed stop. `started`: time.perf_counter() when the process began.
+    """Train until the end or an agreed stop. `started`: time.perf_counter() at the start of the process.
 
     Collective: every rank calls this with the same arguments.
     """
@@ -63,7 +63,7 @@ def run_training(
     failure_handler = FailureHandler(place, config, launched_in)
     log_to_screen(place.rank, start.verbosity)
     with _leaving_no_rubbish(failure_handler, start), failure_handler:
-        # Before the ranks meet: what waits for a lock or a download must not keep others waiting in a collective.
+        # Before the ranks join: a rank that waits for a lock or a download must not block others in a collective.
         splits = load_splits(config.data, config.seed, place.local_world_size)
         watchdog.arm(config.setup_timeout_s)
         world = World.join(config, find_run_dir(config, start).precision)
@@ -80,12 +80,12 @@ def run_training(
         world.check_same("config", to_yaml(config))
         _check_same_data(world, splits)
         log_to_file(run_dir, world.rank)
-        if not world.is_rank_zero:  # of a hundred nodes one speaks
+        if not world.is_rank_zero:  # with a hundred nodes, only rank zero prints
             failure_handler.errors = redirect_output(run_dir.rank_log(world.rank))
         world = _same_threads(world, run_dir)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
         with _build(config, world, run_dir, splits, start, request, started, scheduler) as run:
-            # The set-up is over: compiling may take long, a step may not.
+            # The set-up is over: compiling may take long, a step must not.
             world.set_timeout(config.stall_timeout_s)
             watchdog.arm(config.stall_timeout_s)
             failure_handler.waits = f"stall_timeout_s={config.stall_timeout_s:g}"
@@ -100,7 +100,7 @@ def run_training(
 
 @contextmanager
 def _leaving_no_rubbish(failure_handler: FailureHandler, start: StartOptions) -> Iterator[None]:
-    """Of a process that trains alone; for several ranks their launcher does it, when all have ended."""
+    """Remove the directory of a run that did not start. With several ranks the launcher does it in the end."""
     try:
         yield
     except DistTrainError:
@@ -110,27 +110,27 @@ def _leaving_no_rubbish(failure_handler: FailureHandler, start: StartOptions) ->
 
 
 def _open(run_dir: RunDir, config: Config, splits: Splits, start: StartOptions, started: float) -> int | None:
-    """The number of this attempt, None if the run is finished. Rank zero only."""
+    """Begin an attempt and return its number, None if the run is finished. Rank zero only."""
     if check_start(run_dir, config, start):
         return None
     changes = changed_data(run_dir.read_provenance(), splits.identity) if run_dir.holds_checkpoints else []
     if changes:
         raise DataError(
-            f"{run_dir.path} was trained on other data:\n" + "\n".join(f"  {change}" for change in changes) + "\n"
-            "Give the new run a name of its own with --run-name, or bring the data back."
+            f"{run_dir.path} was trained on different data:\n" + "\n".join(f"  {change}" for change in changes) + "\n"
+            "Give the new run another name with --run-name, or restore the data."
         )
     run_dir.lock()
-    if check_start(run_dir, config, start, create=False):  # another start may have had it in between
+    if check_start(run_dir, config, start, create=False):  # another start may have finished it in between
         run_dir.unlock()
         return None
-    # A new id where no file tells the old one; but then checkpoints may, and must not pass for another run's.
+    # Without an id in its files, a run keeps that of its checkpoints: with another they would not count as its own.
     wandb_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
     run_dir.begin_attempt(config, wandb_id=wandb_id, started=started, asked_at=start.asked_at)
     return run_dir.attempt
 
 
 def _check_same_data(world: World, splits: Splits) -> None:
-    """See that all ranks hold the same examples: an index stands for one on each of them.
+    """Check that all ranks hold the same examples: an index must mean the same example on each rank.
 
     Collective: every rank must call this.
 
@@ -139,8 +139,8 @@ def _check_same_data(world: World, splits: Splits) -> None:
     """
     theirs = world.from_rank_zero(splits.identity)
     said = [
-        f"The {split} set of rank {world.rank} on {socket.gethostname()} has {here}, that of rank 0 {there}. "
-        f"Every rank must make the same set: from the same files, and what is drawn under a fixed seed."
+        f"The {split} set of rank {world.rank} on {socket.gethostname()} has {here}; that of rank 0 has {there}. "
+        f"Every rank must build the same set: from the same files, with random draws under a fixed seed."
         for split, here, there in differences(splits.identity, theirs)
     ]
     for text in filter(None, world.gather("".join(said[:1]))):
@@ -148,11 +148,11 @@ def _check_same_data(world: World, splits: Splits) -> None:
 
 
 def _same_threads(world: World, run_dir: RunDir) -> World:
-    """A resumed run computes with the threads it began with."""
+    """Return `world` with the number of threads that the run began with."""
     before = run_dir.read_provenance()
     threads = before.get("num_threads")
     if threads and before.get("world_size") == world.size and threads != world.num_threads:
-        _log.info("threads per process: %d, as the run began (not %d)", threads, world.num_threads)
+        _log.info("threads per process: %d, as at the start of the run (not %d)", threads, world.num_threads)
         return world.with_threads(threads)
     return world
 
@@ -167,7 +167,10 @@ def _build(
     started: float,
     scheduler: Scheduler,
 ) -> Trainer:
-    """Collective: every rank must call this."""
+    """Build the trainer and restore the newest checkpoint.
+
+    Collective: every rank must call this.
+    """
     parts = build_components(config, world, splits)
     sampler, step, net, learning_rate = parts.sampler, parts.step, parts.step.net, parts.learning_rate
     total_steps = learning_rate.total_steps
@@ -178,7 +181,7 @@ def _build(
         config.keep_every.to_steps(sampler.steps_per_epoch),
         on_first_save=scheduler.on_first_save,
     )
-    # Two checkpoints side by side, each with weights and twice as much of optimizer state.
+    # Room for two checkpoints, each with the weights and optimizer state of twice their size.
     size = sum(p.nbytes for p in net.parameters())
     world.on_rank_zero(lambda: run_dir.check_room(6 * size))
     state = checkpoints.restore_latest(step)
@@ -193,14 +196,14 @@ def _build(
     if world.is_rank_zero:
         run_dir.record_resume(state.step, world.size)
         _report(config, run_dir, splits, sampler, net, state, total_steps, provenance)
-    # A resumed run goes on in the mode that was found best when it began.
+    # A resumed run keeps the mode that was chosen when it began.
     step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
     provenance["step_mode"] = step.mode
     if world.is_rank_zero:
         _report_limits(step, provenance, before)
         cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
         if cut:
-            _log.info("%d lines of metrics after step %d set aside: they are made again", cut, state.step)
+            _log.info("%d metric lines after step %d set aside: they are written again", cut, state.step)
         run_dir.write_provenance(provenance)
     audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.note
@@ -250,12 +253,12 @@ def _report(
     total_steps: int,
     provenance: dict[str, Any],
 ) -> None:
-    """What is about to happen, in a few lines."""
+    """Log a summary of the run before it starts."""
     plan = sampler.plan
     data = config.data.bundle or config.data.name
     _log.info("run directory %s, attempt %d", run_dir.path, run_dir.attempt)
     _log.info(
-        "data %s: %d training examples, validation on %s; %d steps per epoch, %d examples dropped in each",
+        "data %s: %d training examples, validation on %s; %d steps per epoch, %d examples dropped per epoch",
         data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, sampler.num_dropped,
     )  # fmt: skip
     _log.info(
@@ -269,7 +272,7 @@ def _report(
     )  # fmt: skip
     if plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < config.per_device_batch_size:
         _log.warning(
-            "%d examples per process have no divisor between %d and per_device_batch_size=%d: small forwards are slow. "
+            "%d examples per process have no divisor between %d and per_device_batch_size=%d: small batches are slow. "
             "Choose a global_batch_size with more divisors, or raise per_device_batch_size to %d.",
             plan.per_rank_batch_size, plan.per_device_batch_size, config.per_device_batch_size,
             plan.per_rank_batch_size,
@@ -277,8 +280,8 @@ def _report(
     for split, identity in splits.identity.items():
         if "unsteady" in identity:
             _log.warning(
-                "the %s set is not fingerprinted: under one seed it gives another example %d each time, so no resume "
-                "is exact. Draw from the global generators of torch, numpy and Python, seeded for each example.",
+                "the %s set is not fingerprinted: with the same seed its example %d differs each time, so no resume is "
+                "exact. Draw from the global generators of torch, numpy and Python, which are seeded for each example.",
                 split, identity["unsteady"],
             )  # fmt: skip
     if state.step:
@@ -286,22 +289,22 @@ def _report(
 
 
 def _report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]) -> None:
-    """Where the promises end for this net. `before`: the facts of the run that goes on."""
+    """Log the limits of exactness for this net. `before`: the provenance of a resumed run, else {}."""
     dependent = step.observed.world_size_dependent
     rounding = [f"{provenance['mixed_precision']} rounding"] if provenance["mixed_precision"] != "no" else []
     for reason in dependent + rounding:
-        _log.info("depends on the number of processes: %s", reason)
+        _log.info("the result depends on the number of processes: %s", reason)
     for name in step.observed.unsaved:
         _log.warning(
-            "not exact under resume: each forward changes %s.%s, which no checkpoint holds. Make it a buffer.",
+            "resume is not exact: each forward changes %s.%s, which is not in the checkpoint. Make it a buffer.",
             type(step.net).__name__, name,
         )  # fmt: skip
     for name, change in changed_determinism_factors(before, provenance).items() if before else ():
         if name in DIVISION_FACTORS and dependent:
-            comes = f"another result, since it depends on {', '.join(dependent)}"
+            effect = f"the result changes, since it depends on {', '.join(dependent)}"
         else:
-            comes = "equal within rounding, not to the bit"
-        _log.warning("resumed with another %s: %s: %s", name, change, comes)
+            effect = "equal within rounding, not bit-identical"
+        _log.warning("resumed with a different %s: %s: %s", name, change, effect)
 
 
 def _report_results(run_dir: RunDir) -> None:
@@ -311,11 +314,11 @@ def _report_results(run_dir: RunDir) -> None:
         ratio = 100 * result["effective_training_time"]
         seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.attempt} starts went into new steps"
     _log.info("finished: %d steps, %s", result["step"], seconds)
-    # Where the net tells no classes apart, the accuracy is one of its own, which may be no share of the examples.
+    # Without classes, the accuracy is the net's own metric, which may not be a share of the examples.
     counted = any(f"{split}/accuracy_by_class" in result for split in ("val", "test"))
     for split in ("train", "val", "test"):
         if f"{split}/accuracy" in result:
             seen, accuracy = result[f"{split}/seen"], result[f"{split}/accuracy"]
             share = f"{100 * accuracy:.2f} % ({round(accuracy * seen)} / {seen})"
             _log.info("%s accuracy %s", split, share if counted else f"{accuracy:g}")
-    _log.info("everything is in %s", run_dir.path)
+    _log.info("all files are in %s", run_dir.path)

@@ -1,4 +1,4 @@
-"""Sums over real examples, never means of means; and how fast they were."""
+"""Timing of the training steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class StepTimer:
-    """Seconds inside training steps, and how fast the last of them were. Read it when the device was synchronised."""
+    """Total seconds inside training steps, and the speed of the latest ones. Synchronise the device before reading."""
 
     def __init__(self, total_s: float = 0.0) -> None:
         self.total_s = total_s
@@ -14,21 +14,22 @@ class StepTimer:
         self.start_window(0, 0.0)
 
     def start(self) -> None:
-        """Go on, or just run on."""
+        """Start the timer unless it is running."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def stop(self) -> None:
+        """Stop the timer and add the time to `total_s`."""
         self.total_s = self._now_s()
         self._started = None
 
     def start_window(self, step: int, data_wait_s: float) -> None:
-        """What `measure` measures begins here."""
-        self._lap = self._now_s(), step, data_wait_s
+        """Start the window that `measure` covers."""
+        self._window_start = self._now_s(), step, data_wait_s
 
     def measure(self, step: int, data_wait_s: float, global_batch_size: int) -> dict[str, float]:
-        """perf/... since the last lap; nothing if no step was taken."""
-        since_s, since_step, since_wait_s = self._lap
+        """Return the perf/... metrics of the window, {} if it has no step."""
+        since_s, since_step, since_wait_s = self._window_start
         seconds, steps = self._now_s() - since_s, step - since_step
         if not steps:
             return {}

@@ -1,7 +1,7 @@
-"""Metrics to metrics.jsonl, mirrored to W&B and TensorBoard through Accelerate's trackers. Rank zero only.
+"""Metrics in metrics.jsonl, mirrored to W&B and TensorBoard through Accelerate's trackers. Rank zero only.
 
-metrics.jsonl is the truth and is written at once. The mirrors get it from a thread of their own: a tracker that is
-slow, absent or broken cannot stop or slow the training, it is named in the log and left out.
+metrics.jsonl is authoritative and written immediately. A separate thread feeds the mirrors: a tracker that is slow,
+missing or broken cannot stop or slow the training. It is named in the log and dropped.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from dist_train.distributed.world import first_line
 from dist_train.errors import DistTrainError, RunDirError
 from dist_train.runs.directory import RunDir
 
-_SOON_S = 2.0  # a wait that is not worth a word
+_SILENT_WAIT_S = 2.0  # a longer wait is logged
 
 _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """What we use of an Accelerate tracker."""
+    """The part of an Accelerate tracker that is used here."""
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None: ...
 
@@ -42,11 +42,11 @@ class Sink(Protocol):
 
 @runtime_checkable
 class _WandbSink(Sink, Protocol):
-    run: Any  # W&B's own
+    run: Any  # of W&B
 
 
 class Tracker:
-    """Takes every line of metrics. Made on all ranks; on others than rank zero it does nothing."""
+    """Records the metric lines. Exists on all ranks; does nothing except on rank zero."""
 
     def __init__(self, run_dir: RunDir, config: Config, provenance: Mapping[str, Any], *, enabled: bool) -> None:
         self._run_dir = run_dir
@@ -54,13 +54,13 @@ class Tracker:
         self._mirror = _Mirror(run_dir, config, provenance) if enabled else None
 
     def log(self, line: dict[str, Any]) -> None:
-        """One line of metrics; `line["step"]` is its place on the x-axis."""
+        """Record one line of metrics; `line["step"]` is its position on the x-axis."""
         if self._mirror is not None:
             self._run_dir.append_metrics(line)
             self._mirror.put(line)
 
     def finish(self, summary: Mapping[str, Any], pictures: Mapping[str, bytes] | None = None) -> None:
-        """`summary`: the final results, empty where there are none yet; `pictures`: PNGs by name."""
+        """Finish the trackers. `summary`: the final results, {} if there are none yet; `pictures`: PNGs by name."""
         if self._mirror is not None:
             self._mirror.finish(summary, pictures or {})
 
@@ -85,25 +85,25 @@ class _Mirror:
     def finish(self, summary: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
         self._summary, self._pictures = summary, pictures
         self._queue.put(None)
-        soon_s = min(_SOON_S, self._timeout_s)
-        self._thread.join(soon_s)
+        silent_s = min(_SILENT_WAIT_S, self._timeout_s)
+        self._thread.join(silent_s)
         if self._thread.is_alive():
-            _log.info("waiting for W&B to take what is left, for %g s at most", self._timeout_s)
-            self._thread.join(self._timeout_s - soon_s)  # its files remain whatever happens
+            _log.info("waiting for W&B to finish, for at most %g s", self._timeout_s)
+            self._thread.join(self._timeout_s - silent_s)  # W&B's local files remain in any case
         if self._thread.is_alive():
             _log.warning(
-                "W&B did not take all within tracking.timeout_s=%g. Later: dist-train wandb sync %s",
+                "W&B did not finish within tracking.timeout_s=%g. Upload the rest later: dist-train wandb sync %s",
                 self._timeout_s, self._run_dir.path,
             )  # fmt: skip
 
     def _run(self, config: Config, provenance: Mapping[str, Any]) -> None:
         sinks: list[Sink] = []
         for start in (start_wandb, start_tensorboard):
-            # Whatever a tracker raises, the training goes on without it.
+            # The training continues without the tracker, whatever it raises.
             try:
                 sink = start(self._run_dir, config, provenance)
             except Exception as error:
-                _log.warning("%s: %s. The run goes on without it.", start.__name__.removeprefix("start_"), error)
+                _log.warning("%s: %s. The run continues without it.", start.__name__.removeprefix("start_"), error)
             else:
                 sinks += [sink] if sink else []
         while (line := self._queue.get()) is not None:
@@ -111,7 +111,7 @@ class _Mirror:
                 try:
                     sink.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
                 except Exception as error:
-                    _log.warning("%s failed: %s. The run goes on without it.", type(sink).__name__, error)
+                    _log.warning("%s failed: %s. The run continues without it.", type(sink).__name__, error)
                     sinks.remove(sink)
         for sink in sinks:
             for part in (self._log_summary, self._log_artifact, self._log_pictures):
@@ -131,12 +131,12 @@ class _Mirror:
             return
         import wandb
 
-        there = manifests(self._run_dir)
-        found = {"best": best_checkpoint(self._run_dir), "last": next(iter(there), None)}
-        alias, folder = next((alias, folder) for alias, folder in found.items() if folder is not None)
-        about = {name: there[folder][name] for name in ("step", "score")}
-        artifact = wandb.Artifact(f"{sink.run.id}-model", type="model", metadata=about)
-        # Not copied: an offline run is sent from where it lies.
+        checkpoints = manifests(self._run_dir)
+        candidates = {"best": best_checkpoint(self._run_dir), "last": next(iter(checkpoints), None)}
+        alias, folder = next((alias, folder) for alias, folder in candidates.items() if folder is not None)
+        metadata = {name: checkpoints[folder][name] for name in ("step", "score")}
+        artifact = wandb.Artifact(f"{sink.run.id}-model", type="model", metadata=metadata)
+        # Not copied: an offline run is uploaded from this path.
         artifact.add_file(str(folder / MODEL), policy="immutable")
         sink.run.log_artifact(artifact, aliases=[alias])
 
@@ -145,50 +145,50 @@ class _Mirror:
         from PIL import Image
 
         for name, picture in self._pictures.items():
-            # As a batch of one, which is how Accelerate's trackers take pictures.
+            # Accelerate's trackers take a batch of images: here a batch of one.
             pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[None]
             if not isinstance(sink, _WandbSink):
-                pixels = pixels.transpose(0, 3, 1, 2)  # TensorBoard wants the channels first
+                pixels = pixels.transpose(0, 3, 1, 2)  # TensorBoard expects channels first
             sink.log_images({f"pictures/{name}": pixels}, step=self._summary["step"])
 
 
 def sync(runs: Iterable[RunDir]) -> None:
-    """Send to W&B what it has not got of these runs, in the order in which it was recorded.
+    """Upload to W&B what it lacks of these runs, in the order of recording.
 
     Raises:
-        RunDirError: of one of them nothing was recorded.
-        DistTrainError: W&B has not confirmed all of it.
+        RunDirError: a run has no W&B recording.
+        DistTrainError: W&B has not confirmed the whole upload.
     """
     folders: list[Path] = []
     for run_dir in runs:
-        # Of those recorded online W&B cannot tell which it got whole; what is sent twice is there once.
-        found = [*run_dir.path.glob("wandb/run-*"), *run_dir.path.glob("wandb/offline-run-*")]
-        if not found:
-            raise RunDirError(f"{run_dir.path} has nothing that W&B recorded in {run_dir.path / 'wandb'}.")
-        folders += sorted(found, key=lambda folder: folder.name.removeprefix("offline-"))
+        # W&B cannot tell which online recordings it has completely; a repeated upload makes no duplicates.
+        recorded = [*run_dir.path.glob("wandb/run-*"), *run_dir.path.glob("wandb/offline-run-*")]
+        if not recorded:
+            raise RunDirError(f"{run_dir.path} has no W&B recording in {run_dir.path / 'wandb'}.")
+        folders += sorted(recorded, key=lambda folder: folder.name.removeprefix("offline-"))
     from wandb.cli.cli import cli
 
     cli.main(["sync", "--no-skip-online", *map(str, folders)], standalone_mode=False)
-    # Its exit code is 0 whatever became of them; what it has whole it marks.
-    doubtful = [str(folder) for folder in folders if not any(folder.glob("*.synced"))]
-    if doubtful:
+    # The exit code is always 0; W&B marks each complete upload with a file.
+    unconfirmed = [str(folder) for folder in folders if not any(folder.glob("*.synced"))]
+    if unconfirmed:
         raise DistTrainError(
-            f"W&B has not confirmed that it has all of {', '.join(doubtful)}. Of a run that was cut off while online "
-            f"it may never do so: its page shows whether the last step is there. Else see above, and sync again."
+            f"W&B has not confirmed the whole upload of {', '.join(unconfirmed)}. For a run that was cut off while "
+            f"online it may never do so: check its page for the last step. Otherwise see above, and sync again."
         )
 
 
 def wandb_mode(config: TrackingConfig, env: Mapping[str, str]) -> str:
-    """online, offline or disabled; decided before W&B is asked, since it would ask on a terminal for a key.
+    """Return online, offline or disabled. Decided before W&B starts, which would prompt for a key on a terminal.
 
-    WANDB_MODE wins, then `tracking.wandb`; auto is online where a key is there.
+    WANDB_MODE takes precedence over `tracking.wandb`; auto is online if there is a key.
     """
     explicit = env.get("WANDB_MODE", "")
     if env.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         return "disabled"
     if explicit in ("online", "offline", "disabled"):
         return explicit
-    if explicit == "dryrun":  # W&B's old name for it
+    if explicit == "dryrun":  # W&B's old name for offline
         return "offline"
     if config.wandb != "auto":
         return config.wandb
@@ -207,12 +207,13 @@ def _has_key(env: Mapping[str, str]) -> bool:
 
 
 def start_wandb(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) -> Sink | None:
+    """Start the W&B tracker, offline if W&B cannot be reached; None if it is disabled."""
     settings = config.tracking
     mode = wandb_mode(settings, os.environ)
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
-    if (cache := cache_stand_in()) is not None:  # W&B would print its log where it cannot write it
+    if (cache := cache_stand_in()) is not None:  # W&B prints its log if it cannot write it
         os.environ.setdefault("WANDB_CACHE_DIR", str(cache / "wandb"))
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's own telemetry, which may fail
     import wandb
@@ -220,7 +221,7 @@ def start_wandb(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) 
 
     init = {
         "dir": str(run_dir.path),
-        # One W&B run over all attempts.
+        # One W&B run for all attempts.
         "id": os.environ.get("WANDB_RUN_ID") or run_dir.run_id,
         "resume": "allow",
         "name": os.environ.get("WANDB_NAME") or settings.name or run_dir.path.name,
@@ -238,10 +239,10 @@ def start_wandb(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) 
         if mode == "offline":
             raise
         _log.warning(
-            "W&B cannot be reached: %s. The run is recorded offline. Later: dist-train wandb sync %s",
+            "W&B cannot be reached: %s. The run is recorded offline. Upload it later: dist-train wandb sync %s",
             first_line(error).rstrip("."), run_dir.path,
         )  # fmt: skip
-        wandb.teardown()  # its service holds on to the run that did not start
+        wandb.teardown()  # its service still holds the run that did not start
         mode = "offline"
         tracker = WandBTracker(project, mode=mode, **init)
         tracker.start()
@@ -253,10 +254,10 @@ def start_wandb(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) 
 
 
 def _tags(settings: TrackingConfig, provenance: Mapping[str, Any]) -> list[str]:
-    told = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    from_env = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
     precision = {"no": "fp32"}.get(provenance["mixed_precision"], provenance["mixed_precision"])
     return [
-        *(told or settings.tags),
+        *(from_env or settings.tags),
         f"world_size={provenance['world_size']}",
         str(precision),
         str(provenance["device"]),
@@ -264,6 +265,7 @@ def _tags(settings: TrackingConfig, provenance: Mapping[str, Any]) -> list[str]:
 
 
 def start_tensorboard(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) -> Sink | None:
+    """Start the TensorBoard tracker; None if it is not asked for."""
     if not config.tracking.tensorboard:
         return None
     from accelerate.tracking import TensorBoardTracker

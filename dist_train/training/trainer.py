@@ -1,4 +1,4 @@
-"""The loop: while there are steps left and nobody told us to stop: take the step; sometimes log, evaluate, save."""
+"""The training loop: take steps until the end or a stop; log, evaluate and save when due."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
 from dist_train.training.step_timer import StepTimer
 
-_HOPELESS = 50  # updates in a row that fp16 left out; each has halved the scale
+_MAX_OVERFLOWS = 50  # consecutive updates skipped by fp16; each has halved the scale
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Trainer:
-    """Everything that takes part in one attempt of a run."""
+    """The training loop of one attempt, with everything it uses."""
 
     config: Config
     world: World
@@ -74,7 +74,7 @@ class Trainer:
         return stopping is not None and self.state.evaluations_without_gain >= stopping.patience
 
     def train(self) -> State:
-        """To the end of the schedule, or to an agreed stop; the last state is saved either way.
+        """Train until the end of the schedule, an early stop or an agreed stop, and save the last state.
 
         Collective: every rank must call this.
         """
@@ -84,13 +84,13 @@ class Trainer:
             if state.is_best:
                 self.save()
         self.recorder.set_state("TRAINING")
-        self._lap()
+        self._start_window()
         while state.step < self.total_steps and not agreement.stop and not self.early_stopped:
             step.take(state.step)
             state.step += 1
             agreement.tick()
 
-            # Only below does the host wait for the device.
+            # The host waits for the device only below.
             if is_due(state.step, self.log_every, self.total_steps):
                 self.log()
             if is_due(state.step, self.steps_per_epoch, self.total_steps):
@@ -102,11 +102,11 @@ class Trainer:
 
         if self.checkpoints.saved_step != state.step:
             self.save()
-        self._pause()
+        self._pause_timer()
         return self.finish()
 
     def log(self) -> None:
-        """One `train` line over the window since the last.
+        """Write one `train` line over the window since the last one.
 
         Collective: every rank must call this.
 
@@ -122,16 +122,16 @@ class Trainer:
             )
         if step.eager.overflows is not None:
             totals["overflows"] = self._count_overflows(step.eager.overflows)
-        pace = self._timer.measure(state.step, step.data_wait_s, self.config.global_batch_size)
+        perf = self._timer.measure(state.step, step.data_wait_s, self.config.global_batch_size)
         state.logged_step = state.step
-        self._lap()
-        self.recorder.log_train(totals, self.learning_rate.at(state.step - 1), pace)
+        self._start_window()
+        self.recorder.log_train(totals, self.learning_rate.at(state.step - 1), perf)
 
     def _count_overflows(self, overflows: Overflows) -> int:
         count, in_a_row = overflows.pop()
-        if in_a_row >= _HOPELESS:
+        if in_a_row >= _MAX_OVERFLOWS:
             raise TrainingDiverged(
-                f"Between step {self.state.logged_step + 1} and {self.state.step} fp16 left out {in_a_row} updates in "
+                f"Between step {self.state.logged_step + 1} and {self.state.step} fp16 skipped {in_a_row} updates in "
                 f"a row: their gradients were not finite at any scale. The last good checkpoint is "
                 f"{self.checkpoints.describe_last()}. Lower optimizer.lr, set max_grad_norm, or use "
                 f"mixed_precision=bf16."
@@ -139,45 +139,45 @@ class Trainer:
         return count
 
     def close_epoch(self) -> None:
-        """One `audit` line: what the epoch, or the part of it that the run ends with, trained on.
+        """Write one `audit` line: what was trained on in this epoch, which may be cut short by the end of the run.
 
         Collective: every rank must call this.
 
         Raises:
             DistTrainError: on every rank, if an example was trained on twice.
         """
-        found = self.audit.close_epoch(self.state.step)
-        self.recorder.log_epoch_audit(found)
+        counts = self.audit.close_epoch(self.state.step)
+        self.recorder.log_epoch_audit(counts)
         epoch = math.ceil(self.state.step / self.steps_per_epoch)
         _log.debug(
-            "epoch %d: %d examples, none twice, %d dropped", epoch, found["audit/unique"], found["audit/dropped"]
+            "epoch %d: %d examples, none twice, %d dropped", epoch, counts["audit/unique"], counts["audit/dropped"]
         )
 
     def evaluate(self) -> None:
-        """One `val` line, and those of an early stop; a stop agreed meanwhile leaves it to the resumed run.
+        """Write one `val` line, and the final lines on an early stop. After an agreed stop the resumed run does it.
 
         Collective: every rank must call this.
         """
         if self.val is None:
             return
-        self._pause()
+        self._pause_timer()
         self.state.evaluation_pending = True
         if not self.agreement.stop:
             self.recorder.set_state("EVALUATING")
             started = time.perf_counter()
-            found = self.evaluate_split(self.val)
-            if found is not None:
+            metrics = self.evaluate_split(self.val)
+            if metrics is not None:
                 seconds = time.perf_counter() - started
-                self._record_evaluation({f"val/{name}": value for name, value in found.items()}, seconds)
+                self._record_evaluation({f"val/{name}": value for name, value in metrics.items()}, seconds)
             self.recorder.set_state("EVALUATED")
-        self._go_on()
+        self._resume_timer()
         if self.early_stopped:
             self._close_early()
 
     def _close_early(self) -> None:
-        """The lines of the end that came early, unless they were due here anyway.
+        """Write the final `train` and `audit` lines of an early stop, unless they were due at this step anyway.
 
-        Before the save, in which they are no longer due: they are written once, whatever kills the run in between.
+        Called before the save, after which they are no longer due: each is written once, wherever a kill hits the run.
         """
         if not is_due(self.state.step, self.log_every, self.total_steps):
             self.log()
@@ -189,10 +189,13 @@ class Trainer:
         self.state.record_evaluation(metrics, stopping.min_delta if stopping else 0.0)
         self.recorder.log_eval(seconds)
         if self.early_stopped:
-            _log.info("no gain in %d evaluations: early stop", self.state.evaluations_without_gain)
+            _log.info("early stop: no improvement in %d evaluations", self.state.evaluations_without_gain)
 
     def evaluate_split(self, batches: EvaluationBatches, confusion: Confusion | None = None) -> dict[str, float] | None:
-        """Collective: every rank must call this."""
+        """Return the metrics of the current weights on `batches`, None after an agreed stop.
+
+        Collective: every rank must call this.
+        """
         self.agreement.start_phase()
         net, objective = self.step.evaluated_net, self.step.evaluation_objective
         return evaluate(net, batches, objective, self.world, self.agreement, confusion)
@@ -205,8 +208,11 @@ class Trainer:
         return due or (self.config.keep_best > 0 and self.state.is_best)
 
     def save(self) -> None:
-        """Collective: every rank must call this."""
-        self._pause()
+        """Save a checkpoint.
+
+        Collective: every rank must call this.
+        """
+        self._pause_timer()
         self.state.train_s = self._timer.total_s
         self.state.total_s = self.recorder.total_s
         self.state.audit = self.audit.totals()
@@ -214,25 +220,25 @@ class Trainer:
         self.checkpoints.save(self.state, self.step)
         self.agreement.saved()
         self.recorder.set_state("TRAINING")
-        self._go_on()
+        self._resume_timer()
 
     def finish(self) -> State:
-        """The last checkpoint is on the disk; a run that came to its end is measured and gets its result.json.
+        """Wait for the last checkpoint. Unless the run was stopped, evaluate it and write result.json.
 
         Collective: every rank must call this.
         """
         self.recorder.set_state("SAVING")
-        watchdog.disarm()  # of the write under way; an evaluation after it is watched again
+        watchdog.disarm()  # during the pending write; the evaluation after it arms the watchdog again
         self.checkpoints.finish()
-        final = None if self.agreement.stop else self._final_passes()
-        if final is None:  # stopped, maybe in the middle of the last evaluations: done again after the resume
+        final = None if self.agreement.stop else self._evaluate_final()
+        if final is None:  # stopped, maybe during the final evaluation, which the resumed run repeats
             end = self.agreement.stop or "INTERRUPT"
             self.recorder.stop(end)
             return end
         self.recorder.finish(final, early_stopped=self.early_stopped, val_source=self.splits.val_source)
         return "FINISHED"
 
-    def _final_passes(self) -> FinalEvaluation | None:
+    def _evaluate_final(self) -> FinalEvaluation | None:
         """Collective: every rank must call this."""
         self.recorder.set_state("EVALUATING")
         return final_evaluation(
@@ -242,16 +248,16 @@ class Trainer:
             with_train=self.config.final_train_eval,
         )
 
-    # --- the pace: train_s counts what happens between _go_on and _pause ----------------------------------------------
+    # --- timing: train_s counts the time between _resume_timer and _pause_timer ---------------------------------------
 
-    def _pause(self) -> None:
+    def _pause_timer(self) -> None:
         self.world.synchronize()
         self._timer.stop()
 
-    def _go_on(self) -> None:
+    def _resume_timer(self) -> None:
         self.agreement.start_phase()
         self._timer.start()
 
-    def _lap(self) -> None:
+    def _start_window(self) -> None:
         self._timer.start()
         self._timer.start_window(self.state.step, self.step.data_wait_s)

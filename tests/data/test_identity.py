@@ -280,7 +280,7 @@ SETTINGS: dict[str, Any] = {
 def test_other_data_are_refused_at_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_on_ranks(SETTINGS, tmp_path, stop_after=3)
     monkeypatch.setenv("TEST_LENGTH", "109")
-    with pytest.raises(AssertionError, match="The train set has 109 examples, where the run began with 101"):
+    with pytest.raises(AssertionError, match="The train set has 109 examples, but the run began with 101"):
         train_on_ranks(SETTINGS, tmp_path)
     assert status(tmp_path) == "INTERRUPT"  # nothing was written
     monkeypatch.delenv("TEST_LENGTH")
@@ -297,7 +297,7 @@ def test_ranks_with_other_data_are_refused_before_the_first_step(
     with pytest.raises(AssertionError):
         train_on_ranks(SETTINGS, tmp_path, world_size=2)
     message = read_json(tmp_path / "error.json")["message"]
-    assert re.match(r"The train set of rank 1 on .* has 100 examples, that of rank 0 101\.", message)
+    assert re.match(r"The train set of rank 1 on .* has 100 examples; that of rank 0 has 101\.", message)
     assert not (tmp_path / "metrics.jsonl").exists()
     assert status(tmp_path) == "ERROR"
 
@@ -332,7 +332,7 @@ def test_evaluate_warns_of_other_data(tmp_path: Path) -> None:
     train_on_ranks(SETTINGS | {"train_for": "2 steps"}, tmp_path)
     done = run_forked([*DIST_TRAIN, "evaluate", str(tmp_path), "--json"], tmp_path, TEST_LENGTH="109")
     assert json.loads(done.stdout)["seen"] == 109
-    assert "The test set has 109 examples, where the run began with 101." in done.stderr
+    assert "The test set has 109 examples, but the run began with 101." in done.stderr
 
 
 # --- a user's set is not used before loader workers are forked ---------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ranks stop together: what one of them was told, all know at the same step."""
+"""Ranks stop together: a request to one of them takes effect on all at the same step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def joined() -> World:
     return World.join(parse_config({"device": "cpu"}))
 
 
-def on_one_rank_alone(told: int, at: int, phase: Literal["train", "evaluate"], step_s: float, folder: Path) -> None:
-    """Tick until the agreed stop; one rank is told at tick `at`. Leaves the tick of the stop in a file."""
+def request_on_one_rank(
+    requested: int, at: int, phase: Literal["train", "evaluate"], step_s: float, folder: Path
+) -> None:
+    """Tick until the agreed stop; one rank gets the request at tick `at`. Writes the tick of the stop to a file."""
     world, request = joined(), StopRequest()
     agreement = Agreement(world, request, interval_s=0.1)
     for tick in range(1, 2000):
-        if world.rank == told and tick == at:
-            request.request("PREEMPTED" if told else "INTERRUPT")
-        time.sleep(step_s * (1 + world.rank))  # of different pace
+        if world.rank == requested and tick == at:
+            request.request("PREEMPTED" if requested else "INTERRUPT")
+        time.sleep(step_s * (1 + world.rank))  # ranks of different speed
         agreement.tick(phase)
         if agreement.stop:
             break
@@ -41,22 +43,22 @@ def on_one_rank_alone(told: int, at: int, phase: Literal["train", "evaluate"], s
     world.leave()
 
 
-@pytest.mark.parametrize(("world_size", "told", "phase"), [(2, 0, "train"), (2, 1, "evaluate"), (3, 2, "train")])
-def test_all_ranks_stop_at_the_same_tick(world_size: int, told: int, phase: str, tmp_path: Path) -> None:
-    run_on_ranks(on_one_rank_alone, told, 150, phase, 0.001, tmp_path, world_size=world_size)
+@pytest.mark.parametrize(("world_size", "requested", "phase"), [(2, 0, "train"), (2, 1, "evaluate"), (3, 2, "train")])
+def test_all_ranks_stop_at_the_same_tick(world_size: int, requested: int, phase: str, tmp_path: Path) -> None:
+    run_on_ranks(request_on_one_rank, requested, 150, phase, 0.001, tmp_path, world_size=world_size)
     stops = {path.read_text() for path in tmp_path.glob("rank_*")}
     assert len(stops) == 1
     tick, state = stops.pop().split()
-    assert 150 <= int(tick) <= 200  # of the slowest rank 50 at most, of 2 ms, fit into the 0.1 s between agreements
-    assert state == ("PREEMPTED" if told else "INTERRUPT")
+    assert 150 <= int(tick) <= 200  # the slowest rank does at most 50 ticks of 2 ms in the 0.1 s between agreements
+    assert state == ("PREEMPTED" if requested else "INTERRUPT")
 
 
-def saves_by_the_clock(folder: Path) -> None:
+def saves_on_a_timer(folder: Path) -> None:
     world = joined()
     clock = vars(module)["time"] = Clock()
     agreement = Agreement(world, StopRequest(), save_every_s=0.3, interval_s=0.01)
     if world.rank:
-        clock.now += 1000.0  # another clock than rank zero's decides nothing
+        clock.now += 1000.0  # only rank zero's clock decides
         agreement.start_phase()
     saves = []
     for tick in range(150):
@@ -70,15 +72,15 @@ def saves_by_the_clock(folder: Path) -> None:
     world.leave()
 
 
-def test_saves_by_the_clock_are_agreed(tmp_path: Path) -> None:
-    run_on_ranks(saves_by_the_clock, tmp_path, world_size=2)
+def test_timed_saves_are_agreed(tmp_path: Path) -> None:
+    run_on_ranks(saves_on_a_timer, tmp_path, world_size=2)
     (saves,) = {path.read_text() for path in tmp_path.glob("rank_*")}
     first, second = json.loads(saves)
     assert 59 <= first <= 61
     assert 59 <= second - first <= 61
 
 
-def slow_rank_sets_the_pace(folder: Path) -> None:
+def slow_rank_sets_the_interval(folder: Path) -> None:
     world, clock, agreed, tick = joined(), Clock(), list[int](), 0
     vars(module)["time"] = clock
     agreement = Agreement(world, StopRequest(), interval_s=1.0, on_agreed=lambda: agreed.append(tick))
@@ -86,22 +88,22 @@ def slow_rank_sets_the_pace(folder: Path) -> None:
         tick += 1
         clock.now += 0.125 if world.rank else 0.001
         agreement.tick()
-    agreement.tick("evaluate")  # whose pace is its own
+    agreement.tick("evaluate")  # which is timed separately
     (folder / f"rank_{world.rank}").write_text(str(agreed))
     world.leave()
 
 
-def test_the_slowest_rank_sets_the_pace(tmp_path: Path) -> None:
-    """Of 0.125 s a step: every 8 steps, once the pace is known."""
-    run_on_ranks(slow_rank_sets_the_pace, tmp_path, world_size=2)
+def test_the_slowest_rank_sets_the_interval(tmp_path: Path) -> None:
+    """At 0.125 s per step the ranks agree every 8 steps, once the speed is known."""
+    run_on_ranks(slow_rank_sets_the_interval, tmp_path, world_size=2)
     assert {path.read_text() for path in tmp_path.glob("rank_*")} == {"[1, 5, 13, 21, 29, 30]"}
 
 
-# --- alone ---------------------------------------------------------------------------------------------------------
+# --- one rank ------------------------------------------------------------------------------------------------------
 
 
-class Alone:
-    """All that an agreement with nobody asks of a world."""
+class SingleRank:
+    """The part of a world that an agreement of one rank uses."""
 
     size, is_rank_zero, device = 1, True, None
 
@@ -111,17 +113,17 @@ class Alone:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(module, "time", found)
-    return found
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 def agreement_of(request: StopRequest, **kwargs: Any) -> Agreement:
-    return Agreement(Alone(), request, **kwargs)  # type: ignore[arg-type]
+    return Agreement(SingleRank(), request, **kwargs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("meant", ["INTERRUPT", "PREEMPTED"])
-def test_rank_zero_judges_what_a_term_meant(meant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_zero_classifies_a_sigterm(meant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     request, scheduler = StopRequest(), Scheduler()
     monkeypatch.setattr(scheduler, "classify_sigterm", lambda: meant)
     agreement = agreement_of(request, scheduler=scheduler, interval_s=0.0)
@@ -135,12 +137,12 @@ def test_rank_zero_judges_what_a_term_meant(meant: Any, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("text", "state"), [("", "INTERRUPT"), ("please\n", "INTERRUPT"), ("PREEMPTED\n", "PREEMPTED")]
 )
-def test_files_in_the_run_directory_are_wishes(text: str, state: str, tmp_path: Path) -> None:
+def test_files_in_the_run_directory_are_requests(text: str, state: str, tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     agreement = agreement_of(StopRequest(), run_dir=run_dir, interval_s=0.0)
     (tmp_path / "SAVE").touch()
     agreement.tick()
-    agreement.tick("evaluate")  # which may come before the loop looks
+    agreement.tick("evaluate")  # may run before the loop sees it
     assert (agreement.save_due, agreement.stop) == (True, None)
     agreement.saved()
     agreement.tick()
@@ -151,39 +153,39 @@ def test_files_in_the_run_directory_are_wishes(text: str, state: str, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_file_of_the_batch_shell_is_left_to_it(tmp_path: Path) -> None:
+def test_the_stop_file_of_the_batch_shell_is_not_removed(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
-    told = tmp_path / ".stop-7"
+    stop_file = tmp_path / ".stop-7"
     scheduler = Scheduler()
-    scheduler.stop_file = told
+    scheduler.stop_file = stop_file
     agreement = agreement_of(StopRequest(), run_dir=run_dir, scheduler=scheduler, interval_s=0.0)
     agreement.tick()
     assert agreement.stop is None
-    told.touch()
+    stop_file.touch()
     agreement.tick()
     assert agreement.stop == "PREEMPTED"
-    assert told.exists()
+    assert stop_file.exists()
 
 
 @pytest.mark.parametrize("step_s", [0.0001, 0.01, 0.3, 3.0])
-def test_a_wish_is_noticed_within_about_a_second_or_a_step(step_s: float, clock: Clock) -> None:
-    """Whatever the pace, and when it drops by ten meanwhile; and fast steps agree seldom."""
+def test_a_request_is_noticed_within_about_a_second_or_a_step(step_s: float, clock: Clock) -> None:
+    """At any speed of the steps; and fast steps agree rarely."""
     request = StopRequest()
     agreed = list[float]()
     agreement = agreement_of(request, on_agreed=lambda: agreed.append(clock.now))
     while clock.now < 30 * max(1.0, step_s):
         clock.now += step_s
         agreement.tick()
-    assert len(agreed) <= 42  # one a second, or a step, and more at first while the pace is not known
+    assert len(agreed) <= 42  # one per second or step, and more at first, while the speed is not known
     request.request("INTERRUPT")
-    told_at = clock.now
+    requested_at = clock.now
     while agreement.stop is None:
         clock.now += step_s
         agreement.tick()
-    assert clock.now - told_at <= max(1.01, step_s * 1.01)
+    assert clock.now - requested_at <= max(1.01, step_s * 1.01)
 
 
-def test_saves_more_frequent_than_agreements_do_not_put_them_off(clock: Clock) -> None:
+def test_saves_more_frequent_than_agreements_do_not_delay_them(clock: Clock) -> None:
     """Epochs of ten fast steps, with a save and an evaluation after each."""
     request = StopRequest()
     agreement = agreement_of(request)
@@ -201,7 +203,7 @@ def test_saves_more_frequent_than_agreements_do_not_put_them_off(clock: Clock) -
     assert 1000 < step <= 1000 + 100
 
 
-def test_set_up_and_saves_say_nothing_about_the_pace(clock: Clock) -> None:
+def test_set_up_and_saves_are_not_timed(clock: Clock) -> None:
     agreed, tick = list[int](), 0
     agreement = agreement_of(StopRequest(), on_agreed=lambda: agreed.append(tick))
     clock.now += 500.0
@@ -213,10 +215,10 @@ def test_set_up_and_saves_say_nothing_about_the_pace(clock: Clock) -> None:
         if tick == 1:
             clock.now += 500.0
             agreement.saved()
-    assert agreed == [1, 1 + 4, 1 + 4 + 16]  # at most four times further than last time
+    assert agreed == [1, 1 + 4, 1 + 4 + 16]  # each interval is at most four times the last one
 
 
-def test_without_an_interval_nothing_is_saved_by_the_clock(clock: Clock) -> None:
+def test_without_an_interval_no_save_is_timed(clock: Clock) -> None:
     agreement = agreement_of(StopRequest())
     for _ in range(100):
         clock.now += 100.0

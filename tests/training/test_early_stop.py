@@ -1,4 +1,4 @@
-"""A run that ends before its schedule has all its lines, each once, however often it was ended on the way."""
+"""An early stopped run has all its metric lines, each once, also if it was interrupted before."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "early stop", lambda folder: train_on_ranks(SETTINGS, folder / "r")) / "r"
 
 
-def test_an_accuracy_that_is_undefined_now_and_then(tmp_path: Path) -> None:
-    """Neither the best nor a gain, and never a reason to compare by the loss; of one of the net's own no examples are
-    counted as right."""
+def test_an_accuracy_that_is_sometimes_undefined(tmp_path: Path) -> None:
+    """It is neither the best nor a gain, and never makes the loss decide. No correct examples are reported for an
+    accuracy of the net's own."""
     own = {
         "data": {"name": "support.user_sets:mnist_part"}, "model": {"name": "support.user_nets:Scoring"},
         "eval_every": "2 steps", "early_stop": {"patience": 3}, "final_train_eval": False,
     }  # fmt: skip
     train_on_ranks(SETTINGS | own, tmp_path / "r")
-    found = {line["step"]: line.get("val/accuracy") for line in metrics(tmp_path / "r") if "val/loss" in line}
-    assert found == {2: None, 4: 1 / 2, 6: None, 8: 1 / 4, 10: 1 / 5}
+    accuracies = {line["step"]: line.get("val/accuracy") for line in metrics(tmp_path / "r") if "val/loss" in line}
+    assert accuracies == {2: None, 4: 1 / 2, 6: None, 8: 1 / 4, 10: 1 / 5}
     result = json.loads((tmp_path / "r/result.json").read_text())
     assert (result["early_stopped"], result["best/step"], result["best/accuracy"]) == (True, 4, 0.5)
     assert (tmp_path / "r/checkpoints/best").resolve().name == "step_00000004"
     assert "test accuracy 0.166667\n" in (tmp_path / "r/logs/rank_00000.log").read_text()
-    said = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
-    assert json.loads(said.stdout).keys() == {"step", "loss", "seen"}
+    done = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    assert json.loads(done.stdout).keys() == {"step", "loss", "seen"}
 
 
 @pytest.mark.parametrize(
@@ -68,21 +68,21 @@ def test_an_accuracy_that_is_undefined_now_and_then(tmp_path: Path) -> None:
 def test_one_metric_decides_over_the_whole_run(
     evaluations: list[tuple[float, float | None]], scores: list[float | None], best: int | None
 ) -> None:
-    """Also where each evaluation is by an attempt of its own."""
-    state, found, without_gain = TrainState(), [], 0
+    """Also if each evaluation is in a separate attempt."""
+    state, found_scores, without_gain = TrainState(), [], 0
     for step, (loss, accuracy) in enumerate(evaluations, start=1):
         state.step = step
         metrics = {"val/loss": loss} if accuracy is None else {"val/loss": loss, "val/accuracy": accuracy}
         state.record_evaluation(metrics, min_delta=0.0)
         without_gain = 0 if state.is_best else without_gain + 1
         assert state.evaluations_without_gain == without_gain
-        found.append(state.score)
+        found_scores.append(state.score)
         state = TrainState(**json.loads(to_json(asdict(state))))
-    assert found == scores
+    assert found_scores == scores
     assert state.best.get("step") == best
 
 
-def test_its_lines_are_all_there(tmp_path: Path) -> None:
+def test_all_lines_are_written(tmp_path: Path) -> None:
     train_on_ranks(SETTINGS, tmp_path, world_size=2)
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["early_stopped"], result["step"], result["best/step"]) == (True, STOPS_AT, 4)
@@ -94,18 +94,18 @@ def test_its_lines_are_all_there(tmp_path: Path) -> None:
     assert [line["audit/unique"] for line in lines if "audit/unique" in line] == [6 * 16, 2 * 16]
 
 
-def stopped_while_it_evaluates() -> None:
+def stop_during_evaluation() -> None:
     evaluate = train.Trainer.evaluate
 
-    def told(self: train.Trainer) -> None:
+    def evaluate_with_stop(self: train.Trainer) -> None:
         if self.state.step == STOPS_AT:
             self.agreement.tick = lambda *_: setattr(self.agreement, "stop", "INTERRUPT")  # type: ignore[method-assign]
         evaluate(self)
 
-    train.Trainer.evaluate = told  # type: ignore[method-assign]
+    train.Trainer.evaluate = evaluate_with_stop  # type: ignore[method-assign]
 
 
-def killed_before_the_save() -> None:
+def kill_before_the_save() -> None:
     save = checkpoints.Checkpoints.save
 
     def killed(self: checkpoints.Checkpoints, state: TrainState, step: Stateful) -> None:
@@ -116,7 +116,7 @@ def killed_before_the_save() -> None:
     checkpoints.Checkpoints.save = killed  # type: ignore[method-assign]
 
 
-def killed_after_the_save() -> None:
+def kill_after_the_save() -> None:
     finish = checkpoints.Checkpoints.finish
 
     def killed(self: checkpoints.Checkpoints) -> None:
@@ -133,7 +133,7 @@ def disturbed(how: Callable[[], None], run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "left"),
-    [(stopped_while_it_evaluates, "INTERRUPT"), (killed_before_the_save, "SAVING"), (killed_after_the_save, "SAVING")],
+    [(stop_during_evaluation, "INTERRUPT"), (kill_before_the_save, "SAVING"), (kill_after_the_save, "SAVING")],
 )
 def test_each_is_there_once_whatever_came_in_between(
     how: Callable[[], None], left: str, undisturbed: Path, tmp_path: Path

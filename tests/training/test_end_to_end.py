@@ -1,4 +1,4 @@
-"""Runs as a user makes them, from the command line to what lies in the run directory."""
+"""Runs as a user starts them, from the command line to the files in the run directory."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 
-def test_a_run_leaves_everything(tmp_path: Path) -> None:
-    """Two processes: result, metrics, checkpoint, logs, pictures, an offline W&B run with all of it, exact counts."""
+def test_a_run_writes_all_its_files(tmp_path: Path) -> None:
+    """With two processes: result, metrics, checkpoint, logs, pictures, a complete offline W&B run, exact counts."""
     command = [*DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "--run-name", "r"]
     done = run([*command, "tracking.pictures=true", "tracking.artifact=true"], tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
@@ -62,14 +62,14 @@ def test_a_run_leaves_everything(tmp_path: Path) -> None:
 
 
 def check_recorded(offline: Path, run_dir: Path, result: dict[str, Any]) -> None:
-    """What W&B itself reads in its file."""
-    said = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)], run_dir).stdout
-    records = [json.loads(line) for line in said.splitlines()]
+    """Check what W&B itself reads in its file."""
+    output = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)], run_dir).stdout
+    records = [json.loads(line) for line in output.splitlines()]
     history = [each["history"]["item"] for each in records if each["type"] == "history"]
     mirrored = {(key, line["step"]): value for line in history for key, value in line.items() if "/" in key}
     ours = {(key, line["step"]): value for line in metrics(run_dir) for key, value in line.items() if "/" in key}
     assert {name: value for name, value in mirrored.items() if not name[0].startswith("pictures/")} == ours
-    # Each picture is there to the pixel, in its last line of history too.
+    # Each picture is recorded exactly, and named in the last line of history.
     for name in ("curves", "confusion", "mistakes"):
         (media,) = offline.glob(f"files/media/images/pictures/{name}_200_*.png")
         with Image.open(media) as theirs, Image.open(run_dir / f"pictures/{name}.png") as mine:
@@ -90,7 +90,7 @@ def check_recorded(offline: Path, run_dir: Path, result: dict[str, Any]) -> None
 
 
 def test_the_bundle_of_the_tutorial_runs_unchanged(tmp_path: Path) -> None:
-    """Seed 000's two files in a zip (as a folder: test_bundle.py), no setting, no network, two processes."""
+    """The two files of seed 000 in a zip (test_bundle.py: in a folder), no settings, no network, two processes."""
     path = tmp_path / "bundle.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for file in BUNDLE.glob("*.py"):
@@ -105,7 +105,7 @@ def test_the_bundle_of_the_tutorial_runs_unchanged(tmp_path: Path) -> None:
     assert result["val/accuracy"] > 0.5
 
 
-def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [*DIST_TRAIN, "train", "-c", "smoke", *SHORT, "--run-name", "r"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"})
@@ -138,7 +138,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
 
 
 def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
-    """Built from the tree and put on the path alone: MNIST and the configs travel inside."""
+    """Built from the tree, with nothing else on the path: it contains MNIST and the configs."""
     options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -155,7 +155,7 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
 
 
 def test_help_is_fast_and_needs_no_torch(tmp_path: Path) -> None:
-    """Under 0.2 s is measured by hand (docs/benchmarks.md); that torch and pydantic stay away is what it rests on."""
+    """Under 0.2 s is measured by hand (docs/benchmarks.md). It requires that torch and pydantic are not imported."""
     code = (
         "import sys\nfrom dist_train.cli import main\n"
         "try: main(['train', '--help'])\n"
@@ -173,7 +173,7 @@ SMALL = {
 }
 
 
-def test_a_net_that_does_not_fit_its_data_is_told_with_file_and_line(tmp_path: Path) -> None:
+def test_a_net_that_does_not_fit_its_data_is_reported_with_file_and_line(tmp_path: Path) -> None:
     body = "    def forward(self, images):\n        return super().forward(images)\n"
     (tmp_path / "mine.py").write_text(f"from torch import nn\nclass Net(nn.Linear):\n{body}")
     command = [*DIST_TRAIN, "train", "-c", "smoke", "-o", "model.name=mine:Net", "--run-name", "r"]
@@ -204,7 +204,7 @@ def test_a_net_that_needs_no_targets(num_workers: int, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r/result.json").read_text())["test/seen"] == 101
 
 
-def test_a_mask_of_infinities_is_no_divergence(tmp_path: Path) -> None:
+def test_a_mask_of_infinities_is_not_a_divergence(tmp_path: Path) -> None:
     train_on_ranks(own(model={"name": "support.user_nets:Masked"}, ema_decay=0.9), tmp_path / "r")
     mask = weights(tmp_path / "r")["mask"]
     assert (mask.isneginf().sum(), mask.isnan().sum()) == (6, 0)
@@ -213,17 +213,17 @@ def test_a_mask_of_infinities_is_no_divergence(tmp_path: Path) -> None:
 def test_averaged_weights_are_evaluated_with_their_own_loss(tmp_path: Path) -> None:
     train_on_ranks(own(model={"name": "support.user_nets:OwnLoss"}, ema_decay=0.9), tmp_path / "r")
     result = json.loads((tmp_path / "r/result.json").read_text())
-    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
-    assert json.loads(found.stdout)["loss"] == pytest.approx(result["test/loss"], rel=1e-6)
+    done = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    assert json.loads(done.stdout)["loss"] == pytest.approx(result["test/loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ({"model": {"name": "support.user_nets:Frozen"}}, "Frozen has no parameter that requires a gradient"),
         (
             {"model": {"name": "support.user_nets:Extra"}},
-            r"Extra\.state_dict\(\) holds _extra_state, which is no tensor",
+            r"Extra\.state_dict\(\) holds _extra_state, which is not a tensor",
         ),
         (
             {"data": {"name": "support.user_nets:negative"}},
@@ -231,31 +231,33 @@ def test_averaged_weights_are_evaluated_with_their_own_loss(tmp_path: Path) -> N
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=told):
+def test_nets_and_labels_that_cannot_be_trained_are_rejected(
+    settings: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match=expected):
         train_on_ranks(own(**settings), tmp_path / "r")
 
 
-def finished_by_another(run_dir: Path) -> None:
-    """In the moment between a look at the state and the lock."""
+def finish_before_the_lock(run_dir: Path) -> None:
+    """Finish the run between the check of the state and the lock."""
     lock = RunDir.lock
 
-    def locked_later(self: RunDir) -> None:
+    def finish_then_lock(self: RunDir) -> None:
         write_json(self.status, {"state": "FINISHED", "attempt": 1})
         write_json(self.result, {"step": 7})
         lock(self)
 
-    RunDir.lock = locked_later  # type: ignore[method-assign]
+    RunDir.lock = finish_then_lock  # type: ignore[method-assign]
     assert train_here(SMALL, run_dir) == "FINISHED"
 
 
 def test_a_run_that_another_start_has_just_finished_stays_so(tmp_path: Path) -> None:
-    run_on_ranks(finished_by_another, tmp_path, world_size=1)
+    run_on_ranks(finish_before_the_lock, tmp_path, world_size=1)
     assert RunDir(tmp_path).read_status() == {"state": "FINISHED", "attempt": 1}
     assert RunDir(tmp_path).read_result() == {"step": 7}
 
 
-def test_diverged_runs_stop_and_save_nothing_poisoned(tmp_path: Path) -> None:
+def test_diverged_runs_stop_and_save_only_finite_weights(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom dist_train.models.nets import Mlp\n"
         "class Net(Mlp):\n"
@@ -267,15 +269,15 @@ def test_diverged_runs_stop_and_save_nothing_poisoned(tmp_path: Path) -> None:
     common = [*DIST_TRAIN, "train", "-c", "smoke", "-q", "-o", "model.name=mine:Net"]
     done = run_forked([*common, "-o", "save_every=10", "-o", "log_every=15", "--run-name", "r"], tmp_path, world_size=2)
     assert done.returncode == 1
-    told = json.loads((tmp_path / "runs/r/error.json").read_text())["message"]
-    assert re.search(r"not finite between step (31 and 40|31 and 45)", told), told
-    assert "step_00000030" in told
+    message = json.loads((tmp_path / "runs/r/error.json").read_text())["message"]
+    assert re.search(r"not finite between step (31 and 40|31 and 45)", message), message
+    assert "step_00000030" in message
     assert [path.name for path in (tmp_path / "runs/r/checkpoints").glob("step_*")] != []
     assert max((tmp_path / "runs/r/checkpoints").glob("step_*")).name == "step_00000030"
 
 
 def test_training_accuracy_of_the_first_tutorial(tmp_path: Path) -> None:
-    """One of its three epochs is enough to see that net, data and optimizer are right: about 94 %."""
+    """One of its three epochs shows that net, data and optimizer are right: about 94 %."""
     command = [*DIST_TRAIN, "train", "-c", "mnist_mlp", "-o", "train_for=1 epochs", "-q", "--run-name", "r"]
     assert run_forked(command, tmp_path).returncode == 0
     result = json.loads((tmp_path / "runs/r/result.json").read_text())
@@ -284,7 +286,7 @@ def test_training_accuracy_of_the_first_tutorial(tmp_path: Path) -> None:
 
 
 def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
-    """Of averaged weights, which Accelerate has not prepared; by the run and by `evaluate`."""
+    """With averaged weights, which Accelerate has not prepared; in the run and in `evaluate`."""
     train_on_ranks(own(model={"name": "mlp"}, ema_decay=0.9, mixed_precision="bf16"), tmp_path / "r")
     ours = json.loads((tmp_path / "r/result.json").read_text())["test/loss"]
     saved, test = TrainedNet.open(tmp_path / "r", "last"), mnist_part(train=False)
@@ -292,8 +294,8 @@ def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
         logits = saved.net(test.images / 255)
     assert logits.dtype == torch.bfloat16
     assert ours == pytest.approx(float(functional.cross_entropy(logits.double(), test.labels)), rel=1e-6)
-    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path, ACCELERATE_MIXED_PRECISION="fp16")
-    assert json.loads(found.stdout)["loss"] == pytest.approx(ours, rel=1e-6)
+    done = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path, ACCELERATE_MIXED_PRECISION="fp16")
+    assert json.loads(done.stdout)["loss"] == pytest.approx(ours, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -303,12 +305,12 @@ def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
         pytest.param("fp16", "fp16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="then it is used")),
     ],
 )
-def test_an_evaluation_goes_by_the_run_not_by_its_launcher(recorded: str, exported: str, tmp_path: Path) -> None:
-    """What fp16 has trained can be looked at on a CPU."""
+def test_an_evaluation_uses_the_precision_of_the_run(recorded: str, exported: str, tmp_path: Path) -> None:
+    """A net trained in fp16 can be evaluated on a CPU."""
     train_on_ranks(own(model={"name": "mlp"}), tmp_path / "r")
     facts = read_json(tmp_path / "r/run.json")
     write_json(tmp_path / "r/run.json", facts | {"mixed_precision": recorded})
-    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path, ACCELERATE_MIXED_PRECISION=exported)
-    assert found.returncode == 0, found.stderr
+    done = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path, ACCELERATE_MIXED_PRECISION=exported)
+    assert done.returncode == 0, done.stderr
     ours = read_json(tmp_path / "r/result.json")["test/loss"]
-    assert json.loads(found.stdout)["loss"] == pytest.approx(ours, rel=1e-6)
+    assert json.loads(done.stdout)["loss"] == pytest.approx(ours, rel=1e-6)

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """With metrics of its own, which are means over a batch, and with BatchNorm and dropout."""
+    """A net with its own metrics (means over a batch), BatchNorm and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def images(length: int = 101) -> ImageSet:
 def batches(
     examples: ImageSet, world: World, resident: bool = True, num_batches: int = 0, left_out: int = 0
 ) -> EvaluationBatches:
-    """Batches of 7; of a shard that is wrong by those that are `left_out`."""
+    """Batches of 7 of a shard without its last `left_out` examples."""
     shard = evaluation_shard(len(examples), world.rank, world.size)
     shard = shard[: len(shard) - left_out]
     longest = -(-len(examples) // world.size)
@@ -64,7 +64,7 @@ def batches(
 
 
 def truth(net: Net, examples: ImageSet) -> dict[str, float]:
-    """The same in one piece, without any of our code."""
+    """The same metrics in one pass, without code of this package."""
     net.eval()
     with torch.no_grad():
         logits = net(examples.images.float() / 255)
@@ -81,14 +81,14 @@ def evaluate_on_ranks(length: int, resident: bool, folder: Path) -> None:
     join_group("evaluate")
     world = World.join(parse_config({"device": "cpu"}))
     net = Net()
-    if world.rank:  # the buffers of other ranks went their own way: rank zero's count
+    if world.rank:  # the buffers of other ranks differ: rank zero's are used
         for buffer in net.buffers():
             buffer += 5
     net.train()
-    found = evaluate(net, batches(images(length), world, resident), Objective(net), world)
+    metrics = evaluate(net, batches(images(length), world, resident), Objective(net), world)
     assert net.training
     assert all(torch.equal(mine, first) for mine, first in zip(net.buffers(), Net().buffers(), strict=True))
-    (folder / f"rank_{world.rank}").write_text(json.dumps(found))
+    (folder / f"rank_{world.rank}").write_text(json.dumps(metrics))
     world.leave()
 
 
@@ -97,14 +97,14 @@ def evaluate_on_ranks(length: int, resident: bool, folder: Path) -> None:
     [(1, 101, True), (2, 101, True), (2, 101, False), (3, 101, True), (3, 1, True)],
 )
 def test_every_example_counts_once(world_size: int, length: int, resident: bool, tmp_path: Path) -> None:
-    """101 examples, batches of 7: shards of 51 and 50, and the last batch is shorter; or a rank with none at all."""
+    """101 examples, batches of 7: shards of 51 and 50, the last batch is shorter; or a rank without examples."""
     run_on_ranks(evaluate_on_ranks, length, resident, tmp_path, world_size=world_size)
-    found = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
-    assert found == [found[0]] * world_size  # the same on every rank
+    metrics = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
+    assert metrics == [metrics[0]] * world_size  # the same on every rank
     expected = truth(Net(), images(length))
-    assert found[0].keys() == expected.keys()
-    assert (found[0]["seen"], found[0]["accuracy"]) == (length, expected["accuracy"])
-    assert found[0] == pytest.approx(expected, rel=1e-6)
+    assert metrics[0].keys() == expected.keys()
+    assert (metrics[0]["seen"], metrics[0]["accuracy"]) == (length, expected["accuracy"])
+    assert metrics[0] == pytest.approx(expected, rel=1e-6)
 
 
 def evaluate_a_wrong_shard(folder: Path) -> None:
@@ -129,14 +129,14 @@ def test_a_wrong_shard_raises_on_every_rank(tmp_path: Path) -> None:
 
 
 class Padded(EvaluationBatches):
-    """As DistributedSampler would: the first examples once more, to fill up."""
+    """Repeats the first examples as padding, like DistributedSampler."""
 
     def __iter__(self) -> Any:
         yield from super().__iter__()
         yield next(super().__iter__())
 
 
-def test_an_example_too_many_raises(world: World) -> None:
+def test_an_extra_example_raises(world: World) -> None:
     examples, net = images(14), Net()
     made = Padded(examples, torch.arange(14), 7, 3, True, Pixels(None, CPU), CPU, 0, 0)
     with pytest.raises(DistTrainError, match="Evaluation counted 21 examples of 14"):
@@ -144,7 +144,7 @@ def test_an_example_too_many_raises(world: World) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_as_before_also_after_an_error(training: bool, world: World) -> None:
+def test_the_training_mode_is_restored_even_after_an_error(training: bool, world: World) -> None:
     net = Net().train(training)
     evaluate(net, batches(images(), world), Objective(net), world)
     assert net.training == training
@@ -155,7 +155,7 @@ def test_the_mode_is_as_before_also_after_an_error(training: bool, world: World)
 
 
 def test_a_label_that_is_no_class_is_named_with_its_example(world: World) -> None:
-    """Batches are judged together: the example is not that of the last one."""
+    """Batches are scored together, and the example is not in the last one."""
     examples = images()
     examples.labels[38] = 3
     four = ImageSet(examples.images, examples.labels, ("a", "b", "c", "d"))
@@ -168,17 +168,17 @@ def test_a_label_that_is_no_class_is_named_with_its_example(world: World) -> Non
 
 
 class Drawing(Net):
-    """Random in evaluation too, as a VAE is."""
+    """A net that is random in evaluation too, like a VAE."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images + torch.rand_like(images))
 
 
-def test_a_net_that_draws_in_evaluation_draws_the_same_each_time(world: World) -> None:
+def test_random_numbers_in_evaluation_are_the_same_each_time(world: World) -> None:
     torch.manual_seed(0)
     net = Drawing()
     first = evaluate(net, batches(images(), world), Objective(net), world)
-    torch.manual_seed(1)  # whatever was done before, say another step, or the warm-up after a resume
+    torch.manual_seed(1)  # whatever was done before, such as another step, or the warm-up after a resume
     assert evaluate(net, batches(images(), world), Objective(net), world) == first
 
 
@@ -191,12 +191,12 @@ def test_evaluating_changes_nothing(world: World) -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_a_stop_cuts_it_short(world: World) -> None:
+def test_a_stop_ends_the_evaluation(world: World) -> None:
     request = StopRequest()
     request.request("INTERRUPT")
     net = Net().train()
-    found = evaluate(net, batches(images(), world), Objective(net), world, Agreement(world, request, interval_s=0.0))
-    assert found is None
+    metrics = evaluate(net, batches(images(), world), Objective(net), world, Agreement(world, request, interval_s=0.0))
+    assert metrics is None
     assert net.training
 
 
@@ -208,20 +208,20 @@ class Regression(Net):
         return {"good": 1.0, "undefined": float("nan")}
 
 
-def test_what_is_not_finite(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """A metric that is undefined is named; files are strict JSON and go without it. A loss like that ends the run."""
+def test_values_that_are_not_finite(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """An undefined metric is named and omitted from files, which are strict JSON. Such a loss ends the run."""
     net = Regression()
-    found = evaluate(net, batches(images(), world), Objective(net), world)
-    assert found is not None
-    assert {name for name, value in found.items() if math.isfinite(value)} == {"loss", "good", "accuracy", "seen"}
-    assert "left out, since not finite over 101 examples: undefined" in caplog.text
+    metrics = evaluate(net, batches(images(), world), Objective(net), world)
+    assert metrics is not None
+    assert {name for name, value in metrics.items() if math.isfinite(value)} == {"loss", "good", "accuracy", "seen"}
+    assert "metrics omitted, not finite over 101 examples: undefined" in caplog.text
     nn.init.constant_(net.linear.weight, float("inf"))
     with pytest.raises(TrainingDiverged, match=r"loss over 101 examples is not finite.*Lower optimizer\.lr"):
         evaluate(net, batches(images(), world), Objective(net), world)
 
 
 class OwnAccuracy(Net):
-    """With a metric that has the name of ours."""
+    """A net with a metric named like ours."""
 
     off = 0.0
 
@@ -231,11 +231,11 @@ class OwnAccuracy(Net):
 
 def test_an_accuracy_that_is_not_ours_is_refused(world: World) -> None:
     net = OwnAccuracy()
-    found = evaluate(net, batches(images(), world), Objective(net), world)
-    assert found is not None
-    assert found["accuracy"] == truth(Net(), images())["accuracy"]
+    metrics = evaluate(net, batches(images(), world), Objective(net), world)
+    assert metrics is not None
+    assert metrics["accuracy"] == truth(Net(), images())["accuracy"]
     net.off = 0.1
     with pytest.raises(
-        UserCodeError, match=r"returned accuracy=0\.\d+ for a batch of which 0\.\d+ are right.*another name"
+        UserCodeError, match=r"returned accuracy=0\.\d+ for a batch whose accuracy is 0\.\d+.*another name"
     ):
         evaluate(net, batches(images(), world), Objective(net), world)

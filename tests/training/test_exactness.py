@@ -17,14 +17,14 @@ from support.run_files import (
 )
 from support.trainings import DIVISIONS, MNIST, NETS
 
-# The same on the first 960 images, for what is slow.
+# The same on the first 960 images, for slow tests.
 PART = MNIST | {"data": MNIST["data"] | {"name": "support.user_sets:mnist_part"}}
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_float64_runs_agree_for_every_division(net: str, tmp_path: Path) -> None:
-    """Here a part: all for one net, fewer steps and images for the others. `make exactness` does 400 steps for all, on
-    all images."""
+    """All steps and images for one net, fewer for the others. `make exactness` does 400 steps for all nets, on all
+    images."""
     small = net == "mlp"
     settings = (MNIST if small else PART) | {
         "dtype": "float64", "model": NETS[net], "train_for": f"{400 if small else 4} steps", "log_every": 2,
@@ -43,8 +43,8 @@ def test_float64_runs_agree_for_every_division(net: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("net", ["mlp", "guide", "bks", "fast"])
 def test_first_losses_in_fp32_agree(net: str, tmp_path: Path) -> None:
-    """Not of conv: its loss leaves a plateau by growing whatever tips it, rounding too. Adam at lr 1e-3 takes it from
-    1e-7 to 2e-3 within 20 steps (SGD: 2e-7); in float64, above, it agrees like the others."""
+    """Without conv: its loss leaves a plateau by amplifying any difference, rounding too. Adam at lr 1e-3 takes that
+    from 1e-7 to 2e-3 within 20 steps (SGD: 2e-7). In float64, above, conv agrees like the others."""
     settings = PART | {"model": NETS[net], "train_for": "20 steps", "log_every": 1, "eval_every": 0}
     for world_size in (1, 2, 3):
         train_on_ranks(settings, tmp_path / str(world_size), world_size)
@@ -58,7 +58,7 @@ SMALL: dict[str, Any] = {
     "data": {"name": "support.user_sets:Jittered"},
     "model": {"name": "support.user_sets:WithDropout"},
     "global_batch_size": 12,
-    "train_for": "5 epochs",  # of 8 steps: the ragged tail of 101 examples is dropped
+    "train_for": "5 epochs",  # of 8 steps: the last incomplete batch of 101 examples is dropped
     "eval_every": "10 steps",
     "log_every": 3,
     "save_every": "7 steps",
@@ -71,7 +71,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (3, 2), (4, 0)])
 def test_stop_and_resume_is_never_stopped(world_size: int, num_workers: int, tmp_path: Path) -> None:
-    """Dropout and a streamed set with random transforms; stopped twice, in mid-epoch and where an evaluation is due."""
+    """Dropout and a streamed set with random transforms; stopped twice, mid-epoch and when an evaluation is due."""
     settings = SMALL | {"data": {"name": "support.user_sets:Jittered", "num_workers": num_workers}}
     train_on_ranks(SMALL, tmp_path / "whole", world_size)
     for stop_after in (11, 20):
@@ -83,7 +83,7 @@ def test_stop_and_resume_is_never_stopped(world_size: int, num_workers: int, tmp
 
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_resume_has_the_buckets_of_the_run_that_went_on(world_size: int, tmp_path: Path) -> None:
-    """A net large enough for gloo's ring: without the warm-up its sums are in another order after a resume."""
+    """A net large enough for gloo's ring: without the warm-up it sums in another order after a resume."""
     settings = PART | {"model": {"name": "bks"}, "train_for": "8 steps", "log_every": 1}
     train_on_ranks(settings, tmp_path / "whole", world_size)
     train_on_ranks(settings, tmp_path / "parts", world_size, stop_after=3)

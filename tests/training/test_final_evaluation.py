@@ -1,4 +1,4 @@
-"""Pictures of what a net gets wrong: of any data set, or none of them; never at the cost of the run."""
+"""Pictures of a net's mistakes: for any data set, or none; a failure never affects the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def grey(count: int) -> ImageSet:
     ("examples", "is_picture"),
     [
         (grey(2), True),
-        ([(torch.rand(3, 5, 4) * 9 - 4, 0)] * 2, True),  # as a transform has left it, and not square
+        ([(torch.rand(3, 5, 4) * 9 - 4, 0)] * 2, True),  # the output of a transform, not square
         ([(torch.zeros(1, 3, 3), 0)] * 2, True),  # without any contrast
         ([(torch.rand(7, 3, 3), 0)] * 2, False),
         ([(torch.rand(12), 0)] * 2, False),
@@ -51,7 +51,7 @@ def grey(count: int) -> ImageSet:
         (None, False),
     ],
 )
-def test_only_pictures_are_shown(examples: Any, is_picture: bool, run_dir: RunDir) -> None:
+def test_only_images_are_drawn(examples: Any, is_picture: bool, run_dir: RunDir) -> None:
     pictures = drawn(examples, run_dir)
     assert pictures.keys() == {"curves", "confusion"} | ({"mistakes"} if is_picture else set())
     for picture in pictures.values():
@@ -72,7 +72,7 @@ def test_pixels_of_any_type_are_shown_from_dark_to_bright(run_dir: RunDir, monke
         assert pixels.tolist() == [[0, pytest.approx(127, abs=1), pytest.approx(255, abs=1)]]
 
 
-def test_an_example_that_cannot_be_had_costs_its_picture_alone(
+def test_an_example_that_cannot_be_read_costs_only_its_picture(
     run_dir: RunDir, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(list[Any]):
@@ -84,13 +84,13 @@ def test_an_example_that_cannot_be_had_costs_its_picture_alone(
     assert {path.name for path in run_dir.pictures.iterdir()} == {"curves.png", "confusion.png"}
 
 
-def test_a_net_that_is_no_classifier(run_dir: RunDir) -> None:
+def test_a_net_that_is_not_a_classifier(run_dir: RunDir) -> None:
     assert draw(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, []), run_dir).keys() == {"curves"}
 
 
 @pytest.mark.parametrize("classes", [2, 21, 100, 1000])
 def test_the_names_of_many_classes(classes: int) -> None:
-    """Counts, then names, are left out: the picture stays of a size that can be looked at."""
+    """With many classes, counts and then names are omitted: the picture keeps a viewable size."""
     counts = torch.eye(classes, dtype=torch.int64).tolist()
     names = [f"$a_long$ name \\frac of ${number}" for number in range(classes)]
     with Image.open(io.BytesIO(charts.confusion_matrix(counts, [1.0] * classes, names, "title"))) as image:
@@ -102,7 +102,7 @@ def without_matplotlib(run_dir: Path) -> None:
     assert train_here(SETTINGS | {"tracking": {"wandb": "disabled", "pictures": True}}, run_dir) == "FINISHED"
 
 
-def test_without_matplotlib_the_run_ends_well(tmp_path: Path) -> None:
+def test_without_matplotlib_the_run_finishes(tmp_path: Path) -> None:
     run_on_ranks(without_matplotlib, tmp_path / "r", world_size=1)
     assert (tmp_path / "r/result.json").exists()
     assert not (tmp_path / "r/pictures").exists()
@@ -110,8 +110,8 @@ def test_without_matplotlib_the_run_ends_well(tmp_path: Path) -> None:
     assert 'no picture of the curves: Pictures need matplotlib: pip install "dist-train[plot]".' in log
 
 
-def test_on_any_number_of_ranks_the_same_pictures(tmp_path: Path) -> None:
-    """In float64, where the ranks' rounding does not show."""
+def test_pictures_are_the_same_for_any_world_size(tmp_path: Path) -> None:
+    """In float64, where rounding does not differ visibly between world sizes."""
     settings = SETTINGS | {"dtype": "float64", "tracking": {"wandb": "disabled", "pictures": True}}
     pixels: list[Tensor] = []
     for world_size in (1, 3):

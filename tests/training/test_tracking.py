@@ -21,7 +21,7 @@ LINES: list[dict[str, Any]] = [
     {"step": 4, "val/accuracy": 0.9},
 ]
 
-# --- which mode ------------------------------------------------------------------------------------------------------
+# --- W&B mode --------------------------------------------------------------------------------------------------------
 
 KEY = {"WANDB_API_KEY": "x"}
 MODES = [
@@ -31,7 +31,7 @@ MODES = [
     ("online", {}, "online"),
     ("offline", KEY, "offline"),
     ("disabled", KEY, "disabled"),
-    # An explicit variable wins over the file.
+    # An environment variable takes precedence over the file.
     ("online", {"WANDB_MODE": "offline"}, "offline"),
     ("disabled", {"WANDB_MODE": "online"}, "online"),
     ("online", {"WANDB_MODE": "disabled"}, "disabled"),
@@ -71,7 +71,7 @@ def test_a_key_in_netrc(netrc: str, url: str, expected: str, tmp_path: Path) -> 
 
 
 class Recorder:
-    """A sink that keeps what it gets, and may fail at its n-th line."""
+    """A sink that keeps its lines, and may fail at the n-th one."""
 
     def __init__(self, fails_at: int = 0) -> None:
         self.lines: list[tuple[int | None, dict[str, Any]]] = []
@@ -115,7 +115,7 @@ def test_every_line_reaches_the_file_and_the_mirrors(run_dir: RunDir, monkeypatc
     tracker = tracker_with(sink, None, run_dir, monkeypatch)
     for number, line in enumerate(LINES, start=1):
         tracker.log(line)
-        assert len(list(run_dir.metrics.read())) == number  # at once
+        assert len(list(run_dir.metrics.read())) == number  # immediately
     tracker.finish({})
     assert list(run_dir.metrics.read()) == LINES
     assert sink.lines == WITHOUT_NONE
@@ -123,7 +123,7 @@ def test_every_line_reaches_the_file_and_the_mirrors(run_dir: RunDir, monkeypatc
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_a_sink_that_fails_is_left_out(
+def test_a_sink_that_fails_is_dropped(
     fails_at: int, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad, good = Recorder(fails_at), Recorder()
@@ -133,10 +133,10 @@ def test_a_sink_that_fails_is_left_out(
     tracker.finish({})
     assert list(run_dir.metrics.read()) == LINES
     assert (len(bad.lines), good.lines) == (fails_at, WITHOUT_NONE)
-    assert caplog.messages == ["Recorder failed: no route to host. The run goes on without it."]
+    assert caplog.messages == ["Recorder failed: no route to host. The run continues without it."]
 
 
-def test_a_tracker_that_does_not_start_is_left_out(
+def test_a_tracker_that_does_not_start_is_dropped(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sink = Recorder()
@@ -144,7 +144,7 @@ def test_a_tracker_that_does_not_start_is_left_out(
     tracker.log(LINES[0])
     tracker.finish({})
     assert sink.lines == WITHOUT_NONE[:1]
-    assert caplog.messages == ["wandb: no wandb here. The run goes on without it."]
+    assert caplog.messages == ["wandb: no wandb here. The run continues without it."]
 
 
 def test_a_sink_that_hangs_costs_no_time(
@@ -165,7 +165,7 @@ def test_a_sink_that_hangs_costs_no_time(
     assert time.monotonic() - started < 25
     free.set()
     assert len(list(run_dir.metrics.read())) == 100
-    assert caplog.text.index("waiting for W&B") < caplog.text.index("W&B did not take all within")
+    assert caplog.text.index("waiting for W&B") < caplog.text.index("W&B did not finish within")
 
 
 def test_other_ranks_track_nothing(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

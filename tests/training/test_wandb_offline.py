@@ -1,4 +1,4 @@
-"""A run without account and network: W&B's own files hold all of it."""
+"""A run without account and network: W&B's own files hold all its metrics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def log_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     os.environ["WANDB_MODE"] = "offline"
     run_dir = RunDir(path)
     join_group("wandb")
-    world = World.join(CONFIG)  # Accelerate's trackers want its state
+    world = World.join(CONFIG)  # Accelerate's trackers need its state
     run_dir.begin_attempt(CONFIG, wandb_id="of this attempt")
     tracker = Tracker(
         run_dir, CONFIG, {"world_size": world.size, "device": "cpu", "mixed_precision": "no"}, enabled=True
@@ -46,18 +46,18 @@ def log_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def attempt(run_dir: RunDir, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What W&B reads in the offline folder that one attempt made."""
+    """Return what W&B reads in the offline folder of one attempt."""
     before = set(run_dir.path.glob("wandb/offline-run-*"))
     run_on_ranks(log_lines, run_dir.path, lines, world_size=1)
-    (made,) = set(run_dir.path.glob("wandb/offline-run-*")) - before
-    return read(made)
+    (folder,) = set(run_dir.path.glob("wandb/offline-run-*")) - before
+    return read(folder)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """By W&B's own reader."""
+    """Read a folder with W&B's own reader."""
     argv = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    return [json.loads(line) for line in said.splitlines()]
+    output = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def steps_of(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -93,20 +93,20 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -> None:
-    """One id. After an agreed stop no gaps and no repeats; after a kill what is done again comes to the same values."""
+def test_a_run_that_is_ended_and_resumed(end: signal.Signals, tmp_path: Path) -> None:
+    """Same id. After an agreed stop no gaps and no repeats; after a kill repeated steps have the same values."""
     run_dir = tmp_path / "runs/r"
     command = train("save_every=200 steps", "log_every=1", "model.args.slow_s=1")
 
     def recorded(beyond: int) -> bool:
-        """W&B, which takes as long to start as such a run, has got lines of steps after that one."""
+        """Whether W&B, which takes as long to start as such a run, has recorded a later step."""
         records = run_dir.glob("wandb/offline-run-*/run-*.wandb")
         return any(max(steps_of(read(record.parent)), default=0) > beyond for record in records)
 
     with started(command, tmp_path, None, WANDB_MODE="offline") as process:
         wait_until(lambda: recorded(0), "record")
         saved = save(run_dir)
-        wait_until(lambda: recorded(saved), "record of what will be done again")
+        wait_until(lambda: recorded(saved), "record of steps that will be repeated")
         if end == signal.SIGTERM:
             process.send_signal(end)
         else:
@@ -131,7 +131,7 @@ def test_a_run_that_was_ended_and_goes_on(end: signal.Signals, tmp_path: Path) -
     once: dict[int, dict[str, Any]] = {}
     for line in metrics(run_dir):
         row = once.setdefault(line["step"], {})
-        assert row.keys().isdisjoint(key for key in line if "/" in key), "a line is there twice"
+        assert row.keys().isdisjoint(key for key in line if "/" in key), "a line is repeated"
         row |= {key: value for key, value in line.items() if value is not None}
     assert first | second == once
 

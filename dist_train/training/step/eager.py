@@ -1,4 +1,4 @@
-"""One optimizer update as torch runs it, operation by operation: any net, any world, any data."""
+"""One optimizer update in eager mode, which supports any net, world size and data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_train.training.step.optimizers import bare_step, build_optimizer
 
 
 class EagerUpdate:
-    """Forward and backward of each micro-batch, one exchange of gradients, clipping, the optimizer, the sums."""
+    """Forward and backward of each micro-batch, one all-reduce of gradients, clipping, optimizer step, sums."""
 
     def __init__(
         self,
@@ -42,21 +42,21 @@ class EagerUpdate:
         self.objective = Objective(net, config.label_smoothing)
         self.parameters = list(net.parameters())
         self.max_grad_norm = config.max_grad_norm
-        self.norm: Tensor | None = None  # of the last update's gradient, where the update itself found it
+        self.norm: Tensor | None = None  # of the last update's gradient, if the update computed it
         self._seed = config.seed
         self._seed_generators = seeding_for(net, training=True)
 
         optimizer = build_optimizer(config.optimizer, net, world.device)
         accelerator = world.accelerator
-        # Already on its device. Asked to place it, Accelerate looks for DTensors and imports sympy for that (0.5 s).
+        # The net is on its device. With device placement, Accelerate looks for DTensors and imports sympy (0.5 s).
         self.model, prepared = accelerator.prepare(net, optimizer, device_placement=[False, False])
-        # The prepared optimizer is needed for a gradient scaler alone and costs 88 us a step.
+        # Only a gradient scaler needs the prepared optimizer, which costs 88 us per step.
         self.overflows = Overflows(accelerator.scaler, world.device) if accelerator.scaler is not None else None
         self.optimizer = prepared if self.overflows else optimizer
         self.optimize = self.optimizer.step if self.overflows else bare_step(optimizer)
 
     def __call__(self, step: int) -> None:
-        """The update that follows `step` (from 0) others."""
+        """Do update number `step` (from 0)."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate.at(step)
         self.clear_gradients()
@@ -72,9 +72,9 @@ class EagerUpdate:
                 output = self.objective.forward(self.model, batch.inputs)  # [B, K]
                 self.objective.check_labels(output, batch.labels)
                 loss = self.objective.loss(output, batch.targets)
-                # Micro-batches are equal parts of the rank's share, shares are equal and DDP averages them: the sum
-                # of the parts is the mean over the global batch.
-                self._backward(loss / micro_steps if micro_steps > 1 else loss)  # 40 us a step
+                # Micro-batches are equal parts of a rank's share, all shares are equal and DDP averages them: the
+                # sum of the parts is the mean over the global batch.
+                self._backward(loss / micro_steps if micro_steps > 1 else loss)  # saves 40 us per step
             self.window.add(loss, count_correct(output, batch.targets), len(batch))
         if self.max_grad_norm is not None:
             self.norm = self.world.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -83,7 +83,7 @@ class EagerUpdate:
             self.overflows.record_update(scale)
 
     def perturbed(self, step: int) -> None:
-        """As a call, on inputs that are off by rounding: how far that alone carries the net."""
+        """Do the update on inputs with rounding errors added, to measure the effect of rounding alone."""
         exact = self.batches
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.world.mixed_precision)
         self.batches = PerturbedBatches(exact, torch.finfo(dtype or torch.get_default_dtype()).eps)
@@ -93,20 +93,20 @@ class EagerUpdate:
             self.batches = exact
 
     def error_context(self, when: str, batch: Batch) -> ErrorContext:
-        """Errors of the net and its loss over `batch` as one line."""
+        """Return a context that reports an error of the net or its loss on `batch` in one line."""
         return ErrorContext(self.net, when, batch.indices, self.batches.examples)
 
     def seed_forward(self, step: int, micro_step: int) -> None:
-        """Dropout and the like, of the net or of user code, as a function of where we are."""
+        """Seed dropout and other random draws, in the net or in user code, by the position in the run."""
         self._seed_generators(derive_seed(self._seed, "forward", step, micro_step, self.world.rank))
 
     def clear_gradients(self) -> None:
-        """As `zero_grad`, without its record for the profiler: 60 us a step."""
+        """Like `zero_grad`, without its profiler record: saves 60 us per step."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def grad_norm(self) -> float:
-        """L2 norm of the last update's gradient, before clipping. Waits for the device."""
+        """Return the L2 norm of the last update's gradient, before clipping. Waits for the device."""
         if self.norm is not None:
             return float(self.norm)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -119,22 +119,22 @@ class EagerUpdate:
             loss.backward()
 
     def sync_gradients(self, when: bool) -> AbstractContextManager[None]:
-        """One all-reduce per step: only the last micro-step's backward exchanges gradients."""
+        """Return a context for one all-reduce per step: only the last micro-step's backward exchanges gradients."""
         return nullcontext() if when else self.world.accelerator.no_sync(self.model)
 
-    # --- all that an update changes --------------------------------------------------------------------------------
+    # --- the state that an update changes --------------------------------------------------------------------------
 
     def state(self) -> list[Tensor]:
-        """Weights, buffers, the window's sums and what the optimizer has made, as they lie on the device."""
+        """Return the device tensors that an update changes: weights, buffers, the window's sums, optimizer state."""
         return [*self.net.parameters(), *self.net.buffers(), self.window.sums, *self._optimizer_state()]
 
     def make_optimizer_state(self, step: int) -> None:
-        """All zero, as every optimizer of ours begins: what the first update makes."""
+        """Create the optimizer state that the first update creates, set to zero as in all our optimizers."""
         with unchanged(self.state()):
             self(step)
         for tensor in self._optimizer_state():
             tensor.zero_()
 
     def _optimizer_state(self) -> list[Tensor]:
-        made = (value for state in self.optimizer.state.values() for value in state.values())
-        return [value for value in made if isinstance(value, Tensor)]
+        values = (value for state in self.optimizer.state.values() for value in state.values())
+        return [value for value in values if isinstance(value, Tensor)]

@@ -1,4 +1,4 @@
-"""The update as one piece, from indices to new weights: compiled, or captured once as a CUDA graph and replayed."""
+"""The fused update, from indices to new weights: compiled, or captured once as a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.mode_selection import Update
 from dist_train.training.step.optimizers import traceable_step
 
-Draw = tuple[Tensor, ...]  # what decides a batch: see ResidentBatches.draw
+Selection = tuple[Tensor, ...]  # what determines a batch: see ResidentBatches.select
 
 
 @dataclass(frozen=True)
 class FusedUpdate:
-    """Gather, normalise, forward, backward, clip, optimizer and sums, without a look from the host."""
+    """Gather, normalise, forward, backward, clip, optimizer and sums, without a host synchronisation."""
 
     batches: ResidentBatches
     model: nn.Module
@@ -32,19 +32,19 @@ class FusedUpdate:
     parameters: Sequence[nn.Parameter]
     max_grad_norm: float | None
     optimize: Callable[[], None]
-    sums: Tensor  # those of Counts, [3]
+    sums: Tensor  # of Counts, [3]
 
-    def __call__(self, *draw: Tensor) -> Tensor:
-        """The gradient's L2 norm before clipping, []."""
-        inputs, targets = self.batches.materialise(*draw)
+    def __call__(self, *selection: Tensor) -> Tensor:
+        """Do the update and return the gradient's L2 norm before clipping, []."""
+        inputs, targets = self.batches.materialise(*selection)
         output = self.objective.forward(self.model, inputs)
         loss = self.objective.loss(output, targets)
-        # Not loss.backward(): that would end a compiled graph, and there is nothing to add to.
+        # Not loss.backward(): it would break the compiled graph, and there are no gradients to add to.
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient.detach()
-            # torch's get_total_norm is an operation that the compiler cannot fuse: 30 us of mlp's 320.
+            # The compiler cannot fuse torch's get_total_norm, which takes 30 us of mlp's 320.
             norms = [gradient.detach().square().sum() for gradient in gradients if gradient is not None]
             norm = torch.stack(norms).sum().sqrt()
             if self.max_grad_norm is not None:
@@ -52,20 +52,20 @@ class FusedUpdate:
             self.optimize()
             self._count(loss.detach(), count_correct(output.detach(), targets), len(targets))
             for parameter in self.parameters:
-                parameter.grad = None  # used up: a compiler need not write them to memory
+                parameter.grad = None  # no longer needed: the compiler need not write it to memory
         return norm
 
     def _count(self, loss: Tensor, correct: Tensor | None, seen: int) -> None:
-        """As `Counts.add`. A compiled graph would lose what that adds to views of the sums (torch 2.13)."""
+        """Like `Counts.add`, whose additions to views of the sums are lost in a compiled graph (torch 2.13)."""
         like = self.sums
         correct = torch.zeros_like(loss) if correct is None else correct
         self.sums.add_(torch.stack((loss.to(like) * seen, correct.to(like), torch.full_like(loss, seen).to(like))))
 
 
 def prepare(eager: EagerUpdate, mode: StepMode, step: int) -> Update:
-    """The same update in another mode. Runs it a few times; the caller has kept the state.
+    """Return the same update in another mode. Runs it a few times; the caller restores the state.
 
-    Raises: whatever a compiler or a capture has to say of the net.
+    Raises: any error of compiling or capturing the net.
     """
     batches = eager.batches
     assert isinstance(batches, ResidentBatches)  # see `unsupported_reason`
@@ -87,30 +87,30 @@ def prepare(eager: EagerUpdate, mode: StepMode, step: int) -> Update:
         eager.norm = run(*batches.select(step, 0))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a compiler has to say of torch's own code helps nobody
-        take(step)  # it is compiled at the first call
+        warnings.simplefilter("ignore")  # compiler warnings about torch's own code do not help a user
+        take(step)  # the first call compiles
     return take
 
 
 def _compiled(update: FusedUpdate) -> Callable[..., Tensor]:
-    """One graph of forward, backward and optimizer: mlp takes 0.29 ms instead of 0.46; of parts there is no gain."""
-    # Kept for the user's next run: 3 s instead of 8 to 18.
+    """Compile forward, backward and optimizer as one graph: mlp takes 0.29 ms instead of 0.46. Parts gain nothing."""
+    # A cache for the user's next run, which then compiles in 3 s instead of 8 to 18.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "compiled"))
     import torch._dynamo
     import torch._inductor.config
 
-    torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad ends the graph
-    torch._inductor.config.fallback_random = True  # dropout draws what it draws in eager
-    torch._inductor.config.compile_threads = 1  # no helper processes that a signal could hit or a kill leave behind
+    torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad breaks the graph
+    torch._inductor.config.fallback_random = True  # dropout draws the same as in eager mode
+    torch._inductor.config.compile_threads = 1  # no worker processes that a signal could hit or a kill leave behind
     return torch.compile(update, fullgraph=True, dynamic=False)
 
 
-def _captured(update: FusedUpdate, draw: Draw) -> Callable[..., Tensor]:
-    """One CUDA graph on static buffers: the host launches once where it launched for every kernel."""
-    static = tuple(each.clone() for each in draw)
+def _captured(update: FusedUpdate, selection: Selection) -> Callable[..., Tensor]:
+    """Capture one CUDA graph on static buffers: the host launches once instead of once for every kernel."""
+    static = tuple(each.clone() for each in selection)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries make their workspaces before the capture
+    with torch.cuda.stream(side):  # libraries allocate their workspaces before the capture
         for _ in range(3):
             update(*static)
     torch.cuda.current_stream().wait_stream(side)
@@ -118,8 +118,8 @@ def _captured(update: FusedUpdate, draw: Draw) -> Callable[..., Tensor]:
     with torch.cuda.graph(graph):
         norm = update(*static)
 
-    def replay(*draw: Tensor) -> Tensor:
-        for buffer, value in zip(static, draw, strict=True):
+    def replay(*selection: Tensor) -> Tensor:
+        for buffer, value in zip(static, selection, strict=True):
             buffer.copy_(value)
         graph.replay()
         return norm
@@ -128,18 +128,18 @@ def _captured(update: FusedUpdate, draw: Draw) -> Callable[..., Tensor]:
 
 
 def unsupported_reason(eager: EagerUpdate, mode: StepMode, config: Config) -> str:
-    """Why the update cannot be of this mode, or nothing."""
+    """Return why the update cannot run in this mode, "" if it can."""
     world, sgd = eager.world, config.optimizer
     if world.size > 1:
-        return f"{world.size} processes exchange gradients in the middle of it"
+        return f"{world.size} processes exchange gradients within the update"
     if not isinstance(eager.batches, ResidentBatches):
         return "the data is streamed, not resident on the device"
     if eager.plan.grad_accum_steps > 1:
         return f"it has {eager.plan.grad_accum_steps} micro-steps"
     if world.mixed_precision == "fp16":
-        return "the scaler of fp16 asks at each step whether gradients are finite"
+        return "the fp16 scaler checks at each step whether gradients are finite"
     if sgd.dampening and sgd.momentum:
-        return "SGD with dampening has another first step"
+        return "the first step of SGD with dampening differs from the others"
     if mode == "graph" and world.device.type != "cuda":
         return f"a CUDA graph needs a CUDA device, this is {world.device.type}"
     if mode == "compile" and world.device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):

@@ -16,13 +16,13 @@ class LearningRate:
     total_steps: int
     name: ScheduleName = "constant"
     warmup_steps: int = 0
-    final_ratio: float = 0.0  # of the peak, reached at the last step; constant has none
+    final_ratio: float = 0.0  # relative to the peak, reached at the last step; unused by constant
 
     def at(self, step: int) -> float:
-        """Learning rate of the update that makes `step` (from 0) into `step + 1`.
+        """Return the learning rate of update number `step` (from 0).
 
-        `one_cycle` is that of torch.optim.lr_scheduler.OneCycleLR (two cosines; start at peak / 25, end at
-        peak / 250 000), its rise is `warmup_steps`, or 30 % of the run.
+        `one_cycle` is that of torch.optim.lr_scheduler.OneCycleLR (two cosines; starts at peak / 25, ends at
+        peak / 250 000). It rises for `warmup_steps`, or for 30 % of the run.
         """
         if self.name == "one_cycle":
             return self._one_cycle(step)

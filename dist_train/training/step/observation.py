@@ -1,4 +1,4 @@
-"""What a forward does besides computing. Found by looking, since no type of a module tells it."""
+"""Side effects of a forward pass. They are observed, since the type of a module does not show them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from dist_train.models.invariance import world_size_dependent_layers
 from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.mode_selection import unchanged
 
-_LOSS = 1e-4  # relative, between the loss over a micro-batch and over its halves
-_KEPT = 1e-5  # relative, between what a net keeps of two passes; on a CPU that is the same to the bit
+_LOSS_TOLERANCE = 1e-4  # relative, between the loss over a micro-batch and over its halves
+_STATE_TOLERANCE = 1e-5  # relative, between the state that two passes leave; bit-identical on a CPU
 
 
 class Observation:
-    """Of passes over one and the same batch under the same seed."""
+    """Records what a forward pass changes, over repeated passes on one batch with one seed."""
 
     def __init__(self, net: nn.Module) -> None:
         self._net = net
-        self._kept: list[dict[str, Any]] = []  # after each pass
-        self._changes: dict[str, None] = {}  # an ordered set: buffers that a forward changes, those of BatchNorm aside
+        self._attributes: list[dict[str, Any]] = []  # after each pass
+        self._changes: dict[str, None] = {}  # ordered set: buffers that a forward changes, except BatchNorm's
         self._draws = False
         self._loss = ""
 
     @contextmanager
     def watch_pass(self) -> Iterator[None]:
-        """Buffers hold afterwards what they held before, and are the tensors that they were."""
+        """Record what a pass changes. Buffers are restored: the same tensors with the same values."""
         generators = generator_states()
         with _same_buffers(self._net) as before:
             yield
@@ -44,10 +44,10 @@ class Observation:
                 if not isinstance(module, _BatchNorm) and not _is_same(old, self._net.get_buffer(path)):
                     self._changes[path] = None
         self._draws |= generator_states() != generators
-        self._kept.append(dict(_kept_by(self._net)))
+        self._attributes.append(dict(_plain_attributes(self._net)))
 
     def check_loss(self, objective: Objective, output: Any, targets: Any, size: int) -> None:
-        """Of the loss over `size` examples and over its halves. One that cannot be divided so is left alone."""
+        """Compare the loss over `size` examples with that over their halves. Skips a loss that cannot be divided so."""
         if objective.is_plain or size < 2:
             return
 
@@ -60,39 +60,39 @@ class Observation:
             with torch.no_grad(), _same_buffers(self._net):
                 whole = over(slice(0, size)) / size
                 halves = (over(slice(0, size // 2)) + over(slice(size // 2, size))) / size
-        except Exception:  # it wants more than rows: what `forward` has kept, say
+        except Exception:  # it needs more than rows, such as what `forward` stored
             return
-        if not math.isclose(whole, halves, rel_tol=_LOSS, abs_tol=1e-7):
+        if not math.isclose(whole, halves, rel_tol=_LOSS_TOLERANCE, abs_tol=1e-7):
             self._loss = f"the loss ({whole:.6g} over a micro-batch, {halves:.6g} over its halves)"
 
     @property
     def world_size_dependent(self) -> list[str]:
-        """What makes the result depend on how a step is divided over ranks and micro-batches, for people."""
-        found = world_size_dependent_layers(self._net)
-        if self._draws and not any("dropout" in each for each in found):
-            found.append("random numbers in forward (drawn per rank and micro-batch)")
+        """Descriptions of what makes the result depend on the division of a step over ranks and micro-batches."""
+        causes = world_size_dependent_layers(self._net)
+        if self._draws and not any("dropout" in each for each in causes):
+            causes.append("random numbers in forward (drawn per rank and micro-batch)")
         if self._changes:
-            found.append(f"{first_of([*self._changes])} (changed by each forward)")
-        return [*found, self._loss] if self._loss else found
+            causes.append(f"{first_of([*self._changes])} (changed by each forward)")
+        return [*causes, self._loss] if self._loss else causes
 
     @property
     def unsaved(self) -> list[str]:
-        """Attributes that go on from pass to pass and are in no checkpoint."""
-        if len(self._kept) < 2:
+        """Attributes that change from pass to pass and are not in checkpoints."""
+        if len(self._attributes) < 2:
             return []
-        first, last = self._kept[0], self._kept[-1]
+        first, last = self._attributes[0], self._attributes[-1]
         return [name for name in first if name in last and not _is_same(first[name], last[name])]
 
 
 def first_of(names: Sequence[str]) -> str:
-    """For people: "layers.0.weight and 11 more"."""
+    """Summarise names: "layers.0.weight and 11 more"."""
     return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
 
 
 @contextmanager
 def _same_buffers(net: nn.Module) -> Iterator[list[tuple[nn.Module, str, Tensor]]]:
-    """Buffers hold afterwards what they held before, and are the tensors that they were, also where a net assigns
-    others to their names. Yields for each its module, its path and a copy."""
+    """Restore all buffers at the end: the same tensors with the same values, even if the net has assigned others to
+    their names. Yields for each its module, its path and a copy."""
     places = [
         (module, f"{path}.{name}" if path else name, name, buffer)
         for path, module in net.named_modules()
@@ -106,21 +106,21 @@ def _same_buffers(net: nn.Module) -> Iterator[list[tuple[nn.Module, str, Tensor]
                 setattr(module, name, buffer)
 
 
-def _kept_by(net: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Numbers, tensors and generators that are plain attributes: by path, what can be compared later."""
+def _plain_attributes(net: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the path and a comparable summary of each number, tensor and generator in a plain attribute."""
     for path, module in net.named_modules():
         for name, value in vars(module).items():
-            found = _print_of(value)
-            if found is not None:
-                yield f"{path}.{name}" if path else name, found
+            summary = _summary(value)
+            if summary is not None:
+                yield f"{path}.{name}" if path else name, summary
 
 
-def _print_of(value: Any) -> Any:
-    """None for what is none of these."""
+def _summary(value: Any) -> Any:
+    """Return what identifies the value of a number, tensor or generator; None for other types."""
     if isinstance(value, (int, float)):
         return value
-    if isinstance(value, Tensor):  # it may be large, an output that is kept say: only its sums are
-        with suppress(Exception):  # of a kind that cannot be added up
+    if isinstance(value, Tensor):  # may be large, such as a stored output: keep only its sums
+        with suppress(Exception):  # some types have no sum
             numbers = value.detach().to("cpu", torch.float64)
             return value.shape, float(numbers.sum()), float(numbers.square().sum())
     if isinstance(value, torch.Generator):
@@ -134,18 +134,18 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_is_same, one, other))
     if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=_KEPT) or (math.isnan(one) and math.isnan(other))
+        return math.isclose(one, other, rel_tol=_STATE_TOLERANCE) or (math.isnan(one) and math.isnan(other))
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-        return alike and bool(one.isclose(other, rtol=_KEPT, atol=0, equal_nan=True).all())
+        return alike and bool(one.isclose(other, rtol=_STATE_TOLERANCE, atol=0, equal_nan=True).all())
     return bool(one == other)
 
 
 def _rows(value: Any, rows: slice, size: int) -> Any:
-    """Those of each tensor in `value`.
+    """Return these rows of each tensor in `value`.
 
     Raises:
-        ValueError: something in there has another number of rows than `size`.
+        ValueError: `value` holds anything other than tensors with `size` rows.
     """
     if isinstance(value, Tensor) and value.shape[:1] == (size,):
         return value.detach()[rows]

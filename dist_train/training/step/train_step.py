@@ -1,4 +1,4 @@
-"""One optimizer update over one global batch. Speed lives here; the loop does not change for it."""
+"""One optimizer update over one global batch. Speed optimisations are here, not in the loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Step:
-    """The update. Everything a checkpoint needs besides the step number is in here."""
+    """The update, with everything a checkpoint needs besides the step number."""
 
     def __init__(
         self,
@@ -49,44 +49,44 @@ class Step:
         net.to(world.device)
         if getattr(net, "channels_last", False):
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # A mask may well hold infinities; what was finite has to stay so.
+        # A mask may hold infinities; buffers that are finite now must stay finite.
         finite = [buffer for buffer in net.buffers() if buffer.isfinite().all()]
         self._stay_finite = [*net.parameters(), *finite]
-        # Copied before Accelerate patches `forward`: the copy's would still be that of the original.
+        # Copied before Accelerate patches `forward`: a later copy would call the original's.
         self.ema = AveragedNet(net, config.ema_decay) if config.ema_decay else None
         self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
-        self.mode: StepMode = "eager"  # until the warm-up
+        self.mode: StepMode = "eager"  # until `warm_up`
         self.warm_up_s = 0.0
         self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate)
         self.window = self.eager.window
         self._update: Update = self.eager
-        self.observed = Observation(net)  # in the warm-up
-        self._former_norm: float | None = None  # until this attempt has taken a step
+        self.observed = Observation(net)  # filled by `warm_up`
+        self._restored_norm: float | None = None  # until this attempt takes a step
 
     @property
     def evaluated_net(self) -> nn.Module:
-        """The weights that count: averaged ones if there are any."""
+        """The net to evaluate: the averaged one if there is one."""
         return self.ema.module if self.ema is not None else self.net
 
     def take(self, step: int) -> None:
-        """One update over one global batch, `step` (from 0) having gone before. Nothing here waits for the device."""
+        """Do update number `step` (from 0) over one global batch. Does not wait for the device."""
         self._update(step)
-        self._former_norm = None
+        self._restored_norm = None
         if self.ema is not None:
             self.ema.update_parameters(self.net)
 
     def warm_up(self, step: int, wanted: WantedMode = "eager") -> None:
-        """Two passes whose gradients are thrown away, before the first counted step of any start.
+        """Run two passes whose gradients are discarded, before the first step of an attempt; then set the mode.
 
-        DDP lays out its buckets anew before its second forward. A resumed run would do its first step with the first
-        layout where the uninterrupted one has the second, and gloo's ring adds in another order. Then the update gets
-        the mode that is `wanted`: auto, eager, compile or graph. No trace is left of all this: weights, gradients,
-        buffers and the training mode are as before.
+        DDP rebuilds its buckets before its second forward. Without these passes a resumed run would take its first step
+        with the first layout, the uninterrupted run with the second, and gloo's ring would add in another order. The
+        mode is the `wanted` one: auto, eager, compile or graph. Weights, gradients, buffers and the training mode are
+        the same afterwards as before.
 
         Collective: every rank must call this.
 
         Raises:
-            UserCodeError: net, loss and data do not fit together.
+            UserCodeError: the net, its loss and the data do not fit together.
         """
         began = time.perf_counter()
         eager = self.eager
@@ -94,7 +94,7 @@ class Step:
             self.world.synchronize()
             started = time.perf_counter()
             batch = eager.batches.at(step, 0)
-            # Code of the user may change what it is given, which the first step is given again.
+            # User code may modify its arguments, and the first step gets the same ones.
             inputs, targets = deepcopy((batch.inputs, batch.targets))
             eager.seed_forward(step, 0)
             with eager.error_context("on its first batch", batch), self.observed.watch_pass():
@@ -105,7 +105,7 @@ class Step:
             pass_s = time.perf_counter() - started
             self._check_gradients()
         self.observed.check_loss(eager.objective, output, batch.targets, len(batch))
-        if isinstance(eager.batches, ResidentBatches):  # all of them now: a graph or a compiled step could not tell
+        if isinstance(eager.batches, ResidentBatches):  # all of them: a captured or compiled step cannot check
             labels = eager.batches.labels
             with eager.error_context("on its data", Batch(None, labels, torch.arange(len(labels)))):
                 eager.objective.check_labels(output, labels)
@@ -114,15 +114,15 @@ class Step:
         self.warm_up_s = time.perf_counter() - began
 
     def _check_gradients(self) -> None:
-        """DDP waits for the gradient of each parameter, and would wait for ever."""
+        """Raise if a parameter has no gradient: DDP would wait for it forever."""
         if self.world.size == 1 or self._config.ddp.find_unused_parameters:
             return
         unused = [name for name, each in self.net.named_parameters() if each.requires_grad and each.grad is None]
         if unused:
             raise UserCodeError(
-                f"No gradient comes to {first_of(unused)} of "
-                f"{type(self.net).__name__}, and {self.world.size} processes exchange those of all parameters. Set "
-                f"ddp.find_unused_parameters=true, or take out what the forward does not use."
+                f"The loss gives no gradient to {first_of(unused)} of {type(self.net).__name__}, and "
+                f"{self.world.size} processes exchange the gradients of all parameters. Set "
+                f"ddp.find_unused_parameters=true, or remove the layers that the forward does not use."
             )
 
     @property
@@ -131,11 +131,11 @@ class Step:
         return self.eager.batches.wait_s
 
     def grad_norm(self) -> float:
-        """L2 norm of the last update's gradient, before clipping. Waits for the device."""
-        return self.eager.grad_norm() if self._former_norm is None else self._former_norm
+        """Return the L2 norm of the last update's gradient, before clipping. Waits for the device."""
+        return self.eager.grad_norm() if self._restored_norm is None else self._restored_norm
 
     def pop_window(self) -> dict[str, float]:
-        """Sums (loss, correct, seen) over all ranks since the last call.
+        """Return the sums (loss, correct, seen) over all ranks since the last call.
 
         Collective: every rank must call this.
         """
@@ -144,7 +144,7 @@ class Step:
         return totals
 
     def is_finite(self) -> bool:
-        """Whether weights and the window's loss are finite on every rank. Waits for the device.
+        """Return whether weights and the window's loss are finite on every rank. Waits for the device.
 
         Collective: every rank must call this.
         """
@@ -155,7 +155,7 @@ class Step:
     # --- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides the next update besides the weights, as it is on the device.
+        """Return all that determines the next update besides the step number, as tensors on the device.
 
         Collective: every rank must call this.
         """
@@ -171,7 +171,7 @@ class Step:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """On the same world size each rank gets its own window back, else rank zero gets their sum."""
+        """Restore the state. On the same world size each rank gets its own window, else rank zero gets their sum."""
         load_into(self.net, state["net"])
         load_state(self.eager.optimizer, state["optimizer"])
         if self.ema is not None:
@@ -180,7 +180,7 @@ class Step:
             self.world.accelerator.scaler.load_state_dict(state["scaler"])
         if self.eager.overflows is not None and state.get("overflows") is not None:
             self.eager.overflows.counts.copy_(state["overflows"])
-        self._former_norm = state.get("grad_norm")
+        self._restored_norm = state.get("grad_norm")
         windows: Tensor = state["window"]
         if len(windows) == self.world.size:
             self.window.sums.copy_(windows[self.world.rank])
@@ -190,37 +190,38 @@ class Step:
     # --- the mode of the update ------------------------------------------------------------------------------------
 
     def _choose_mode(self, step: int, wanted: WantedMode, pass_s: float) -> None:
-        """Keep the eager update, or take one with the same outcome that is asked for or, on `auto`, is faster."""
+        """Keep the eager update or switch to an equivalent one: the `wanted` mode, or with `auto` a faster one."""
         left = self.eager.learning_rate.total_steps - step
         mode = mode_to_try(self.world.device.type, left, pass_s) if wanted == "auto" else wanted
         if mode == "eager":
             if wanted == "auto":
                 _log.info(
-                    "step_mode=auto: eager, since trying another would not repay in the %d steps that are left", left
+                    "step_mode=auto: eager, since a trial of another mode would not pay off in the remaining %d steps",
+                    left,
                 )
             return
         why_not = unsupported_reason(self.eager, mode, self._config) or self._try(
-            step, mode, must_gain=wanted == "auto"
+            step, mode, must_be_faster=wanted == "auto"
         )
         if why_not:
             level = logging.INFO if wanted == "auto" else logging.WARNING
-            _log.log(level, "step_mode=%s: the update stays eager: %s", wanted, why_not)
+            _log.log(level, "step_mode=%s: keeps the eager update: %s", wanted, why_not)
 
-    def _try(self, step: int, mode: StepMode, must_gain: bool) -> str:
-        """Rehearse this mode and take it; or say why not, and leave all as it was."""
+    def _try(self, step: int, mode: StepMode, must_be_faster: bool) -> str:
+        """Try this mode and switch to it; or return why not, with everything restored."""
         eager, optimizer = self.eager, self.eager.optimizer
         fresh = not optimizer.state
         if fresh:
             eager.make_optimizer_state(step)
-        doing = "capturing" if mode == "graph" else "compiling"
-        _log.info("step_mode=%s: %s the update, which may take a minute where it was not done before", mode, doing)
+        action = "capturing" if mode == "graph" else "compiling"
+        _log.info("step_mode=%s: %s the update, which may take a minute the first time", mode, action)
         groups = [dict(group) for group in optimizer.param_groups]
         try:
-            update, found = try_update(
+            update, result = try_update(
                 eager, eager.perturbed, lambda: prepare(eager, mode, step), eager.state(), step, self.world.synchronize
             )
-            why_not = found.rejection_reason(must_gain)
-        except Exception as error:  # whatever a compiler finds to say of a user's net
+            why_not = result.rejection_reason(must_be_faster)
+        except Exception as error:  # a compiler may raise anything for a user's net
             _log.debug("%s", traceback.format_exc())
             why_not = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
         if why_not:
@@ -231,7 +232,7 @@ class Step:
             eager.clear_gradients()
         else:
             self._update, self.mode = update, mode
-            _log.info("step_mode=%s: %s", mode, found)
+            _log.info("step_mode=%s: %s", mode, result)
         return why_not
 
 
@@ -241,6 +242,6 @@ def _check_state(net: nn.Module) -> None:
     odd = [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)]
     if odd:
         raise UserCodeError(
-            f"{type(net).__name__}.state_dict() holds {odd[0]}, which is no tensor; a checkpoint is of tensors only. "
-            f"Leave get_extra_state out, or register a buffer."
+            f"{type(net).__name__}.state_dict() holds {odd[0]}, which is not a tensor; checkpoints hold only tensors. "
+            f"Remove get_extra_state, or register a buffer."
         )

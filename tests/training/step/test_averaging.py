@@ -1,4 +1,4 @@
-"""Averaged weights: what has an average is averaged, what has none is followed."""
+"""Averaged weights: tensors with a meaningful average are averaged, the others are copied."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DECAY = 0.9
 
 
 class Net(nn.Module):
-    """With all kinds of tensors; each forward changes some of them."""
+    """A net with all kinds of tensors; each forward changes some of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class Net(nn.Module):
         return outputs * self.scale.real
 
 
-def followed(steps: int = 5) -> tuple[Net, AveragedNet, list[dict[str, Tensor]]]:
-    """A net, its average, and what the net was after each of its updates."""
+def averaged_net(steps: int = 5) -> tuple[Net, AveragedNet, list[dict[str, Tensor]]]:
+    """A net, its average, and the states of the net after each of its updates."""
     torch.manual_seed(0)
     net = Net()
     ema, states = AveragedNet(net, DECAY), []
@@ -52,32 +52,32 @@ def followed(steps: int = 5) -> tuple[Net, AveragedNet, list[dict[str, Tensor]]]
 
 
 def test_each_tensor_is_averaged_or_followed() -> None:
-    net, ema, states = followed()
+    net, ema, states = averaged_net()
     running = {"layers.1.running_mean", "layers.1.running_var"}
     averaged = {name for name, value in net.named_parameters() if name != "steps"} | running
-    for name, found in ema.module.state_dict().items():
-        wanted = states[0][name]
+    for name, actual in ema.module.state_dict().items():
+        expected = states[0][name]
         for state in states[1:]:
-            wanted = DECAY * wanted + (1 - DECAY) * state[name] if name in averaged else state[name]
-        torch.testing.assert_close(found, wanted)
-        assert torch.equal(found, net.state_dict()[name]) == (name not in averaged), name
+            expected = DECAY * expected + (1 - DECAY) * state[name] if name in averaged else state[name]
+        torch.testing.assert_close(actual, expected)
+        assert torch.equal(actual, net.state_dict()[name]) == (name not in averaged), name
 
 
 def test_state_and_weights_are_those_of_torch() -> None:
-    """Checkpoints of its AveragedModel load, and go on to the bit."""
-    net, ema, _ = followed()
+    """Checkpoints of torch's AveragedModel load, and continue bit-identically."""
+    net, ema, _ = averaged_net()
     theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     assert ema.state_dict().keys() == theirs.state_dict().keys()
     theirs.load_state_dict(ema.state_dict())
     for each in (ema, theirs):
         each.update_parameters(net)
-    for (name, found), wanted in zip(ema.module.named_parameters(), theirs.module.parameters(), strict=True):
-        assert name == "steps" or torch.equal(found, wanted), name
+    for (name, actual), expected in zip(ema.module.named_parameters(), theirs.module.parameters(), strict=True):
+        assert name == "steps" or torch.equal(actual, expected), name
 
 
 def test_what_cannot_be_copied_is_named() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says itself that it is old
+        warnings.simplefilter("ignore")  # torch warns that it is deprecated
         old = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(UserCodeError, match=r"its 0\.weight is computed .*parametrizations\.weight_norm"):
         AveragedNet(old, DECAY)

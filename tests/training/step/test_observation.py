@@ -1,4 +1,4 @@
-"""What a net does besides computing is found in the warm-up, told, and leaves no trace."""
+"""Side effects of a net are found in the warm-up and reported, and leave no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 class Caching(Net):
-    """Keeps its output, as hooks and some losses want it; the next forward overwrites it."""
+    """Stores its output, as hooks and some losses need it; the next forward overwrites it."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.output = super().forward(functional.dropout(inputs, 0.5))
@@ -64,7 +64,7 @@ class OwnGenerators(Net):
 
 
 class Running(Net):
-    """A mean that goes on from forward to forward: as a plain tensor, or as a buffer that is assigned anew."""
+    """A running mean over forwards: a plain tensor, or a buffer that is reassigned."""
 
     mean: Tensor
 
@@ -117,7 +117,7 @@ class Centered(Net):
 
 
 class OfAnotherType(Net):
-    """A buffer that the forward assigns anew, of another type."""
+    """A buffer that the forward reassigns with another type."""
 
     scale: Tensor
 
@@ -131,7 +131,7 @@ class OfAnotherType(Net):
 
 
 class WithKept(Net):
-    """The loss wants what the forward has kept: it cannot be tried on a part."""
+    """The loss needs what the forward has stored: it cannot be computed on a part."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.inputs = inputs
@@ -174,16 +174,16 @@ def test_what_is_named(make: Callable[[], nn.Module], dependent: list[str], unsa
     step = new_step(world, 0, make_net=make)
     buffers = [(name, buffer, buffer.clone()) for name, buffer in step.net.named_buffers()]
     step.warm_up(0)
-    found = step.observed.world_size_dependent
-    assert len(found) == len(dependent)
-    assert all(one.startswith(beginning) for one, beginning in zip(found, dependent, strict=True)), found
+    causes = step.observed.world_size_dependent
+    assert len(causes) == len(dependent)
+    assert all(one.startswith(beginning) for one, beginning in zip(causes, dependent, strict=True)), causes
     assert step.observed.unsaved == unsaved
     for name, buffer, value in buffers:
         assert step.net.get_buffer(name) is buffer
         assert torch.equal(buffer, value)
 
 
-# --- a batch belongs to user code once -----------------------------------------------------------------------------
+# --- user code may modify its batch --------------------------------------------------------------------------------
 
 SHIFTED: dict[str, Any] = {
     "data": {"name": "support.user_sets:FromOne"},
@@ -197,31 +197,32 @@ SHIFTED: dict[str, Any] = {
 
 
 def test_targets_may_be_changed_in_place(tmp_path: Path) -> None:
-    """By a loss that shifts labels which begin at 1: in the warm-up, at each step, in evaluations, after a resume."""
+    """By a loss that shifts labels starting at 1: in the warm-up, each step, evaluations and after a resume."""
     train_on_ranks(SHIFTED, tmp_path / "whole")
     train_on_ranks(SHIFTED, tmp_path / "resumed", stop_after=3)
     train_on_ranks(SHIFTED, tmp_path / "resumed")
     assert_bit_identical(tmp_path / "resumed", tmp_path / "whole")
 
 
-# --- resumed in another division ------------------------------------------------------------------------------------
+# --- resumed with another division of the batch ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("net", "comes"),
+    ("net", "effect"),
     [
-        ("mlp", "equal within rounding, not to the bit"),
-        ("support.user_sets:WithDropout", f"another result, since it depends on {DROPOUT}"),
+        ("mlp", "equal within rounding, not bit-identical"),
+        ("support.user_sets:WithDropout", f"the result changes, since it depends on {DROPOUT}"),
     ],
 )
-def test_another_division_is_told_at_the_resume(net: str, comes: str, tmp_path: Path) -> None:
+def test_another_division_is_told_at_the_resume(net: str, effect: str, tmp_path: Path) -> None:
     settings = SHIFTED | {"data": {"name": "support.user_sets:Jittered"}, "model": {"name": net}}
     train_on_ranks(settings, tmp_path / "r", stop_after=3)
     train_on_ranks(settings | {"per_device_batch_size": 4}, tmp_path / "r")
-    assert f"resumed with another micro_steps: 1 -> 3: {comes}\n" in (tmp_path / "r/logs/rank_00000.log").read_text()
+    log = (tmp_path / "r/logs/rank_00000.log").read_text()
+    assert f"resumed with a different micro_steps: 1 -> 3: {effect}\n" in log
 
 
-# --- a layer that is not used ----------------------------------------------------------------------------------------
+# --- an unused layer --------------------------------------------------------------------------------------------------
 
 
 class Unused(Net):

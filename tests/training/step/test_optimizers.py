@@ -1,4 +1,4 @@
-"""Optimizers by name: torch's own, to the bit, and without torch's compiler."""
+"""Optimizers by name: bit-identical to torch's own, without an import of torch's compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
-def test_each_is_torchs_own_to_the_bit(settings: dict[str, Any], reference: Any) -> None:
+def test_each_is_bit_identical_to_torchs_own(settings: dict[str, Any], reference: Any) -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(40, 30), nn.Linear(40, 30)
     theirs.load_state_dict(ours.state_dict())
@@ -48,7 +48,7 @@ def test_each_is_torchs_own_to_the_bit(settings: dict[str, Any], reference: Any)
 
 
 def test_a_run_imports_no_compiler(tmp_path: Any) -> None:
-    """torch._dynamo takes 1.5 s, sympy 0.5, torchvision 1.1: a run of a bundled set needs none of them."""
+    """torch._dynamo takes 1.5 s, sympy 0.5, torchvision 1.1: a run with a bundled set needs none of them."""
     settings = ["train_for=2 steps", "final_train_eval=false", "tracking.wandb=disabled", f"runs_dir={tmp_path}"]
     code = (
         "import sys\nfrom dist_train.cli import main\n"

@@ -1,4 +1,4 @@
-"""fp16: an update whose gradients are not finite is left out and counted. Torch's own scaler, which a CPU has too."""
+"""fp16: updates with non-finite gradients are skipped and counted. With torch's own scaler, also available on a CPU."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_overflows_are_counted(step: Step) -> None:
     take(step, 6, 2, overflowing=True)
     assert overflows_of(step).pop() == (5, 3)
     take(step, 8, 1, overflowing=True)
-    assert overflows_of(step).pop() == (1, 3)  # three in a row up to now, over the last call
+    assert overflows_of(step).pop() == (1, 3)  # three in a row, across the last call
 
 
-def test_a_resumed_run_counts_on(step: Step) -> None:
+def test_a_resumed_run_continues_the_counts(step: Step) -> None:
     take(step, 0, 3, overflowing=True)
     saved = {name: value.clone() if name == "overflows" else value for name, value in step.state_dict().items()}
     take(step, 3, 4, overflowing=False)

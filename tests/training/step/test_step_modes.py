@@ -1,4 +1,4 @@
-"""The modes of an update: the same numbers within rounding, nothing left behind by trying one, never silently wrong."""
+"""The modes of an update: equal within rounding, no trace after a trial, never silently wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_train.data.batches import training_batches
 from dist_train.data.sampler import ShardSampler
 from dist_train.distributed.world import World
 from dist_train.models.nets import MODELS, Mlp
-from dist_train.training.step import mode_selection as rehearsal
+from dist_train.training.step import mode_selection
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import MAX_DISTANCE, mode_to_try, try_update
 from dist_train.training.step.train_step import Step
@@ -35,7 +35,7 @@ BATCH, STEPS = 32, 20
 
 
 def new_step(world: World, net: nn.Module, **settings: Any) -> Step:
-    """Real MNIST, one_cycle: an lr that were frozen would be seen."""
+    """A step on real MNIST with one_cycle, so that a constant lr would be noticed."""
     config = parse_config({"global_batch_size": BATCH, "device": "cpu", **settings})
     train = mnist_part(train=True)
     plan = BatchPlan.fit(BATCH, config.per_device_batch_size, 1)
@@ -45,7 +45,7 @@ def new_step(world: World, net: nn.Module, **settings: Any) -> Step:
 
 @pytest.fixture(autouse=True)
 def _compiler() -> Iterator[None]:
-    """Nothing compiled is left to the next test."""
+    """Remove compiled code after each test."""
     yield
     torch.compiler.reset()
 
@@ -56,7 +56,7 @@ def net_of(name: str) -> nn.Module:
 
 
 def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Tensor]:
-    """The loss of each step, and all weights in the end."""
+    """Return the loss of each step, and all final weights."""
     step.warm_up(0, mode)
     assert step.mode == mode
     losses = []
@@ -78,7 +78,7 @@ def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Ten
     ids=["mlp-adam", "bks-sgd", "guide-adamw", "guide-rmsprop", "guide-adadelta-augmented"],
 )
 def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]) -> None:
-    """Losses within 1e-5, dropout masks and all; the gradient's norm is that of the same step."""
+    """Losses within 1e-5, with equal dropout masks; the gradient norm is that of the same step."""
     steps = [new_step(world, net_of(name), **settings) for _ in range(2)]
     (losses, weights), (fast_losses, fast_weights) = trained(steps[0], "eager"), trained(steps[1], "compile")
     assert losses == pytest.approx(fast_losses, rel=1e-5)
@@ -88,7 +88,7 @@ def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]
 
 
 def test_trying_a_mode_leaves_no_trace(world: World) -> None:
-    """Neither one that is taken nor one that is not; a resumed optimizer keeps what it had."""
+    """Neither a mode that is used nor one that is not; a resumed optimizer keeps its state."""
     fresh = new_step(world, net_of("mlp"))
     before = snapshot(fresh)
     fresh.warm_up(0, "compile")
@@ -133,7 +133,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 class Waiting(Mlp):
-    """Looks at a value: the host waits for the device."""
+    """Reads a value: the host waits for the device."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -144,7 +144,7 @@ class Waiting(Mlp):
 
 
 class Counting(Mlp):
-    """Does something else at each call, told by Python alone."""
+    """Computes something different at each call, depending on Python state only."""
 
     calls = 0
 
@@ -154,7 +154,7 @@ class Counting(Mlp):
 
 
 class Broken(Mlp):
-    """Right in eager; what a compiler sees is another net, as a bug of it would be."""
+    """Correct in eager mode; compiled it is a different net, as with a compiler bug."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * (2.0 if torch.compiler.is_compiling() else 1.0)
@@ -166,14 +166,14 @@ class Broken(Mlp):
         (Waiting, "data-dependent"),
         (Drawing, "Unsupported"),
         (Counting, "Recompile"),
-        (Broken, "off the eager ones"),
+        (Broken, "differ from the eager ones"),
     ],
     ids=["Waiting", "Drawing", "Counting", "Broken"],
 )
-def test_what_cannot_be_compiled_stays_eager(
+def test_a_net_that_cannot_be_compiled_stays_eager(
     world: World, net: Callable[[], nn.Module], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a line that says so, and the numbers of a run that never tried."""
+    """It logs a line, and has the numbers of a run without a trial."""
     torch.manual_seed(0)
     tried, plain = new_step(world, net()), None
     torch.manual_seed(0)
@@ -181,10 +181,10 @@ def test_what_cannot_be_compiled_stays_eager(
     with caplog.at_level(logging.INFO, logger="dist_train"):
         tried.warm_up(0, "compile")
     assert tried.mode == "eager"
-    assert "step_mode=compile: the update stays eager: " in caplog.text
+    assert "step_mode=compile: keeps the eager update: " in caplog.text
     assert reason in caplog.text
     plain.warm_up(0, "eager")
-    if net is not Counting:  # its calls in the rehearsal count
+    if net is not Counting:  # the calls in the trial count
         for step in (tried, plain):
             for number in range(5):
                 step.take(number)
@@ -192,57 +192,57 @@ def test_what_cannot_be_compiled_stays_eager(
 
 
 def test_a_wrong_update_is_found() -> None:
-    """Each fault that a faster form could have, in a rehearsal of a gradient descent with momentum."""
+    """Each fault that a faster form could have, in a trial of gradient descent with momentum."""
     weights, momentum, sums = torch.ones(4), torch.zeros(4), torch.zeros(1)
     state = [weights, momentum, sums]
 
-    def descend(step: int, lr: float = 0.1, kept: float = 0.9, count: int = 1, rounding: float = 0.0) -> None:
-        momentum.mul_(kept).add_(weights * (1 + rounding))
+    def descend(step: int, lr: float = 0.1, decay: float = 0.9, count: int = 1, rounding: float = 0.0) -> None:
+        momentum.mul_(decay).add_(weights * (1 + rounding))
         weights.sub_(momentum, alpha=lr / (step + 1))
         sums.add_(count)
 
     def tried(fast: Callable[..., None], rounding: float = 1e-7, **fault: float) -> float:
         perturbed = partial(descend, rounding=rounding)
-        _, found = try_update(descend, perturbed, lambda: partial(fast, **fault), state, 5, lambda: None)
+        _, result = try_update(descend, perturbed, lambda: partial(fast, **fault), state, 5, lambda: None)
         assert torch.equal(weights, torch.ones(4))
         assert not momentum.any()
         assert not sums.any()
-        assert bool(found.rejection_reason(must_gain=False)) == (not found.distance <= found.allowed)
-        assert found.allowed == MAX_DISTANCE or rounding > 1e-3
-        return found.distance / found.allowed
+        assert bool(result.rejection_reason(must_be_faster=False)) == (not result.distance <= result.allowed)
+        assert result.allowed == MAX_DISTANCE or rounding > 1e-3
+        return result.distance / result.allowed
 
     assert tried(descend) == 0
     assert tried(descend, lr=0.1 + 1e-6) < 0.01
-    assert tried(descend, lr=0.101) > 1  # of 1 %
-    assert tried(descend, kept=0.85) > 1  # seen from the second step on
+    assert tried(descend, lr=0.101) > 1  # a fault of 1 %
+    assert tried(descend, decay=0.85) > 1  # visible from the second step on
     assert tried(lambda step: None) == pytest.approx(1 / MAX_DISTANCE)
-    assert tried(lambda step: descend(5)) > 1  # the first learning rate for ever
+    assert tried(lambda step: descend(5)) > 1  # the first learning rate forever
     assert tried(descend, count=0) > 1
     assert tried(descend, lr=float("nan")) == float("inf")
-    # Where rounding alone carries further, twice as far is right, and three times is not.
+    # If rounding alone has a larger effect, twice that effect is accepted, three times is not.
     assert tried(partial(descend, rounding=0.019), rounding=0.01) < 1
     assert tried(partial(descend, rounding=0.03), rounding=0.01) > 1
 
 
-def test_auto_asks_whether_it_repays() -> None:
+def test_auto_tries_a_mode_only_if_it_can_pay_off() -> None:
     assert mode_to_try("cpu", 1_000, 0.5e-3) == "eager"
     assert mode_to_try("cpu", 500_000, 0.5e-3) == "compile"
     assert mode_to_try("cuda", 100_000, 0.5e-3) == "graph"
     assert mode_to_try("mps", 10**9, 1.0) == "eager"
 
 
-def test_auto_measures_and_says_what(
+def test_auto_measures_and_logs_the_times(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The measured seconds are given: on a machine that is busy with more, either may be the faster one."""
+    """The measured seconds are faked: on a busy machine either mode may be the faster one."""
     measured = iter([2e-3, 1e-3])
-    monkeypatch.setattr(rehearsal, "median_time", lambda *_: next(measured))
+    monkeypatch.setattr(mode_selection, "median_time", lambda *_: next(measured))
     step = new_step(world, net_of("guide"))
     step.eager.learning_rate = LearningRate(1e-3, 10**6)
     with caplog.at_level(logging.INFO, logger="dist_train"):
         step.warm_up(0, "auto")
     assert step.mode == "compile"
-    assert "1.000 ms a step against 2.000 ms eager" in caplog.text
+    assert "1.000 ms per step, eager 2.000 ms" in caplog.text
     assert "s to prepare" in caplog.text
 
 
@@ -256,7 +256,7 @@ def test_auto_measures_and_says_what(
         (["step_mode=compile"], "2 processes exchange gradients"),
     ],
 )
-def test_a_mode_that_cannot_be(settings: list[str], reason: str, tmp_path: Path) -> None:
+def test_unsupported_modes(settings: list[str], reason: str, tmp_path: Path) -> None:
     short = ["train_for=3 steps", "eval_every=0", "final_train_eval=false"]
     command = [*DIST_TRAIN, "train", "-c", "smoke", "--run-name", "r", *short, *settings]
     done = run_forked(command, tmp_path, world_size=2 if reason.startswith("2 processes") else 1)
@@ -274,7 +274,7 @@ def test_without_a_compiler(world: World, monkeypatch: pytest.MonkeyPatch, caplo
 
 
 def test_a_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
-    """Under auto too; stopped and resumed it comes to the numbers of the run that was not."""
+    """With auto too; a stopped and resumed run has the numbers of the uninterrupted run."""
     settings = ["train_for=40 steps", "log_every=1", "eval_every=0", "final_train_eval=false", "save_every=20 steps"]
     command = [*DIST_TRAIN, "train", "-c", "smoke", *settings]
     whole = run_forked([*command, "--run-name", "whole", "step_mode=compile"], tmp_path)
@@ -288,7 +288,7 @@ def test_a_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
     assert "resumed at step 20" in resumed.stdout
     assert "step_mode=compile:" in resumed.stdout
     assert json.loads((tmp_path / "runs/cut/run.json").read_text())["step_mode"] == "compile"
-    assert "not to the bit" not in resumed.stdout + resumed.stderr
+    assert "not bit-identical" not in resumed.stdout + resumed.stderr
     assert train_losses(tmp_path / "runs/cut") == train_losses(tmp_path / "runs/whole")
 
 
@@ -311,7 +311,7 @@ def test_on_a_gpu_each_mode_equals_eager(mode: str, precision: str) -> None:
 @needs_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("net", [Waiting, Counting])
-def test_on_a_gpu_what_cannot_be_captured_stays_eager(net: Callable[[], nn.Module]) -> None:
+def test_on_a_gpu_a_net_that_cannot_be_captured_stays_eager(net: Callable[[], nn.Module]) -> None:
     step = new_step(World.join(parse_config({"device": "cuda"})), net())
     step.warm_up(0, "graph")
     assert step.mode == "eager"
