@@ -136,7 +136,7 @@ def test_only_folders_of_checkpoints_take_the_name_of_a_run(run_dir: RunDir) -> 
     check_start(run_dir, config, StartOptions("c", resume="never"))
     for name in ("step_00000002", "damaged_step_00000002", ".replaced_step_00000002"):  # as a kill or a damage left it
         (run_dir.checkpoints / name).mkdir()
-        with pytest.raises(ConfigError, match="seed: 1 there, 0 now"):
+        with pytest.raises(ConfigError, match="seed: 1 in the run, 0 now"):
             run_dir.check_config(config)
         with pytest.raises(RunDirError, match="--resume=never forbids"):
             check_start(run_dir, load_config(str(run_dir.config)), StartOptions("c", resume="never"))

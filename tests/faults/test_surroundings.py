@@ -90,7 +90,7 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
             assert process.stderr is not None
             out, err = out + process.stdout.read(), process.stderr.read()
             assert process.wait() == 0, err
-        assert "Training goes on" in out
+        assert "Training continues" in out
         # Once, not a hundred times; once more if a line had found some room meanwhile.
         assert 1 <= out.count("metrics.jsonl cannot be written") <= 3
         assert "Traceback" not in out + err
@@ -134,7 +134,7 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
             out, err = process.communicate()
             seconds = time.monotonic() - began
         assert process.returncode == 1, out + err
-        assert "Training goes on" in out
+        assert "Training continues" in out
         assert re.search(r"error \[rank 0\]: .*Read-only file system", out), out
         assert "Traceback" not in out + err
     # A copy: the disk itself may still be in the mounts of another test's processes.

@@ -209,7 +209,9 @@ def test_another_config_is_refused_and_nothing_changes(run: RunDir) -> None:
     (run.checkpoints / "step_00000001").mkdir(parents=True)
     before = contents(run.path)
     other = parse_config({"optimizer": {"lr": 0.5}, "seed": 7, "device": "cpu"})
-    with pytest.raises(ConfigError, match=r"(?s)lr: 0\.001 there, 0\.5 now\n  seed: 0 there, 7 now\n.*--run-name"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)lr: 0\.001 in the run, 0\.5 now\n  seed: 0 in the run, 7 now\n.*--run-name"
+    ):
         run.check_config(other)
     run.check_config(parse_config({"device": "cpu"}))  # free to differ
     assert contents(run.path) == before
@@ -223,7 +225,7 @@ def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> No
     write_json(run.run_json, {"mixed_precision": "bf16"})
     assert run.precision == "bf16"
     run.check_config(parse_config({"mixed_precision": "bf16"}))
-    with pytest.raises(ConfigError, match="mixed_precision: None there, no now"):
+    with pytest.raises(ConfigError, match="mixed_precision: None in the run, no now"):
         run.check_config(parse_config({"mixed_precision": "no"}))
 
 
@@ -339,7 +341,7 @@ def test_a_damaged_line_costs_itself_alone(
     assert run.metrics.path.read_bytes() == b"".join(whole[:3])
     assert run.metrics.discarded.read_bytes() == damaged + b"\n" + whole[3]
     (warning,) = caplog.messages
-    assert warning.startswith(f"{run.metrics.path} was damaged in line {place + 1}: set aside in metrics.discarded")
+    assert warning.startswith(f"{run.metrics.path} was damaged in line {place + 1}: moved to metrics.discarded")
     assert run.metrics.cut(3) == 0
 
 

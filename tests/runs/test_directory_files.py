@@ -97,5 +97,5 @@ def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
-    with pytest.raises(RunDirError, match=r"x cannot be written: File name too long\. Choose another place"):
+    with pytest.raises(RunDirError, match=r"x cannot be written: File name too long\. Choose another location"):
         RunDir(tmp_path / ("x" * 300)).check_config(parse_config({}))

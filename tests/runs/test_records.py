@@ -119,7 +119,7 @@ def test_an_entry_is_named_with_its_value(run_dir: RunDir, caplog: pytest.LogCap
     run_dir.status.write_text('{"state": "TRAINING", "attempt": null, "step": "x", "of a later version": null}')
     for _ in range(2):
         assert run_dir.read_status() == {"state": "TRAINING", "of a later version": None}
-    assert caplog.messages == [f"{run_dir.status} is damaged: attempt=None, step='x'. Going on without that."]
+    assert caplog.messages == [f"{run_dir.status} is damaged: attempt=None, step='x'. Continuing without that part."]
 
 
 def inside(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
