@@ -195,7 +195,7 @@ def test_a_copy_of_a_checkpoint_takes_the_place_of_none(world: World, run_dir: R
     checkpoints.close()
 
 
-@pytest.mark.parametrize("linking", ["a folder is there", "no links here"])
+@pytest.mark.parametrize("linking", ["it is a folder", "no links here"])
 def test_a_link_that_cannot_be_made_is_no_failed_save(
     linking: str,
     world: World,
@@ -218,7 +218,7 @@ def test_a_link_that_cannot_be_made_is_no_failed_save(
         checkpoints.save(TrainState(step=number), step)
         checkpoints.finish()
     (warning,) = caplog.messages
-    assert f"{run_dir.checkpoints / 'last'} is no link to step_00000002: {linking}" in warning
+    assert f"{run_dir.checkpoints / 'last'} is not a link to step_00000002: {linking}" in warning
     there = {path.name for path in run_dir.checkpoints.iterdir()}
     assert there - {"last"} == {"step_00000002", "step_00000003"}
     checkpoints.close()

@@ -89,7 +89,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(
         assert list(good_checkpoints(run_dir, set_aside=True)) == [before]
     (warning,) = caplog.messages
     assert str(newest) in warning
-    assert "the one before is used" in warning
+    assert "the previous one is used" in warning
     assert not newest.exists()
     assert (newest.parent / "damaged_step_00000002").is_dir()  # nothing is thrown away
     assert list(good_checkpoints(run_dir)) == [before]
@@ -100,10 +100,10 @@ def test_all_damaged_is_none_good(run_dir: RunDir, caplog: pytest.LogCaptureFixt
         (folder_of(run_dir, step) / MODEL).write_bytes(b"")
     assert list(good_checkpoints(run_dir, set_aside=True)) == []
     assert [message.rpartition(", ")[2] for message in caplog.messages] == [
-        "the one before is used",
-        "the run begins anew",
+        "the previous one is used",
+        "the run starts over",
     ]
-    with pytest.raises(CheckpointError, match=r"No good checkpoint last in .*\. Steps there: none\."):
+    with pytest.raises(CheckpointError, match=r"No good checkpoint last in .*\. Available steps: none\."):
         find_checkpoint(run_dir, "last")
 
 
@@ -122,7 +122,7 @@ def test_a_strange_folder_is_named_and_left_alone(name: str, run_dir: RunDir, ca
     strange = shutil.copytree(newest, run_dir.checkpoints / name)
     shutil.copytree(newest, run_dir.checkpoints / "last")  # a copy that followed links
     assert list(good_checkpoints(run_dir, set_aside=True)) == [newest, before]
-    assert caplog.messages == [f"{strange} is no checkpoint of this run: left alone"]
+    assert caplog.messages == [f"{strange} is not a checkpoint of this run: ignored"]
     assert read_manifest(strange) == read_manifest(newest)
     assert find_checkpoint(run_dir, "best") == newest
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: py
         == list(good_checkpoints(run_dir, set_aside=True))
         == [mine, newest, folder_of(run_dir, 1)]
     )
-    assert "manifest.json belongs to run another, and this is mine" in caplog.messages[0]
+    assert "manifest.json belongs to run another, this is run mine" in caplog.messages[0]
     assert "manifest.json belongs to another checkpoint" in caplog.messages[1]
     run_dir.status.unlink()
     assert run_id_by_checkpoints(RunDir(run_dir.path)) == "mine"
@@ -191,5 +191,7 @@ def test_checkpoints_by_name(run_dir: RunDir) -> None:
     assert find_checkpoint(run_dir, "best") == folder_of(run_dir, 2)
     assert read_manifest(folder_of(run_dir, 4))["score"] is None
     for missing in ("7", "newest", ""):
-        with pytest.raises(CheckpointError, match=rf"No good checkpoint {missing} in .*\. Steps there: 1, 2, 3, 4\."):
+        with pytest.raises(
+            CheckpointError, match=rf"No good checkpoint {missing} in .*\. Available steps: 1, 2, 3, 4\."
+        ):
             find_checkpoint(run_dir, missing)

@@ -59,7 +59,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", killed)
-    monkeypatch.setattr(module, "settle", lambda _: None)  # a kill gives no time for that
+    monkeypatch.setattr(module, "recover_interrupted_replace", lambda _: None)  # a kill gives no time for it
     with pytest.raises(KeyboardInterrupt):
         write_at(run, 1)
     monkeypatch.undo()
@@ -132,7 +132,7 @@ def test_a_failed_save_is_a_warning_and_the_next_one_counts(
     (warning,) = caplog.messages
     assert "full" in warning
     assert f"the last good checkpoint is {folder_of(run_dir, 1)}" in warning
-    assert "Training goes on, the next save tries again" in warning
+    assert "Training continues; the next save tries again" in warning
     checkpoints.close()
 
 

@@ -163,7 +163,7 @@ def check(resumes: Resumes, folders: list[Path], damaged: dict[Path, set[str]], 
         assert str(folder) in message
         assert f"damaged_{folder.name}" in message
         assert any(name in message for name in damaged[folder]), message
-        assert message.endswith("the run begins anew" if folder == folders[-1] else "the one before is used")
+        assert message.endswith("the run starts over" if folder == folders[-1] else "the previous one is used")
     return expected
 
 
@@ -247,7 +247,7 @@ def test_resumed_beside_all_that_is_no_checkpoint_and_with_files_damaged(
     (path / "status.json").write_text(json.dumps(status | {"attempt": None, "reached": float("inf")}))
     done = run_forked([*DIST_TRAIN, "train", "-q", "--resume", str(path)], tmp_path)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
-    for told in ("status.json is damaged: attempt=None, reached=inf", "step_backup is no checkpoint", "in line 3: "):
+    for told in ("status.json is damaged: attempt=None, reached=inf", "step_backup is not a checkpoint", "in line 3: "):
         assert (done.stdout + done.stderr).count(told) == 1
     assert_equal(optimizer_state(path), optimizer_state(undisturbed))
     whole = metrics_without_times(undisturbed)
