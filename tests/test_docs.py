@@ -1,4 +1,4 @@
-"""What docs/ says was tried has a test that tries it."""
+"""Every row of a table in docs/ names existing tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.processes import ROOT
 
 
 def tables(text: str) -> Iterator[list[dict[str, str]]]:
-    """The tables of a Markdown file: a dictionary for each row."""
+    """Yield the tables of a Markdown file, each with a dictionary for each row."""
     for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
         header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
         yield [dict(zip(header, row, strict=True)) for row in rows]
@@ -26,10 +26,10 @@ def names_of_tests() -> set[str]:
 @pytest.mark.parametrize("page", ["faults.md", "cluster.md"])
 def test_each_row_names_its_test(page: str) -> None:
     known = names_of_tests()
-    found = [row for table in tables((ROOT / "docs" / page).read_text()) for row in table]
-    assert len(found) > 15
-    named = [(row, re.findall(r"`(\w+)`", row.get("test", ""))) for row in found]
-    assert [row for row, tests in named if not tests or set(tests) - known] == []
+    rows = [row for table in tables((ROOT / "docs" / page).read_text()) for row in table]
+    assert len(rows) > 15
+    tests_of_rows = [(row, re.findall(r"`(\w+)`", row.get("test", ""))) for row in rows]
+    assert [row for row, tests in tests_of_rows if not tests or set(tests) - known] == []
 
 
 def test_rows_of_a_table() -> None:

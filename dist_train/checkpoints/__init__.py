@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, how they are written, and which of them is good."""
+"""Checkpoints: their content, how they are written, and which of them are good."""

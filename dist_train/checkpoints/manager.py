@@ -1,4 +1,4 @@
-"""The checkpoints of one run: snapshot (all ranks), write in the background (rank zero), prune, restore the latest."""
+"""Checkpoint manager of a run: snapshot (all ranks), background write (rank zero), pruning, restoring the latest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run. Rank zero writes, in the background, one at a time."""
+    """The checkpoints of one run. Rank zero writes them in the background, one at a time."""
 
     def __init__(
         self,
@@ -37,23 +37,25 @@ class Checkpoints:
         keep_every_steps: int,
         on_first_save: Callable[[float], None] = lambda save_s: None,
     ) -> None:
-        """`on_first_save` is told on rank zero how many seconds it took."""
+        """`on_first_save` is called on rank zero with the seconds that the first save took."""
         self.run_dir = run_dir
         self.world = world
         self._keep_last, self._keep_best, self._keep_every = config.keep_last, config.keep_best, keep_every_steps
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[float] | None = None
-        self._unlinked: set[Path] = set()  # links that could not be made: said once
+        self._unlinked: set[Path] = set()  # links that could not be created, each reported once
         self._failure = ""  # of the last write, if a later one may succeed
         self._fatal: DistTrainError | None = None
         self._on_first_save: Callable[[float], None] | None = on_first_save
         self.saved_step = -1
 
     def snapshot(self, state: TrainState, step: Stateful) -> Snapshot:
-        """Collective: every rank must call this.
+        """Return a copy of the state on the CPU. On ranks other than zero it holds no tensors.
+
+        Collective: every rank must call this.
 
         Raises:
-            TrainingDiverged: on every rank, if weights or losses are not finite; a poisoned state is never saved.
+            TrainingDiverged: on every rank, if weights or losses are not finite; such a state is never saved.
         """
         if not step.is_finite():
             since = min(state.logged_step + 1, state.step)
@@ -71,7 +73,7 @@ class Checkpoints:
         return Snapshot(TrainState(**asdict(state)), _copy_to_cpu(model), _copy_to_cpu(training))
 
     def save(self, state: TrainState, step: Stateful) -> None:
-        """Snapshot now, write in the background. A failed write is a warning: the next save tries again.
+        """Take a snapshot and write it in the background. A failed write is a warning: the next save tries again.
 
         Collective: every rank must call this.
         """
@@ -80,7 +82,7 @@ class Checkpoints:
         self.saved_step = state.step
         if not self.world.is_rank_zero:
             return
-        self._await()
+        self._wait_for_write()
         try:
             self.run_dir.metrics.sync()
         except OSError as error:
@@ -89,35 +91,35 @@ class Checkpoints:
         self._pending = self._writer.submit(self._commit, snapshot, started)
 
     def poll(self) -> DistTrainError | None:
-        """Rank zero only: takes note of a write that has ended. Returns an error that all ranks must end with."""
+        """Process a finished write. Return an error that must end all ranks. Rank zero only."""
         if self._pending is not None and self._pending.done():
-            self._take_note(self._pending)
+            self._process_result(self._pending)
         return self._fatal
 
     def finish(self) -> None:
-        """Wait for the write under way.
+        """Wait for the pending write.
 
         Collective: every rank must call this.
 
         Raises:
             DistTrainError: on every rank, if the last write failed.
         """
-        self._await()
+        self._wait_for_write()
         self.world.on_rank_zero(self._raise_failure)
 
     def close(self) -> None:
         self._writer.shutdown(wait=True)
 
-    def _await(self) -> None:
+    def _wait_for_write(self) -> None:
         if self._pending is None:
             return
         started = time.perf_counter()
-        self._take_note(self._pending)
+        self._process_result(self._pending)
         if (waited := time.perf_counter() - started) > 0.05:
-            _log.info("waited %.2f s until a checkpoint was written", waited)
+            _log.info("waited %.2f s for a checkpoint to be written", waited)
 
-    def _take_note(self, write: Future[float]) -> None:
-        """How a write ended, which is waited for."""
+    def _process_result(self, write: Future[float]) -> None:
+        """Wait for a write and record its result."""
         self._pending = None
         try:
             self.run_dir.set_status(save_s=write.result())
@@ -135,7 +137,7 @@ class Checkpoints:
             f"A checkpoint could not be written to {self.run_dir.checkpoints}: {error}. Make room there; "
             f"the last good checkpoint is {self.describe_last()}."
         )
-        _log.warning("%s Training goes on, the next save tries again.", self._failure)
+        _log.warning("%s Training continues; the next save tries again.", self._failure)
 
     def _raise_failure(self) -> None:
         if self._fatal is not None:
@@ -144,7 +146,7 @@ class Checkpoints:
             raise CheckpointError(self._failure)
 
     def _commit(self, snapshot: Snapshot, started: float) -> float:
-        """The seconds since `started`, from the wish to save until all of it was on the disk."""
+        """Write a checkpoint. Return the seconds from the request at `started` until all of it was on disk."""
         run_dir = self.run_dir
         run_dir.check_not_superseded()
         folder = folder_of(run_dir, snapshot.state.step)
@@ -161,21 +163,21 @@ class Checkpoints:
         last = next(iter(good_checkpoints(self.run_dir)), None)
         return str(last) if last else "none"
 
-    # --- keeping -------------------------------------------------------------------------------------------------
+    # --- pruning -------------------------------------------------------------------------------------------------
 
     def prune(self) -> None:
-        """Delete what no rule keeps. The one just written is good, so an older one may go."""
-        there = manifests(self.run_dir)
-        keep = {*[*there][: self._keep_last], *by_score(there)[: self._keep_best]}
+        """Delete checkpoints that no rule keeps. The one just written is good, so older ones may be deleted."""
+        saved = manifests(self.run_dir)
+        keep = {*[*saved][: self._keep_last], *by_score(saved)[: self._keep_best]}
         if self._keep_every:
-            keep |= {path for path, manifest in there.items() if is_due(manifest["step"], self._keep_every, -1)}
-        for path in there.keys() - keep:
+            keep |= {path for path, manifest in saved.items() if is_due(manifest["step"], self._keep_every, -1)}
+        for path in saved.keys() - keep:
             remove_checkpoint(path)
 
     def _link(self) -> None:
-        """`last` and `best`. The save has succeeded whatever becomes of them."""
-        there = manifests(self.run_dir)
-        for name, targets in zip(LINKS, ([*there], by_score(there)), strict=True):
+        """Update the links `last` and `best`. The save succeeds even if this fails."""
+        saved = manifests(self.run_dir)
+        for name, targets in zip(LINKS, ([*saved], by_score(saved)), strict=True):
             if targets:
                 self._link_to(targets[0], self.run_dir.checkpoints / name)
 
@@ -189,15 +191,15 @@ class Checkpoints:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             if link not in self._unlinked:
-                a_folder = "a folder is there, as copies that follow links make it; remove it"
+                a_folder = "it is a folder, as copies that follow links create; remove it"
                 reason = a_folder if isinstance(error, IsADirectoryError) else error.strerror
-                _log.warning("%s is no link to %s: %s. No save depends on it.", link, target.name, reason)
+                _log.warning("%s is not a link to %s: %s. No save depends on it.", link, target.name, reason)
             self._unlinked.add(link)
 
     # --- restoring -----------------------------------------------------------------------------------------------
 
     def restore_latest(self, step: Stateful) -> TrainState | None:
-        """Load the newest good checkpoint into `step`. A damaged one is named and set aside.
+        """Load the newest good checkpoint into `step`. Damaged ones are reported and set aside.
 
         Collective: every rank must call this.
         """
@@ -210,7 +212,7 @@ class Checkpoints:
 
 def _copy_to_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)  # strides and all: fused Adam walks state and weights side by side
+        return value.detach().to("cpu", copy=True)  # keeps strides: fused Adam walks state and weights side by side
     if isinstance(value, dict):
         return with_versions_of({key: _copy_to_cpu(item) for key, item in value.items()}, value)
     if isinstance(value, (list, tuple)):

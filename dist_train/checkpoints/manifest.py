@@ -1,11 +1,11 @@
-"""Which checkpoints a run has, and whether they are good: complete, as their manifest says, by checksums.
+"""The checkpoints of a run and whether they are good: complete, with the checksums in their manifest.
 
 A checkpoint is `checkpoints/step_00001200/` with
 
-    model.safetensors  the weights that count (averaged ones with ema_decay)
-    training.pt        optimizer, scaler, the raw weights beside averaged ones, window sums; read without executing code
+    model.safetensors  the weights that are evaluated (averaged ones with ema_decay)
+    training.pt        optimizer, scaler, the raw weights if averaged, window sums; read without executing code
     state.json         step, best result, clocks
-    manifest.json      step, run, metrics, and size and SHA-256 of the three and of itself; written last
+    manifest.json      step, run, metrics, size and SHA-256 of the other three, and its own SHA-256; written last
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dist_train.runs.directory import RunDir, step_of
 
 FORMAT = 1
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.pt", "state.json", "manifest.json"
-LINKS = ("last", "best")  # for people, never read
-REMOVING = ".removing_"  # what the name of a checkpoint begins with that is on its way out
+LINKS = ("last", "best")  # for users; this code never reads them
+REMOVING = ".removing_"  # name prefix of a checkpoint that is being deleted
 
 _log = logging.getLogger(__name__)
 
@@ -35,102 +35,102 @@ def folder_of(run_dir: RunDir, step: int) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """{} where it is missing, unreadable or damaged: its checksum covers all other entries."""
+    """Read a manifest. Return {} if it is missing, unreadable or damaged: its checksum covers all other entries."""
     manifest = read_json(folder / MANIFEST)
     return manifest if manifest.pop("sha256", None) == digest(manifest) else {}
 
 
 def manifests(run_dir: RunDir) -> dict[Path, dict[str, Any]]:
-    """By the checkpoint's folder, newest first: of those that are this run's, whether their files are right or not."""
+    """Return the manifests of this run's checkpoints by folder, newest first. The other files are not checked."""
     run_id = run_dir.run_id
-    found = {folder: read_manifest(folder) for folder in run_dir.step_folders()}
-    return {folder: each for folder, each in found.items() if each and not _mismatch(folder, each, run_id)}
+    by_folder = {folder: read_manifest(folder) for folder in run_dir.step_folders()}
+    return {folder: each for folder, each in by_folder.items() if each and not _mismatch(folder, each, run_id)}
 
 
 def run_id_by_checkpoints(run_dir: RunDir) -> str | None:
-    """Of the newest that says it: for a run whose other files are lost."""
+    """Return the run id from the newest manifest that has one, for a run whose other files are lost."""
     return next(filter(None, (each.get("run") for each in manifests(run_dir).values())), None)
 
 
 def find_damage(folder: Path, run_id: str | None = None) -> str:
-    """What is wrong with a checkpoint, "" if it is good. `run_id` None: of whichever run."""
+    """Return what is wrong with a checkpoint, "" if it is good. `run_id` None accepts any run."""
     manifest = read_manifest(folder)
     if not manifest:
         return f"{MANIFEST} is missing or damaged"
     if manifest.get("format") != FORMAT:
-        return f"format {manifest.get('format')} is not {FORMAT}"
+        return f"format {manifest.get('format')}, expected {FORMAT}"
     if mismatch := _mismatch(folder, manifest, run_id):
         return mismatch
     for name, expected in manifest["files"].items():
         try:
-            found = fingerprint(folder / name)
+            actual = fingerprint(folder / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found != expected:
-            return f"{name} has {found['bytes']} bytes of {expected['bytes']} and another SHA-256 than written"
+        if actual != expected:
+            return f"{name} has {actual['bytes']} bytes of {expected['bytes']} and another SHA-256 than recorded"
     return ""
 
 
 def _mismatch(folder: Path, manifest: dict[str, Any], run_id: str | None) -> str:
-    """Why a whole manifest is not that of the checkpoint in `folder`; those of older versions name no run."""
+    """Return why an intact manifest does not belong to `folder`, or "". Manifests of older versions name no run."""
     if manifest.get("step") != step_of(folder) or set(manifest.get("files", ())) != {MODEL, TRAINING, STATE}:
         return f"{MANIFEST} belongs to another checkpoint"
     if run_id and manifest.get("run") not in (None, run_id):
-        return f"{MANIFEST} belongs to run {manifest['run']}, and this is {run_id}"
+        return f"{MANIFEST} belongs to run {manifest['run']}, this is run {run_id}"
     return ""
 
 
 def good_checkpoints(run_dir: RunDir, *, set_aside: bool = False) -> Iterator[Path]:
-    """The good checkpoints, newest first. `set_aside`: move damaged ones out of the way and say so."""
+    """Yield the good checkpoints, newest first. With `set_aside`, rename damaged ones and log a warning."""
     if set_aside:
         recover_interrupted_replace(run_dir.checkpoints)  # a kill may have come between the two renames
-        for path in _strangers(run_dir.checkpoints):
-            _log.warning("%s is no checkpoint of this run: left alone", path)
+        for path in _foreign_entries(run_dir.checkpoints):
+            _log.warning("%s is not a checkpoint of this run: ignored", path)
     folders, run_id = run_dir.step_folders(), run_dir.run_id
     for folder in folders:
         damage = find_damage(folder, run_id)
         if not damage:
             yield folder
         elif set_aside:
-            aside = folder.with_name(f"damaged_{folder.name}")
-            remove(aside)
-            folder.rename(aside)
-            then = "the one before is used" if folder != folders[-1] else "none is left, the run begins anew"
-            _log.warning("checkpoint %s is damaged (%s): moved to %s, %s", folder, damage, aside.name, then)
+            renamed = folder.with_name(f"damaged_{folder.name}")
+            remove(renamed)
+            folder.rename(renamed)
+            then = "the previous one is used" if folder != folders[-1] else "none is left, the run starts over"
+            _log.warning("checkpoint %s is damaged (%s): moved to %s, %s", folder, damage, renamed.name, then)
 
 
-def _strangers(parent: Path) -> list[Path]:
-    """What somebody has put beside the checkpoints, a copy under a name of his own for example."""
-    there = sorted(parent.iterdir()) if parent.is_dir() else []
-    return [path for path in there if step_of(path) is None and path.name not in LINKS and path.name[0] != "."]
+def _foreign_entries(parent: Path) -> list[Path]:
+    """Return what users have put next to the checkpoints, a copy under another name for example."""
+    paths = sorted(parent.iterdir()) if parent.is_dir() else []
+    return [path for path in paths if step_of(path) is None and path.name not in LINKS and path.name[0] != "."]
 
 
-def by_score(found: dict[Path, dict[str, Any]]) -> list[Path]:
-    """Of these manifests those that have a score, the best first; of equal ones the earlier."""
-    scored = [path for path, manifest in found.items() if manifest.get("score") is not None]
-    return sorted(scored, key=lambda path: (-found[path]["score"], found[path]["step"]))
+def by_score(by_folder: dict[Path, dict[str, Any]]) -> list[Path]:
+    """Return the checkpoints whose manifest has a score, best first; among equal scores the earlier step first."""
+    scored = [folder for folder, manifest in by_folder.items() if manifest.get("score") is not None]
+    return sorted(scored, key=lambda folder: (-by_folder[folder]["score"], by_folder[folder]["step"]))
 
 
 def best_checkpoint(run_dir: RunDir) -> Path | None:
-    """The checkpoint with the best score, None where none has one."""
+    """Return the checkpoint with the best score, or None if none has a score."""
     return next(iter(by_score(manifests(run_dir))), None)
 
 
 def find_checkpoint(run_dir: RunDir, which: str) -> Path:
-    """`last`, `best` or a step number.
+    """Return the good checkpoint `last`, `best` or of a step number.
 
     Raises:
-        CheckpointError: no such good checkpoint; lists those there are.
+        CheckpointError: no such good checkpoint; lists the available steps.
     """
-    there = list(good_checkpoints(run_dir))
-    steps = {read_manifest(path)["step"]: path for path in there}
-    found = {"last": there[0] if there else None, "best": best_checkpoint(run_dir)}.get(which)
+    good = list(good_checkpoints(run_dir))
+    steps = {read_manifest(path)["step"]: path for path in good}
+    path = {"last": good[0] if good else None, "best": best_checkpoint(run_dir)}.get(which)
     if which.isdigit():
-        found = steps.get(int(which))
-    if found is None or found not in there:
+        path = steps.get(int(which))
+    if path is None or path not in good:
         names = ", ".join(map(str, sorted(steps))) or "none"
-        raise CheckpointError(f"No good checkpoint {which} in {run_dir.checkpoints}. Steps there: {names}.")
-    return found
+        raise CheckpointError(f"No good checkpoint {which} in {run_dir.checkpoints}. Available steps: {names}.")
+    return path
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -143,7 +143,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def recover_interrupted_replace(parent: Path) -> None:
-    """A checkpoint that was being replaced: away if the new one is there, else back in its place."""
+    """Finish an interrupted replacement: delete the old checkpoint if the new one exists, else rename it back."""
     for replaced in parent.glob(".replaced_*"):
         folder = parent / replaced.name.removeprefix(".replaced_")
         if folder.exists():
@@ -153,9 +153,9 @@ def recover_interrupted_replace(parent: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Renamed first: a kill leaves no half of a checkpoint under its name, which nothing would ever remove."""
-    aside = folder.with_name(f"{REMOVING}{folder.name}")
-    remove(aside)
+    """Delete a checkpoint. It is renamed first: after a kill, nothing would remove half of one under its own name."""
+    renamed = folder.with_name(f"{REMOVING}{folder.name}")
+    remove(renamed)
     with suppress(OSError):
-        folder.rename(aside)
-    remove(aside)
+        folder.rename(renamed)
+    remove(renamed)

@@ -1,4 +1,4 @@
-"""A checkpoint on the disk: write (rank zero, pure I/O) and restore (all ranks). manifest.py says what lies in it."""
+"""Writing (rank zero, only I/O) and restoring (all ranks) a checkpoint. manifest.py describes its files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dist_train.errors import CheckpointError
 
 
 class Stateful(Protocol):
-    """What is saved and restored: nets, and all that decides how their training goes on."""
+    """What a checkpoint saves and restores: the nets and everything that determines their further training."""
 
     @property
     def net(self) -> nn.Module: ...
@@ -53,7 +53,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of everything on the CPU: training may go on while it is written."""
+    """A copy of the full state on the CPU: training can continue while it is written."""
 
     state: TrainState
     model: dict[str, Tensor]
@@ -67,46 +67,46 @@ def write(
     run_id: str | None = None,
     before_rename: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a snapshot to `folder`. Rank zero alone; no collective, callable from a thread.
+    """Write a snapshot to `folder`. Only rank zero calls it; no collective, may be called from a thread.
 
-    What `before_rename` raises leaves all as it was.
+    If `before_rename` raises, nothing is changed.
     """
     state = snapshot.state
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     remove_leftovers(folder.parent, REMOVING)
 
-    def make_room() -> None:
+    def move_existing() -> None:
         before_rename()
-        if folder.exists():  # a run resumed there and stopped before its next step saves the same step again
+        if folder.exists():  # a run that resumed there and stopped before its next step saves the same step again
             folder.rename(folder.with_name(f".replaced_{folder.name}"))
 
     try:
-        with atomic_write(folder, before_rename=make_room) as aside:
-            aside.mkdir()
+        with atomic_write(folder, before_rename=move_existing) as temporary:
+            temporary.mkdir()
             weights = {name: weight.contiguous() for name, weight in snapshot.model.items()}
-            save_file(weights, str(aside / MODEL), header_of(snapshot.model))
-            torch.save(snapshot.training, aside / TRAINING)
-            write_json(aside / STATE, asdict(state), durable=False)
+            save_file(weights, str(temporary / MODEL), header_of(snapshot.model))
+            torch.save(snapshot.training, temporary / TRAINING)
+            write_json(temporary / STATE, asdict(state), durable=False)
             manifest = {
                 "format": FORMAT,
                 "step": state.step,
                 **({"run": run_id} if run_id else {}),
                 "attempt": attempt,
-                # Only of an evaluation of these very weights.
+                # Only if these weights were evaluated.
                 "metrics": state.val if state.val.get("step") == state.step else {},
                 "score": state.score,
-                "files": {name: fingerprint(aside / name) for name in (MODEL, TRAINING, STATE)},
+                "files": {name: fingerprint(temporary / name) for name in (MODEL, TRAINING, STATE)},
             }
-            write_json(aside / MANIFEST, {**manifest, "sha256": digest(manifest)}, durable=False)
-    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+            write_json(temporary / MANIFEST, {**manifest, "sha256": digest(manifest)}, durable=False)
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors raise these on a full disk
         raise CheckpointError(str(error)) from error
     finally:
         recover_interrupted_replace(folder.parent)
 
 
 def restore(folder: Path, step: Stateful) -> TrainState:
-    """Load a checkpoint that was verified. Every rank reads it for itself."""
+    """Load a verified checkpoint into `step`. Every rank reads the files itself."""
     try:
         model = read_weights(folder / MODEL)
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
@@ -116,23 +116,23 @@ def restore(folder: Path, step: Stateful) -> TrainState:
     training.setdefault("net", model)
     try:
         step.load_state_dict(training)
-    except Exception as error:  # of whatever kind the net's own modules raise
+    except Exception as error:  # modules of the net may raise any exception
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{folder} does not fit {type(step.net).__name__}: {error}. Was the code of the net changed since? "
-            f"Undo that, or start under another --run-name."
+            f"{folder} does not fit {type(step.net).__name__}: {error}. If the code of the net has changed, undo that, "
+            f"or choose another --run-name."
         ) from error
     return state
 
 
 def load_weights(net: nn.Module, folder: Path) -> None:
-    """The weights of a checkpoint into a bare net.
+    """Load the weights of a checkpoint into a net, without optimizer or training state.
 
     Raises:
-        CheckpointError: unreadable, or of another net.
+        CheckpointError: the weights are unreadable, or of another net.
     """
     try:
         load_into(net, read_weights(folder / MODEL))
-    except Exception as error:  # of whatever kind the net's own modules raise
+    except Exception as error:  # modules of the net may raise any exception
         raise CheckpointError(f"{folder / MODEL} does not fit {type(net).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""Where a run is: its step, its best result and its clocks, as plain numbers."""
+"""The state of a run as plain numbers: its step, its best result and its clocks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TrainState:
-    """Where the run is, as plain numbers. The learning rate and the data order follow from `step`."""
+    """The state of a run as plain numbers. The learning rate and the data order are functions of `step`."""
 
     step: int = 0
     logged_step: int = 0  # of the last `train` line: losses up to here were finite
-    evaluation_pending: bool = False  # a stop cut it short: done again after the resume
+    evaluation_pending: bool = False  # a stop interrupted the evaluation: it is repeated after the resume
     val: dict[str, float] = field(default_factory=dict)  # the last evaluation: val/loss, val/accuracy, ..., its step
-    best: dict[str, float] = field(default_factory=dict)  # the best one
+    best: dict[str, float] = field(default_factory=dict)  # the best evaluation
     gain_from: float | None = None  # the score that early stopping compares with
     evaluations_without_gain: int = 0
     train_s: float = 0.0  # seconds inside training steps, over all attempts
     total_s: float = 0.0  # seconds since the process started, over all attempts
-    audit: dict[str, int] = field(default_factory=dict)  # totals of the epoch under way; an older version kept none
+    audit: dict[str, int] = field(default_factory=dict)  # totals of the current epoch; older versions kept none
 
     @property
     def is_best(self) -> bool:
@@ -27,14 +27,14 @@ class TrainState:
 
     @property
     def score(self) -> float | None:
-        """Of these very weights, higher is better; None where they were not evaluated, or what decides is undefined."""
+        """The score of the current weights, higher is better. None if they were not evaluated or it is not finite."""
         if not self.best or self.val["step"] != self.step:
             return None
         score = self._score_of(self.val)
         return score if math.isfinite(score) else None
 
     def record_evaluation(self, metrics: dict[str, float], min_delta: float) -> None:
-        """Remember an evaluation done at `step` (keys val/...), without what is not finite in it."""
+        """Record the finite metrics (keys val/...) of an evaluation at `step`."""
         self.evaluation_pending = False
         score = self._score_of(metrics)
         self.val = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"step": self.step}
@@ -46,7 +46,7 @@ class TrainState:
             self.evaluations_without_gain += 1
 
     def _score_of(self, metrics: dict[str, float]) -> float:
-        """By one metric over the whole run: accuracy where there is one, else the loss. -inf where it is undefined."""
+        """Return the run's one deciding metric: accuracy if it has one, else the negative loss. -inf if undefined."""
         name, sign = ("val/accuracy", 1) if "val/accuracy" in (self.best or metrics) else ("val/loss", -1)
         score = sign * metrics.get(name, math.nan)
         return score if math.isfinite(score) else -math.inf

@@ -1,1 +1,1 @@
-"""The run directory: everything a run leaves on the disk besides its checkpoints, written and read."""
+"""The run directory: reading and writing everything that a run leaves on disk except its checkpoints."""

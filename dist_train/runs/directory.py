@@ -1,6 +1,6 @@
-"""The run directory: the names in it, its lock and attempts, status.json.
+"""The run directory: its file names, its lock, its attempts and status.json.
 
-Everything a run knows lies here; W&B mirrors it. Only rank zero writes, the per-rank logs aside.
+It holds everything that a run records; W&B mirrors it. Only rank zero writes, except for the per-rank logs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
 ENDS = (*CLEAN_ENDS, "ERROR")
 _USES: dict[str | None, Use] = {"TRAINING": "train", "EVALUATING": "evaluate", "EVALUATED": "train", "SAVING": "save"}
 
-_STATUS_S = 1.0  # a write costs a third of a millisecond, as much as half a small step
+_STATUS_S = 1.0  # between writes; one takes a third of a millisecond, as much as half a small step
 
 _log = logging.getLogger(__name__)
 
 
 class RunDir:
-    """Paths and small files of one run. Making the object touches nothing."""
+    """The paths and small files of one run. The constructor does no I/O."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -52,9 +52,9 @@ class RunDir:
         self.error = self.path / "error.json"
         self.result = self.path / "result.json"
         self.pictures = self.path / "pictures"
-        # Left by any other shell.
+        # Created by users, from any shell.
         self.stop_request_file, self.save_request_file = self.path / "STOP", self.path / "SAVE"
-        self.slurm_json = self.path / "slurm.json"  # of `slurm submit`
+        self.slurm_json = self.path / "slurm.json"  # written by `slurm submit`
         self.attempt = 0  # this and the next are set by begin_attempt
         self.time_accounting = TimeAccounting({}, 0.0, 0, 0.0)
         self._fields: dict[str, Any] = {}
@@ -66,10 +66,10 @@ class RunDir:
         return self.logs / f"rank_{rank:05d}.log"
 
     def create(self, *, new: bool = False) -> bool:
-        """Make the folder and see that it can be written; False, and nothing done, if it was to be `new` and is there.
+        """Create the directory and check that it is writable. With `new`, return False if it already exists.
 
         Raises:
-            RunDirError: it cannot be written.
+            RunDirError: the directory cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,72 +82,72 @@ class RunDir:
             self.logs.mkdir(exist_ok=True)
             probe = self.path / f".probe_{socket.gethostname()}_{os.getpid()}"
             probe.write_text("x")
-            probe.unlink(missing_ok=True)  # another start may have swept it away
+            probe.unlink(missing_ok=True)  # another start may have removed it
         except OSError as error:
-            raise self._unusable(error) from None
+            raise self._not_writable(error) from None
         return True
 
-    def _unusable(self, error: OSError) -> RunDirError:
+    def _not_writable(self, error: OSError) -> RunDirError:
         return RunDirError(
             f"Run directory {self.path} cannot be written: {error.strerror}. "
-            f"Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
+            f"Choose another location with runs_dir or DIST_TRAIN_RUNS_DIR."
         )
 
     @property
     def run_id(self) -> str | None:
-        """The same in all attempts and in copies of the directory; None where no file tells it."""
-        known = self._fields or self.read_status()
-        return known.get("wandb_id") or self.read_provenance().get("wandb_id")
+        """The id that all attempts and all copies of the directory share. None if no file records it."""
+        status = self._fields or self.read_status()
+        return status.get("wandb_id") or self.read_provenance().get("wandb_id")
 
     def step_folders(self) -> list[Path]:
-        """The folders of checkpoints, `step_<digits>`, newest first. Whatever else lies there is not ours."""
-        found = [(step, path) for path in self.checkpoints.glob("step_*") if (step := step_of(path)) is not None]
-        return [path for _, path in sorted(found, reverse=True)]
+        """Return the checkpoint folders, `step_<digits>`, newest first. Other folders there are ignored."""
+        steps = [(step, path) for path in self.checkpoints.glob("step_*") if (step := step_of(path)) is not None]
+        return [path for _, path in sorted(steps, reverse=True)]
 
     @property
     def holds_checkpoints(self) -> bool:
-        """Also such as a damage, or a kill in the middle of a save, has put aside."""
+        """Whether there are checkpoints, counting those renamed because of damage or by an interrupted save."""
         return any(step_of(path) is not None for path in self.checkpoints.glob("*step_*"))
 
     def check_config(self, config: Config) -> None:
-        """Refuse a directory that belongs to another config; nothing is written.
+        """Refuse a directory that belongs to another config. Writes nothing.
 
         Raises:
-            ConfigError: with the settings that differ and what each side has.
-            RunDirError: no such directory can be.
+            ConfigError: lists the settings that differ, with both values.
+            RunDirError: the path is not a legal directory name.
         """
         try:
-            there = self.config.exists()
-        except OSError as error:  # a name that is too long, say
-            raise self._unusable(error) from None
-        if not there or not self.holds_checkpoints:
-            return  # nothing of another run could be lost: a start that was refused leaves its name free
+            exists = self.config.exists()
+        except OSError as error:  # a name that is too long, for example
+            raise self._not_writable(error) from None
+        if not exists or not self.holds_checkpoints:
+            return  # nothing of another run could be lost: a start that was refused does not reserve its name
         difference = load_config(str(self.config)).result_diff(config)
-        if config.mixed_precision in (None, self.precision):  # silence means that it stays
+        if config.mixed_precision in (None, self.precision):  # unset: the run keeps its precision
             difference.pop("mixed_precision", None)
         if difference:
-            lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in sorted(difference.items())]
+            lines = [f"  {key}: {old} in the run, {new} now" for key, (old, new) in sorted(difference.items())]
             raise ConfigError(
                 f"{self.path} belongs to a run with other settings:\n" + "\n".join(lines) + "\n"
-                "Give the new run a name of its own with --run-name, or undo the change."
+                "Choose another --run-name for the new run, or undo the change."
             )
 
     @property
     def precision(self) -> str | None:
-        """What the run was begun with, whether settings or a launcher said so; None while nothing could be lost."""
+        """The precision that the run started with, from settings or launcher. None if there are no checkpoints."""
         try:
             if not self.holds_checkpoints:
                 return None
-        except OSError as error:  # a name that is too long, say
-            raise self._unusable(error) from None
+        except OSError as error:  # a name that is too long, for example
+            raise self._not_writable(error) from None
         recorded = self.read_provenance().get("mixed_precision")
         return recorded or (load_config(str(self.config)).mixed_precision if self.config.exists() else None)
 
     def lock(self) -> None:
-        """Take the directory for this process. Of two starts the second is refused.
+        """Lock the directory for this process. A second start is refused while the first holds the lock.
 
-        Not so where the first is an earlier start of our Slurm job: on a node that the controller lost sight of it may
-        live on for a while. From our first status on it is superseded.
+        Exception: the holder is an earlier start of this Slurm job, which may survive for a while on a node that the
+        controller has lost contact with. It is superseded from this start's first status on.
         """
         try:
             self._lock.acquire()
@@ -158,7 +158,7 @@ class RunDir:
             raise RunDirError(
                 f"{self.path} is in use by process {status.get('pid')} on {status.get('host')} "
                 f"(attempt {status.get('attempt')}, state {status.get('state')}). "
-                f"Wait for it, stop it, or start under another --run-name."
+                f"Wait for it, stop it, or choose another --run-name."
             ) from None
 
     def unlock(self) -> None:
@@ -167,18 +167,18 @@ class RunDir:
     def begin_attempt(
         self, config: Config, wandb_id: str, started: float | None = None, asked_at: float | None = None
     ) -> None:
-        """Number this start of the run and write config.yaml. Needs the lock. `wandb_id` counts on the first one.
+        """Number this attempt and write config.yaml. Needs the lock. `wandb_id` is used by the first attempt only.
 
-        `started`: time.perf_counter() when the process began; `asked_at`: when the command was given.
+        `started`: time.perf_counter() when the process started; `asked_at`: when the command was given.
         """
         started = time.perf_counter() if started is None else started
-        # A power cut may have taken status.json, or a part of it; run.json is older, and synced.
+        # status.json, or a part of it, may be lost to a power cut; run.json is older, but synced.
         before = self.read_provenance() | self.read_status()
         self.attempt = before.get("attempt", 0) + 1
-        if self._was_of_another(config):
+        if self._belongs_to_other_config(config):
             before = {}
         last_seen = before.get("heartbeat") or self.read_submission().get("submitted") or time.time()
-        reached = max(before.get("reached", 0), before.get("step", 0))  # by any attempt: one may die in its set-up
+        reached = max(before.get("reached", 0), before.get("step", 0))  # of all attempts: one may die in its set-up
         self.time_accounting = TimeAccounting(
             before.get("seconds", {}),
             down_s=time.time() - (time.perf_counter() - started) - last_seen,
@@ -199,15 +199,15 @@ class RunDir:
             stale.unlink(missing_ok=True)
         with self._tolerate_write_error(self.config, required=True):
             write_atomically(self.config, to_yaml(config))
-        self._sweep_wishes(started if asked_at is None else asked_at)
+        self._remove_stale_requests(started if asked_at is None else asked_at)
         self.set_status(state="STARTING")
-        self._sweep()
+        self._remove_leftovers()
 
-    def _sweep_wishes(self, asked_at: float) -> None:
-        """Remove a STOP and a SAVE that were meant for an earlier start; config.yaml has just been written.
+    def _remove_stale_requests(self, asked_at: float) -> None:
+        """Remove a STOP and a SAVE file that were meant for an earlier start. config.yaml has just been written.
 
-        What is younger than the moment when this start was asked for is meant for it: a job waits in its queue, and one
-        that is queued again since it was last heard of. By the clock of the file system, which stamps them.
+        A file is meant for this start if it is newer than the command; for a job, newer than its submission; for a
+        requeued or restarted run, newer than its last status. Uses file modification times.
         """
         if _is_earlier_start(self.read_status(), os.environ) or REQUEUED in os.environ:
             since = self.status.stat().st_mtime if self.status.exists() else 0.0
@@ -220,8 +220,8 @@ class RunDir:
                 if request_file.stat().st_mtime < since:
                     request_file.unlink()
 
-    def _was_of_another(self, config: Config) -> bool:
-        """Whether the folder is of a run with other settings, which has left nothing to go on from (`check_config`)."""
+    def _belongs_to_other_config(self, config: Config) -> bool:
+        """Whether the directory is of a run with other settings that left no checkpoint (see `check_config`)."""
         if self.holds_checkpoints:
             return False
         try:
@@ -229,19 +229,19 @@ class RunDir:
         except ConfigError:  # damaged
             return True
 
-    def _sweep(self) -> None:
-        """Remove what starts that were killed have left half written."""
+    def _remove_leftovers(self) -> None:
+        """Remove incomplete files of starts that were killed."""
         remove_leftovers(self.path)
         for stale in (*self.path.glob(".probe_*"), *self.path.glob(".token_*")):
             stale.unlink(missing_ok=True)
 
     def record_resume(self, step: int, world_size: int) -> None:
-        """Where this attempt begins; and how many before it, in a row, have begun there and saved nothing further."""
+        """Record the step that this attempt starts at, and how many attempts in a row started there without a save."""
         fruitless = self._fields.get("fruitless_starts", 0) + 1 if self._fields.get("resumed_at") == step else 0
         self.set_status(state="SETUP", world_size=world_size, resumed_at=step, fruitless_starts=fruitless)
 
     def check_not_superseded(self) -> None:
-        """A later attempt of the run owns the directory from its first status on; an older one must not write.
+        """Check that this attempt may write. A later attempt owns the directory from its first status on.
 
         Raises:
             RunDirError: this attempt was superseded.
@@ -255,10 +255,10 @@ class RunDir:
         return 0 < self.attempt < newest
 
     def set_status(self, **fields: Any) -> None:
-        """Update status.json; the heartbeat is now. Without a new state it is written at most once a second.
+        """Update status.json and its heartbeat. Without a new state it is written at most once a second.
 
         Raises:
-            RunDirError: this attempt was superseded; or an end of the run, which others act on, cannot be written.
+            RunDirError: this attempt was superseded, or STARTING or a clean end cannot be written: others act on it.
         """
         self._fields |= fields
         if "step" in fields:
@@ -280,30 +280,31 @@ class RunDir:
             self.metrics.append(line)
 
     def cut_metrics(self, step: int, *, evaluation_pending: bool) -> int:
-        """As `MetricsFile.cut`.
+        """Cut metrics.jsonl back as `MetricsFile.cut` does.
 
         Raises:
-            RunDirError: there is no room for it.
+            RunDirError: the file cannot be written, on a full disk for example.
         """
         with self._tolerate_write_error(self.metrics.path, required=True):
             return self.metrics.cut(step, evaluation_pending=evaluation_pending)
 
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
-        """run.json: what decides the numbers, and what must outlive a power cut, which may take status.json."""
+        """Write run.json: what determines the results, and what must survive a power cut that loses status.json."""
         kept = {name: self._fields[name] for name in ("attempt", "wandb_id")}
         with self._tolerate_write_error(self.run_json, required=True):
             write_json(self.run_json, {**provenance, **kept})
 
     def write_result(self, results: Mapping[str, Any]) -> None:
-        """
+        """Write result.json.
+
         Raises:
-            RunDirError: it cannot be written.
+            RunDirError: the file cannot be written.
         """
         with self._tolerate_write_error(self.result, required=True):
             write_json(self.result, results)
 
     def write_pictures(self, pictures: Mapping[str, bytes]) -> None:
-        """PNGs by name; those that there is no room for are left out."""
+        """Write PNGs by name. One that cannot be written is a warning."""
         for name, picture in pictures.items():
             path = self.pictures / f"{name}.png"
             try:
@@ -314,26 +315,28 @@ class RunDir:
 
     @contextmanager
     def _tolerate_write_error(self, path: Path, *, required: bool = False) -> Iterator[None]:
-        """A disk that is full, or read-only, ends no training: it is said once, and each next write tries again."""
+        """Report a full or read-only disk once instead of ending the training. The next write tries again."""
         try:
             yield
         except OSError as error:
             if required:
                 raise RunDirError(f"{path} cannot be written: {error.strerror}. Make room, then start again.") from None
             if path not in self._unwritable:
-                _log.warning("%s cannot be written: %s. Training goes on and tries again.", path, error.strerror)
+                _log.warning(
+                    "%s cannot be written: %s. Training continues; the next write tries again.", path, error.strerror
+                )
             self._unwritable.add(path)
         else:
             self._unwritable.discard(path)
 
     def take_request(self, path: Path) -> str | None:
-        """What somebody wrote into this file, which is gone after it; None if there is none."""
+        """Remove a request file and return its content. None if there is no such file."""
         try:
-            found = path.read_bytes()
+            content = path.read_bytes()
             path.unlink()
         except OSError:
             return None
-        return found.decode(errors="replace")
+        return content.decode(errors="replace")
 
     def read_status(self) -> dict[str, Any]:
         return read_record(self.status, Status)
@@ -351,27 +354,27 @@ class RunDir:
         return read_record(self.slurm_json, Submission)
 
     def check_room(self, needed_bytes: int) -> None:
-        """See that a first checkpoint fits.
+        """Check that a first checkpoint fits on the disk.
 
         Raises:
-            RunDirError: naming what is needed and what is free.
+            RunDirError: names the needed and the free space.
         """
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             raise RunDirError(
                 f"A checkpoint needs {needed_bytes / 2**20:.1f} MiB and {self.path} has {free / 2**20:.1f} MiB free. "
-                f"Make room, or choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
+                f"Make room, or choose another location with runs_dir or DIST_TRAIN_RUNS_DIR."
             )
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint by the name of its folder, put aside or not; None for a name that is none of ours."""
-    found = re.fullmatch(r"(?:damaged_|\.replaced_)?step_([0-9]{8}|[1-9][0-9]{8,})", folder.name)
-    return int(found[1]) if found else None
+    """Return the step in a checkpoint folder's name, also of a damaged or replaced one. None for any other name."""
+    match = re.fullmatch(r"(?:damaged_|\.replaced_)?step_([0-9]{8}|[1-9][0-9]{8,})", folder.name)
+    return int(match[1]) if match else None
 
 
 def _is_earlier_start(status: Mapping[str, Any], env: Mapping[str, str]) -> bool:
-    """Whether `status` was written by an earlier start of the Slurm job that we are in."""
+    """Whether `status` was written by an earlier start of this Slurm job."""
     job, restarts = slurm_job(env), int(env.get("SLURM_RESTART_COUNT") or 0)
     former = int(status.get("slurm_restart_count") or 0)
     return job is not None and status.get("slurm_job_id") == job and former < restarts

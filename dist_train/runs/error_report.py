@@ -1,4 +1,4 @@
-"""error.json: which rank of a run was the first to fail, and of what."""
+"""error.json: the rank of a run that failed first, and its error."""
 
 from __future__ import annotations
 
@@ -15,48 +15,52 @@ from dist_train.atomic_files import remove, temporary_path, write_json
 from dist_train.errors import DistTrainError
 
 
-def _where(error: BaseException) -> str:
-    """The innermost line of code that an unforeseen error comes from."""
+def _location(error: BaseException) -> str:
+    """Return the innermost file and line of an unexpected error."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
-def describe_error(found: Mapping[str, Any]) -> str:
-    """What error.json says, and of which rank; a part of it may have been damaged."""
-    what = found.get("message") or found.get("kind") or "an error that error.json does not tell any more"
-    return f"{what}  [rank {found.get('rank', '?')} on {found.get('host', '?')}]"
+def describe_error(report: Mapping[str, Any]) -> str:
+    """Format error.json with its rank and host. Entries may be missing: damaged ones are dropped."""
+    what = report.get("message") or report.get("kind") or "an unknown error: error.json is damaged"
+    return f"{what}  [rank {report.get('rank', '?')} on {report.get('host', '?')}]"
 
 
 def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:
-    """Write `error.json` unless a rank was first; True if this rank is the first to fail.
+    """Write `error.json` unless another rank did. Return True if this rank is the first to fail.
 
-    Linked into place, so that of several failing ranks just one can be first: the others mostly report that a peer
-    is gone.
+    The file is hard-linked into place, so that exactly one of several failing ranks is first: the others mostly report
+    that a peer is gone.
     """
-    aside = temporary_path(path)
+    temporary = temporary_path(path)
     try:
         own = isinstance(error, DistTrainError)
-        message = str(error) if own else f"{type(error).__name__}: {error}{_where(error)}"
+        message = str(error) if own else f"{type(error).__name__}: {error}{_location(error)}"
         write_json(
-            aside,
+            temporary,
             {"rank": rank, "kind": type(error).__name__, "message": message, "exit_code": exit_code,
              "host": socket.gethostname(), "time": round(time.time(), 3), "traceback": trace},
         )  # fmt: skip
-        _take_name(aside, path)
+        _link_exclusively(temporary, path)
     except OSError:
         return not path.exists()
     else:
         return True
     finally:
-        remove(aside)
+        remove(temporary)
 
 
-def _take_name(aside: Path, path: Path) -> None:
-    """Raises FileExistsError if another rank was first."""
+def _link_exclusively(temporary: Path, path: Path) -> None:
+    """Link `temporary` to `path`, which must not exist.
+
+    Raises:
+        FileExistsError: another rank was first.
+    """
     try:
-        os.link(aside, path)
+        os.link(temporary, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        with path.open("xb") as file:  # there are no links on this file system
-            file.write(aside.read_bytes())
+        with path.open("xb") as file:  # this file system has no hard links
+            file.write(temporary.read_bytes())

@@ -1,4 +1,4 @@
-"""metrics.jsonl: complete up to any checkpoint, cut back to the one that a run resumes from."""
+"""metrics.jsonl: complete up to every checkpoint, and truncated to the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Appended to by rank zero alone. Making the object touches nothing."""
+    """The metrics file of a run. Only rank zero appends to it. The constructor does no I/O."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.discarded = path.with_suffix(".discarded.jsonl")  # the lines that `cut` sets aside, as they were
-        self._waiting: list[str] = []
+        self.discarded = path.with_suffix(".discarded.jsonl")  # the lines that `cut` removes, unchanged
+        self._pending: list[str] = []
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write a line, after those that wait for a disk that was full.
+        """Write a line, after lines that are pending because the disk was full.
 
         Raises:
-            OSError: not written; the line waits too.
-            ValueError: not a number in it.
+            OSError: the line is not written; it stays pending.
+            ValueError: the line holds NaN or infinity.
         """
-        self._waiting.append(to_json(line) + "\n")
+        self._pending.append(to_json(line) + "\n")
         self._flush()
 
     def sync(self) -> None:
-        """See that all lines are on the disk: no checkpoint may be newer than its metrics.
+        """Flush all lines to disk: no checkpoint may be newer than its metrics.
 
         Raises:
-            OSError: they are not.
+            OSError: a line could not be written.
         """
         self._flush()
         if self.path.exists():
@@ -46,13 +46,13 @@ class MetricsFile:
                 os.fsync(file.fileno())
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The lines in order; what a kill or a power cut has left of others is passed over."""
+        """Yield the lines in order, without lines that a kill or a power cut left incomplete."""
         yield from filter(None, map(_parse, self._lines()))
 
     def follow(self, until: Callable[[], bool], every_s: float = 0.5) -> Iterator[dict[str, Any]]:
-        """The lines in order, and those that are still to come; a step that is made again comes again.
+        """Yield the lines in order, then new lines as they are written; a step that is repeated is yielded again.
 
-        `until`: whether nobody writes any more.
+        `until` returns True when no process writes to the file any more.
         """
         shown: list[bytes] = []
         seen: tuple[int, int] | None = None
@@ -66,44 +66,44 @@ class MetricsFile:
             if ended:
                 return
             time.sleep(every_s)
-            ended = until()  # then once more: a last line may have come just before
+            ended = until()  # then read once more: a last line may have been written just before
 
     def cut(self, step: int, *, evaluation_pending: bool = False) -> int:
-        """Set aside the lines after `step`, which the resumed run writes again. Returns how many.
+        """Move the lines after `step`, which the resumed run writes again, to `discarded`. Return their number.
 
-        `evaluation_pending`: so is the `val` line of `step` itself, which an earlier resume may have written.
-        A damaged line before that costs no other: it is set aside too, and named.
+        With `evaluation_pending` the `val` line of `step` itself goes too: an earlier resume may have written it.
+        Damaged lines before that are moved and reported too; the intact lines around them stay.
         """
 
-        def comes_again(line: Mapping[str, Any]) -> bool:
+        def is_written_again(line: Mapping[str, Any]) -> bool:
             return line["step"] > step or (evaluation_pending and line["step"] == step and "val/loss" in line)
 
         lines = self._lines()
-        found = [_parse(line) for line in lines]
-        first = next((place for place, line in enumerate(found) if line and comes_again(line)), len(lines))
+        parsed = [_parse(line) for line in lines]
+        first = next((index for index, line in enumerate(parsed) if line and is_written_again(line)), len(lines))
         if first == len(lines):
-            while first and found[first - 1] is None:  # what a kill or a power cut has left
+            while first and parsed[first - 1] is None:  # left by a kill or a power cut
                 first -= 1
-        damaged = [place for place in range(first) if found[place] is None]
-        kept = [line for line, whole in zip(lines[:first], found, strict=False) if whole]
-        if aside := [*(lines[place] for place in damaged), *lines[first:]]:
+        damaged = [index for index in range(first) if parsed[index] is None]
+        kept = [line for line, intact in zip(lines[:first], parsed, strict=False) if intact]
+        if removed := [*(lines[index] for index in damaged), *lines[first:]]:
             with self.discarded.open("ab") as file:
-                file.write(b"".join(aside).rstrip(b"\n") + b"\n")
+                file.write(b"".join(removed).rstrip(b"\n") + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             write_atomically(self.path, b"".join(kept))
         if damaged:
-            numbers = ", ".join(str(place + 1) for place in damaged)
-            _log.warning("%s was damaged in line %s: set aside in %s", self.path, numbers, self.discarded.name)
+            numbers = ", ".join(str(index + 1) for index in damaged)
+            _log.warning("%s was damaged in line %s: moved to %s", self.path, numbers, self.discarded.name)
         return len(lines) - first
 
     def _version(self) -> tuple[int, int] | None:
-        """Another one after each append and each cut."""
+        """Return a value that changes with each append and each cut."""
         try:
-            found = self.path.stat()
+            stat = self.path.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_size
+        return stat.st_ino, stat.st_size
 
     def _lines(self) -> list[bytes]:
         if not self.path.exists():
@@ -112,23 +112,23 @@ class MetricsFile:
             return file.readlines()
 
     def _flush(self) -> None:
-        if not self._waiting:
+        if not self._pending:
             return
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._waiting))
+                file.write("".join(self._pending))
         except OSError:
             with suppress(OSError):
-                os.truncate(self.path, size)  # a disk that fills up takes half a line
+                os.truncate(self.path, size)  # a disk that fills up may accept half a line
             raise
-        self._waiting.clear()
+        self._pending.clear()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics, None if it is not a whole one."""
+    """Parse a line of metrics. Return None if it is incomplete or damaged."""
     try:
-        found = parse_object(line)
+        entries = parse_object(line)
     except ValueError:
         return None
-    return found if line.endswith(b"\n") and type(found.get("step")) is int else None
+    return entries if line.endswith(b"\n") and type(entries.get("step")) is int else None

@@ -1,4 +1,4 @@
-"""What people see while a run goes on: a live bar on a terminal, plain lines elsewhere, a log file per rank."""
+"""Progress output of a run: a live bar on a terminal, plain lines elsewhere, and one log file for each rank."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dist_train.runs.directory import RunDir
 
 _log = logging.getLogger(__name__)
 
-_LINE_EVERY_S = 5.0  # of plain progress lines; those of evaluations are always printed
-# Of the table above the live bar, which grows with each evaluation. It fits 80 columns.
+_LINE_EVERY_S = 5.0  # for plain progress lines; evaluations are always printed
+# The table above the live bar, one row for each evaluation. It fits 80 columns.
 _COLUMNS = ("epoch", "step", "train loss", "train acc", "val loss", "val acc", "seconds")
 _ROW = "{:>7}{:>12}{:>12}{:>11}{:>11}{:>11}{:>10}"
 
 
 def log_to_screen(rank: int, verbosity: int) -> None:
-    """Of rank zero, from before there is a run directory on. `verbosity`: -1 quiet, 0, 1 verbose."""
+    """Log to the screen on rank zero, even before a run directory exists. `verbosity`: -1 quiet, 0, 1 verbose."""
     logger = logging.getLogger("dist_train")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
@@ -35,17 +35,17 @@ def log_to_screen(rank: int, verbosity: int) -> None:
 
 
 def log_to_file(run_dir: RunDir, rank: int) -> None:
-    """Everything to this rank's log file too."""
+    """Also write all log records to this rank's log file."""
     file = _FileHandler(run_dir.rank_log(rank), encoding="utf-8")
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
     logging.getLogger("dist_train").addHandler(file)
-    logging.captureWarnings(True)  # Python's warnings go to the log file, not through the bar
+    logging.captureWarnings(True)  # Python warnings go to the log file, not over the bar
     logging.getLogger("py.warnings").handlers = [file]
     logging.getLogger("py.warnings").propagate = False
 
 
 class _FileHandler(logging.FileHandler):
-    """On a full disk a line is lost; it is on the screen."""
+    """Drops lines that cannot be written, on a full disk for example; the screen still shows them."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -61,9 +61,9 @@ _shared_console: Console | None = None
 
 
 def _console() -> Console:
-    """One console for bar and lines, so that they do not write over each other."""
+    """Return the console that bar and lines share, so that they do not overwrite each other."""
     global _shared_console
-    # While the bar is shown sys.stdout is a stand-in of rich's.
+    # While the bar is shown, sys.stdout is a proxy of rich.
     stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
     if _shared_console is None or _shared_console.file is not stdout:
         _shared_console = Console(file=stdout)
@@ -71,19 +71,19 @@ def _console() -> Console:
 
 
 class Screen:
-    """Rank zero's view of a run; `shown` False on other ranks and with --quiet: then nothing is printed."""
+    """Progress display of a run. `shown` is False on all ranks but zero and with --quiet: then nothing is printed."""
 
     def __init__(self, total_steps: int, steps_per_epoch: int, *, shown: bool) -> None:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self._shown = shown
         self._last_line = time.monotonic()
-        self._trained: dict[str, Any] = {}  # the newest line of training
-        self._has_head = False  # the table of evaluations
+        self._last_train_line: dict[str, Any] = {}
+        self._header_printed = False  # of the table of evaluations
         self._bar: Progress | None = None
         if shown and _console().is_terminal:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(bar_width=10),  # all of it in 80 columns
+                BarColumn(bar_width=10),  # the whole line fits 80 columns
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
@@ -101,49 +101,49 @@ class Screen:
             self._bar.stop()
 
     def show_training(self, line: dict[str, Any]) -> None:
-        self._trained = line
+        self._last_train_line = line
         if self._bar is not None:
             epoch = f"{min(line['epoch'], self.total_steps / self.steps_per_epoch):.2f}"
-            self._bar.update(self._task, completed=line["step"], epoch=epoch, numbers=_in_short(line))
+            self._bar.update(self._task, completed=line["step"], epoch=epoch, numbers=_short_numbers(line))
         elif self._shown and time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._last_line = time.monotonic()
             print(describe(line, self.total_steps), flush=True)
 
     def show_evaluation(self, line: dict[str, Any]) -> None:
         if self._bar is not None:
-            if not self._has_head:
+            if not self._header_printed:
                 _print(_ROW.format(*_COLUMNS))
-            self._has_head = True
+            self._header_printed = True
             _print(self._row(line))
         _log.log(logging.INFO if self._bar is None else logging.DEBUG, "%s", describe(line, self.total_steps))
 
     def _row(self, line: dict[str, Any]) -> str:
         cells = [f"{line['epoch']:.2f}", f"{line['step']}"]
-        for source, split in ((self._trained, "train"), (line, "val")):
+        for source, split in ((self._last_train_line, "train"), (line, "val")):
             loss, accuracy = source.get(f"{split}/loss"), source.get(f"{split}/accuracy")
             cells += ["-" if loss is None else f"{loss:.4f}", "-" if accuracy is None else f"{accuracy:.2%}"]
         return _ROW.format(*cells, f"{line['epoch_s']:.1f}")
 
 
 def _print(text: str) -> None:
-    """Above the live bar if there is one."""
+    """Print a line, above the live bar if there is one."""
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _in_short(line: dict[str, Any]) -> str:
+def _short_numbers(line: dict[str, Any]) -> str:
     accuracy = f"  {line['train/accuracy']:.2%}" if "train/accuracy" in line else ""
     speed = f"  {line['perf/samples_per_s']:,.0f}/s" if "perf/samples_per_s" in line else ""
     return f"loss {line['train/loss']:.4f}{accuracy}  lr {line['train/lr']:.1e}{speed}"
 
 
 def describe(line: dict[str, Any], total_steps: int | None) -> str | None:
-    """A line of metrics for people; None for one that has neither training nor evaluation in it."""
-    unknown = float("nan")  # in a line that was damaged
-    where = f"step {line['step']}/{total_steps or '?'}  epoch {line.get('epoch', unknown):.2f}"
+    """Format a line of metrics for the screen. Return None if it holds neither training nor evaluation metrics."""
+    unknown = float("nan")  # a damaged line may lack an entry
+    position = f"step {line['step']}/{total_steps or '?'}  epoch {line.get('epoch', unknown):.2f}"
     if "train/loss" in line:
-        return f"{where}  {_numbers(line, 'train')}"
+        return f"{position}  {_numbers(line, 'train')}"
     if "val/loss" in line:
-        return f"{where}  val {_numbers(line, 'val')}  epoch time {line.get('epoch_s', unknown):.1f} s"
+        return f"{position}  val {_numbers(line, 'val')}  epoch time {line.get('epoch_s', unknown):.1f} s"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What the small JSON files of a run hold, and one reader for them: what is damaged is named and left out."""
+"""Schemas of a run's small JSON files, and one reader for them, which reports damaged entries and drops them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # Python's own will do from 3.12 on
+from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
 
 from dist_train.atomic_files import parse_object
 from dist_train.config.schema import Precision, StepMode
@@ -19,21 +19,21 @@ State = Literal[
 ]  # fmt: skip
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-JobId = Annotated[str, Field(pattern=r"^[0-9]+(_[0-9]+)?$")]  # of an array with the member
+JobId = Annotated[str, Field(pattern=r"^[0-9]+(_[0-9]+)?$")]  # job, or array job and task
 
 _log = logging.getLogger(__name__)
-_named: set[Path] = set()  # damaged files
+_reported: set[Path] = set()  # damaged files
 
 
 class Status(TypedDict, total=False):
-    """status.json, of the newest attempt."""
+    """status.json, written by the newest attempt."""
 
     state: State
     attempt: Count
     step: Count
     total_steps: Count
     epoch: Number
-    reached: Count  # the furthest step of any attempt
+    reached: Count  # the highest step of any attempt
     resumed_at: Count
     fruitless_starts: Count
     world_size: Count
@@ -47,7 +47,7 @@ class Status(TypedDict, total=False):
     data_wait_s: Number
     save_s: Number
     best: dict[str, Number]
-    metrics: dict[str, Number | None]  # of each the newest
+    metrics: dict[str, Number | None]  # the newest value of each
 
 
 class DataFacts(TypedDict):
@@ -59,25 +59,25 @@ class DataFacts(TypedDict):
 
 
 class Sketch(TypedDict):
-    """What an example holds."""
+    """Fingerprint of one example."""
 
     exact: str
-    floats: list[Annotated[list[Number], Field(min_length=1)]]  # of each array
+    floats: list[Annotated[list[Number], Field(min_length=1)]]  # one list for each array
 
 
 class SplitIdentity(TypedDict):
-    """What the examples of a split are."""
+    """Fingerprint of the examples of a split."""
 
     count: Count
     labels: NotRequired[str]  # this and the next two: checksums
     names: NotRequired[str]
     pixels: NotRequired[str]
-    examples: NotRequired[dict[str, Sketch]]  # by their indices
-    unsteady: NotRequired[Count]  # the index of one that is another each time
+    examples: NotRequired[dict[str, Sketch]]  # by index
+    unsteady: NotRequired[Count]  # the index of an example that differs at each read
 
 
 class Provenance(TypedDict, total=False):
-    """run.json, of the newest attempt that came to train."""
+    """run.json, written by the newest attempt that reached training."""
 
     attempt: Count
     wandb_id: Annotated[str, Field(min_length=1)]
@@ -95,7 +95,7 @@ class Provenance(TypedDict, total=False):
 
 
 class Error(TypedDict, total=False):
-    """error.json, of the rank that failed first."""
+    """error.json, written by the rank that failed first."""
 
     rank: Count
     host: str
@@ -109,7 +109,7 @@ Result = TypedDict("Result", {"train_s": Number, "samples_per_s": Number | None,
 
 
 class Submission(TypedDict, total=False):
-    """slurm.json"""
+    """slurm.json, written by `slurm submit`."""
 
     job: JobId
     log: str
@@ -117,24 +117,24 @@ class Submission(TypedDict, total=False):
 
 
 def read_record(path: Path, kind: Any) -> dict[str, Any]:
-    """What a file of one of these kinds says; {} where there is none.
+    """Read a file with one of these schemas. Return {} if it does not exist.
 
-    An entry of another type is left out, and the file named once. Any entry may be missing, and what is not known here
-    passes as it is.
+    Entries of the wrong type are dropped, and the file is reported once. Any entry may be missing, and unknown entries
+    pass unchanged.
     """
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     wrong: dict[str, Any] = {}
     try:
-        found = parse_object(path.read_bytes())
-        _validator(kind).validate_python(found, strict=True)
+        entries = parse_object(path.read_bytes())
+        _validator(kind).validate_python(entries, strict=True)
     except OSError:
         return {}
     except ValidationError as error:
-        wrong = {str(item["loc"][0]): found[str(item["loc"][0])] for item in error.errors()}
-        _name(path, ", ".join(f"{name}={value!r}" for name, value in wrong.items()))
+        wrong = {str(item["loc"][0]): entries[str(item["loc"][0])] for item in error.errors()}
+        _report_damage(path, ", ".join(f"{name}={value!r}" for name, value in wrong.items()))
     except ValueError as error:
-        _name(path, str(error))
-    return {name: value for name, value in found.items() if name not in wrong}
+        _report_damage(path, str(error))
+    return {name: value for name, value in entries.items() if name not in wrong}
 
 
 @cache
@@ -142,7 +142,9 @@ def _validator(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _name(path: Path, what: str) -> None:
-    if path not in _named:
-        _log.warning("%s is damaged: %s. Going on without that.", path, what if len(what) < 200 else f"{what[:200]}...")
-    _named.add(path)
+def _report_damage(path: Path, what: str) -> None:
+    if path not in _reported:
+        _log.warning(
+            "%s is damaged: %s. Continuing without that part.", path, what if len(what) < 200 else f"{what[:200]}..."
+        )
+    _reported.add(path)

@@ -1,4 +1,4 @@
-"""A run as its small files tell it, whether it goes on, was killed or is half written. Never waits, never writes."""
+"""Summary of a live, finished, killed or incomplete run, read from its small files. Never waits, never writes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dist_train.distributed.parent import is_alive
 from dist_train.errors import RunDirError
 from dist_train.runs.directory import ENDS, RunDir
 
-# A live run writes a heartbeat every few seconds, but not while it compiles its step or waits for a data set.
+# A live run writes a heartbeat every few seconds, except while it compiles its step or waits for a data set.
 SILENT_S = 120.0
-_BEAT_S = 10.0  # longer than a run that trains is silent
+_BEAT_S = 10.0  # longer than the gap between two heartbeats of a run that trains
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What there is to know without reading all of its metrics. None: not known, or not yet."""
+    """What is known of a run without reading all of its metrics. None: unknown, or not known yet."""
 
     run_dir: RunDir
-    state: str  # as in status.json, or KILLED: its process is gone; SILENT: no heartbeat for a while; NEW: never begun
+    state: str  # of status.json, or KILLED: the process is gone; SILENT: no heartbeat for a while; NEW: never started
     step: int
     total_steps: int | None
     epoch: float | None
@@ -35,9 +35,9 @@ class Summary:
     world_size: int | None
     heartbeat: float | None  # time.time()
     best: Mapping[str, float]  # the best evaluation, keys val/...
-    metrics: Mapping[str, float]  # of the newest line of metrics
-    result: Mapping[str, Any]  # empty until it is finished
-    job: str | None  # of Slurm
+    metrics: Mapping[str, float]  # the newest values
+    result: Mapping[str, Any]  # empty until the run is finished
+    job: str | None  # Slurm job id
 
     @property
     def name(self) -> str:
@@ -49,17 +49,17 @@ class Summary:
 
     @property
     def goes_on(self) -> bool:
-        """As far as one can tell: one that is silent may compile."""
+        """Whether the run may still be running: a silent one may be compiling."""
         return self.is_live or self.state == "SILENT"
 
     @property
     def age_s(self) -> float | None:
-        """Since it was last heard of."""
+        """Seconds since the last heartbeat."""
         return None if self.heartbeat is None else max(0.0, time.time() - self.heartbeat)
 
     @property
     def accuracy(self) -> float | None:
-        """The best on validation."""
+        """The best validation accuracy."""
         return self.best.get("val/accuracy")
 
     @property
@@ -93,12 +93,12 @@ class Summary:
 
     @property
     def progress(self) -> float | None:
-        """0 to 1."""
+        """Completed share of all steps, from 0 to 1."""
         return self.step / self.total_steps if self.total_steps else None
 
 
 def summarise(path: Path) -> Summary:
-    """`path`: a run directory, or what may become one."""
+    """Summarise the run in `path`, which need not exist yet."""
     run_dir = RunDir(path)
     status = run_dir.read_status()
     return Summary(
@@ -118,19 +118,20 @@ def summarise(path: Path) -> Summary:
 
 
 def summarise_existing(path: Path) -> Summary:
-    """
+    """Summarise a run.
+
     Raises:
-        RunDirError: There is no run.
+        RunDirError: `path` is not a run directory.
     """
     if not is_run(path):
         raise RunDirError(
-            f"{path} is no run: it has neither status.json nor config.yaml. dist-train runs ls shows them."
+            f"{path} is not a run: it has neither status.json nor config.yaml. List runs with dist-train runs ls."
         )
     return summarise(path)
 
 
 def find_runs(folder: Path) -> Iterator[Summary]:
-    """The runs that lie in a folder, by name."""
+    """Yield the runs of a folder, sorted by name."""
     with os.scandir(folder) as entries:
         paths = sorted(entry.path for entry in entries if entry.is_dir())
     yield from (summarise(path) for path in map(Path, paths) if is_run(path))
@@ -166,10 +167,10 @@ def find_run(path: Path) -> Path:
 
 
 def is_run(path: Path) -> bool:
-    """Whether something of a run lies there: begun, refused or queued."""
+    """Whether the folder belongs to a run that was started, refused or queued."""
     try:
         return any((path / name).exists() for name in ("status.json", "config.yaml", "slurm.json"))
-    except OSError:  # somebody else's folder, or no name that a file can have
+    except OSError:  # no permission, or a name that is not a legal file name
         return False
 
 
@@ -178,14 +179,14 @@ def _state_of(status: Mapping[str, Any]) -> str:
     if state in (*ENDS, "NEW"):
         return state
     silent_s = time.time() - status.get("heartbeat", 0.0)
-    # A container may have this machine's name and processes of its own.
-    here = status.get("host") == socket.gethostname() and "pid" in status
-    if silent_s > _BEAT_S and here and not is_alive(status["pid"]):
+    # A container may share this machine's name but not its process ids.
+    is_local = status.get("host") == socket.gethostname() and "pid" in status
+    if silent_s > _BEAT_S and is_local and not is_alive(status["pid"]):
         return "KILLED"
     return "SILENT" if silent_s > SILENT_S else state
 
 
 def _job_of(status: Mapping[str, Any], submitted: Mapping[str, Any]) -> str | None:
-    """The newest: it may have been submitted again."""
-    found: list[str] = [job for job in (submitted.get("job"), status.get("slurm_job_id")) if job]
-    return max(found, key=lambda job: int(job.partition("_")[0]), default=None)
+    """Return the newest Slurm job of the run, which may have been submitted again."""
+    jobs: list[str] = [job for job in (submitted.get("job"), status.get("slurm_job_id")) if job]
+    return max(jobs, key=lambda job: int(job.partition("_")[0]), default=None)

@@ -1,7 +1,7 @@
-"""What the wall seconds of a run went into, over all its attempts; and how much of them was progress.
+"""Accounting of a run's wall time by use, over all attempts, and the share of it that was progress.
 
-The share that counts is the effective training time ratio of Kokolis et al. (arXiv 2410.21680): seconds of steps that
-were new, by all seconds since the run was first started or queued.
+That share is the effective training time ratio of Kokolis et al. (arXiv 2410.21680): seconds of new steps, divided by
+all seconds since the run was first started or queued.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import time
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-# again: steps that a former attempt had done after its last checkpoint; down: between attempts, and in the queue.
+# again: steps repeated because an earlier attempt did not save them; down: between attempts, and in the queue.
 Use = Literal["train", "again", "data", "evaluate", "save", "start", "down"]
 
 
 class TimeAccounting:
-    """One clock with a column for each use; it always runs, for one of them."""
+    """A clock with one counter for each use. Exactly one counter runs at any time."""
 
     def __init__(self, before: Mapping[str, float], down_s: float, reached: int, started: float) -> None:
-        """`before`: the sheet of the former attempts, which had come to step `reached`; `down_s` passed since.
+        """`before`: the totals of earlier attempts, which reached step `reached`; `down_s` seconds passed since then.
 
-        `started`: time.perf_counter() when the process began.
+        `started`: time.perf_counter() when the process started.
         """
         self._seconds: dict[str, float] = {use: float(before.get(use, 0.0)) for use in get_args(Use)}
-        self._seconds["down"] += max(0.0, down_s)  # a clock may have been set back
+        self._seconds["down"] += max(0.0, down_s)  # the clock may have been set back
         self._step, self._reached = 0, reached
         self._use: Use = "start"
         self._since = started
@@ -36,7 +36,7 @@ class TimeAccounting:
         self._since = now
 
     def record_step(self, step: int, data_wait_s: float) -> None:
-        """So many steps are done; since this attempt began `data_wait_s` of them were waiting for data."""
+        """Record that `step` steps are done, and that this attempt has waited `data_wait_s` for data so far."""
         self._step = step
         waited, self._waited_s = data_wait_s - self._waited_s, data_wait_s
         if self._use in ("train", "again"):
@@ -45,12 +45,12 @@ class TimeAccounting:
             self.switch_to("train")
 
     def totals(self) -> dict[str, float]:
-        """Seconds by use, up to now."""
+        """Return the seconds by use, up to now."""
         self.switch_to(self._use)
         return {use: round(seconds, 3) for use, seconds in self._seconds.items()}
 
 
 def effective_ratio(seconds: Mapping[str, float]) -> float:
-    """New steps' share of all seconds. Waiting for data is none of it."""
+    """Return the share of all seconds that went into new steps, not counting waits for data."""
     total = sum(seconds.values())
     return seconds.get("train", 0.0) / total if total else 0.0

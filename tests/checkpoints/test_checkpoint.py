@@ -1,4 +1,4 @@
-"""Promise 4: a checkpoint is complete or absent, and the last good one is never lost."""
+"""A checkpoint is complete or absent, and the last good one is never lost (promise 4 in README.md)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dist_train.runs.directory import RunDir
 from support.run_files import assert_equal
 from support.tiny_runs import checkpoints_of, names, new_net, new_step, steps, take, write_at
 
-# --- what comes back -----------------------------------------------------------------------------------------------
+# --- restoring ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("extra", [{}, {"ema_decay": None}, {"optimizer": {"name": "sgd", "momentum": 0.9}}], ids=str)
-def test_what_is_restored_is_what_was_there(extra: dict[str, Any], world: World, run_dir: RunDir) -> None:
+def test_restored_state_equals_saved_state(extra: dict[str, Any], world: World, run_dir: RunDir) -> None:
     config = parse_config({"device": "cpu", "ema_decay": 0.9, **extra})
     step = new_step(world, seed=0, config=config)
     take(step, 0, 4)
@@ -50,7 +50,7 @@ def test_what_is_restored_is_what_was_there(extra: dict[str, Any], world: World,
 
 
 class Versioned(nn.Linear):
-    """Version 3 wants weights the other way round than version 2, and nothing that does not say its version."""
+    """A layer whose version 3 negates weights of version 2 and rejects weights without a version."""
 
     _version = 3
 
@@ -70,7 +70,7 @@ class Versioned(nn.Linear):
 def test_a_net_is_told_the_version_of_its_state(
     kind: str, world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trained weights, their average, and what is read without a training."""
+    """For the trained weights, their average, and weights loaded without a training."""
 
     def make() -> nn.Module:
         return nn.Sequential(Versioned())
@@ -92,12 +92,12 @@ def test_a_net_is_told_the_version_of_its_state(
     sign = -1 if kind == "of an older library" else 1
     assert other.ema is not None
     assert step.ema is not None
-    for found, wanted in ((other.net, step.net), (other.ema.module, step.ema.module), (bare, step.ema.module)):
-        assert torch.equal(found.get_parameter("0.weight"), sign * wanted.get_parameter("0.weight"))
+    for actual, expected in ((other.net, step.net), (other.ema.module, step.ema.module), (bare, step.ema.module)):
+        assert torch.equal(actual.get_parameter("0.weight"), sign * expected.get_parameter("0.weight"))
     checkpoints.close()
 
 
-def test_training_goes_on_while_a_snapshot_is_written(
+def test_training_continues_while_a_snapshot_is_written(
     world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
@@ -122,7 +122,7 @@ def test_training_goes_on_while_a_snapshot_is_written(
     checkpoints.close()
 
 
-def test_nothing_there_is_a_fresh_start(world: World, run_dir: RunDir) -> None:
+def test_without_checkpoints_nothing_is_restored(world: World, run_dir: RunDir) -> None:
     assert checkpoints_of(run_dir, world).restore_latest(new_step(world, 0)) is None
 
 
@@ -135,19 +135,19 @@ class Bomb:
 
 
 def test_loading_executes_no_code(world: World, run_dir: RunDir, tmp_path: Path) -> None:
-    """A checkpoint with the right checksums, made by somebody else."""
+    """A malicious checkpoint with correct checksums."""
     bomb = Bomb(tmp_path / "exploded")
     write(Snapshot(TrainState(step=1), {"w": torch.ones(1)}, {"window": bomb}), folder_of(run_dir, 1), attempt=1)
     assert find_damage(folder_of(run_dir, 1)) == ""
     with pytest.raises(CheckpointError, match="step_00000001 cannot be read: "):
         restore(folder_of(run_dir, 1), new_step(world, 0))
     assert not bomb.path.exists()
-    pickle.loads(pickle.dumps(bomb))  # it would have
+    pickle.loads(pickle.dumps(bomb))  # a plain unpickle runs it
     assert bomb.path.exists()
 
 
 @pytest.mark.parametrize("name", [MODEL, TRAINING, STATE])
-def test_a_file_that_cannot_be_read_is_an_error_of_ours(name: str, world: World, run_dir: RunDir) -> None:
+def test_an_unreadable_file_is_a_checkpoint_error(name: str, world: World, run_dir: RunDir) -> None:
     folder = write_at(run_dir, 1)
     (folder / name).write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="step_00000001 cannot be read: "):
@@ -157,21 +157,21 @@ def test_a_file_that_cannot_be_read_is_an_error_of_ours(name: str, world: World,
             load_weights(nn.Linear(2, 2), folder)
 
 
-# --- what stays ------------------------------------------------------------------------------------------------------
+# --- pruning and links -----------------------------------------------------------------------------------------------
 
 
-def test_last_best_and_every_stay(world: World, run_dir: RunDir) -> None:
+def test_last_best_and_periodic_checkpoints_are_kept(world: World, run_dir: RunDir) -> None:
     checkpoints, step = checkpoints_of(run_dir, world, keep_every=4), new_step(world, 0)
     state = TrainState()
-    there = []
+    kept = []
     for number, accuracy in enumerate([0.1, 0.5, 0.9, 0.2, 0.3, 0.95, 0.4, None, 0.6], start=1):
         state.step = number
         if accuracy is not None:
             state.record_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
         checkpoints.save(state, step)
         checkpoints.finish()
-        there.append(steps(run_dir))
-    assert there == [
+        kept.append(steps(run_dir))
+    assert kept == [
         [1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [4, 5, 6], [4, 6, 7], [4, 6, 7, 8], [4, 6, 8, 9],
     ]  # fmt: skip
     links = {name: (run_dir.checkpoints / name).resolve() for name in ("last", "best")}
@@ -180,7 +180,7 @@ def test_last_best_and_every_stay(world: World, run_dir: RunDir) -> None:
 
 
 def test_a_copy_of_a_checkpoint_takes_the_place_of_none(world: World, run_dir: RunDir) -> None:
-    """Under whatever name: only what a folder and its manifest agree on counts as one that is kept."""
+    """Under any name: only a folder whose name agrees with its manifest counts when pruning."""
     config = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 1, "keep_best": 0})
     checkpoints, step = checkpoints_of(run_dir, world, config=config), new_step(world, 0)
     for number in (1, 2):
@@ -195,7 +195,7 @@ def test_a_copy_of_a_checkpoint_takes_the_place_of_none(world: World, run_dir: R
     checkpoints.close()
 
 
-@pytest.mark.parametrize("linking", ["a folder is there", "no links here"])
+@pytest.mark.parametrize("linking", ["it is a folder", "no links here"])
 def test_a_link_that_cannot_be_made_is_no_failed_save(
     linking: str,
     world: World,
@@ -203,7 +203,7 @@ def test_a_link_that_cannot_be_made_is_no_failed_save(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In a copy that followed them `last` and `best` are folders; some file systems have no links at all."""
+    """In a copy that followed links, `last` and `best` are folders; some file systems do not support links."""
 
     def refuse(*_: object) -> None:
         raise OSError(95, linking)
@@ -218,14 +218,13 @@ def test_a_link_that_cannot_be_made_is_no_failed_save(
         checkpoints.save(TrainState(step=number), step)
         checkpoints.finish()
     (warning,) = caplog.messages
-    assert f"{run_dir.checkpoints / 'last'} is no link to step_00000002: {linking}" in warning
-    there = {path.name for path in run_dir.checkpoints.iterdir()}
-    assert there - {"last"} == {"step_00000002", "step_00000003"}
+    assert f"{run_dir.checkpoints / 'last'} is not a link to step_00000002: {linking}" in warning
+    assert {path.name for path in run_dir.checkpoints.iterdir()} - {"last"} == {"step_00000002", "step_00000003"}
     checkpoints.close()
 
 
 @pytest.mark.parametrize("poison", ["weight", "buffer", "window"])
-def test_what_is_not_finite_is_never_saved(poison: str, world: World, run_dir: RunDir) -> None:
+def test_a_state_that_is_not_finite_is_never_saved(poison: str, world: World, run_dir: RunDir) -> None:
     checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
     checkpoints.save(TrainState(step=1), step)
     checkpoints.finish()

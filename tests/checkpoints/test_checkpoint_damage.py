@@ -1,4 +1,4 @@
-"""A damaged checkpoint is found whatever the damage, named, set aside, and the one before it is used."""
+"""Any damage to a checkpoint is detected and reported; the checkpoint is set aside and the previous one is used."""
 
 from __future__ import annotations
 
@@ -51,63 +51,63 @@ def flip_a_bit_of_the_manifest(newest: Path, _: list[Path], chance: random.Rando
 
 
 def odd_manifest(newest: Path, _: list[Path], chance: random.Random) -> set[str]:
-    """Parts of the manifest missing or of another type, and manifests that are none."""
+    """Remove an entry, change its type, or replace the whole manifest."""
     manifest = json.loads((newest / MANIFEST).read_text())
-    strange: list[object] = [None, 7, "2", [], {}, {"files": 1}, {"bytes": 1}]
+    wrong: list[object] = [None, 7, "2", [], {}, {"files": 1}, {"bytes": 1}]
     key = chance.choice([*manifest, "whole"])
     if key == "whole":
-        manifest = chance.choice(strange)
+        manifest = chance.choice(wrong)
     elif chance.random() < 0.3:
         del manifest[key]
     elif key == "files" and chance.random() < 0.7:
-        manifest["files"][chance.choice([MODEL, "another"])] = chance.choice(strange)
+        manifest["files"][chance.choice([MODEL, "another"])] = chance.choice(wrong)
     else:
-        manifest[key] = chance.choice(strange)
+        manifest[key] = chance.choice(wrong)
     (newest / MANIFEST).write_text(json.dumps(manifest))
     return {MANIFEST}
 
 
-HOW_OFTEN: dict[damages.Damage, int] = {
+REPETITIONS: dict[damages.Damage, int] = {
     damages.flip_bits: 24, flip_a_bit_of_the_manifest: 24, damages.truncate: 12, damages.append: 3, damages.delete: 4,
     damages.file_of_another: 6, damages.manifest_of_another: 2, damages.all_of_another: 1, odd_manifest: 30,
     damages.empty: 2, damages.exchange_two_files: 2,
 }  # fmt: skip
-CASES = [(damage, seed) for damage, how_often in HOW_OFTEN.items() for seed in range(how_often)]
+CASES = [(damage, seed) for damage, number in REPETITIONS.items() for seed in range(number)]
 
 
 @pytest.mark.parametrize(("damage", "seed"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_damage_is_found_and_the_checkpoint_before_is_used(
+def test_damage_is_detected_and_the_previous_checkpoint_is_used(
     damage: damages.Damage, seed: int, run_dir: RunDir, caplog: pytest.LogCaptureFixture
 ) -> None:
-    newest, before = folder_of(run_dir, 2), folder_of(run_dir, 1)
-    assert find_damage(newest) == find_damage(before) == ""
+    newest, previous = folder_of(run_dir, 2), folder_of(run_dir, 1)
+    assert find_damage(newest) == find_damage(previous) == ""
     intact = {path.name: path.read_bytes() for path in newest.iterdir()}
-    touched = damage(newest, [before], random.Random(f"{damage.__name__} {seed}"))
+    damaged = damage(newest, [previous], random.Random(f"{damage.__name__} {seed}"))
     assert {path.name: path.read_bytes() for path in newest.iterdir()} != intact
-    assert any(name in find_damage(newest) for name in touched)
+    assert any(name in find_damage(newest) for name in damaged)
     with caplog.at_level(logging.WARNING):
-        assert list(good_checkpoints(run_dir, set_aside=True)) == [before]
+        assert list(good_checkpoints(run_dir, set_aside=True)) == [previous]
     (warning,) = caplog.messages
     assert str(newest) in warning
-    assert "the one before is used" in warning
+    assert "the previous one is used" in warning
     assert not newest.exists()
-    assert (newest.parent / "damaged_step_00000002").is_dir()  # nothing is thrown away
-    assert list(good_checkpoints(run_dir)) == [before]
+    assert (newest.parent / "damaged_step_00000002").is_dir()  # nothing is deleted
+    assert list(good_checkpoints(run_dir)) == [previous]
 
 
-def test_all_damaged_is_none_good(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_if_all_are_damaged_none_is_good(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2):
         (folder_of(run_dir, step) / MODEL).write_bytes(b"")
     assert list(good_checkpoints(run_dir, set_aside=True)) == []
     assert [message.rpartition(", ")[2] for message in caplog.messages] == [
-        "the one before is used",
-        "the run begins anew",
+        "the previous one is used",
+        "the run starts over",
     ]
-    with pytest.raises(CheckpointError, match=r"No good checkpoint last in .*\. Steps there: none\."):
+    with pytest.raises(CheckpointError, match=r"No good checkpoint last in .*\. Available steps: none\."):
         find_checkpoint(run_dir, "last")
 
 
-def test_a_folder_under_another_name_is_damaged(run_dir: RunDir) -> None:
+def test_a_checkpoint_renamed_to_another_step_is_damaged(run_dir: RunDir) -> None:
     moved = folder_of(run_dir, 2).rename(folder_of(run_dir, 9))
     assert find_damage(moved) == f"{MANIFEST} belongs to another checkpoint"
 
@@ -117,26 +117,26 @@ STRANGE = ["step_backup", "step_7", "step_00000002.bak", "step_0000000002", "of 
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_strange_folder_is_named_and_left_alone(name: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
-    """Somebody's copy of the newest, say: nothing to go on from, and no reason to prune what is."""
-    newest, before = folder_of(run_dir, 2), folder_of(run_dir, 1)
+    """A user's copy of the newest checkpoint, for example: it is not resumed from and does not count when pruning."""
+    newest, previous = folder_of(run_dir, 2), folder_of(run_dir, 1)
     strange = shutil.copytree(newest, run_dir.checkpoints / name)
-    shutil.copytree(newest, run_dir.checkpoints / "last")  # a copy that followed links
-    assert list(good_checkpoints(run_dir, set_aside=True)) == [newest, before]
-    assert caplog.messages == [f"{strange} is no checkpoint of this run: left alone"]
+    shutil.copytree(newest, run_dir.checkpoints / "last")  # as a copy that follows links creates it
+    assert list(good_checkpoints(run_dir, set_aside=True)) == [newest, previous]
+    assert caplog.messages == [f"{strange} is not a checkpoint of this run: ignored"]
     assert read_manifest(strange) == read_manifest(newest)
     assert find_checkpoint(run_dir, "best") == newest
 
 
-def test_only_folders_of_checkpoints_take_the_name_of_a_run(run_dir: RunDir) -> None:
+def test_only_checkpoint_folders_reserve_a_run_name(run_dir: RunDir) -> None:
     run_dir.config.write_text("seed: 1")
     config = parse_config({})
     for folder in run_dir.step_folders():
         folder.rename(folder.with_name(f"{folder.name}.bak"))
     run_dir.check_config(config)
     check_start(run_dir, config, StartOptions("c", resume="never"))
-    for name in ("step_00000002", "damaged_step_00000002", ".replaced_step_00000002"):  # as a kill or a damage left it
+    for name in ("step_00000002", "damaged_step_00000002", ".replaced_step_00000002"):  # as damage or a kill leaves it
         (run_dir.checkpoints / name).mkdir()
-        with pytest.raises(ConfigError, match="seed: 1 there, 0 now"):
+        with pytest.raises(ConfigError, match="seed: 1 in the run, 0 now"):
             run_dir.check_config(config)
         with pytest.raises(RunDirError, match="--resume=never forbids"):
             check_start(run_dir, load_config(str(run_dir.config)), StartOptions("c", resume="never"))
@@ -144,14 +144,14 @@ def test_only_folders_of_checkpoints_take_the_name_of_a_run(run_dir: RunDir) -> 
 
 
 def test_steps_are_numbers(run_dir: RunDir) -> None:
-    """As text step_100000000 comes before step_99999999."""
+    """Sorted as text, step_100000000 would come before step_99999999."""
     late = [write_at(run_dir, step) for step in (99_999_999, 100_000_000, 2_000_000_000)]
     assert list(good_checkpoints(run_dir))[:3] == late[::-1]
     assert find_checkpoint(run_dir, "last") == late[-1]
 
 
 def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither to go on from, nor as a reason to prune. Where one of the two names no run, nothing speaks against it."""
+    """It is not resumed from and does not count when pruning. If either of the two names no run, it is accepted."""
     newest = folder_of(run_dir, 2)  # written before the run had an id, as by an older version
     other = RunDir(run_dir.path.with_name("other"))
     for each, name in ((run_dir, "mine"), (other, "another")):
@@ -163,22 +163,22 @@ def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: py
     (mine / MANIFEST).rename(mine / "aside")
     shutil.copytree(mine, folder_of(run_dir, 4))
     (mine / "aside").rename(mine / MANIFEST)
-    (folder_of(run_dir, 4) / "aside").rename(folder_of(run_dir, 4) / MANIFEST)  # whole, under another step's name
+    (folder_of(run_dir, 4) / "aside").rename(folder_of(run_dir, 4) / MANIFEST)  # intact, under another step's name
     assert find_checkpoint(run_dir, "best") == newest
     assert (
         [*manifests(run_dir)]
         == list(good_checkpoints(run_dir, set_aside=True))
         == [mine, newest, folder_of(run_dir, 1)]
     )
-    assert "manifest.json belongs to run another, and this is mine" in caplog.messages[0]
+    assert "manifest.json belongs to run another, this is run mine" in caplog.messages[0]
     assert "manifest.json belongs to another checkpoint" in caplog.messages[1]
     run_dir.status.unlink()
     assert run_id_by_checkpoints(RunDir(run_dir.path)) == "mine"
     assert next(good_checkpoints(RunDir(run_dir.path))) == mine
 
 
-def test_looking_moves_nothing(run_dir: RunDir) -> None:
-    """`evaluate` and messages look while another process may be training there."""
+def test_reading_moves_nothing(run_dir: RunDir) -> None:
+    """`evaluate` and messages read checkpoints while another process may be training there."""
     (folder_of(run_dir, 2) / MODEL).write_bytes(b"")
     assert list(good_checkpoints(run_dir)) == [folder_of(run_dir, 1)]
     assert folder_of(run_dir, 2).exists()
@@ -191,5 +191,7 @@ def test_checkpoints_by_name(run_dir: RunDir) -> None:
     assert find_checkpoint(run_dir, "best") == folder_of(run_dir, 2)
     assert read_manifest(folder_of(run_dir, 4))["score"] is None
     for missing in ("7", "newest", ""):
-        with pytest.raises(CheckpointError, match=rf"No good checkpoint {missing} in .*\. Steps there: 1, 2, 3, 4\."):
+        with pytest.raises(
+            CheckpointError, match=rf"No good checkpoint {missing} in .*\. Available steps: 1, 2, 3, 4\."
+        ):
             find_checkpoint(run_dir, missing)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: failures at every point of it. In which order it comes to the disk: test_whole.py."""
+"""Failures at every point of a checkpoint write. The order of writes and syncs: tests/test_atomic_files.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAILURES = ["save_file", "save", "write_json", "fingerprint", "digest", "fsync",
     ("point", "again"),
     [*itertools.product(FAILURES, [False, True]), ("rename", True)],  # again: the same step
 )
-def test_a_failure_anywhere_leaves_the_older_one_and_no_rest(
+def test_a_failed_write_leaves_the_older_checkpoint_and_no_leftovers(
     point: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDir(tmp_path)
@@ -48,7 +48,7 @@ def test_a_failure_anywhere_leaves_the_older_one_and_no_rest(
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is resumed at its last checkpoint and stopped before its first step saves the same step again."""
+    """A run that resumes at its last checkpoint and stops before its first step saves the same step again."""
     run = RunDir(tmp_path)
     write_at(run, 1)
     replace = Path.replace
@@ -59,7 +59,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", killed)
-    monkeypatch.setattr(module, "settle", lambda _: None)  # a kill gives no time for that
+    monkeypatch.setattr(module, "recover_interrupted_replace", lambda _: None)  # a kill gives no time for it
     with pytest.raises(KeyboardInterrupt):
         write_at(run, 1)
     monkeypatch.undo()
@@ -69,15 +69,15 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
     assert names(run) == ["step_00000001"]
 
 
-def test_what_a_kill_left_behind_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    for rest in (".writing_step_00000001_1", temporary_path(folder_of(run, 1)).name, ".removing_step_00000001"):
-        (run.checkpoints / rest / "half").mkdir(parents=True)
+    for leftover in (".writing_step_00000001_1", temporary_path(folder_of(run, 1)).name, ".removing_step_00000001"):
+        (run.checkpoints / leftover / "half").mkdir(parents=True)
     write_at(run, 2)
     assert names(run) == ["step_00000002"]
 
 
-def test_a_kill_while_one_is_pruned_leaves_nothing_for_good(
+def test_leftovers_of_a_kill_during_pruning_are_removed(
     world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
@@ -108,7 +108,7 @@ def test_a_kill_while_one_is_pruned_leaves_nothing_for_good(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), RuntimeError("full"), CheckpointError("full")], ids=repr)
-def test_a_failed_save_is_a_warning_and_the_next_one_counts(
+def test_a_failed_save_is_a_warning_and_the_next_one_succeeds(
     error: Exception,
     world: World,
     run_dir: RunDir,
@@ -132,7 +132,7 @@ def test_a_failed_save_is_a_warning_and_the_next_one_counts(
     (warning,) = caplog.messages
     assert "full" in warning
     assert f"the last good checkpoint is {folder_of(run_dir, 1)}" in warning
-    assert "Training goes on, the next save tries again" in warning
+    assert "Training continues; the next save tries again" in warning
     checkpoints.close()
 
 
@@ -179,8 +179,8 @@ for numbers in (10**6, 400_000):  # the weights do not fit; the weights fit, the
     try:
         save(2, numbers)
     except (OSError, CheckpointError) as error:
-        there = sorted(path.name for path in run.checkpoints.iterdir())
-        print("refused", [path.name for path in good_checkpoints(run)], there)
+        names = sorted(path.name for path in run.checkpoints.iterdir())
+        print("refused", [path.name for path in good_checkpoints(run)], names)
 save(3, 200_000)
 print([path.name for path in good_checkpoints(run)])
 """
@@ -192,7 +192,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     done = subprocess.run([*argv, sys.executable, str(tmp_path), FULL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first = ["step_00000001"]
-    said = done.stdout.splitlines()
-    assert said[:2] == [f"refused {first} {first}"] * 2
-    assert said[2:] == ["['step_00000003', 'step_00000001']"]
-    assert list(tmp_path.iterdir()) == []  # the mount was the child's alone
+    out = done.stdout.splitlines()
+    assert out[:2] == [f"refused {first} {first}"] * 2
+    assert out[2:] == ["['step_00000003', 'step_00000001']"]
+    assert list(tmp_path.iterdir()) == []  # the mount exists only in the child's namespace

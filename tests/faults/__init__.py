@@ -1,1 +1,1 @@
-"""Faults put in on purpose, and what becomes of the runs."""
+"""Fault injection tests: kills, damaged files, failing surroundings and mutated settings."""

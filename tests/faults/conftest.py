@@ -1,4 +1,4 @@
-"""The run in which nothing goes wrong."""
+"""The undisturbed run that others are compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a real run, damaged at random: found, named, set aside, never loaded; the newest good one is."""
+"""Random damage to checkpoints of a real run: reported and set aside; the newest good one is loaded."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damage_newest(folders: list[Path], damage: Damage, chance: random.Random) -> dict[Path, set[str]]:
-    """Damage the newest checkpoints, mostly one or two, sometimes all; which, and which files of them."""
+    """Damage the newest checkpoints, mostly one or two, sometimes all. Return the damaged files by checkpoint."""
     victims = folders[: chance.choice([1, 1, 1, 2, 2, 3, len(folders)])]
-    intact = folders[0].parent.with_name("intact")  # what is taken from another checkpoint, is taken as it was
+    intact = folders[0].parent.with_name("intact")  # files of other checkpoints are taken from undamaged copies
     others = {folder: [intact / other.name for other in folders if other != folder] for folder in victims}
     return {folder: damage(folder, others[folder], chance) for folder in victims}
 
 
 def swap_between_two(folders: list[Path], chance: random.Random) -> dict[Path, set[str]]:
-    """A file, or two, of the newest checkpoint and of an older one change places."""
+    """Swap one or two files between the newest checkpoint and an older one."""
     newest, older = folders[0], chance.choice(folders[1:])
     names = set(chance.sample(FILES, chance.choice([1, 1, 2])))
     for name in names:
@@ -80,11 +80,11 @@ def swap_between_two(folders: list[Path], chance: random.Random) -> dict[Path, s
     return {newest: names, older: names}
 
 
-# --- in this process, through what a resume calls --------------------------------------------------------------------
+# --- in this process, through the functions that a resume calls ------------------------------------------------------
 
 
 class Resumes:
-    """What a start of the run does with its checkpoints, over and over."""
+    """Repeats what a start of the run does with its checkpoints."""
 
     def __init__(self, stopped: Path, folder: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         self.config: Config = parse_config(SETTINGS)
@@ -94,29 +94,29 @@ class Resumes:
         self.loaded: list[Path] = []
         restore = checkpoint.restore
 
-        def noting(path: Path, step: Step) -> Any:
+        def recording(path: Path, step: Step) -> Any:
             self.loaded.append(path)
             return restore(path, step)
 
-        monkeypatch.setattr(checkpoints, "restore", noting)
+        monkeypatch.setattr(checkpoints, "restore", recording)
         self.contents = {path.name: self._contents_of(path.name) for path in self.new_folders()}
         assert len(self.contents) == 6
 
     def new_folders(self) -> list[Path]:
-        """The run's checkpoints as they were, newest first."""
+        """Reset the run's checkpoints to undamaged copies and return them, newest first."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         shutil.copytree(self.folder / "intact", self.folder / "checkpoints", symlinks=True)
         return sorted((self.folder / "checkpoints").glob("step_*"), reverse=True)
 
     def restore(self) -> int | None:
-        """The step that a start would go on from, None if from the beginning."""
+        """Return the step that a start would resume from, None for a new start."""
         self.loaded.clear()
         with torch.no_grad():
             for parameter in (*self.step.net.parameters(), *self.step.evaluated_net.parameters()):
-                parameter.fill_(7.0)  # so that what was there before cannot pass for what was loaded
-        opened = Checkpoints(RunDir(self.folder), self.world, self.config, 0)
-        state = opened.restore_latest(self.step)
-        opened.close()
+                parameter.fill_(7.0)  # so that the old values cannot pass for loaded ones
+        manager = Checkpoints(RunDir(self.folder), self.world, self.config, 0)
+        state = manager.restore_latest(self.step)
+        manager.close()
         return state.step if state is not None else None
 
     def _contents_of(self, name: str) -> Any:
@@ -137,13 +137,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def check(resumes: Resumes, folders: list[Path], damaged: dict[Path, set[str]], messages: list[str]) -> Path | None:
-    """Everything that is promised of one resume; the checkpoint that was loaded."""
+    """Check every guarantee of one resume. Return the checkpoint that was loaded."""
     for folder in folders:
-        found = find_damage(folder)
-        assert bool(found) == (folder in damaged), f"{folder.name}: {found or 'nothing found'}"
-        assert not found or any(name in found for name in damaged[folder]), f"{found}: not {damaged[folder]}"
+        damage = find_damage(folder)
+        assert bool(damage) == (folder in damaged), f"{folder.name}: {damage or 'nothing found'}"
+        assert not damage or any(name in damage for name in damaged[folder]), f"{damage}: not {damaged[folder]}"
     expected = next((folder for folder in folders if folder not in damaged), None)
-    passed = folders[: folders.index(expected)] if expected else folders  # the damaged ones before it
+    skipped = folders[: folders.index(expected)] if expected else folders  # the damaged ones that are newer
     before = {folder: files_of(folder) for folder in folders}
 
     step = resumes.restore()
@@ -155,37 +155,37 @@ def check(resumes: Resumes, folders: list[Path], damaged: dict[Path, set[str]], 
         assert step == int(expected.name.removeprefix("step_"))
         assert_equal(resumes.step.state_dict(), resumes.contents[expected.name])
     for folder in folders:
-        aside = folder.with_name(f"damaged_{folder.name}")
-        assert (aside.exists(), folder.exists()) == (folder in passed, folder not in passed), folder.name
-        assert files_of(aside if folder in passed else folder) == before[folder]  # nothing is thrown away
-    assert len(messages) == len(passed)
-    for folder, message in zip(passed, messages, strict=True):
+        renamed = folder.with_name(f"damaged_{folder.name}")
+        assert (renamed.exists(), folder.exists()) == (folder in skipped, folder not in skipped), folder.name
+        assert files_of(renamed if folder in skipped else folder) == before[folder]  # nothing is deleted
+    assert len(messages) == len(skipped)
+    for folder, message in zip(skipped, messages, strict=True):
         assert str(folder) in message
         assert f"damaged_{folder.name}" in message
         assert any(name in message for name in damaged[folder]), message
-        assert message.endswith("the run begins anew" if folder == folders[-1] else "the one before is used")
+        assert message.endswith("the run starts over" if folder == folders[-1] else "the previous one is used")
     return expected
 
 
-def try_all(resumes: Resumes, put_in: Callable[[list[Path], random.Random], Any], what: str, how_many: int) -> str:
-    """Put in so many faults, one after the other; what became of them, in a few words."""
-    caught: list[str] = []
+def try_all(resumes: Resumes, inject: Callable[[list[Path], random.Random], Any], what: str, how_many: int) -> str:
+    """Inject `how_many` faults, one after the other. Return a summary of the outcomes."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: caught.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("dist_train")
     logger.addHandler(handler)
     set_aside = none_left = 0
     try:
         for number in range(how_many):
             chance, folders = random.Random(f"{what} {number}"), resumes.new_folders()
-            damaged = put_in(folders, chance)
-            caught.clear()
+            damaged = inject(folders, chance)
+            messages.clear()
             try:
-                none_left += check(resumes, folders, damaged, caught) is None
+                none_left += check(resumes, folders, damaged, messages) is None
             except AssertionError as error:
-                touched = {folder.name: sorted(names) for folder, names in damaged.items()}
-                raise AssertionError(f'Damage "{what} {number}" of {touched}: {error}') from error
-            set_aside += len(caught)
+                files = {folder.name: sorted(names) for folder, names in damaged.items()}
+                raise AssertionError(f'Damage "{what} {number}" of {files}: {error}') from error
+            set_aside += len(messages)
     finally:
         logger.removeHandler(handler)
     return (
@@ -210,7 +210,7 @@ def test_files_swapped_between_two_checkpoints(
     row(what, count(60), try_all(resumes, swap_between_two, what, count(60)))
 
 
-# --- the whole of it, as a user starts it again ----------------------------------------------------------------------
+# --- end to end, as a user restarts a run ----------------------------------------------------------------------------
 
 
 def test_resumed_after_a_damage_as_if_nothing_had_been(
@@ -229,7 +229,7 @@ def test_resumed_after_a_damage_as_if_nothing_had_been(
         assert done.returncode == 0, f"{damage.__name__} {number}: {done.stdout}{done.stderr}"
         assert done.stdout.count("is damaged") == len(folders)
         assert {folder.name for folder in folders} == {
-            aside.name.removeprefix("damaged_") for aside in (path / "checkpoints").glob("damaged_*")
+            renamed.name.removeprefix("damaged_") for renamed in (path / "checkpoints").glob("damaged_*")
         }
         assert_bit_identical(path, undisturbed)
     row("`dist-train train` started again after one of these", count(len(damages)), "weights and metrics to the bit")
@@ -238,7 +238,7 @@ def test_resumed_after_a_damage_as_if_nothing_had_been(
 def test_resumed_beside_all_that_is_no_checkpoint_and_with_files_damaged(
     stopped: Path, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    """Copied with its links followed; somebody's copy beside the checkpoints; bits gone of files that tell of it."""
+    """The run was copied with links followed, has a user's copy of a checkpoint, and two damaged record files."""
     path = shutil.copytree(stopped, tmp_path / "run")
     shutil.copytree(path / "checkpoints/step_00000008", path / "checkpoints/step_backup")
     lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -247,11 +247,11 @@ def test_resumed_beside_all_that_is_no_checkpoint_and_with_files_damaged(
     (path / "status.json").write_text(json.dumps(status | {"attempt": None, "reached": float("inf")}))
     done = run_forked([*DIST_TRAIN, "train", "-q", "--resume", str(path)], tmp_path)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
-    for told in ("status.json is damaged: attempt=None, reached=inf", "step_backup is no checkpoint", "in line 3: "):
-        assert (done.stdout + done.stderr).count(told) == 1
+    for text in ("status.json is damaged: attempt=None, reached=inf", "step_backup is not a checkpoint", "in line 3: "):
+        assert (done.stdout + done.stderr).count(text) == 1
     assert_equal(optimizer_state(path), optimizer_state(undisturbed))
-    whole = metrics_without_times(undisturbed)
-    assert metrics_without_times(path) == [*whole[:2], *whole[3:]]
+    expected = metrics_without_times(undisturbed)
+    assert metrics_without_times(path) == [*expected[:2], *expected[3:]]
     assert status_of(path)["attempt"] == 2
     row("copied with links followed, a copy beside the checkpoints, `metrics.jsonl` and `status.json` damaged", 1,
         "named; to the bit, but for the one line")  # fmt: skip

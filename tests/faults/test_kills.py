@@ -1,4 +1,4 @@
-"""kill -9 at any moment, of any process: the run goes on and ends as if nothing had been."""
+"""SIGKILL of any process at any moment: after a restart the run ends as if it had not been killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABLE = "kills"
 COLUMNS = ("phase", "point, occurrence", "killed", "processes", "all gone after")
 
 KILLER = Path(__file__).parent / "killer"
-# Averages, micro-steps, dropout, a streamed set with random transforms: all that a checkpoint has to bring back.
+# Averages, micro-steps, dropout, a streamed set with random transforms: everything that a checkpoint has to restore.
 SETTINGS = """
 data: {name: "support.user_sets:Jittered"}
 model: {name: "support.user_sets:WithDropout"}
@@ -49,9 +49,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The run on so many processes that nobody kills."""
+    """Return a function that gives the run that is never killed, for a number of processes."""
 
-    def made(nproc: int) -> Path:
+    def run_on(nproc: int) -> Path:
         def make(folder: Path) -> None:
             start = command(folder, nproc, "r")
             done = run_forked([*DIST_TRAIN, "train", *start[start.index("-q") :]], folder, nproc)
@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
 
         return made_once(tmp_path_factory, f"never killed on {nproc}", make) / "runs/r"
 
-    return made
+    return run_on
 
 
 def command(folder: Path, nproc: int, name: str) -> list[str]:
@@ -68,7 +68,7 @@ def command(folder: Path, nproc: int, name: str) -> list[str]:
     return [*DIST_TRAIN, "launch", "--nproc", str(nproc), "-q", "-c", settings.name, "--run-name", name]
 
 
-def test_the_plan_has_it_all() -> None:
+def test_the_plan_covers_all_phases_and_targets() -> None:
     chains = list(plan())
     kills = [kill for chain in chains for kill in chain.kills]
     assert len(kills) >= 100
@@ -88,7 +88,7 @@ def test_a_killed_run_is_the_one_never_killed(
 ) -> None:
     run_dir = tmp_path / "runs/r"
     start = command(tmp_path, chain.nproc, "r")
-    # Some with a helper process that has to go too.
+    # Offline W&B has a helper process, which must end too.
     mode = "offline" if chain.number % 6 == 2 else "disabled"
     begun = 0
     for number, kill in enumerate(chain.kills):
@@ -110,10 +110,10 @@ def test_a_killed_run_is_the_one_never_killed(
 
 
 def kill_one(start: list[str], kill: Kill, folder: Path, pids: Path, mode: str) -> float:
-    """One start and its kill. The seconds until no process of it was left."""
+    """Start the run and kill it. Return the seconds until no process was left."""
     pids.mkdir()
-    asked = ("point", "nth", "role", "victims", "hold")
-    fault = json.dumps({name: getattr(kill, name) for name in asked} | {"folder": str(pids)})
+    names = ("point", "nth", "role", "victims", "hold")
+    fault = json.dumps({name: getattr(kill, name) for name in names} | {"folder": str(pids)})
     path = os.pathsep.join([str(KILLER), os.environ["PYTHONPATH"]])
     with started(start, folder, FAULT=fault, PYTHONPATH=path, WANDB_MODE=mode) as process:
         wait_until(lambda: (pids / "hit").exists() or process.poll() is not None, f"{kill}")
@@ -125,7 +125,7 @@ def kill_one(start: list[str], kill: Kill, folder: Path, pids: Path, mode: str) 
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer state, metrics and results to the bit, and the same files: no rests."""
+    """Check that weights, optimizer state, metrics and results are bit-identical, and that no files are left over."""
     assert_bit_identical(one, other)
     assert results(one) == results(other)
     assert files(one) == files(other)
@@ -135,16 +135,16 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def results(run_dir: Path) -> dict[str, Any]:
     times = ("attempt", "samples_per_s", "seconds", "effective_training_time")
-    found = read_json(run_dir / "result.json")
-    return {name: value for name, value in found.items() if name not in times and not name.endswith("_s")}
+    result = read_json(run_dir / "result.json")
+    return {name: value for name, value in result.items() if name not in times and not name.endswith("_s")}
 
 
 def files(run_dir: Path) -> set[str]:
-    """What lies there besides the lines that were made again, and a W&B run for each attempt.
+    """Return the names of a run's files, except those that may differ.
 
-    And the pictures: they are drawn when the run is FINISHED, and a kill after that leaves them out. The run that
-    nobody kills has no launcher.
+    These are discarded metrics, one W&B run for each attempt, and pictures, which are drawn after FINISHED, so that a
+    kill then leaves them out. The undisturbed run has no launcher.
     """
-    found = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*")}
-    apart = ("metrics.discarded.jsonl", "wandb", "pictures", "logs/launcher.log")
-    return {name for name in found if not name.startswith(apart)}
+    names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*")}
+    ignored = ("metrics.discarded.jsonl", "wandb", "pictures", "logs/launcher.log")
+    return {name for name in names if not name.startswith(ignored)}

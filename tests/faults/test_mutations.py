@@ -1,4 +1,4 @@
-"""Config files and command lines that are wrong in some way: exit code 2, one message, and nothing is started."""
+"""Invalid config files and command lines: exit code 2, one message, and nothing is started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import dist_train.training.run  # noqa: F401 - what is imported later would change the environment in the middle of a test
+import dist_train.training.run  # noqa: F401 - a later import would change the environment in the middle of a test
 from dist_train.cli import main
 from dist_train.config.loading import bundled_configs, load_config, to_yaml
 from dist_train.config.schema import Config, section_of
@@ -35,7 +35,7 @@ LONG = "x" * 300
 
 @dataclass
 class Shell:
-    """The command line in this process, in a folder of its own. Trainings are noted and not started."""
+    """Runs the command line in this process and its own folder. Trainings are recorded instead of started."""
 
     folder: Path
     started: list[str] = field(default_factory=list)
@@ -43,23 +43,23 @@ class Shell:
 
     def type(self, *argv: str) -> Result:
         self.started.clear()
-        found = CliRunner().invoke(main, argv, prog_name="dist-train")
-        error, what = found.exception, self._described(argv)
+        result = CliRunner().invoke(main, argv, prog_name="dist-train")
+        error, what = result.exception, self._describe(argv)
         assert error is None or isinstance(error, SystemExit), f"{what}: a traceback: {type(error).__name__}: {error}"
-        assert "Traceback" not in found.output, what
-        # 1: no fault of the settings, but there is no net or data set of that name.
-        assert found.exit_code in (0, 1, 2), f"{what}: exit code {found.exit_code}: {found.output}"
-        return found
+        assert "Traceback" not in result.output, what
+        # 1: the settings are valid, but no net or data set has that name.
+        assert result.exit_code in (0, 1, 2), f"{what}: exit code {result.exit_code}: {result.output}"
+        return result
 
     def is_refused(self, *argv: str, named: str) -> None:
-        found, what = self.type(*argv), self._described(argv)
-        assert found.exit_code == 2, f"{what}: exit code {found.exit_code}, {found.output}"
-        assert named in found.stderr, f"{what}: {named} is not in: {found.stderr}"
-        assert found.stderr.lower().count("error: ") == 1, f"{what}: {found.stderr}"
-        assert found.stdout == "", what
+        result, what = self.type(*argv), self._describe(argv)
+        assert result.exit_code == 2, f"{what}: exit code {result.exit_code}, {result.output}"
+        assert named in result.stderr, f"{what}: {named} is not in: {result.stderr}"
+        assert result.stderr.lower().count("error: ") == 1, f"{what}: {result.stderr}"
+        assert result.stdout == "", what
         assert (self.started, [path.name for path in self.folder.iterdir() if path.is_dir()]) == ([], []), what
 
-    def _described(self, argv: tuple[str, ...]) -> str:
+    def _describe(self, argv: tuple[str, ...]) -> str:
         return f"{' '.join(argv)!a} with {self.written[:600]!r}"
 
     def write(self, content: str | bytes) -> str:
@@ -70,15 +70,15 @@ class Shell:
 
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
-    found = Shell(tmp_path)
+    shell = Shell(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # the command line puts the current folder there
-    monkeypatch.setattr("dist_train.training.run.run_training", lambda *_: found.started.append("training"))
-    monkeypatch.setattr("dist_train.launch.torchrun.start_ranks", lambda *_: found.started.append("ranks"))
-    return found
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command line adds the current folder
+    monkeypatch.setattr("dist_train.training.run.run_training", lambda *_: shell.started.append("training"))
+    monkeypatch.setattr("dist_train.launch.torchrun.start_ranks", lambda *_: shell.started.append("ranks"))
+    return shell
 
 
-# --- values that no setting of their kind can have -------------------------------------------------------------------
+# --- invalid values --------------------------------------------------------------------------------------------------
 
 
 def leaves(section: type[Any] = Config, prefix: str = "") -> Iterator[str]:
@@ -89,7 +89,7 @@ def leaves(section: type[Any] = Config, prefix: str = "") -> Iterator[str]:
 
 NUMBERS = ["many", "-1", ".nan", ".inf", "-.inf", "[1, 2]", "{a: 1}", "yes", "2026-01-01", "12:30", "'1,5'", "5 apples"]
 WORDS = ["nonsense", "7", "[cpu]", "{a: 1}", "1.5", "''"]
-# kind: (settings, what none of them can be)
+# kind: (settings, values that are invalid for all of them)
 KINDS: dict[str, tuple[list[str], list[str]]] = {
     "whole numbers": (
         ["seed", "global_batch_size", "per_device_batch_size", "keep_last", "keep_best", "data.val_examples",
@@ -174,7 +174,7 @@ def test_every_setting_has_its_mutations() -> None:
 
 
 def with_value(chance: random.Random, key: str, text: str) -> tuple[str, list[str]]:
-    """A bundled config with this text as the value of `key`: (the file, further arguments)."""
+    """Set `key` to this text in a bundled config. Return the file's content and further arguments."""
     base = BUNDLED[chance.choice(sorted(BUNDLED))]
     if chance.random() < 0.4:
         return base, chance.choice([["-o", f"{key}={text}"], [f"{key}={text}"]])
@@ -183,7 +183,7 @@ def with_value(chance: random.Random, key: str, text: str) -> tuple[str, list[st
     return yaml.safe_dump(tree, sort_keys=False).replace("HERE", text), []
 
 
-def started_in_some_way(chance: random.Random) -> list[str]:
+def random_start_options(chance: random.Random) -> list[str]:
     return chance.choice([[], ["--dry-run"], ["--nproc", "2"], ["-q"]])
 
 
@@ -198,11 +198,11 @@ def test_wrong_values_are_refused_by_name(
     for number, (key, value) in enumerate(cases):
         chance = random.Random(f"{kind} {number}")
         text, arguments = with_value(chance, key, value)
-        shell.is_refused("train", "-c", shell.write(text), *arguments, *started_in_some_way(chance), named=key)
+        shell.is_refused("train", "-c", shell.write(text), *arguments, *random_start_options(chance), named=key)
     row(f"wrong values: {kind}", len(cases), "exit code 2, setting named")
 
 
-# --- names that are no settings --------------------------------------------------------------------------------------
+# --- unknown settings ------------------------------------------------------------------------------------------------
 
 SECTIONS = ["", "data.", "model.", "optimizer.", "schedule.", "ddp.", "tracking.", "data.augment.", "early_stop."]
 
@@ -217,9 +217,9 @@ def legal_in(prefix: str) -> list[str]:
 def misspelled(chance: random.Random, word: str) -> str:
     at = chance.randrange(len(word) - 1)
     return chance.choice([
-        word[:at] + word[at + 1 :],  # left out
+        word[:at] + word[at + 1 :],  # a letter is missing
         word[:at] + word[at] + word[at:],  # doubled
-        word[:at] + word[at + 1] + word[at] + word[at + 2 :],  # exchanged
+        word[:at] + word[at + 1] + word[at] + word[at + 2 :],  # swapped with the next one
         word[:at] + chance.choice(string.ascii_lowercase) + word[at + 1 :],
         word.upper(), word.replace("_", "-"), word.replace("_", ""), word + "s", f"{word}_",
     ])  # fmt: skip
@@ -236,7 +236,7 @@ def test_unknown_and_misspelled_settings_are_refused(
         word = chance.choice([
             misspelled(chance, chance.choice([name for name in legal if len(name) > 2])),
             "".join(chance.choices(string.ascii_letters + "_", k=chance.randrange(1, 12))),
-            chance.choice(list(leaves())).rpartition(".")[2],  # a setting, and of another section
+            chance.choice(list(leaves())).rpartition(".")[2],  # a setting of another section
         ])  # fmt: skip
         if word in legal:
             continue
@@ -246,9 +246,9 @@ def test_unknown_and_misspelled_settings_are_refused(
     row("unknown and misspelled settings, settings of another section", tried, "exit code 2, setting named")
 
 
-# --- files that are no configs ---------------------------------------------------------------------------------------
+# --- invalid files ---------------------------------------------------------------------------------------------------
 
-AFTERWARDS = [
+APPENDED_LINES = [
     "seed: [1", "seed: {a: 1", "seed: '1", 'seed: "1', "seed: 1: 2", "seed: @1", "seed: `1`", "seed: *nowhere",
     "seed: !!nonsense 1", "seed: !!python/object:os.system ls", "seed: &a [*a", "seed", "seed = 1", "   seed: 1",
     "\tseed: 1", "- seed: 1", "--- \nseed: 1", "%YAML 9.9", "]", "}", "seed: 1\n\tlr: 1", "seed: 'a'b", "? [a]\n: 1",
@@ -256,7 +256,7 @@ AFTERWARDS = [
     "&a &b seed: 1", "seed: |x", "seed: >-9 a", "!<", "seed: " + "[" * 3000, "\ud800",
     f"seed: 1{'0' * 5000}", f"seed: 0x{'f' * 4000}",
 ]  # fmt: skip
-INSTEAD: list[str | bytes] = [
+WHOLE_FILES: list[str | bytes] = [
     "- 1\n- 2", "5", "words", "[]", "'quoted'", "1.5", "yes", "seed", "train", b"\xff\xfe\x00\x01",
     b"\x1f\x8b\x08\x00\x9f", b"\x89PNG\r\n\x1a\n", b"\x00" * 100, "train_for: 5 epochs\n".encode("utf-32"),
     "é".encode("latin-1"), b"\x7fELF\x02", b"PK\x03\x04\x14", b"%PDF-1.4\n%\xe2\xe3",
@@ -267,11 +267,11 @@ INSTEAD: list[str | bytes] = [
 def test_files_that_are_no_configs_are_refused(
     shell: Shell, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
-    contents = [text.encode() if isinstance(text, str) else text for text in INSTEAD]
-    for number, line in enumerate(AFTERWARDS):
+    contents = [text.encode() if isinstance(text, str) else text for text in WHOLE_FILES]
+    for number, line in enumerate(APPENDED_LINES):
         base = BUNDLED[random.Random(number).choice(sorted(BUNDLED))]
         contents.append(f"{base}{line}\n".encode(errors="surrogatepass"))
-    for number in range(60):  # a line of a config once more, and garbage in place of a part of it
+    for number in range(60):  # a duplicated line of a config, or garbage in place of a part
         chance = random.Random(f"files {number}")
         content = BUNDLED[chance.choice(sorted(BUNDLED))].encode()
         lines = [line for line in content.splitlines(keepends=True) if not line.startswith((b"#", b" "))]
@@ -285,7 +285,7 @@ def test_files_that_are_no_configs_are_refused(
     contents = contents[: count(len(contents))]
     for number, content in enumerate(contents):
         chance = random.Random(f"start {number}")
-        shell.is_refused("train", "-c", shell.write(content), *started_in_some_way(chance), named="mutated.yaml ")
+        shell.is_refused("train", "-c", shell.write(content), *random_start_options(chance), named="mutated.yaml ")
     row(
         "files that are no configs: syntax, tabs, keys that stand twice, garbage",
         len(contents),
@@ -361,7 +361,7 @@ def test_wrong_command_lines_are_refused(shell: Shell, count: Callable[[int], in
     row("wrong command lines", len(lines), "exit code 2, option or setting named")
 
 
-# --- anything at all -------------------------------------------------------------------------------------------------
+# --- random input ----------------------------------------------------------------------------------------------------
 
 odd_text = st.sampled_from([
     "\t", "\n", ": ", "- ", "[", "]", "{", "}", "'", '"', "#", "&a ", "*a", "!!", "| ", "> ", "%", "@", "`", "? ",
@@ -380,7 +380,7 @@ odd = (
     st.sampled_from([*FLAGS, "2", "auto", "never", "--", "-", "=", "mutated.yaml", "-c", "-o"])
     | st.tuples(st.sampled_from([*leaves(), *SECTIONS, "a"]), odd_text).map("=".join)
     | st.text(max_size=6)
-).map(lambda text: [text.replace("\0", "")])  # no program can be given a NUL
+).map(lambda text: [text.replace("\0", "")])  # an argument cannot contain NUL
 arguments = st.lists(sensible | sensible | odd, max_size=5).map(
     lambda groups: [text for part in groups for text in part]
 )
@@ -390,7 +390,7 @@ configs = st.sampled_from([["-c", "smoke"], ["-c", "smoke"], ["-c", "mutated.yam
 def edited(text: str, changes: list[tuple[str, float, str]]) -> bytes:
     for kind, where, new in changes:
         at = int(where * len(text))
-        if kind == "line":  # one is moved to another place
+        if kind == "line":  # move a line
             lines = text.splitlines(keepends=True)
             moved = lines.pop(int(where * len(lines))) if lines else ""
             lines.insert(len(new) * 3 % (len(lines) + 1), moved)
@@ -401,7 +401,7 @@ def edited(text: str, changes: list[tuple[str, float, str]]) -> bytes:
 
 
 def anything(how_many: int) -> Callable[..., Any]:
-    # The same examples each time, of which a part is a part: conftest.py says derandomize.
+    # The examples are the same each time, and fewer are a part of them: conftest.py sets derandomize.
     return settings(max_examples=how_many, suppress_health_check=list(HealthCheck))
 
 
@@ -448,7 +448,7 @@ def test_any_command_line_is_understood_or_refused(
     row("random command lines", len(codes), f"{codes.count(0)} understood, {len(codes) - codes.count(0)} refused")
 
 
-# --- in a process of its own -----------------------------------------------------------------------------------------
+# --- in separate processes -------------------------------------------------------------------------------------------
 
 
 def test_the_real_command(tmp_path: Path, count: Callable[[int], int], row: Callable[..., None]) -> None:
@@ -462,10 +462,10 @@ def test_the_real_command(tmp_path: Path, count: Callable[[int], int], row: Call
         (["-c", "smoke", "--nprocs", "2"], "Error: No such option '--nprocs'"),
     ]
     lines = lines[: count(len(lines))]
-    for argv, told in lines:
+    for argv, message in lines:
         done = subprocess.run([*DIST_TRAIN, "train", *argv], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (2, ""), argv
-        assert told in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "runs").exists()
     row("some of these in processes of their own", len(lines), "exit code 2, one message, no run directory")

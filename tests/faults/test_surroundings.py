@@ -1,4 +1,4 @@
-"""What a training lives in goes bad under it: the disk, the memory, one of its ranks. Real disks."""
+"""Failures around a training: the disk, the memory, the clock, one of its ranks. Uses real mounts."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
 
 
 def read_up_to(process: subprocess.Popen[str], *texts: str) -> str:
-    """What a process prints up to the line with which it has said each of these."""
+    """Return the output of a process up to the line by which each of `texts` has appeared."""
     assert process.stdout is not None
-    out, wanted = "", set(texts)
+    out, missing = "", set(texts)
     for line in process.stdout:
         out += line
-        wanted = {text for text in wanted if text not in line}
-        if not wanted:
+        missing = {text for text in missing if text not in line}
+        if not missing:
             break
     return out
 
 
 @contextmanager
 def full(folder: Path) -> Iterator[None]:
-    """Not one byte is left; nor of what is given free meanwhile, as by a save that failed."""
+    """Fill the disk completely, including space that is freed meanwhile, by a failed save for example."""
     over = threading.Event()
     with (folder / "filler").open("wb", buffering=0) as file:
         filler = threading.Thread(target=_fill, args=(file, over))
@@ -78,7 +78,7 @@ def _fill(file: IO[bytes], over: threading.Event) -> None:
 
 @needs_mounts
 def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
-    """Saves fail and lines of metrics wait, training goes on; when there is room again nothing is missing."""
+    """Saves fail, lines of metrics are kept and training continues; once there is room again, nothing is missing."""
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
@@ -90,8 +90,8 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
             assert process.stderr is not None
             out, err = out + process.stdout.read(), process.stderr.read()
             assert process.wait() == 0, err
-        assert "Training goes on" in out
-        # Once, not a hundred times; once more if a line had found some room meanwhile.
+        assert "Training continues" in out
+        # One warning instead of a hundred, and another one if a line found some room in between.
         assert 1 <= out.count("metrics.jsonl cannot be written") <= 3
         assert "Traceback" not in out + err
         assert_bit_identical(runs / "r", undisturbed)
@@ -101,7 +101,7 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
 
 @needs_mounts
 def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
-    """The last state cannot be saved: exit 1 and what to do; with room again it goes on from the last good one."""
+    """The last state cannot be saved: exit 1 with the fix. With room again it resumes from the last good checkpoint."""
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
@@ -120,7 +120,7 @@ def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..
 
 @needs_mounts
 def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
-    """As ext4 does after an error: files that are open cannot be written any more either."""
+    """As ext4 does after an error: even open files can no longer be written."""
     runs, image = tmp_path / "runs", tmp_path / "image"
     with image.open("wb") as file:
         file.truncate(64 * 2**20)
@@ -134,10 +134,10 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
             out, err = process.communicate()
             seconds = time.monotonic() - began
         assert process.returncode == 1, out + err
-        assert "Training goes on" in out
+        assert "Training continues" in out
         assert re.search(r"error \[rank 0\]: .*Read-only file system", out), out
         assert "Traceback" not in out + err
-    # A copy: the disk itself may still be in the mounts of another test's processes.
+    # Use a copy: the image itself may still be mounted in another test's processes.
     again_image = tmp_path / "again"
     subprocess.run(["cp", "--sparse=always", str(image), str(again_image)], check=True)
     subprocess.run(["fsck.ext4", "-p", str(again_image)], check=False, capture_output=True)
@@ -157,10 +157,10 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
 
 @pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
-    """In C, with the interpreter's lock: no Python of that rank runs any more."""
+    """It hangs in C and holds the GIL, so no Python code of that rank runs any more."""
     net = ["model.name=support.user_nets:Hanging", "model.args.call=15", f"model.args.rank={rank}"]
     with started(train(*net, "stall_timeout_s=20", nproc=nproc), tmp_path) as process:
-        written = tmp_path / "runs/r/metrics.jsonl"  # status.json is a second behind, and stays so
+        written = tmp_path / "runs/r/metrics.jsonl"  # status.json lags by a second, and stays so
         wait_until(lambda: written.exists() and '"step": 12,' in written.read_text(), "training")
         began = time.monotonic()
         _out, err = process.communicate()
@@ -178,7 +178,7 @@ def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., 
 
 
 def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
-    """It cannot even end itself; the others do not wait for it."""
+    """It cannot end itself, and the other ranks do not wait for it."""
     with started(train("stall_timeout_s=20"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
         wait_until(lambda: step_of(tmp_path / "runs/r") >= 8, "training")
         (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()
@@ -194,7 +194,7 @@ def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
 
 
 def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
-    """Saves by the clock, agreements and the sheet of seconds go by one that cannot be set."""
+    """Timed saves, agreements and time accounting use a monotonic clock."""
     path = os.pathsep.join([str(CLOCK), os.environ["PYTHONPATH"]])
     with started(train("save_every=1 s", "model.args.slow_s=0.05"), tmp_path, PYTHONPATH=path) as process:
         _out, err = process.communicate()
@@ -203,18 +203,18 @@ def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., 
     lines = metrics(tmp_path / "runs/r")
     times = [line["time"] for line in lines]
     seconds = json.loads((tmp_path / "runs/r/result.json").read_text())["seconds"]
-    assert max(times) - times[0] > 300 * 86_400 > 0 > times[-1] - times[0], "it was not set in mid-run"
+    assert max(times) - times[0] > 300 * 86_400 > 0 > times[-1] - times[0], "the clock did not jump in mid-run"
     assert min(seconds.values()) >= 0
     assert sum(seconds.values()) < 80_000
     last_but_one = sorted((tmp_path / "runs/r/checkpoints").glob("step_*"))[-2]
     set_back = next(line for line, later in pairwise(lines) if later["time"] < line["time"])
-    assert int(last_but_one.name.removeprefix("step_")) > set_back["step"], "no save by the clock after it was set back"
+    assert int(last_but_one.name.removeprefix("step_")) > set_back["step"], "no timed save after the clock was set back"
     row("the clock is set a year ahead, then a day back", "ends as always", "-", "to the bit")
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_memory_runs_out(nproc: int, tmp_path: Path, row: Callable[..., None]) -> None:
-    """The error names a setting with which it works, and that gives the same result."""
+    """The error names a smaller per_device_batch_size, which works and gives the same result."""
     net = ["model.name=conv", "model.args={}"]
     large = ["global_batch_size=60000", "per_device_batch_size=60000", "train_for=1 steps"]
     limited = ["prlimit", f"--as={4 * 10**9}", *train(*net, *large, nproc=nproc)]

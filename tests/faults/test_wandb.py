@@ -1,4 +1,4 @@
-"""W&B's server goes bad: the run does not. The client is the real one, the server a stand-in."""
+"""A failing W&B server does not disturb the run. The client is real, the server is a stand-in."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from support.wandb_server import Manner, WandbServer
 
 TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
 AT_THE_START: list[Manner | None] = [None, "hangs", "refuses the key"]
-IN_MID_RUN: list[Manner | None] = [None, "hangs", "fails"]  # None: nobody listens any more
+IN_MID_RUN: list[Manner | None] = [None, "hangs", "fails"]  # None: the server stops listening
 
 
 def sync(folder: Path, history_of: Path, *, cut_off: bool = False) -> None:
-    """What W&B recorded of the run is delivered: every line of its metrics, those of one step together.
+    """Check that `wandb sync` delivers every line of the run's metrics, with the lines of one step merged.
 
-    Of a run that was `cut_off` while online W&B confirms it sometimes, as it goes.
+    For a run that was `cut_off` while online, W&B confirms the delivery only sometimes.
     """
     command = [*DIST_TRAIN, "wandb", "sync", "runs/r"]
     with WandbServer("refuses the key") as server:
@@ -38,11 +38,11 @@ def sync(folder: Path, history_of: Path, *, cut_off: bool = False) -> None:
 
 
 def same_history(server: WandbServer, run_dir: Path) -> None:
-    wanted: dict[int, dict[str, object]] = {}
+    expected: dict[int, dict[str, object]] = {}
     for line in metrics(run_dir):
-        wanted.setdefault(line["step"], {}).update({key: value for key, value in line.items() if value is not None})
-    found = [{key: value for key, value in row.items() if not key.startswith("_")} for row in server.history]
-    assert found == list(wanted.values())
+        expected.setdefault(line["step"], {}).update({key: value for key, value in line.items() if value is not None})
+    delivered = [{key: value for key, value in row.items() if not key.startswith("_")} for row in server.history]
+    assert delivered == list(expected.values())
 
 
 @pytest.mark.parametrize("manner", AT_THE_START)
@@ -96,8 +96,8 @@ def test_wandb_goes_away_in_mid_run(
         row(what, "ends as always, waits 60 s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
 
 
-def test_wandb_gets_a_run_once(tmp_path: Path) -> None:
-    """Online, stopped and resumed: one run there, each line once."""
+def test_wandb_receives_a_resumed_run_once(tmp_path: Path) -> None:
+    """Online, stopped and resumed: one W&B run, and each line once."""
     with WandbServer() as server:
         with started(train(), tmp_path, None, **server.env) as process:
             wait_until(lambda: step_of(tmp_path / "runs/r") >= 10, "training")

@@ -138,7 +138,7 @@ def test_a_run_by_its_name(trained: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert result.returncode == 0, (command, result.stderr)
     assert "is not running: FINISHED" in call("runs", "stop", trained.name).output
     missing = call("runs", "stop", "no-such-run")
-    assert "no-such-run is no run" in missing.output
+    assert "no-such-run is not a run" in missing.output
 
 
 def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

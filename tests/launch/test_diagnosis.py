@@ -118,8 +118,8 @@ def test_how_to_go_on(run_dir: RunDir) -> None:
     assert resume_hint(run_dir, 2) == "There is no checkpoint yet."
     write_at(run_dir, 3)
     newest = write_at(run_dir, 7)
-    assert resume_hint(run_dir, 1).endswith(f"{newest}. To go on from there: dist-train train --resume {run_dir.path}")
+    assert resume_hint(run_dir, 1).endswith(f"{newest}. To resume: dist-train train --resume {run_dir.path}")
     assert resume_hint(run_dir, 2).endswith(f"--resume {run_dir.path} --nproc 2")
-    assert resume_hint(run_dir).endswith(f"the same command, with --resume {run_dir.path}")
+    assert resume_hint(run_dir).endswith(f"the same command with --resume {run_dir.path}")
     (newest / "state.json").write_text("{}")
     assert "step_00000003" in resume_hint(run_dir, 2)

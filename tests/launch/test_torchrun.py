@@ -224,7 +224,7 @@ def test_start_from_weights_and_never(tmp_path: Path) -> None:
     assert "--run-name" in never.stderr
     other = run_forked([*short, "--run-name", "first", "-o", "optimizer.lr=0.5"], tmp_path)
     assert other.returncode == 2
-    assert "optimizer.lr: 0.001 there, 0.5 now" in other.stderr
+    assert "optimizer.lr: 0.001 in the run, 0.5 now" in other.stderr
     again = run_forked([*DIST_TRAIN, "evaluate", "runs/first", "--json"], tmp_path)
     found = json.loads(again.stdout)
     assert found["seen"] == 10_000

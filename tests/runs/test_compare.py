@@ -1,4 +1,4 @@
-"""Runs looked at and compared from their files: finished, live, killed and half written ones."""
+"""Summaries and comparisons from the files of finished, live, killed and incomplete runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 40
 
 
 def make_run(path: Path, settings: dict[str, Any] | None = None, *, upto: int = STEPS, gain: float = 0.0) -> RunDir:
-    """Written as a training writes it; finished if it comes to STEPS."""
+    """Write a run as a training does. It is finished if `upto` is STEPS."""
     run_dir = RunDir(path)
     run_dir.create()
     config = parse_config({"train_for": f"{STEPS} steps", **(settings or {})})
@@ -67,7 +67,7 @@ def call(*arguments: object) -> Result:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two settings, two seeds; and one each of what else may lie there."""
+    """Two settings with two seeds each, and one of each other thing that a runs folder may hold."""
     for lr in (0.01, 0.1):
         for seed in (0, 1):
             make_run(tmp_path / f"lr{lr}-s{seed}", {"optimizer": {"lr": lr}, "seed": seed}, gain=lr + seed / 100)
@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# --- what lies there -------------------------------------------------------------------------------------------------
+# --- list and show ---------------------------------------------------------------------------------------------------
 
 
 def test_each_run_has_its_state(folder: Path) -> None:
@@ -100,9 +100,9 @@ def test_each_run_has_its_state(folder: Path) -> None:
 
 def test_ls_filters_and_sorts(folder: Path) -> None:
     def names(*options: object) -> list[str]:
-        said = call("runs", "ls", "--in", folder, *options)
-        assert said.exit_code == 0, said.output
-        return [line.split()[0] for line in said.output.splitlines()[1:]]
+        result = call("runs", "ls", "--in", folder, *options)
+        assert result.exit_code == 0, result.output
+        return [line.split()[0] for line in result.output.splitlines()[1:]]
 
     assert names("lr*-s0") == ["lr0.01-s0", "lr0.1-s0"]
     assert names("--state", "killed", "--state", "SILENT") == ["killed", "silent"]
@@ -115,30 +115,30 @@ def test_ls_filters_and_sorts(folder: Path) -> None:
     assert next(row for row in rows if row["run"].endswith("killed"))["step"] == 30
 
 
-def test_show_says_how_to_go_on(folder: Path) -> None:
-    said = call("runs", "show", folder / "killed").output
-    assert "KILLED" in said
-    assert "30/40 75%" in said
-    assert "There is no checkpoint yet" in said
+def test_show_says_how_to_resume(folder: Path) -> None:
+    output = call("runs", "show", folder / "killed").output
+    assert "KILLED" in output
+    assert "30/40 75%" in output
+    assert "There is no checkpoint yet" in output
     assert "val/accuracy" in call("runs", "show", folder / "half").output
 
 
 @pytest.mark.parametrize("key", ["step", "epoch", "samples", "attempt", "time", "epoch_s", "train/loss"])
-def test_lines_without_what_each_has(key: str, folder: Path) -> None:
-    """One bit makes "epoch" another word."""
+def test_lines_that_lack_a_key(key: str, folder: Path) -> None:
+    """A single flipped bit can change a key."""
     path = RunDir(folder / "lr0.1-s0").metrics.path
     path.write_text(path.read_text().replace(f'"{key}"', '"another"', 3))
     for command in ("show", "tail", "compare"):
-        said = call("runs", command, folder / "lr0.1-s0")
-        assert (said.exit_code, said.exception) == (0, None), said.output
-    trained = read_run(folder / "lr0.1-s0")
+        result = call("runs", command, folder / "lr0.1-s0")
+        assert (result.exit_code, result.exception) == (0, None), result.output
+    run = read_run(folder / "lr0.1-s0")
     for axis in ("step", "samples", "seconds"):
-        at, values = trained.curve("val/loss", axis)
-        assert len(at) == len(values) > 0
-        assert at == sorted(at)
+        positions, values = run.curve("val/loss", axis)
+        assert len(positions) == len(values) > 0
+        assert positions == sorted(positions)
 
 
-def test_stop_is_for_runs_that_go_on(folder: Path) -> None:
+def test_stop_accepts_only_running_runs(folder: Path) -> None:
     assert call("runs", "stop", folder / "live").exit_code == 0
     assert (folder / "live/STOP").exists()
     for name in ("lr0.01-s0", "killed", "notes"):
@@ -151,7 +151,7 @@ def test_stop_is_for_runs_that_go_on(folder: Path) -> None:
     [
         (None, "PENDING", True),
         (None, "CONFIGURING", True),
-        (None, "RUNNING", True),  # and yet to write its first status
+        (None, "RUNNING", True),  # has not written its first status yet
         ("PREEMPTED", "PENDING", True),
         ("INTERRUPT", "PENDING", True),  # submitted again
         (None, "CANCELLED", False),
@@ -160,7 +160,7 @@ def test_stop_is_for_runs_that_go_on(folder: Path) -> None:
         ("FINISHED", "PENDING", False),
     ],
 )
-def test_stop_is_for_jobs_that_wait(
+def test_stop_accepts_queued_jobs(
     state: str | None, of_job: str, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = RunDir(tmp_path)
@@ -168,43 +168,43 @@ def test_stop_is_for_jobs_that_wait(
     write_json(run_dir.slurm_json, {"job": "7", "submitted": time.time()})
     if state is not None:
         write_json(run_dir.status, {"state": state, "slurm_job_id": "7", "heartbeat": time.time()})
-    said = call("runs", "stop", run_dir.path)
-    assert (said.exit_code, run_dir.stop_request_file.exists()) == (0 if holds else 1, holds)
+    result = call("runs", "stop", run_dir.path)
+    assert (result.exit_code, run_dir.stop_request_file.exists()) == (0 if holds else 1, holds)
     if holds:
-        assert said.output.startswith(f"Job 7 of {run_dir.path} is yet to begin: it stops after its first step")
+        assert result.output.startswith(f"Job 7 of {run_dir.path} is yet to begin: it stops after its first step")
 
 
 def test_tail_follows_to_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a resume, which takes lines back and writes them again."""
+    """Across a resume, which removes lines and writes them again."""
     run_dir = RunDir(folder / "live")
-    begun, real_sleep = threading.Event(), time.sleep
+    following, real_sleep = threading.Event(), time.sleep
 
     def sleep(seconds: float) -> None:
-        begun.set()
+        following.set()
         real_sleep(seconds)
 
     monkeypatch.setattr(time, "sleep", sleep)
 
-    def go_on() -> None:
-        begun.wait()
+    def resume() -> None:
+        following.wait()
         run_dir.metrics.cut(10)
         time.sleep(1.0)
         make_run(folder / "live")
 
-    writer = threading.Thread(target=go_on)
+    writer = threading.Thread(target=resume)
     writer.start()
-    said = call("runs", "tail", folder / "live", "-n", 1).output.splitlines()
+    out = call("runs", "tail", folder / "live", "-n", 1).output.splitlines()
     writer.join()
-    assert said[0].startswith("step 20/40")
-    assert "val loss" in said[0]
-    assert [line.split()[1] for line in said[-3:-1]] == ["40/40", "40/40"]
-    assert said[-1].endswith("live: FINISHED")
+    assert out[0].startswith("step 20/40")
+    assert "val loss" in out[0]
+    assert [line.split()[1] for line in out[-3:-1]] == ["40/40", "40/40"]
+    assert out[-1].endswith("live: FINISHED")
 
 
-# --- side by side ----------------------------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------------------------------
 
 
-def test_only_settings_that_differ(folder: Path) -> None:
+def test_only_differing_settings_are_shown(folder: Path) -> None:
     runs = [read_run(folder / name) for name in ("lr0.01-s0", "lr0.1-s1", "half")]
     assert differing_settings(runs) == {"seed": [0, 1, None], "optimizer.lr": [0.01, 0.1, None]}
     assert differing_settings(runs[:1]) == {}
@@ -244,11 +244,11 @@ def test_time_between_attempts_does_not_count(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run").curve("train/loss", "seconds")[0] == [0.0, 10.0, 10.0, 15.0]
 
 
-def test_every_form_has_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+def test_every_output_format_has_the_same_numbers(folder: Path, tmp_path: Path) -> None:
     paths = [folder / name for name in ("lr0.01-s0", "lr0.1-s0", "live", "killed", "half")]
     files = [tmp_path / f"c.{suffix}" for suffix in ("md", "csv", "json", "png", "html")]
-    said = call("runs", "compare", *paths, *(f"--out={file}" for file in files))
-    assert said.exit_code == 0, said.output
+    result = call("runs", "compare", *paths, *(f"--out={file}" for file in files))
+    assert result.exit_code == 0, result.output
     rows = json.loads(files[2].read_text())["runs"]
     assert rows[0]["best val accuracy"] == pytest.approx(0.85)
     assert rows[3]["test accuracy"] is None
@@ -256,10 +256,10 @@ def test_every_form_has_the_same_numbers(folder: Path, tmp_path: Path) -> None:
         assert [row["val loss"] for row in csv.DictReader(file)] == [str(row["val loss"]) for row in rows]
     assert "**94.00%**" in files[0].read_text()
     assert files[3].read_bytes().startswith(b"\x89PNG")
-    beside = call("runs", "compare", *paths, folder / "notes", folder / "queued")
-    assert beside.exit_code == 0, beside.output
-    assert "left out: " in beside.stderr
-    assert "queued" in beside.stdout
+    mixed = call("runs", "compare", *paths, folder / "notes", folder / "queued")
+    assert mixed.exit_code == 0, mixed.output
+    assert "left out: " in mixed.stderr
+    assert "queued" in mixed.stdout
     refused = call("runs", "compare", *paths, "--out=c.docx")
     assert refused.exit_code == 2
     assert ".html" in refused.output
@@ -268,13 +268,13 @@ def test_every_form_has_the_same_numbers(folder: Path, tmp_path: Path) -> None:
 
 @needs_browser
 def test_the_page_in_a_browser_without_a_network(folder: Path, tmp_path: Path) -> None:
-    """Its numbers are those of metrics.jsonl, and all of its pictures are there."""
+    """Its numbers are those of metrics.jsonl, and it shows all charts."""
     names = ("lr0.01-s0", "lr0.01-s1", "lr0.1-s0", "killed")
     page = tmp_path / "page.html"
-    said = call("runs", "compare", *(folder / name for name in names), f"--out={page}")
-    assert said.exit_code == 0, said.output
-    seen = look_at(page, tmp_path)
-    runs, seeds = seen["tables"]
+    result = call("runs", "compare", *(folder / name for name in names), f"--out={page}")
+    assert result.exit_code == 0, result.output
+    shown = look_at(page, tmp_path)
+    runs, seeds = shown["tables"]
     for name, row in zip(names, runs["rows"], strict=True):
         cells = dict(zip(runs["columns"], row, strict=True))
         lines = metrics(folder / name)
@@ -286,13 +286,13 @@ def test_the_page_in_a_browser_without_a_network(folder: Path, tmp_path: Path) -
         assert cells["best val accuracy"]["text"] == f"{max(accuracies):.2%}"
         assert cells["best val accuracy"]["best"] == (name == "lr0.1-s0")
     assert len(seeds["rows"]) == 2
-    assert [name for name, *_ in seen["pictures"]] == [
+    assert [name for name, *_ in shown["pictures"]] == [
         f"Learning curves over {x}" for x in ("step", "samples", "seconds")
     ]
-    assert all(width > 500 and height > 200 for _, width, height in seen["pictures"])
+    assert all(width > 500 and height > 200 for _, width, height in shown["pictures"])
 
 
-def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+def test_names_are_escaped_in_the_page(tmp_path: Path) -> None:
     from dist_train.runs.reports.html import to_html
 
     make_run(tmp_path / "<b>&|x")
@@ -303,7 +303,7 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_rest_is_written(folder: Path, tmp_path: Path) -> None:
-    """The page without its curves; and each thing that cannot be is said."""
+    """The page lacks its curves, and everything that cannot be written is reported."""
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     files = [tmp_path / name for name in ("a.png", "b.html", "c.csv")]
     done = subprocess.run(
@@ -320,7 +320,7 @@ def test_without_matplotlib_the_rest_is_written(folder: Path, tmp_path: Path) ->
     assert "<img" not in files[1].read_text()
 
 
-def test_a_run_that_goes_on_is_summarised(folder: Path) -> None:
+def test_a_live_run_is_summarised(folder: Path) -> None:
     run = summarise(folder / "live")
     assert (run.is_live, run.step, run.progress, run.world_size, run.attempt) == (True, 20, 0.5, 2, 1)
     assert run.age_s is not None

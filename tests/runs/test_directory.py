@@ -1,4 +1,4 @@
-"""The run directory: one owner, numbered attempts, whole files, and errors that say where to go instead."""
+"""The run directory: one owner, numbered attempts, complete files, and errors that name an alternative."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ CONFIG = parse_config({})
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    made = RunDir(tmp_path / "run")
-    made.create()
-    return made
+    run = RunDir(tmp_path / "run")
+    run.create()
+    return run
 
 
-def attempt_of(path: Path) -> RunDir:
-    made = RunDir(path)
-    made.begin_attempt(CONFIG, wandb_id="second")
-    return made
+def begin_attempt(path: Path) -> RunDir:
+    run = RunDir(path)
+    run.begin_attempt(CONFIG, wandb_id="second")
+    return run
 
 
 # --- one owner ---------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ sys.stdin.readline()
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(run: RunDir) -> None:
+def test_a_second_process_is_refused_until_the_first_ends(run: RunDir) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -61,7 +61,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run: RunDir) -> Non
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(RunDirError, match=rf"in use by process {holder.pid} on .* \(attempt 1, state STARTING\)"):
             run.lock()
-        holder.kill()  # not even kill -9 leaves the directory locked
+        holder.kill()  # SIGKILL also releases the lock
     run.lock()
     run.unlock()
 
@@ -72,7 +72,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run: RunDir) -> Non
 def test_a_requeued_job_takes_over_from_its_earlier_start(
     job: str | None, restart: str, refused: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which lives on where the controller cannot see it, and still holds the lock."""
+    """The earlier start survives where the controller cannot see it, and still holds the lock."""
     earlier = os.environ | {"SLURM_JOB_ID": "7"}
     command = [sys.executable, "-c", HOLD, str(run.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=earlier) as holder:
@@ -94,7 +94,7 @@ def test_a_requeued_job_takes_over_from_its_earlier_start(
 def test_an_older_attempt_writes_no_metrics(run: RunDir) -> None:
     run.begin_attempt(CONFIG, wandb_id="x")
     run.append_metrics({"step": 1})
-    attempt_of(run.path)
+    begin_attempt(run.path)
     with pytest.raises(RunDirError, match="superseded"):
         run.append_metrics({"step": 2})
     assert list(run.metrics.read()) == [{"step": 1}]
@@ -103,7 +103,7 @@ def test_an_older_attempt_writes_no_metrics(run: RunDir) -> None:
 def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> None:
     run.begin_attempt(CONFIG, wandb_id="first")
     run.set_status(state="TRAINING", step=3)
-    later = attempt_of(run.path)
+    later = begin_attempt(run.path)
     assert (run.attempt, later.attempt) == (1, 2)
     status = later.read_status()
     assert (status["attempt"], status["wandb_id"], status["state"]) == (2, "first", "STARTING")
@@ -115,7 +115,7 @@ def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> No
 
 
 def test_status_is_written_once_a_second(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is lost meanwhile; a new state is there at once."""
+    """Fields set in between are kept; a new state is written at once."""
     monkeypatch.setattr(module, "_STATUS_S", 1000.0)
     run.begin_attempt(CONFIG, "id")
     run.set_status(state="TRAINING", step=1)
@@ -126,7 +126,7 @@ def test_status_is_written_once_a_second(run: RunDir, monkeypatch: pytest.Monkey
     assert (run.read_status()["step"], run.read_status()["metrics"]) == (2, {"train/loss": 0.5})
 
 
-def test_an_attempt_clears_the_end_of_the_one_before(run: RunDir) -> None:
+def test_an_attempt_removes_error_and_result_of_the_previous_one(run: RunDir) -> None:
     for stale in (run.error, run.result):
         write_json(stale, {})
     run.begin_attempt(CONFIG, wandb_id="x")
@@ -134,26 +134,26 @@ def test_an_attempt_clears_the_end_of_the_one_before(run: RunDir) -> None:
     assert not run.result.exists()
 
 
-# --- wishes of other shells --------------------------------------------------------------------------------------
+# --- stop requests -----------------------------------------------------------------------------------------------
 
 
-def wish(run: RunDir, age_s: float) -> None:
+def request_stop(run: RunDir, age_s: float) -> None:
     run.stop_request_file.touch()
-    made = run.stop_request_file.stat().st_mtime - age_s
-    os.utime(run.stop_request_file, (made, made))
+    modified = run.stop_request_file.stat().st_mtime - age_s
+    os.utime(run.stop_request_file, (modified, modified))
 
 
-def begin_a_minute_ago(path: Path) -> RunDir:
-    """Asked for then; what waits for a lock, a data set or other ranks begins its attempt late."""
-    made = RunDir(path)
-    made.begin_attempt(CONFIG, wandb_id="x", asked_at=time.perf_counter() - 60)
-    return made
+def begin_a_minute_after_the_command(path: Path) -> RunDir:
+    """As a start does that waits for a lock, a data set or other ranks before its attempt."""
+    run = RunDir(path)
+    run.begin_attempt(CONFIG, wandb_id="x", asked_at=time.perf_counter() - 60)
+    return run
 
 
 @pytest.mark.parametrize(("age_s", "holds"), [(30, True), (90, False)])
 def test_a_stop_holds_from_the_command_on(age_s: float, holds: bool, run: RunDir) -> None:
-    wish(run, age_s)
-    assert begin_a_minute_ago(run.path).stop_request_file.exists() == holds
+    request_stop(run, age_s)
+    assert begin_a_minute_after_the_command(run.path).stop_request_file.exists() == holds
 
 
 @pytest.mark.parametrize(("age_s", "holds"), [(300, True), (900, False)])
@@ -161,7 +161,7 @@ def test_a_stop_holds_from_the_command_on(age_s: float, holds: bool, run: RunDir
 def test_a_stop_holds_from_before_the_command(
     how: str, age_s: float, holds: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a job since its submission, of a start after a start since that one was last heard of."""
+    """It holds for a job from its submission on, and for a restart from the last status of the earlier start on."""
     if how != "restart.sh":
         monkeypatch.setenv("SLURM_JOB_ID", "7")
     if how == "submitted":
@@ -172,8 +172,8 @@ def test_a_stop_holds_from_before_the_command(
     for path in (run.slurm_json, run.status):
         if path.exists():
             os.utime(path, (path.stat().st_mtime - 600,) * 2)
-    wish(run, age_s)
-    assert begin_a_minute_ago(run.path).stop_request_file.exists() == holds
+    request_stop(run, age_s)
+    assert begin_a_minute_after_the_command(run.path).stop_request_file.exists() == holds
 
 
 def test_a_stop_that_is_no_text_is_a_stop(run: RunDir) -> None:
@@ -183,7 +183,7 @@ def test_a_stop_that_is_no_text_is_a_stop(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize(("text", "stays"), [("", True), ("INTERRUPT", True), ("PREEMPTED\n", False)])
-def test_a_machine_that_joins_takes_its_own_stop_away(text: str, stays: bool, run: RunDir) -> None:
+def test_a_joining_machine_removes_only_its_own_stop(text: str, stays: bool, run: RunDir) -> None:
     write_json(run.status, {"state": "PREEMPTED"})
     run.stop_request_file.write_text(text)
     stop_run_to_rejoin(run)
@@ -194,7 +194,7 @@ def test_a_machine_that_joins_takes_its_own_stop_away(text: str, stays: bool, ru
 
 
 def test_a_folder_without_checkpoints_is_free_for_another_run(run: RunDir) -> None:
-    """Which begins by itself: W&B would append it to the other, and drop what is behind its last step."""
+    """It starts from zero with its own id: W&B would append it to the other run and drop steps before its last one."""
     run.begin_attempt(CONFIG, wandb_id="first")
     run.set_status(state="TRAINING", step=7)
     for settings, wandb_id in (({}, "first"), ({"seed": 1}, "second")):
@@ -204,30 +204,32 @@ def test_a_folder_without_checkpoints_is_free_for_another_run(run: RunDir) -> No
         assert (status["wandb_id"], status["reached"]) == (wandb_id, 7 if wandb_id == "first" else 0)
 
 
-def test_another_config_is_refused_and_nothing_changes(run: RunDir) -> None:
+def test_another_config_is_refused_and_nothing_is_written(run: RunDir) -> None:
     run.begin_attempt(CONFIG, wandb_id="x")
     (run.checkpoints / "step_00000001").mkdir(parents=True)
     before = contents(run.path)
     other = parse_config({"optimizer": {"lr": 0.5}, "seed": 7, "device": "cpu"})
-    with pytest.raises(ConfigError, match=r"(?s)lr: 0\.001 there, 0\.5 now\n  seed: 0 there, 7 now\n.*--run-name"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)lr: 0\.001 in the run, 0\.5 now\n  seed: 0 in the run, 7 now\n.*--run-name"
+    ):
         run.check_config(other)
-    run.check_config(parse_config({"device": "cpu"}))  # free to differ
+    run.check_config(parse_config({"device": "cpu"}))  # may differ
     assert contents(run.path) == before
 
 
 def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> None:
-    """A launcher had chosen it, the settings are silent; another one is refused."""
+    """A launcher chose it and the settings do not set it. Another precision is refused."""
     run.begin_attempt(CONFIG, wandb_id="x")
-    assert run.precision is None  # nothing could be lost
+    assert run.precision is None  # no checkpoint yet
     (run.checkpoints / "step_00000001").mkdir(parents=True)
     write_json(run.run_json, {"mixed_precision": "bf16"})
     assert run.precision == "bf16"
     run.check_config(parse_config({"mixed_precision": "bf16"}))
-    with pytest.raises(ConfigError, match="mixed_precision: None there, no now"):
+    with pytest.raises(ConfigError, match="mixed_precision: None in the run, no now"):
         run.check_config(parse_config({"mixed_precision": "no"}))
 
 
-def test_a_resume_that_is_silent_about_precision_is_the_same_run(run: RunDir) -> None:
+def test_a_resume_without_a_precision_setting_is_the_same_run(run: RunDir) -> None:
     bf16 = parse_config({"mixed_precision": "bf16", "device": "cpu"})
     run.begin_attempt(bf16, wandb_id="x")
     (run.checkpoints / "step_00000001").mkdir(parents=True)
@@ -237,7 +239,7 @@ def test_a_resume_that_is_silent_about_precision_is_the_same_run(run: RunDir) ->
     assert (status["wandb_id"], status["reached"], status["attempt"]) == ("x", 7, 2)
 
 
-def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_refused_with_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match="cannot be written: File name too long"):
         _ = RunDir(tmp_path / ("x" * 300)).precision
 
@@ -249,7 +251,7 @@ def lines(*steps: int) -> list[dict[str, object]]:
     return [{"step": step, "train/loss": step / 3, "note": "\u00fc\n"} for step in steps]
 
 
-def test_metrics_read_back_and_are_cut_at_the_checkpoint(run: RunDir) -> None:
+def test_metrics_are_read_back_and_cut_at_the_checkpoint(run: RunDir) -> None:
     assert (list(run.metrics.read()), run.metrics.cut(5)) == ([], 0)
     for line in lines(1, 2, 3, 4):
         run.append_metrics(line)
@@ -265,8 +267,8 @@ def test_metrics_read_back_and_are_cut_at_the_checkpoint(run: RunDir) -> None:
     assert [json.loads(line)["step"] for line in run.metrics.discarded.read_text().splitlines()] == [3, 4, 2]
 
 
-def test_an_evaluation_that_is_done_again_has_one_line(run: RunDir) -> None:
-    """Stopped while evaluating, resumed, evaluated, killed before the next save: resumed at the same step once more."""
+def test_a_repeated_evaluation_has_one_line(run: RunDir) -> None:
+    """Stopped while evaluating, resumed, evaluated, killed before the next save: resumed at the same step again."""
     val: list[dict[str, object]] = [{"step": 2, "val/loss": 0.5}]
     for line in (*lines(1, 2), *val, *lines(3)):
         run.append_metrics(line)
@@ -275,17 +277,17 @@ def test_an_evaluation_that_is_done_again_has_one_line(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("left", [1, 9, 20])
-def test_a_torn_last_line_is_left_out_and_cut(left: int, run: RunDir) -> None:
+def test_an_incomplete_last_line_is_ignored_and_cut(left: int, run: RunDir) -> None:
     for line in lines(1, 2):
         run.append_metrics(line)
-    torn = (to_json(lines(3)[0]) + "\n")[:left]
+    incomplete = (to_json(lines(3)[0]) + "\n")[:left]
     with run.metrics.path.open("a") as file:
-        file.write(torn)
+        file.write(incomplete)
     assert list(run.metrics.read()) == lines(1, 2)
     run.metrics.cut(2)
     run.append_metrics(lines(3)[0])
     assert list(run.metrics.read()) == lines(1, 2, 3)
-    assert run.metrics.discarded.read_text() == torn + "\n"
+    assert run.metrics.discarded.read_text() == incomplete + "\n"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -299,26 +301,26 @@ def test_json_is_strict(value: float, run: RunDir) -> None:
     assert contents(run.path) == before
 
 
-def test_making_the_object_touches_nothing(tmp_path: Path) -> None:
+def test_the_constructor_does_no_io(tmp_path: Path) -> None:
     RunDir(tmp_path / "run").check_config(CONFIG)
     assert RunDir(tmp_path / "run").read_status() == {}
     assert list(tmp_path.iterdir()) == []
     assert set(module.CLEAN_ENDS) == {"FINISHED", "INTERRUPT", "PREEMPTED"}
 
 
-@pytest.mark.parametrize("rubbish", ["garbage{\n", "\0\0\0\n", '{"no step": 1}\n', '{"step": 3, "train'])
-def test_rubbish_in_the_metrics_is_set_aside(rubbish: str, run: RunDir) -> None:
-    """Whatever a power cut left behind, the lines before it stay as they are and the run goes on."""
+@pytest.mark.parametrize("garbage", ["garbage{\n", "\0\0\0\n", '{"no step": 1}\n', '{"step": 3, "train'])
+def test_garbage_at_the_end_of_the_metrics_is_cut(garbage: str, run: RunDir) -> None:
+    """Whatever a power cut leaves, the lines before it stay unchanged and the run continues."""
     for step in (1, 2):
         run.append_metrics({"step": step, "train/loss": 0.1})
     good = run.metrics.path.read_text()
-    run.metrics.path.write_text(good + rubbish)
+    run.metrics.path.write_text(good + garbage)
     assert run.metrics.cut(2) == 1
     assert run.metrics.path.read_text() == good
     assert [line["step"] for line in run.metrics.read()] == [1, 2]
 
 
-# No line of ours, however it came to be: other bytes, other types, more than a parser can take.
+# Invalid lines: wrong bytes, wrong types, deeper nesting than a parser can handle.
 DAMAGED = [
     b"garbage{", b"\0\0\0", b"\xff\xfe\x85 \x0c", b"[1]", b"null", b"", b"[" * 9999, b'{"no step": 1}',
     b'{"step": 1e999}', b'{"step": null}', b'{"step": "2"}', b'{"step": 2, "train/lo{"step": 2}',
@@ -326,25 +328,25 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("damaged", DAMAGED, ids=repr)
-@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("index", [0, 1, 3])
 def test_a_damaged_line_costs_itself_alone(
-    damaged: bytes, place: int, run: RunDir, caplog: pytest.LogCaptureFixture
+    damaged: bytes, index: int, run: RunDir, caplog: pytest.LogCaptureFixture
 ) -> None:
     for line in lines(1, 2, 3, 4):
         run.append_metrics(line)
-    whole = run.metrics.path.read_bytes().splitlines(keepends=True)
-    run.metrics.path.write_bytes(b"".join([*whole[:place], damaged + b"\n", *whole[place:]]))
+    intact = run.metrics.path.read_bytes().splitlines(keepends=True)
+    run.metrics.path.write_bytes(b"".join([*intact[:index], damaged + b"\n", *intact[index:]]))
     assert list(run.metrics.read()) == lines(1, 2, 3, 4)
     assert run.metrics.cut(3) == 1
-    assert run.metrics.path.read_bytes() == b"".join(whole[:3])
-    assert run.metrics.discarded.read_bytes() == damaged + b"\n" + whole[3]
+    assert run.metrics.path.read_bytes() == b"".join(intact[:3])
+    assert run.metrics.discarded.read_bytes() == damaged + b"\n" + intact[3]
     (warning,) = caplog.messages
-    assert warning.startswith(f"{run.metrics.path} was damaged in line {place + 1}: set aside in metrics.discarded")
+    assert warning.startswith(f"{run.metrics.path} was damaged in line {index + 1}: moved to metrics.discarded")
     assert run.metrics.cut(3) == 0
 
 
-def test_lines_wait_for_a_disk_that_is_full(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
-    """/dev/full takes nothing, as a full disk does. What is put off is written in its order, once."""
+def test_lines_are_kept_while_the_disk_is_full(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    """/dev/full rejects writes like a full disk. Pending lines are written once, in order."""
     run_dir.append_metrics({"step": 1})
     path, run_dir.metrics.path = run_dir.metrics.path, Path("/dev/full")
     for step in (2, 3):

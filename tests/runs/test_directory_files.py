@@ -1,4 +1,4 @@
-"""Files of the run directory: the old one or the whole new one, on any disk."""
+"""Files of the run directory: leftovers, the first error, and full or read-only disks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.mounts import needs_mounts
 from support.run_files import contents
 
 
-def test_the_next_start_removes_what_killed_ones_left(run_dir: RunDir) -> None:
+def test_the_next_start_removes_leftovers_of_killed_starts(run_dir: RunDir) -> None:
     before = {path.name for path in run_dir.path.iterdir()}
     for name in (".probe_host_7", ".token_ab12", temporary_path(run_dir.status).name, ".mine"):
         (run_dir.path / name).touch()
@@ -29,25 +29,25 @@ def test_the_next_start_removes_what_killed_ones_left(run_dir: RunDir) -> None:
 
 def test_a_first_error_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")  # FAT says so, and some network file systems
+        raise OSError(errno.EPERM, "Operation not permitted")  # as FAT and some network file systems do
 
     monkeypatch.setattr(os, "link", refuse)
-    test_the_first_error_stays(tmp_path)
+    test_the_first_error_is_kept(tmp_path)
 
 
-def test_unreadable_json_is_an_empty_object(tmp_path: Path) -> None:
+def test_unreadable_json_reads_as_an_empty_object(tmp_path: Path) -> None:
     for text in ("", "[1]", '{"a": ', "\0"):
         (tmp_path / "file").write_text(text)
         assert read_json(tmp_path / "file") == {}
     assert read_json(tmp_path / "missing") == {}
 
 
-def test_the_first_error_stays(tmp_path: Path) -> None:
+def test_the_first_error_is_kept(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert note_error(run.error, ConfigError("mine"), rank=1, exit_code=2, trace="t")
     assert not note_error(run.error, ValueError("theirs"), rank=0, exit_code=1, trace="t")
-    noted = read_json(run.error)
-    assert (noted["rank"], noted["kind"], noted["message"], noted["exit_code"]) == (1, "ConfigError", "mine", 2)
+    error = read_json(run.error)
+    assert (error["rank"], error["kind"], error["message"], error["exit_code"]) == (1, "ConfigError", "mine", 2)
     assert [name for name in contents(run.path) if "error" in name] == ["error.json"]
 
 
@@ -75,27 +75,27 @@ except OSError as error:
 
 
 @needs_mounts
-def test_read_only_and_full_disks_are_one_line(tmp_path: Path) -> None:
+def test_read_only_and_full_disks_give_one_line(tmp_path: Path) -> None:
     for name in ("read_only", "small"):
         (tmp_path / name).mkdir()
-    mounting = """
+    script = """
         mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"; mount -t tmpfs -o size=2m tmpfs "$2"
         exec "$0" -c "$3" "$1" "$2"
     """
     paths = [str(tmp_path / "read_only"), str(tmp_path / "small")]
-    argv = ["unshare", "-m", "sh", "-euc", mounting, sys.executable, *paths, ON_DISKS]
-    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said[0].startswith(f"Run directory {paths[0]}/run cannot be written: Read-only file system. Choose another ")
-    assert said[1].startswith(f"A checkpoint needs 4.0 MiB and {paths[1]}/run has 2.0 MiB free. Make room, or ")
-    assert said[2:] == ["No space left on device ['logs']"]
+    argv = ["unshare", "-m", "sh", "-euc", script, sys.executable, *paths, ON_DISKS]
+    out = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert out[0].startswith(f"Run directory {paths[0]}/run cannot be written: Read-only file system. Choose another ")
+    assert out[1].startswith(f"A checkpoint needs 4.0 MiB and {paths[1]}/run has 2.0 MiB free. Make room, or ")
+    assert out[2:] == ["No space left on device ['logs']"]
 
 
-def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
+def test_a_run_directory_inside_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunDirError, match=r"file/run cannot be written: .* runs_dir or DIST_TRAIN_RUNS_DIR"):
         RunDir(tmp_path / "file" / "run").create()
 
 
-def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
-    with pytest.raises(RunDirError, match=r"x cannot be written: File name too long\. Choose another place"):
+def test_an_illegal_directory_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match=r"x cannot be written: File name too long\. Choose another location"):
         RunDir(tmp_path / ("x" * 300)).check_config(parse_config({}))

@@ -1,4 +1,4 @@
-"""status.json and its like with entries of any type: named, and what else they say counts."""
+"""Damaged entries in status.json and the other records: reported, and the remaining entries are used."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ FILES = ['{"attempt": ', "", "null", "[1]", "7", "\udcff\udcfe", "\0\0", "[" * 9
 
 
 @pytest.fixture(autouse=True)
-def _no_disk_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def write(run_dir: RunDir) -> dict[Path, dict[str, Any]]:
-    """A run of Slurm's job 7 that trained, stopped by an error; by file, all that they hold."""
-    holds: dict[Path, dict[str, Any]] = {
+    """Write the records of Slurm job 7, which trained until an error. Return all their entries by file."""
+    records: dict[Path, dict[str, Any]] = {
         run_dir.status: {
             "state": "TRAINING", "attempt": 4, "step": 30, "total_steps": 90, "epoch": 1.5, "reached": 40,
             "resumed_at": 20, "fruitless_starts": 0, "world_size": 2, "heartbeat": 1e9, "host": "h", "pid": 7,
@@ -57,22 +57,22 @@ def write(run_dir: RunDir) -> dict[Path, dict[str, Any]]:
         run_dir.result: {"test/accuracy": 0.5, "train_s": 1.0, "samples_per_s": None, "step": 90},
         run_dir.slurm_json: {"job": "7", "log": "out", "submitted": 1e9},
     }  # fmt: skip
-    for path, entries in holds.items():
+    for path, entries in records.items():
         write_json(path, entries, durable=False)
-    return holds
+    return records
 
 
 def use(path: Path) -> RunDir:
-    """What looks at these files: a list of runs, one run, what failed, a requeue, and last the next start."""
-    run_dir, found = RunDir(path), summarise(path)
-    assert found.age_s is None or found.age_s >= 0
-    for each in (found.progress, found.accuracy, found.test_accuracy, found.samples_per_s, *found.seconds.values()):
+    """Call everything that reads these files: the list of runs, one run, the diagnosis, a requeue, the next start."""
+    run_dir, run = RunDir(path), summarise(path)
+    assert run.age_s is None or run.age_s >= 0
+    for each in (run.progress, run.accuracy, run.test_accuracy, run.samples_per_s, *run.seconds.values()):
         assert each is None or each == float(each)
     for command in ("ls", "show"):
-        said = CliRunner().invoke(
+        result = CliRunner().invoke(
             main, ["runs", command, *(["--in", str(path.parent)] if command == "ls" else [str(path)])]
         )
-        assert (said.exit_code, said.exception) == (0, None), said.output
+        assert (result.exit_code, result.exception) == (0, None), result.output
     assert diagnose_failure(run_dir, {})
     assert resume_hint(run_dir) == "There is no checkpoint yet."
     assert decide_requeue(run_dir, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, 9)[1]
@@ -89,15 +89,15 @@ def test_an_entry_of_another_type_costs_itself_alone(
         run_dir.status: RunDir.read_status, run_dir.run_json: RunDir.read_provenance, run_dir.error: RunDir.read_error,
         run_dir.result: RunDir.read_result, run_dir.slurm_json: RunDir.read_submission,
     }[path]  # fmt: skip
-    holds = write(run_dir)[path]
-    assert read(run_dir) == holds
-    for entry in holds:
+    entries = write(run_dir)[path]
+    assert read(run_dir) == entries
+    for entry in entries:
         for text in ENTRIES:
             write(run_dir)
-            others = {other: value for other, value in holds.items() if other != entry}
+            others = {other: value for other, value in entries.items() if other != entry}
             path.write_text(f'{json.dumps(others)[:-1]}, "{entry}": {text}}}')
-            found = read(run_dir)
-            assert {other: value for other, value in found.items() if other != entry} == others, (entry, text)
+            actual = read(run_dir)
+            assert {other: value for other, value in actual.items() if other != entry} == others, (entry, text)
             if text in USED:
                 assert use(run_dir.path).attempt == 5
                 assert entry == "wandb_id" or run_dir.read_status()["wandb_id"] == "mine"
@@ -115,43 +115,43 @@ def test_a_file_that_is_none_is_named_once(text: str, run_dir: RunDir, caplog: p
         caplog.clear()
 
 
-def test_an_entry_is_named_with_its_value(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_entry_is_reported_with_its_value(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     run_dir.status.write_text('{"state": "TRAINING", "attempt": null, "step": "x", "of a later version": null}')
     for _ in range(2):
         assert run_dir.read_status() == {"state": "TRAINING", "of a later version": None}
-    assert caplog.messages == [f"{run_dir.status} is damaged: attempt=None, step='x'. Going on without that."]
+    assert caplog.messages == [f"{run_dir.status} is damaged: attempt=None, step='x'. Continuing without that part."]
 
 
-def inside(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Where else something lies in it."""
+def key_paths(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Yield the key path of every nested item."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (*path, key)
-        yield from inside(item, (*path, key))
+        yield from key_paths(item, (*path, key))
 
 
-def test_a_record_of_the_data_is_whole_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever stands at whatever place in it, or is missing there."""
+def test_a_data_identity_is_read_whole_or_not_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With any value at any position in it, or with any item missing."""
     now = {"train": {"count": 9, "labels": "x", "examples": {"0": {"exact": "y", "floats": [[0.5, 1.0], [0.0, 2.0]]}}}}
-    damages = [(place, text) for place in inside(now) for text in (*ENTRIES, None)]
-    for number, (place, text) in enumerate(damages):
+    damages = [(keys, text) for keys in key_paths(now) for text in (*ENTRIES, None)]
+    for number, (keys, text) in enumerate(damages):
         then = json.loads(json.dumps(now))
-        parent = reduce(getitem, place[:-1], then)
-        parent[place[-1]] = "here"
+        parent = reduce(getitem, keys[:-1], then)
+        parent[keys[-1]] = "here"
         if text is None:
-            del parent[place[-1]]
+            del parent[keys[-1]]
         run_dir = RunDir(tmp_path / str(number))
         run_dir.path.mkdir()
         run_dir.run_json.write_text(json.dumps({"data_identity": then}).replace('"here"', text or ""))
         caplog.clear()
-        facts = run_dir.read_provenance()
-        changes = changed_data(facts, now)
-        assert ("data_identity" in facts) != (f"{run_dir.run_json} is damaged: data_identity=" in caplog.text)
-        assert "data_identity" in facts or changes == []
-        if text is None and place[-1] in ("count", "exact", "floats"):
-            assert "data_identity" not in facts
+        provenance = run_dir.read_provenance()
+        changes = changed_data(provenance, now)
+        assert ("data_identity" in provenance) != (f"{run_dir.run_json} is damaged: data_identity=" in caplog.text)
+        assert "data_identity" in provenance or changes == []
+        if text is None and keys[-1] in ("count", "exact", "floats"):
+            assert "data_identity" not in provenance
 
 
-def test_what_is_not_there_is_not_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_file_is_not_reported_as_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = RunDir(tmp_path / "none")
     assert run_dir.read_status() == run_dir.read_provenance() == run_dir.read_error() == {}
     assert caplog.messages == []

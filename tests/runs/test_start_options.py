@@ -1,4 +1,4 @@
-"""Where a run lies, what it may be called, and what is left of a start that never began."""
+"""The directory and the name of a run, and what a start that failed early leaves."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_starts_within_a_second_have_folders_of_their_own(config: Config, tmp_pa
     assert all(path.is_dir() for path in paths)
 
 
-def test_a_look_makes_nothing(config: Config, tmp_path: Path) -> None:
+def test_finding_the_directory_creates_nothing(config: Config, tmp_path: Path) -> None:
     assert find_run_dir(config, StartOptions("mnist")).path.name == "mnist-20261126-120000"
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("job", [None, "7"])
-def test_a_run_that_has_a_name_is_found_again(job: str | None, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_run_is_found_again(job: str | None, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     if job:
         monkeypatch.setenv("SLURM_JOB_ID", job)
     start = StartOptions("mnist", run_name=None if job else "first")
@@ -72,7 +72,7 @@ BAD = ["", "a b", "-x", ".x", "a/b", "..", "a\nb", "a\0b", "my config (2)", "$(x
 
 
 @pytest.mark.parametrize("name", [*GOOD, *BAD])
-def test_names(name: str, tmp_path: Path) -> None:
+def test_run_names(name: str, tmp_path: Path) -> None:
     if name in GOOD:
         check_run_name("--run-name", name, tmp_path)
         assert valid_run_name(name) == name
@@ -83,16 +83,16 @@ def test_names(name: str, tmp_path: Path) -> None:
     check_run_name("--run-name", valid_run_name(name), tmp_path)
 
 
-def test_a_run_that_is_there_has_any_name(tmp_path: Path) -> None:
+def test_an_existing_run_may_have_any_name(tmp_path: Path) -> None:
     (tmp_path / "my run (2)").mkdir()
     check_run_name("--run-name", "my run (2)", tmp_path)
 
 
-def test_a_config_may_be_called_anything(config: Config) -> None:
+def test_a_config_may_have_any_name(config: Config) -> None:
     assert find_run_dir(config, StartOptions("my config (2)")).path.name == "my_config_2-20261126-120000"
 
 
-# --- a start that never began ------------------------------------------------------------------------------------
+# --- a start that failed early -----------------------------------------------------------------------------------
 
 NETS = """
 from torch import nn
@@ -144,8 +144,8 @@ def test_what_a_failed_launch_leaves(
     assert len(list((tmp_path / "runs").iterdir())) == stays
 
 
-def test_what_holds_a_checkpoint_is_never_removed(tmp_path: Path) -> None:
-    """However little its damaged files tell."""
+def test_a_directory_with_a_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    """Even if all its other files are missing or damaged."""
     run_dir = RunDir(tmp_path / "smoke-20261126-120000")
     (run_dir.checkpoints / "step_00000001").mkdir(parents=True)
     write_json(run_dir.error, {"kind": "UserCodeError", "message": "", "rank": 1, "host": "n1"})
@@ -154,7 +154,7 @@ def test_what_holds_a_checkpoint_is_never_removed(tmp_path: Path) -> None:
 
 
 def test_a_job_of_an_older_version_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They took any name of a config for the run's."""
+    """Older versions used any config name as the run name."""
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     config, start = parse_config({"runs_dir": str(tmp_path)}), StartOptions("my config (2)")
     assert find_run_dir(config, start).path.name == "my_config_2-12"

@@ -1,4 +1,4 @@
-"""Every second of a run has one use, over all attempts."""
+"""Time accounting: every second of a run has exactly one use, over all attempts."""
 
 from __future__ import annotations
 
@@ -16,58 +16,62 @@ from support.clock import Clock
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock(100.0)
+    fake = Clock(100.0)
     for reader in ("perf_counter", "monotonic", "time"):
-        monkeypatch.setattr(time, reader, found.time)
-    return found
+        monkeypatch.setattr(time, reader, fake.time)
+    return fake
 
 
 def test_a_first_attempt(clock: Clock) -> None:
-    sheet = TimeAccounting({}, down_s=0.0, reached=0, started=90.0)
+    accounting = TimeAccounting({}, down_s=0.0, reached=0, started=90.0)
     clock.now = 103
-    sheet.switch_to("train")
+    accounting.switch_to("train")
     clock.now = 110
-    sheet.record_step(50, data_wait_s=2.0)
-    sheet.switch_to("evaluate")
+    accounting.record_step(50, data_wait_s=2.0)
+    accounting.switch_to("evaluate")
     clock.now = 111
-    sheet.switch_to("train")
+    accounting.switch_to("train")
     clock.now = 115
-    sheet.record_step(80, data_wait_s=2.5)
-    assert sheet.totals() == {
+    accounting.record_step(80, data_wait_s=2.5)
+    assert accounting.totals() == {
         "train": 8.5, "again": 0.0, "data": 2.5, "evaluate": 1.0, "save": 0.0, "start": 13.0, "down": 0.0
     }  # fmt: skip
-    assert effective_ratio(sheet.totals()) == pytest.approx(8.5 / 25)
+    assert effective_ratio(accounting.totals()) == pytest.approx(8.5 / 25)
 
 
-def test_steps_that_are_made_again_are_no_progress(clock: Clock) -> None:
-    sheet = TimeAccounting({"train": 30.0, "start": 10.0}, down_s=5.0, reached=80, started=90.0)
-    sheet.record_step(60, 0.0)  # resumed there
-    sheet.switch_to("train")
+def test_repeated_steps_are_not_progress(clock: Clock) -> None:
+    accounting = TimeAccounting({"train": 30.0, "start": 10.0}, down_s=5.0, reached=80, started=90.0)
+    accounting.record_step(60, 0.0)  # resumed there
+    accounting.switch_to("train")
     clock.now = 102
-    sheet.record_step(70, 0.0)
+    accounting.record_step(70, 0.0)
     clock.now = 105
-    sheet.record_step(80, 0.0)
+    accounting.record_step(80, 0.0)
     clock.now = 109
-    assert sheet.totals() == {
+    assert accounting.totals() == {
         "train": 34.0, "again": 5.0, "data": 0.0, "evaluate": 0.0, "save": 0.0, "start": 20.0, "down": 5.0
     }  # fmt: skip
 
 
-def test_waiting_in_the_warm_up_is_a_part_of_the_start(clock: Clock) -> None:
-    sheet = TimeAccounting({}, down_s=0.0, reached=0, started=90.0)
-    sheet.record_step(0, data_wait_s=4.0)
-    sheet.switch_to("train")
+def test_data_waits_of_the_warm_up_count_as_start(clock: Clock) -> None:
+    accounting = TimeAccounting({}, down_s=0.0, reached=0, started=90.0)
+    accounting.record_step(0, data_wait_s=4.0)
+    accounting.switch_to("train")
     clock.now = 101
-    sheet.record_step(9, data_wait_s=4.5)
-    assert {use: spent for use, spent in sheet.totals().items() if spent} == {"train": 0.5, "data": 0.5, "start": 10.0}
+    accounting.record_step(9, data_wait_s=4.5)
+    assert {use: spent for use, spent in accounting.totals().items() if spent} == {
+        "train": 0.5,
+        "data": 0.5,
+        "start": 10.0,
+    }
 
 
-def test_a_clock_that_was_set_back_takes_nothing_away(clock: Clock) -> None:
+def test_a_clock_that_is_set_back_removes_no_time(clock: Clock) -> None:
     assert TimeAccounting({"down": 7.0}, down_s=-3600.0, reached=0, started=100.0).totals()["down"] == 7.0
 
 
-def test_nothing_is_lost_between_attempts(tmp_path: Path, clock: Clock) -> None:
-    """The sum of all uses is the wall time since the first start."""
+def test_no_time_is_lost_between_attempts(tmp_path: Path, clock: Clock) -> None:
+    """The sum over all uses is the wall time since the first start."""
     for number in range(3):
         run_dir = RunDir(tmp_path)
         run_dir.logs.mkdir(exist_ok=True)
@@ -76,15 +80,15 @@ def test_nothing_is_lost_between_attempts(tmp_path: Path, clock: Clock) -> None:
         run_dir.set_status(state="TRAINING", step=10 * number)
         clock.now += 2
         run_dir.set_status(state="TRAINING", step=10 * number + 5)
-        clock.now += 4  # killed, and down
+        clock.now += 4  # killed, then down
     status = json.loads(run_dir.status.read_text())
     assert status["attempt"] == 3
     assert (status["seconds"]["start"], status["seconds"]["train"], status["seconds"]["down"]) == (3, 6, 8)
     assert sum(status["seconds"].values()) == status["heartbeat"] - 100
 
 
-def test_an_attempt_that_did_not_get_far_forgets_nothing(tmp_path: Path, clock: Clock) -> None:
-    """The third does steps again that the first had done."""
+def test_short_attempts_keep_the_highest_step(tmp_path: Path, clock: Clock) -> None:
+    """The third attempt repeats steps of the first."""
     for reached in (1000, None, None):
         run_dir = RunDir(tmp_path)
         run_dir.logs.mkdir(exist_ok=True)
@@ -97,7 +101,7 @@ def test_an_attempt_that_did_not_get_far_forgets_nothing(tmp_path: Path, clock: 
     assert run_dir.read_status()["seconds"]["again"] == 5
 
 
-def test_the_queue_counts(tmp_path: Path, clock: Clock) -> None:
+def test_queue_time_counts_as_down(tmp_path: Path, clock: Clock) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.logs.mkdir()
     run_dir.slurm_json.write_text(json.dumps({"job": "1", "submitted": clock.now - 60}))
@@ -106,6 +110,6 @@ def test_the_queue_counts(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_one_interruption_every_three_hours() -> None:
-    """What Llama 3's 16 384 GPUs met: back in 10 s, and on average half of save_every=30 s made again."""
-    between, back, again = 3 * 3600.0, 10.0, 15.0
-    assert effective_ratio({"train": between - back - again, "start": back, "again": again}) >= 0.997
+    """As Llama 3 met it on 16 384 GPUs: 10 s for a restart, and on average half of save_every=30 s repeated."""
+    interval, restart, repeated = 3 * 3600.0, 10.0, 15.0
+    assert effective_ratio({"train": interval - restart - repeated, "start": restart, "again": repeated}) >= 0.997

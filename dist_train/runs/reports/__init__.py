@@ -1,1 +1,1 @@
-"""Runs compared: tables, charts and a page of HTML."""
+"""Comparison of runs: tables, charts and an HTML page."""

@@ -1,4 +1,4 @@
-"""Runs side by side: what they came to, in which settings they differ, seeds of one experiment as mean and spread."""
+"""Comparison of runs: results, differing settings, and mean and deviation over the seeds of an experiment."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dist_train.runs.summary import Summary, summarise_existing
 
 Axis = Literal["step", "samples", "seconds"]
 
-_BESIDE = ("runs_dir", "tracking.")
+_NOT_COMPARED = ("runs_dir", "tracking.")  # prefixes of settings
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Of the seeds of an experiment."""
+    """A mean over the seeds of an experiment."""
 
     mean: float
-    deviation: float | None  # None: of one seed
+    deviation: float | None  # None: only one seed
 
 
 Cell = str | float | Mean | None
@@ -39,7 +39,7 @@ class Metric:
 
     name: str
     of: Callable[[LoadedRun], float | None]
-    form: str  # for people
+    form: str  # format spec for text tables
     best: Callable[[Sequence[float]], float] | None = None  # max or min; None: neither is better
 
 
@@ -48,7 +48,7 @@ class LoadedRun:
     """A run with its settings and all of its metrics."""
 
     summary: Summary
-    config: Config | None  # None: it has none yet, or one that cannot be read
+    config: Config | None  # None: missing or unreadable
     lines: list[dict[str, Any]] = field(repr=False)  # of metrics.jsonl
 
     @property
@@ -57,7 +57,7 @@ class LoadedRun:
 
     @property
     def experiment(self) -> str:
-        """The same for runs that differ in their seed, or in what cannot change the result."""
+        """A key that is equal for runs that differ only in their seed or in settings that cannot change the result."""
         if self.config is None:
             return self.name
         return json.dumps({key: value for key, value in self.config.result_settings().items() if key != "seed"})
@@ -67,7 +67,7 @@ class LoadedRun:
         return self.config.seed if self.config else None
 
     def last(self, key: str) -> float | None:
-        """The newest value of a metric."""
+        """Return the newest value of a metric."""
         return next((line[key] for line in reversed(self.lines) if line.get(key) is not None), None)
 
     @property
@@ -75,24 +75,24 @@ class LoadedRun:
         return max((line["val/accuracy"] for line in self.lines if "val/accuracy" in line), default=None)
 
     def curve(self, key: str, axis: Axis) -> tuple[list[float], list[float]]:
-        """Where on the axis, and the values there."""
-        at = self._seconds if axis == "seconds" else [line.get(axis) for line in self.lines]
-        pairs = [(x, line.get(key)) for x, line in zip(at, self.lines, strict=True)]
+        """Return the positions on the axis and the values there."""
+        positions = self._seconds if axis == "seconds" else [line.get(axis) for line in self.lines]
+        pairs = [(x, line.get(key)) for x, line in zip(positions, self.lines, strict=True)]
         points = [(x, y) for x, y in pairs if x is not None and y is not None]
         return [x for x, _ in points], [y for _, y in points]
 
     @cached_property
     def _seconds(self) -> list[float]:
-        """Of each line, since the first one; the time between attempts left out."""
+        """Seconds from the first line to each line, without the time between attempts."""
         seconds, attempt, before = 0.0, None, 0.0
-        found = []
+        result = []
         for line in self.lines:
-            time = line.get("time", before)  # a damaged line may be one without it
+            time = line.get("time", before)  # a damaged line may lack it
             if line.get("attempt") == attempt:
                 seconds += max(0.0, time - before)
             attempt, before = line.get("attempt"), time
-            found.append(seconds)
-        return found
+            result.append(seconds)
+        return result
 
 
 METRICS = (
@@ -107,9 +107,10 @@ METRICS = (
 
 
 def read_run(path: Path) -> LoadedRun:
-    """
+    """Read a run with its settings and metrics.
+
     Raises:
-        RunDirError: there is no run.
+        RunDirError: `path` is not a run directory.
     """
     summary = summarise_existing(path)
     try:
@@ -121,12 +122,12 @@ def read_run(path: Path) -> LoadedRun:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are, and how people are to see them."""
+    """A table with exact cell values and the formatting for text output."""
 
     title: str
     columns: list[str]
     rows: list[list[Cell]]
-    forms: dict[str, str]  # by column, of its numbers
+    forms: dict[str, str]  # by column, the format spec of its numbers
     best: dict[str, float]  # by column, the value to mark
 
     def text_of(self, column: str, cell: Cell) -> str:
@@ -142,7 +143,7 @@ class Table:
         return cell is not None and self.best.get(column) == value_of(cell)
 
     def texts(self, mark: Callable[[str], str]) -> list[list[str]]:
-        """The rows for people; `mark` is put on the best of a column."""
+        """Return the rows as text. `mark` formats the best cell of a column."""
         return [
             [
                 mark(self.text_of(column, cell)) if self.is_best(column, cell) else self.text_of(column, cell)
@@ -153,17 +154,17 @@ class Table:
 
 
 def value_of(cell: Cell) -> str | float | None:
-    """The number of a cell, of several seeds their mean; or its text."""
+    """Return a cell's number (the mean if it has several seeds) or its text."""
     return cell.mean if isinstance(cell, Mean) else cell
 
 
 def compare(runs: Sequence[LoadedRun]) -> list[Table]:
-    """The table of the runs and, if there are several seeds of one experiment, that of the experiments."""
+    """Return the table of runs and, if an experiment has several seeds, the table of experiments."""
     return [table for table in (run_table(runs), seed_table(runs)) if table is not None]
 
 
 def run_table(runs: Sequence[LoadedRun]) -> Table:
-    """A row for each run: its state, the settings in which they differ, its metrics."""
+    """Return a table with one row for each run: its state, the settings that differ between runs, its metrics."""
     settings = differing_settings(runs)
     rows: list[list[Cell]] = []
     for number, run in enumerate(runs):
@@ -173,9 +174,9 @@ def run_table(runs: Sequence[LoadedRun]) -> Table:
 
 
 def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
-    """A row for each experiment with its finished seeds' mean and spread; None if each has but one."""
+    """Return a table with mean and deviation over each experiment's finished seeds. None if each has only one seed."""
     finished = [run for run in runs if run.summary.state == "FINISHED"]
-    # The same seed again says nothing new.
+    # Each seed counts once: a repeated one adds no information.
     groups = [list({run.seed: run for run in reversed(group)}.values())[::-1] for group in group_seeds(finished)]
     if all(len(group) == 1 for group in groups):
         return None
@@ -187,9 +188,9 @@ def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
     for number, group in enumerate(groups):
         row: list[Cell] = [group[0].name, len(group), *(values[number] for values in settings.values())]
         for metric in metrics:
-            found = [value for run in group if (value := metric.of(run)) is not None]
-            deviation = statistics.stdev(found) if len(found) > 1 else None
-            row.append(Mean(statistics.mean(found), deviation) if found else None)
+            results = [value for run in group if (value := metric.of(run)) is not None]
+            deviation = statistics.stdev(results) if len(results) > 1 else None
+            row.append(Mean(statistics.mean(results), deviation) if results else None)
         rows.append(row)
     columns += [metric.name for metric in metrics]
     return _table("seeds of one experiment: mean ± standard deviation", columns, rows)
@@ -200,21 +201,21 @@ def _table(title: str, columns: list[str], rows: list[list[Cell]]) -> Table:
     best: dict[str, float] = {}
     for metric in METRICS:
         if metric.best and metric.name in columns and len(rows) > 1:
-            place = columns.index(metric.name)
-            found = [value for row in rows if isinstance(value := value_of(row[place]), (int, float))]
-            if len(found) > 1:
-                best[metric.name] = metric.best(found)
+            index = columns.index(metric.name)
+            values = [value for row in rows if isinstance(value := value_of(row[index]), (int, float))]
+            if len(values) > 1:
+                best[metric.name] = metric.best(values)
     return Table(title, columns, rows, {name: form for name, form in forms.items() if name in columns}, best)
 
 
 def differing_settings(runs: Sequence[LoadedRun]) -> dict[str, list[Cell]]:
-    """The settings that are not the same in all runs, with the value of each run; None where one has not got it.
+    """Return the settings that differ between runs, with the value of each run. None where a run lacks the setting.
 
-    Without those of where a run lies and who is told of it.
+    Settings of the run location and of tracking are left out.
     """
     flat = [run.config.flat() if run.config else {} for run in runs]
     known = [settings for settings in flat if settings]
-    names = dict.fromkeys(name for settings in known for name in settings if not name.startswith(_BESIDE))
+    names = dict.fromkeys(name for settings in known for name in settings if not name.startswith(_NOT_COMPARED))
     differing = [name for name in names if any(settings.get(name) != known[0].get(name) for settings in known)]
     return {name: [_cell(settings.get(name)) for settings in flat] for name in differing}
 
@@ -228,7 +229,7 @@ def _cell(value: Any) -> Cell:
 
 
 def group_seeds(runs: Sequence[LoadedRun]) -> list[list[LoadedRun]]:
-    """Runs of one experiment together, in the order of their first."""
+    """Group the runs by experiment, in the order of each experiment's first run."""
     groups: dict[str, list[LoadedRun]] = {}
     for run in runs:
         groups.setdefault(run.experiment, []).append(run)
@@ -248,7 +249,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Numbers in full; the first table alone, as a file of this kind has one."""
+    """Return the table as CSV, with full numbers. A CSV file holds one table."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table.columns)
@@ -257,6 +258,6 @@ def to_csv(table: Table) -> str:
 
 
 def to_json(tables: Sequence[Table]) -> str:
-    """{title: [{column: value}]}."""
-    found = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
-    return json.dumps(found, indent=1, allow_nan=False, default=asdict) + "\n"
+    """Return the tables as JSON: {title: [{column: value}]}."""
+    result = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
+    return json.dumps(result, indent=1, allow_nan=False, default=asdict) + "\n"

@@ -23,7 +23,7 @@ td.best { font-weight: 700; background: #e6f4e6; } img { max-width: 100%; }
 
 
 def to_html(runs: Sequence[LoadedRun], tables: Sequence[Table]) -> str:
-    """The tables, and the curves over each axis if they can be drawn. In a cell's `data-value` its number in full."""
+    """Return a page of the tables and, if matplotlib is installed, curves. `data-value` holds a cell's full number."""
     title = f"{len(runs)} runs" if len(runs) > 1 else runs[0].name
     parts = [_table(table) for table in tables]
     try:

@@ -1,6 +1,6 @@
-"""A wall clock that is set while a run goes on. On PYTHONPATH of the processes that test_surroundings.py starts.
+"""A wall clock that jumps during a run. On PYTHONPATH of the processes that test_surroundings.py starts.
 
-Of Python's own readers alone: the clock of the machine cannot be set under the other tests.
+Only Python's time.time jumps: changing the machine's clock would disturb the other tests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _real = time.time
 
 
 def _jumping() -> float:
-    """A year ahead once there are some lines of metrics, and later on a day behind."""
+    """Return a time one year ahead once there are some lines of metrics, and later one day behind."""
     written = 0
     with suppress(OSError):
         written = METRICS.stat().st_size

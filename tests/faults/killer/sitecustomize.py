@@ -1,8 +1,9 @@
 """Kills at a chosen point of a run. On PYTHONPATH of the processes that tests/faults/test_kills.py starts.
 
-FAULT is JSON: when the process with this `role` comes to `point` for the `nth` time, the processes with the roles in
-`victims` get SIGKILL. `folder` takes the pids of all, and just before the kill a file `hit`. Who kills only others and
-is to `hold` stays where it is until it is ended. The product knows nothing of this: its calls are wrapped here.
+FAULT is JSON: when the process with this `role` reaches `point` for the `nth` time, the processes with the roles in
+`victims` get SIGKILL. `folder` receives the pids of all processes and, just before the kill, a file `hit`. With `hold`,
+a process that kills only others waits at the point until it is ended. dist_train has no code for this: its calls are
+wrapped here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil  # noqa: F401 - before os is changed: it looks for the original functions
+import shutil  # noqa: F401 - imported before os is patched: it looks up the original functions
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 FAULT: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
-STEP_S = 0.02  # a step takes at least this long: a run that lost its launcher must not be finished before it notices
+STEP_S = 0.02  # minimum duration of a step: a run that lost its launcher must not finish before it notices
 _fsync, _rename = os.fsync, os.rename
 _pid = os.getpid()
 _count = 0
@@ -37,20 +38,20 @@ def _role() -> str:
 
 
 def at(point: str, before: Callable[[], object] = lambda: None) -> None:
-    """`before` makes what a kill in the middle of a write leaves."""
+    """Kill if this is the chosen point. `before` imitates what a kill in the middle of a write leaves."""
     global _count
-    if point != FAULT["point"] or os.getpid() != _pid:  # a loader worker is a fork of its rank
+    if point != FAULT["point"] or os.getpid() != _pid:  # loader workers are forks of their rank
         return
     _count += 1
     if _count == FAULT["nth"]:
-        if FAULT["hold"] or FAULT["role"] in FAULT["victims"]:  # else we go on
+        if FAULT["hold"] or FAULT["role"] in FAULT["victims"]:  # otherwise this process continues
             before()
         _kill()
 
 
 def _kill() -> None:
     folder = Path(FAULT["folder"])
-    while not all((folder / role).exists() for role in FAULT["victims"]):  # a rank that has hardly started yet
+    while not all((folder / role).exists() for role in FAULT["victims"]):  # a rank may have only just started
         time.sleep(0.01)
     pids = [int((folder / role).read_text()) for role in FAULT["victims"]]
     with (folder / ".hit").open("w") as file:
@@ -58,20 +59,20 @@ def _kill() -> None:
         file.flush()
         _fsync(file.fileno())
     _rename(folder / ".hit", folder / "hit")
-    for pid in sorted(pids, key=lambda pid: pid == _pid):  # ourselves last
+    for pid in sorted(pids, key=lambda pid: pid == _pid):  # this process last
         os.kill(pid, signal.SIGKILL)
     if FAULT["hold"]:
         time.sleep(60)
 
 
-# --- calls to the operating system ------------------------------------------------------------------------------
+# --- operating system calls -------------------------------------------------------------------------------------
 
 
 def plain(path: object) -> str:
-    """The name of a file without what differs from one write to the next."""
+    """Return a file name without the parts that differ between writes."""
     name = Path(os.fsdecode(path)).name  # type: ignore[arg-type]
     for pattern, replacement in {
-        r"\.writing_(\w+\.\w+)_[0-9a-f]{32}": r"\1",  # a file, what is left is a folder
+        r"\.writing_(\w+\.\w+)_[0-9a-f]{32}": r"\1",  # a file; other .writing_ names are folders
         r"step_\d+": "step",
         r"\.(writing|removing|replaced|probe|token)_.*": r"\1",
         r"\.(last|best)": r"\1",
@@ -113,7 +114,7 @@ def _watch_the_system() -> None:
     os.rmdir = lambda *args, **more: watched_removal(rmdir, "rmdir", *args, **more)
 
 
-# --- functions of the product and of torch, wrapped when their module has been imported ------------------------------
+# --- functions of dist_train and of torch, wrapped when their module is imported -------------------------------------
 
 
 def _watch(owner: Any, name: str, label: str = "", of_class: bool = False) -> None:
@@ -192,7 +193,7 @@ def _step(module: ModuleType) -> None:
     _watch(module.Step, "warm_up")
 
 
-def _journal(module: ModuleType) -> None:
+def _recorder(module: ModuleType) -> None:
     set_state = module.RunRecorder.set_state
 
     def watched(self: Any, state: str) -> None:
@@ -210,7 +211,7 @@ _WATCHED: dict[str, Callable[[ModuleType], None]] = {
     "dist_train.runs.directory": lambda module: _watch(module.RunDir, "begin_attempt"),
     "dist_train.training.agreement": _agreement,
     "dist_train.training.step.train_step": _step,
-    "dist_train.training.recorder": _journal,
+    "dist_train.training.recorder": _recorder,
     "dist_train.models.tasks.objective": lambda module: _watch(module.Objective, "forward"),
     "dist_train.distributed.world": lambda module: _watch(module.World, "join", of_class=True),
     "dist_train.checkpoints.manager": _checkpoints,
@@ -218,7 +219,7 @@ _WATCHED: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Imports:
-    """First in sys.meta_path: every import is a point, and some modules are wrapped once they are executed."""
+    """The first finder in sys.meta_path: every import is a point, and some modules are wrapped once executed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         at(f"import {name}")
@@ -241,7 +242,7 @@ if FAULT and (_me := _role()):
     Path(FAULT["folder"], f".{_me}").write_text(str(_pid))
     _rename(Path(FAULT["folder"], f".{_me}"), Path(FAULT["folder"], _me))
     if _me.startswith("rank") and _me != FAULT["role"]:
-        FAULT["point"] = "none"  # slow it is all the same
+        FAULT["point"] = "none"  # it is still slowed down
     if _me.startswith("rank") or _me == FAULT["role"]:
         sys.meta_path.insert(0, _Imports())
         _watch_the_system()
