@@ -1,3 +1,3 @@
-"""dist_train: exact, resumable data-parallel training. Importing it imports nothing else."""
+"""dist_train: exact, resumable data-parallel training. Importing this package imports no other module."""
 
 __version__ = "0.1.0"
