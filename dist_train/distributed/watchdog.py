@@ -1,23 +1,23 @@
-"""A rank that hangs says where, and ends itself, long before the scheduler's time limit would."""
+"""A watchdog that prints the stacks of a hanging rank and ends it, long before the scheduler's time limit."""
 
 from __future__ import annotations
 
 import faulthandler
 import sys
 
-# The others go first: they wait for the one that hangs, and what it says must be of it alone.
-_AFTER_THE_OTHERS_S = 5.0
+# The other ranks, which wait for the hanging one, time out first: only the hanging rank must print its stacks.
+_AFTER_OTHER_RANKS_S = 5.0
 
 
 def arm(seconds: float) -> None:
-    """Unless this is called again, or `disarm`, within `seconds`, and some more in which the others go.
+    """End this process unless `arm` or `disarm` is called within `seconds` (plus the time the other ranks need to end).
 
-    Then every thread's stack goes to where the errors of this rank go, and the process ends with exit code 1. A thread
-    of C does it: it needs neither the interpreter nor its lock.
+    It then prints the stacks of all threads to stderr and exits with code 1. A C thread does this: it needs neither
+    the interpreter nor the GIL.
     """
-    faulthandler.dump_traceback_later(seconds + _AFTER_THE_OTHERS_S, exit=True, file=sys.stderr)
+    faulthandler.dump_traceback_later(seconds + _AFTER_OTHER_RANKS_S, exit=True, file=sys.stderr)
 
 
 def disarm() -> None:
-    """What follows may take its time."""
+    """Stop the watchdog: what follows may take any time."""
     faulthandler.cancel_dump_traceback_later()
