@@ -25,7 +25,7 @@ class BatchPlan:
         return self.per_rank_batch_size * self.world_size
 
     def with_smaller_forwards(self) -> BatchPlan | None:
-        """Return a plan for the same global batch with more micro-steps, or None if each holds one example already."""
+        """Return a plan for the same global batch with more micro-steps, or None if a forward has only one example."""
         smaller = [d for d in _divisors(self.per_rank_batch_size) if d < self.per_device_batch_size]
         return BatchPlan(smaller[-1], self.per_rank_batch_size // smaller[-1], self.world_size) if smaller else None
 

@@ -41,7 +41,7 @@ WantedMode = Literal["auto", StepMode]
 def _not_seconds(text: object) -> Duration:
     duration = Duration.parse(text)
     if duration.unit == "s":
-        raise ValueError("write it in steps or epochs: a time in seconds is another step after each resume")
+        raise ValueError("write it in steps or epochs: a time in seconds would fall on another step after a resume")
     return duration
 
 
@@ -234,9 +234,9 @@ class Config(_Settings):
     keep_last: Annotated[PositiveInt, MayChange] = 2  # keep this many of the newest checkpoints
     keep_best: Annotated[NonNegativeInt, MayChange] = 1  # also keep this many of the best checkpoints
     keep_every: Annotated[Steps, MayChange] = Duration(0)  # also keep checkpoints at multiples of this; 0: none
-    # End the run if a rank makes no progress, or does not answer the others, for this long after the first step.
+    # After the first step: end the run if a rank makes no progress, or does not answer the others, for this long.
     stall_timeout_s: Annotated[Seconds, MayChange] = 600.0
-    # The same limit until the first step: starting all ranks, restoring a checkpoint, compiling.
+    # Until the first step (starting all ranks, restoring a checkpoint, compiling): the same limit.
     setup_timeout_s: Annotated[Seconds, MayChange] = 1800.0
     # Signal by which a scheduler announces a preemption: save, stop, and end as PREEMPTED, to be resumed later.
     preempt_signal: Annotated[Literal["USR1", "USR2"], MayChange] = "USR1"
