@@ -51,16 +51,16 @@ def choose_precision(config: Config, device: str, recorded_precision: str | None
     Raises:
         ConfigError: the precision is unsupported, ambiguous, or not that of the run.
     """
-    theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    ours = config.mixed_precision
-    if ours not in (None, "no", theirs, recorded_precision) and theirs != "no":
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    configured = config.mixed_precision
+    if configured not in (None, "no", launched, recorded_precision) and launched != "no":
         raise ConfigError(
-            f"mixed_precision={ours} in the config, {theirs} from accelerate launch. Leave one of them out."
+            f"mixed_precision={configured} in the config, {launched} from accelerate launch. Leave one of them out."
         )
-    precision = ours or (recorded_precision if recorded_precision and theirs == "no" else theirs)
+    precision = configured or (recorded_precision if recorded_precision and launched == "no" else launched)
     if recorded_precision and precision != recorded_precision:
-        requested = f"mixed_precision={ours}" if ours else f"ACCELERATE_MIXED_PRECISION={theirs}"
-        fix = f"Set mixed_precision={recorded_precision}" if ours else "Unset it"
+        requested = f"mixed_precision={configured}" if configured else f"ACCELERATE_MIXED_PRECISION={launched}"
+        fix = f"Set mixed_precision={recorded_precision}" if configured else "Unset it"
         raise ConfigError(f"{requested}, but the run started with {recorded_precision}. {fix}.")
     if precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported. Use no, bf16 or fp16.")

@@ -85,12 +85,12 @@ def _infer_local_rank(env: Mapping[str, str]) -> dict[str, str]:
     """Return LOCAL_RANK and LOCAL_WORLD_SIZE if only they are missing and the other variables determine them."""
     if env.get("LOCAL_RANK") or not all(env.get(name) for name in _RENDEZVOUS if name != "LOCAL_RANK"):
         return {}
-    whole = rank, size = env["RANK"], env["WORLD_SIZE"]
+    rank_and_size = rank, size = env["RANK"], env["WORLD_SIZE"]
     local_size = "1" if size == "1" else env.get("LOCAL_WORLD_SIZE")
-    if env.get("SLURM_STEP_ID") and whole == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
+    if env.get("SLURM_STEP_ID") and rank_and_size == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
         task = _from_srun(env)
         local = str(task.local_rank), str(task.local_world_size)
-    elif whole == (env.get("OMPI_COMM_WORLD_RANK"), env.get("OMPI_COMM_WORLD_SIZE")):
+    elif rank_and_size == (env.get("OMPI_COMM_WORLD_RANK"), env.get("OMPI_COMM_WORLD_SIZE")):
         local = env.get("OMPI_COMM_WORLD_LOCAL_RANK", ""), env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
     elif local_size == "1":
         local = "0", "1"

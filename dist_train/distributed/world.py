@@ -89,7 +89,7 @@ class World:
             InitProcessGroupKwargs(timeout=timeout),
         ]
         if place.world_size > place.local_world_size:
-            _log.info("waiting for %d processes to meet at %s", place.world_size, os.environ.get("MASTER_ADDR"))
+            _log.info("waiting for %d processes to connect to %s", place.world_size, os.environ.get("MASTER_ADDR"))
         try:
             # Without cpu=True, Accelerator() under torchrun on a machine without accelerator makes N worlds of one.
             accelerator = Accelerator(
