@@ -12,7 +12,7 @@ import pytest
 from dist_train.atomic_files import atomic_write, remove_leftovers, temporary_path
 from dist_train.runs.directory import RunDir
 from dist_train.runs.metrics_log import MetricsFile
-from dist_train.user_code.archives import unpacked
+from dist_train.user_code.archives import unpack_archive
 from support.run_files import contents
 from support.tiny_runs import write_at
 
@@ -134,7 +134,7 @@ def checkpoint(folder: Path) -> Path:
 def code(folder: Path) -> Path:
     with zipfile.ZipFile(folder / "code.zip", "w") as archive:
         archive.writestr("sub/net.py", "x = 1")
-    return unpacked(folder / "code.zip", "code.zip")
+    return unpack_archive(folder / "code.zip", "code.zip")
 
 
 @pytest.mark.parametrize("made_by", [result, line_cut, checkpoint, code])
