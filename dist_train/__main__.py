@@ -1,4 +1,4 @@
-"""`python -m dist_train` is the `dist-train` command, so `torchrun -m dist_train train -c ...` works."""
+"""Entry point of `python -m dist_train`, the same as `dist-train`, for `torchrun -m dist_train train -c ...`."""
 
 from dist_train.cli import main
 

@@ -1,4 +1,4 @@
-"""Files and folders that others may look for while they are written: all of them is there, or nothing."""
+"""Atomic writes of files and folders, and strict JSON."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-_ASIDE = ".writing_"
+_TEMPORARY_PREFIX = ".writing_"
 
 
 @contextmanager
 def atomic_write(
     target: Path, *, durable: bool = True, before_rename: Callable[[], object] = lambda: None
 ) -> Iterator[Path]:
-    """A path beside `target`: the file or folder that is made there gets its name at the end.
+    """Yield a temporary path beside `target`; the file or folder created there is renamed to `target` at the end.
 
-    Whoever looks finds what was there before or all of the new one; `durable`: also whoever looks after a power cut.
-    What is raised meanwhile, by `before_rename` too, leaves what was there before and no rest. Of folders only an empty
-    one is replaced.
+    Readers see either the old content or the complete new content; with `durable`, also after a power failure. On an
+    exception, also one of `before_rename`, the old content stays and the temporary path is removed. A folder that is
+    not empty is never replaced.
     """
-    aside = temporary_path(target)
+    temporary = temporary_path(target)
     try:
-        yield aside
+        yield temporary
         if durable:
-            for path in (*aside.rglob("*"), aside):
+            for path in (*temporary.rglob("*"), temporary):
                 fsync(path)
         before_rename()
-        aside.replace(target)
+        temporary.replace(target)
     except BaseException:
-        remove(aside)
+        remove(temporary)
         raise
     if durable:
         fsync(target.parent)  # or the rename may be lost
 
 
 def temporary_path(target: Path) -> Path:
-    """Where to write what is to become `target`; `remove_leftovers` knows it. No two are the same, on no machine."""
-    return target.with_name(f"{_ASIDE}{target.name}_{uuid4().hex}")
+    """Return a path beside `target`, unique across processes and machines, that `remove_leftovers` recognises."""
+    return target.with_name(f"{_TEMPORARY_PREFIX}{target.name}_{uuid4().hex}")
 
 
-def remove_leftovers(folder: Path, prefix: str = _ASIDE) -> None:
-    """What was killed while it wrote into `folder` has left half of it. Only where nobody writes."""
+def remove_leftovers(folder: Path, prefix: str = _TEMPORARY_PREFIX) -> None:
+    """Remove temporary paths that killed writers left in `folder`. Call it only while no process writes there."""
     for stale in folder.glob(f"{prefix}*"):
         remove(stale)
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,7 +60,7 @@ def fsync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all in it; as much as can be."""
+    """Remove a file, or a folder with its contents. Best effort: errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -69,17 +69,18 @@ def remove(path: Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON on one line: no NaN, no Infinity."""
+    """Return strict JSON on one line: no NaN, no Infinity."""
     return json.dumps(value, allow_nan=False)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write strict JSON, as `write_atomically`."""
     text = json.dumps(value, allow_nan=False, indent=1)
     write_atomically(path, text + "\n", durable=durable)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, or {} where there is none, or none that can be read."""
+    """Return the JSON object in `path`, or {} if the file is missing or invalid."""
     try:
         return parse_object(path.read_bytes())
     except (OSError, ValueError):
@@ -87,20 +88,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """
+    """Parse a JSON object.
+
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: `text` is not a JSON object.
     """
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"no object but a {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"not an object but a {type(value).__name__}")
+    return value
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """As `atomic_write`."""
-    with atomic_write(path, durable=durable) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    """Write a file, as `atomic_write`."""
+    with atomic_write(path, durable=durable) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,17 +1,17 @@
-"""What can go wrong, and how the command line reports it.
+"""The exceptions of dist_train and the exit codes of the command line.
 
 DistTrainError
-  ConfigError       settings wrong or at odds                      exit 2
-  DataError         data set missing or not as expected            exit 1
-  LaunchError       processes cannot be started, or a lone world   exit 1
-    PeerLost        another rank is gone: killed, or its node    exit 1
-  RunDirError       run directory in use, unwritable, not shared   exit 1
-  CheckpointError   cannot be written or read                      exit 1
-  TrainingDiverged  the loss is not finite                         exit 1
-  OutOfMemory       of the device, or of the machine               exit 1
-  UserCodeError     a bundle or a class of the user does not fit   exit 1
+  ConfigError       a setting is invalid, or two contradict           exit 2
+  DataError         a data set is missing or not as expected          exit 1
+  LaunchError       processes cannot start or cannot form one group   exit 1
+    PeerLost        another rank is gone: it or its node died         exit 1
+  RunDirError       run directory in use, not writable, not shared    exit 1
+  CheckpointError   a checkpoint cannot be written or read            exit 1
+  TrainingDiverged  the loss is not finite                            exit 1
+  OutOfMemory       the device or the machine is out of memory        exit 1
+  UserCodeError     user code fails or lacks the expected interface   exit 1
 
-A message is one or a few lines: the setting as the user typed it, the arithmetic, and the fix last.
+A message has one or a few lines: the setting as the user typed it, the arithmetic, and the fix last.
 """
 
 from __future__ import annotations

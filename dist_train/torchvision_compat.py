@@ -1,9 +1,9 @@
-"""torchvision, also where its compiled operators do not fit the torch beside it.
+"""Import of torchvision, also where its compiled operators do not match the installed torch.
 
-The CPU build of torch next to a CUDA build of torchvision (what a package index may well give) cannot load
-torchvision's operators, and `import torchvision` dies of "operator torchvision::nms does not exist". Data sets,
-transforms and image classifiers need none of these operators: it is enough that two of them have a schema. Calling
-such an operator, say in a detection net, still raises.
+A CPU build of torch with a CUDA build of torchvision, which a package index may install, cannot load torchvision's
+operators: `import torchvision` fails with "operator torchvision::nms does not exist". Data sets, transforms and image
+classifiers use none of these operators: declaring the schema of two of them is enough. Calling such an operator, for
+example in a detection net, still raises.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from dist_train.errors import DistTrainError
 
 _SCHEMA = "{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_NAMES = ("nms", "qnms")  # the operators whose absence stops the import
-_defined: list[Any] = []  # a library object that is collected takes its schemas along
+_NAMES = ("nms", "qnms")  # the operators without which the import fails
+_defined: list[Any] = []  # keeps the library object alive: its schemas are removed with it
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, imported plainly if that works, else with the two missing operators declared.
+    """Import torchvision; if that fails for its operators, declare the two missing ones and import it again.
 
     Afterwards `import torchvision.datasets` and the like work anywhere in this process.
 
@@ -29,13 +29,13 @@ def import_torchvision() -> ModuleType:
         DistTrainError: torchvision is not installed, or cannot be imported for another reason.
     """
     if "torchvision" not in sys.modules:
-        _forget_torchvision()  # somebody may have tried before
+        _forget_torchvision()  # an earlier import may have failed
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
             raise _cannot_import(error) from error
-        fix = "Install the one that fits your torch: https://pytorch.org/get-started/locally."
+        fix = "Install the version that matches your torch: https://pytorch.org/get-started/locally."
         raise DistTrainError(f"torchvision is not installed. {fix}") from None
     except Exception as error:
         if not is_missing_operator(error):
@@ -49,13 +49,13 @@ def import_torchvision() -> ModuleType:
 
 
 def is_missing_operator(error: BaseException) -> bool:
-    """Whether `error` says that torchvision's operators do not fit the torch beside it."""
+    """Return whether `error` means that torchvision's operators do not match the installed torch."""
     text = str(error)
     return isinstance(error, RuntimeError) and any(f"operator torchvision::{name} does not" in text for name in _NAMES)
 
 
 def _forget_torchvision() -> None:
-    """A failed import leaves half of its submodules behind, and the next import would build on them."""
+    """Remove the submodules that a failed import leaves behind: the next import would use them."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
 

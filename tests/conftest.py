@@ -1,4 +1,4 @@
-"""Tests leave no trace: own data folder and caches, no network, no W&B account, one thread, a clean environment."""
+"""Isolation of the tests: own data folder and caches, no network, no W&B account, one thread, clean environment."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 settings.register_profile("dist_train", deadline=None, database=None, derandomize=True)
 settings.load_profile("dist_train")
 
-# OpenMP reads it when torch is loaded. One thread for each process of the suite, two where `make cpus` asks for them.
+# OpenMP reads it when torch is loaded. One thread per process of the suite; `make cpus` sets two.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
-# A shell's background job ignores INT and `nohup` HUP, and so would every process that a test starts and signals.
+# A shell's background jobs ignore INT, and `nohup` ignores HUP; every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -35,18 +35,18 @@ _PREFIXES = ("SLURM_", "ACCELERATE_", "WANDB_", "DIST_TRAIN_", "TORCHELASTIC_", 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="All faults and jobs, not the part that each session has.")
+    parser.addoption("--full", action="store_true", help="Run all faults and jobs, not only the default subset.")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [] if config.getoption("--full") else [item for item in items if item.get_closest_marker("full")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = in_order(item for item in items if item not in left_out)
+    deselected = [] if config.getoption("--full") else [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = in_order(item for item in items if item not in deselected)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Bytes may differ from worker to worker (a gzip archive holds the time), and all must find the same tests."""
+    """Use the argument's name for bytes: they may differ between workers (gzip stores the time), test ids must not."""
     return argname if isinstance(val, bytes) else None
 
 
@@ -60,7 +60,7 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     os.environ |= {
         "DIST_TRAIN_DATA_DIR": str(shared / "data"),
         "MPLCONFIGDIR": str(shared / "matplotlib"),
-        "TORCHINDUCTOR_CACHE_DIR": str(shared / "inductor"),  # cold at first: what is compiled there is this session's
+        "TORCHINDUCTOR_CACHE_DIR": str(shared / "inductor"),  # empty at the start of each session
         "XDG_CACHE_HOME": str(cache),
         "HF_HOME": str(cache / "hf"),
         "WANDB_MODE": "disabled",
@@ -73,28 +73,28 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(autouse=True)
 def _no_traces() -> Iterator[None]:
-    """A test that leaves environment variables or the current folder changed fails."""
+    """Fail a test that does not restore environment variables and the current folder."""
     environment, folder = dict(os.environ), Path.cwd()
     yield
-    left = {name for name in os.environ.keys() | environment.keys() if os.environ.get(name) != environment.get(name)}
-    left -= {"PYTEST_CURRENT_TEST"}
-    assert not left, f"environment variables left changed: {sorted(left)}"
+    changed = {name for name in os.environ.keys() | environment.keys() if os.environ.get(name) != environment.get(name)}
+    changed -= {"PYTEST_CURRENT_TEST"}
+    assert not changed, f"environment variables not restored: {sorted(changed)}"
     assert Path.cwd() == folder
 
 
 @pytest.fixture
 def count(request: pytest.FixtureRequest) -> Callable[..., int]:
-    """Called with how many there are in full (and in part, else a tenth): how many there are to be now.
+    """Return count(full, part): the number of numbered cases to run: all `full` with --full, else the first `part`.
 
-    They are numbered, and the first are the same each time.
+    The default of `part` is a tenth of `full`.
     """
-    everything = request.config.getoption("--full")
-    return lambda full, part=0: full if everything else part or max(1, full // 10)
+    run_all = request.config.getoption("--full")
+    return lambda full, part=0: full if run_all else part or max(1, full // 10)
 
 
 @pytest.fixture
 def world(_no_traces: None) -> Iterator[World]:
-    """A world of this process alone."""
+    """A world of one process, this one."""
     from accelerate.state import AcceleratorState, GradientState
 
     from dist_train.config.loading import parse_config
@@ -110,7 +110,7 @@ def world(_no_traces: None) -> Iterator[World]:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
-    """The directory of a run in its first attempt."""
+    """The directory of a run during its first attempt."""
     from dist_train.config.loading import parse_config
     from dist_train.runs.directory import RunDir
 
@@ -122,15 +122,15 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 # --- the tables of docs/cluster.md and docs/faults.md, printed at the end of a session --------------------------------
 
-_TABLE = "what became of the runs"
-_COLUMNS = ("what happens", "what becomes of it", "seconds", "steps lost", "verified")
+_TABLE = "outcome of the runs"
+_COLUMNS = ("fault", "outcome", "seconds", "steps lost", "verified")
 
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Called with a cell for each column of the table that the test's module names (TABLE, COLUMNS).
+    """Return row(*cells), which adds one row to the table that the test's module defines (TABLE, COLUMNS).
 
-    The last column, which names the test, is added here.
+    A last column with the name of the test is added automatically.
     """
     title = getattr(request.module, "TABLE", _TABLE)
     columns = getattr(request.module, "COLUMNS", _COLUMNS)

@@ -1,4 +1,4 @@
-"""A file or folder is there whole or not at all, after a power cut too."""
+"""Atomic writes: a file or folder is complete or absent, also after a power failure."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import pytest
 from dist_train.atomic_files import atomic_write, remove_leftovers, temporary_path
 from dist_train.runs.directory import RunDir
 from dist_train.runs.metrics_log import MetricsFile
-from dist_train.user_code.archives import unpacked
+from dist_train.user_code.archives import unpack_archive
 from support.run_files import contents
 from support.tiny_runs import write_at
 
 
-def make(aside: Path, kind: str, text: str) -> None:
+def make(path: Path, kind: str, text: str) -> None:
     if kind == "folder":
-        (aside / "sub").mkdir(parents=True)
-        aside /= "sub/file"
-    aside.write_text(text)
+        (path / "sub").mkdir(parents=True)
+        path /= "sub/file"
+    path.write_text(text)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_it_appears_when_all_is_written(kind: str, tmp_path: Path) -> None:
+def test_the_target_appears_when_it_is_complete(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "it"
-    with atomic_write(target) as aside:
-        make(aside, kind, "new")
+    with atomic_write(target) as temporary:
+        make(temporary, kind, "new")
         assert not target.exists()
     assert [*contents(tmp_path).values()] == [b"new"]
 
 
-def test_a_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+def test_a_file_replaces_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "it").write_text("old")
-    with atomic_write(tmp_path / "it") as aside:
-        aside.write_text("new")
+    with atomic_write(tmp_path / "it") as temporary:
+        temporary.write_text("new")
         assert (tmp_path / "it").read_text() == "old"
     assert contents(tmp_path) == {"it": b"new"}
 
 
 @pytest.mark.parametrize("broken", ["replace", "fsync", "body", "before_rename"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_failure_leaves_what_was_there_and_no_rest(
+def test_a_failure_keeps_the_old_content_and_leaves_nothing_else(
     broken: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -51,8 +51,8 @@ def test_a_failure_leaves_what_was_there_and_no_rest(
 
     def write() -> None:
         before_rename = fail if broken == "before_rename" else lambda: None
-        with atomic_write(tmp_path / "it", before_rename=before_rename) as aside:
-            make(aside, kind, "new")
+        with atomic_write(tmp_path / "it", before_rename=before_rename) as temporary:
+            make(temporary, kind, "new")
             if broken == "body":
                 fail()
 
@@ -65,25 +65,25 @@ def test_a_failure_leaves_what_was_there_and_no_rest(
     assert contents(tmp_path) == before
 
 
-def test_no_folder_takes_the_place_of_a_full_one(tmp_path: Path) -> None:
-    """Of several processes that make the same one, the first counts."""
+def test_a_folder_that_is_not_empty_is_not_replaced(tmp_path: Path) -> None:
+    """If several processes create the same folder, the first one wins."""
     make(tmp_path / "it", "folder", "first")
-    with pytest.raises(OSError, match="not empty"), atomic_write(tmp_path / "it") as aside:
-        make(aside, "folder", "second")
+    with pytest.raises(OSError, match="not empty"), atomic_write(tmp_path / "it") as temporary:
+        make(temporary, "folder", "second")
     assert contents(tmp_path) == {"it/sub/file": b"first"}
 
 
-def test_files_are_as_readable_as_the_user_wants(tmp_path: Path) -> None:
+def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        with atomic_write(tmp_path / "file") as aside:
-            aside.write_text("x")
+        with atomic_write(tmp_path / "file") as temporary:
+            temporary.write_text("x")
     finally:
         os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640  # a group shares a data folder
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640  # for a group that shares a data folder
 
 
-def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_leftovers_are_removed(tmp_path: Path) -> None:
     for kind in ("file", "folder"):
         make(temporary_path(tmp_path / "it"), kind, "half")
     (tmp_path / ".mine").touch()
@@ -91,26 +91,26 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     assert contents(tmp_path) == {".mine": b""}
 
 
-# --- on the disk -----------------------------------------------------------------------------------------------------
+# --- fsync -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def trace(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
-    """What was synced, and what was renamed to what, in order."""
-    found: list[tuple[str, Path]] = []
+    """All fsync calls and renames (from, to) in order."""
+    calls: list[tuple[str, Path]] = []
     fsync, replace = os.fsync, Path.replace
 
     def traced_fsync(descriptor: int) -> None:
-        found.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+        calls.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
     def traced_replace(self: Path, target: Path) -> Path:
-        found.extend([("from", self), ("to", target)])
+        calls.extend([("from", self), ("to", target)])
         return replace(self, target)
 
     monkeypatch.setattr(os, "fsync", traced_fsync)
     monkeypatch.setattr(Path, "replace", traced_replace)
-    return found
+    return calls
 
 
 def result(folder: Path) -> Path:
@@ -134,7 +134,7 @@ def checkpoint(folder: Path) -> Path:
 def code(folder: Path) -> Path:
     with zipfile.ZipFile(folder / "code.zip", "w") as archive:
         archive.writestr("sub/net.py", "x = 1")
-    return unpacked(folder / "code.zip", "code.zip")
+    return unpack_archive(folder / "code.zip", "code.zip")
 
 
 @pytest.mark.parametrize("made_by", [result, line_cut, checkpoint, code])
@@ -144,7 +144,7 @@ def test_all_is_on_the_disk_before_the_rename_and_the_rename_after_it(
     monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path))
     target = made_by(tmp_path)
     renamed = trace.index(("to", target))
-    aside = trace[renamed - 1][1]
-    made = {aside, *(aside / path.relative_to(target) for path in target.rglob("*"))}
-    assert made <= {path for what, path in trace[:renamed] if what == "sync"}
+    temporary = trace[renamed - 1][1]
+    written = {temporary, *(temporary / path.relative_to(target) for path in target.rglob("*"))}
+    assert written <= {path for what, path in trace[:renamed] if what == "sync"}
     assert trace[renamed + 1] == ("sync", target.parent)

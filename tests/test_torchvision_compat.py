@@ -1,4 +1,4 @@
-"""dist_train.torchvision_compat, each case in a process of its own: what was imported before decides."""
+"""dist_train.torchvision_compat. Each case runs in its own process: earlier imports would change the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run_python(code: str, folder: Path) -> str:
 
 
 def fake_torchvision(folder: Path, source: str) -> None:
-    """A torchvision that is imported instead of the installed one."""
+    """Write a torchvision package that is imported instead of the installed one."""
     (folder / "torchvision").mkdir()
     (folder / "torchvision" / "part.py").write_text("ready = False\n")
     (folder / "torchvision" / "__init__.py").write_text(source)
@@ -38,7 +38,7 @@ print(sum(weight.numel() for weight in torchvision.models.squeezenet1_1().parame
 
 
 def test_missing_operators_are_declared_after_a_failed_import_by_someone_else(tmp_path: Path) -> None:
-    # Like the CPU torch beside a CUDA torchvision, wherever these tests run; half of it stays in sys.modules.
+    # Simulates a CPU torch with a CUDA torchvision on any machine; some submodules stay in sys.modules.
     fake_torchvision(
         tmp_path,
         "import torch, torchvision.part\n"
@@ -58,7 +58,7 @@ print(import_torchvision().__name__)
     assert run_python(code, tmp_path).split("\n") == ["operator torchvision::nms does not exist", "torchvision"]
 
 
-def test_a_pair_that_works_is_left_alone(tmp_path: Path) -> None:
+def test_a_matching_pair_is_imported_unchanged(tmp_path: Path) -> None:
     fake_torchvision(tmp_path, "loaded = True\n")
     code = """
 import sys
@@ -71,7 +71,7 @@ print(import_torchvision().loaded, "torch" in sys.modules)
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        (None, "torchvision is not installed. Install the one that fits"),
+        (None, "torchvision is not installed. Install the version that matches"),
         ("import pillow_is_gone", "torchvision cannot be imported: ModuleNotFoundError: No module named 'pillow_is"),
         ("raise OSError('libcudart')", "torchvision cannot be imported: OSError: libcudart. Reinstall torch and"),
     ],

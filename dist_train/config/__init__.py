@@ -1,1 +1,1 @@
-"""The settings of a run: their schema, where their values come from, and how a batch is divided."""
+"""The settings of a run: schema, loading from YAML and overrides, default folders, and the division of a batch."""

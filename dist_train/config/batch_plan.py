@@ -1,4 +1,4 @@
-"""How one optimizer step is divided over ranks and micro-steps. Pure arithmetic, known before any process starts."""
+"""The division of one global batch over ranks and micro-steps, computed before any process starts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dist_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """global_batch_size = per_device_batch_size x grad_accum_steps x world_size, without remainder."""
+    """The division of one optimizer step: global batch = per device x grad_accum_steps x world_size, no remainder."""
 
-    per_device_batch_size: int  # examples per forward
-    grad_accum_steps: int  # forwards per rank and step
+    per_device_batch_size: int  # examples per forward pass
+    grad_accum_steps: int  # forward passes (micro-steps) per rank and optimizer step
     world_size: int
 
     @property
     def per_rank_batch_size(self) -> int:
-        """Examples per rank and step."""
+        """Examples per rank and optimizer step."""
         return self.per_device_batch_size * self.grad_accum_steps
 
     @property
@@ -25,19 +25,19 @@ class BatchPlan:
         return self.per_rank_batch_size * self.world_size
 
     def with_smaller_forwards(self) -> BatchPlan | None:
-        """The same global batch in more micro-steps; None if an example at a time is too much already."""
+        """Return a plan for the same global batch with more micro-steps, or None if a forward has only one example."""
         smaller = [d for d in _divisors(self.per_rank_batch_size) if d < self.per_device_batch_size]
         return BatchPlan(smaller[-1], self.per_rank_batch_size // smaller[-1], self.world_size) if smaller else None
 
     @classmethod
     def fit(cls, global_batch_size: int, at_most_per_device: int, world_size: int) -> BatchPlan:
-        """The plan with the largest forwards that `at_most_per_device` allows.
+        """Return the plan with the largest micro-batch that is at most `at_most_per_device`.
 
         Raises:
-            ConfigError: the global batch cannot be shared out equally; names the world sizes that fit.
+            ConfigError: the global batch is not divisible by `world_size`; the message names world sizes that fit.
         """
-        per_rank_batch_size, rest = divmod(global_batch_size, world_size)
-        if rest or not per_rank_batch_size:
+        per_rank_batch_size, remainder = divmod(global_batch_size, world_size)
+        if remainder or not per_rank_batch_size:
             raise ConfigError(
                 f"global_batch_size={global_batch_size} is not a multiple of world_size={world_size} "
                 f"({world_size} x {per_rank_batch_size} = {world_size * per_rank_batch_size}). World sizes that fit: "
@@ -47,10 +47,10 @@ class BatchPlan:
         return cls(per_device, per_rank_batch_size // per_device, world_size)
 
     def check_epoch(self, num_examples: int) -> int:
-        """Steps per epoch; the ragged tail that does not fill a global batch is dropped.
+        """Return the steps per epoch. The last, incomplete global batch of an epoch is dropped.
 
         Raises:
-            ConfigError: the training set does not fill one global batch.
+            ConfigError: the training set is smaller than one global batch.
         """
         if num_examples < self.global_batch_size:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""When things happen: durations with a unit, what is due at a step, the learning rate of a step."""
+"""Durations with a unit, and whether a periodic action is due at a step."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ class Duration:
 
     @classmethod
     def parse(cls, text: object) -> Duration:
-        """Raises ValueError with the legal forms, so that pydantic can name the setting."""
+        """Parse `text`. Raises ValueError with the valid forms; pydantic adds the name of the setting."""
         if isinstance(text, Duration):
             return text
-        found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", str(text))
-        unit = _UNITS.get(found[2] or "steps") if found else None
-        if found is None or unit is None:
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", str(text))
+        unit = _UNITS.get(match[2] or "steps") if match else None
+        if match is None or unit is None:
             raise ValueError('write a number and a unit: "3 epochs", "600 steps" or "30 s"')
-        value = float(found[1])
+        value = float(match[1])
         if math.isinf(value):
-            raise ValueError(f"more {unit} than a number can hold")
+            raise ValueError(f"the number of {unit} is too large for a float")
         if unit == "steps" and not value.is_integer():
             raise ValueError(f"{value:g} steps is not a whole number of steps")
         return cls(value, unit)
 
     def __str__(self) -> str:
-        """Reads back as the same duration: every digit, no exponent."""
+        """Format so that `parse` returns the same duration: every digit, no exponent."""
         return f"{Decimal(repr(self.value)):f} {self.unit}".replace(".0 ", " ")
 
     def to_steps(self, steps_per_epoch: int) -> int:
-        """Whole steps; a positive duration is at least one step. Seconds have no fixed number of steps."""
+        """Convert to whole steps; a positive duration is at least one step. Seconds raise ConfigError."""
         if self.unit == "s":
-            raise ConfigError(f'"{self}" cannot be counted in steps. Write it in steps or epochs.')
+            raise ConfigError(f'"{self}" cannot be converted to steps. Write it in steps or epochs.')
         steps = self.value * (steps_per_epoch if self.unit == "epochs" else 1)
         return max(1, round(steps)) if self.value else 0
 
 
 def is_due(step: int, every: int, total_steps: int) -> bool:
-    """Every `every` steps and at the end; `every` 0: only at the end. `step` counts from 1."""
+    """Return whether an action is due: every `every` steps (0: never) and at the end. `step` counts from 1."""
     return step == total_steps or (every > 0 and step % every == 0)

@@ -1,4 +1,4 @@
-"""From a YAML file and `-o key=value` to a Config, and back; every mistake told in one line."""
+"""Loading a Config from a YAML file and `-o key=value` overrides, and writing it back. Each error is one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_train.errors import ConfigError
 
 
 class _Numbers(yaml.resolver.Resolver):
-    """What is a number: 1e-3 is (YAML 1.1 wants 1.0e-3), 12:30:00 is not (there it is 45000)."""
+    """Number syntax unlike YAML 1.1: 1e-3 is a number (there only 1.0e-3), 12:30:00 is not (there it is 45000)."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
@@ -28,20 +28,20 @@ class _Numbers(yaml.resolver.Resolver):
 
 
 class _Loader(_Numbers, yaml.SafeLoader):
-    """Refuses two things that SafeLoader lets pass."""
+    """SafeLoader that also rejects duplicate keys and integers of more than 4300 digits."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """A key that stands there twice: of the two values one would be lost."""
+        """Reject a duplicate key: SafeLoader would drop one of its two values."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return node
 
     def construct_yaml_int(self, node: Any) -> Any:
-        """A number that Python will not write, as it has more than 4300 digits; as 0x... it would read it."""
+        """Reject an integer of more than 4300 digits: Python reads it as 0x... but cannot print it."""
         try:
             value = super().construct_yaml_int(node)
             str(value)
@@ -55,11 +55,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(_Numbers, yaml.SafeDumper):
-    """Quotes the text that _Loader would take for a number."""
+    """Dumper that quotes text which _Loader would read as a number."""
 
 
 def _read_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError only: PyYAML lets out whatever int(), date() and their like raise."""
+    """Parse YAML and raise only yaml.YAMLError: PyYAML does not catch the errors of int(), date() and so on."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -69,21 +69,21 @@ def _read_yaml(text: str) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """All settings, defaults included; reads back as the same config."""
+    """Return all settings as YAML, including defaults. It loads as the same config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def bundled_configs() -> dict[str, Path]:
-    """The configs that travel with the package, by name; that of a sweep is W&B's, and no training."""
+    """Return the bundled configs by name, without sweep.yaml, which is a W&B sweep and not a training."""
     package = Path(__file__).resolve().parents[1]
     folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
-    found = {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
-    found.pop("sweep", None)
-    return found
+    configs = {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    configs.pop("sweep", None)
+    return configs
 
 
 def find_config(name: str) -> Path:
-    """A path as it stands, else the bundled config of that name (`mnist`, or `configs/mnist.yaml` from anywhere)."""
+    """Return the file `name`, else the bundled config: `mnist`, or `configs/mnist.yaml` from any folder."""
     path = Path(name)
     try:
         if path.is_file():
@@ -99,10 +99,10 @@ def find_config(name: str) -> Path:
 
 
 def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Defaults < the YAML file < overrides of the form `optimizer.lr=3e-4`.
+    """Load a config. Overrides such as `optimizer.lr=3e-4` win over the YAML file, which wins over defaults.
 
     Raises:
-        ConfigError: one line per setting that is unknown, of the wrong type or out of range.
+        ConfigError: one line for each setting that is unknown, of the wrong type or out of range.
     """
     path = find_config(name)
     try:
@@ -121,6 +121,7 @@ def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Confi
 
 
 def parse_config(tree: dict[Any, Any]) -> Config:
+    """Validate nested settings. Raises ConfigError, as `load_config`."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -145,18 +146,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def listed(override: str) -> list[str]:
-    """The overrides that set one item each of the list that this one sets; empty if it sets none, or an empty one."""
+    """Split `key=[a, b]` into `key=a` and `key=b`. Returns [] if the value is not a list, or is an empty one."""
     key, _, text = override.partition("=")
     try:
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError:
-        return []  # for _apply to explain
+        return []  # _apply reports the error
     items = node.value if isinstance(node, yaml.SequenceNode) else []
     return [f"{key}={text[item.start_mark.index : item.end_mark.index]}" for item in items]
 
 
 def _explain(item: Any) -> str:
-    """One line for one pydantic error: the key as typed, the value, what is allowed."""
+    """Return one line for one pydantic error: the key as typed, the value, what is allowed."""
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":

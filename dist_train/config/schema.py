@@ -1,7 +1,7 @@
-"""The settings: every one with its type, default and meaning.
+"""Every setting with its type, default and meaning.
 
-A run is one config file. Defaults stand here and nowhere else. A setting is marked `MayChange` where another value at a
-resume cannot change the result; all others must agree when a run is resumed.
+One config file describes one run. Defaults are defined only here. A setting marked `MayChange` may have another value
+when a run resumes, because that cannot change the result; all others must stay the same.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ StepMode = Literal["eager", "compile", "graph"]
 WantedMode = Literal["auto", StepMode]
 
 
-def _clock_free(text: object) -> Duration:
+def _not_seconds(text: object) -> Duration:
     duration = Duration.parse(text)
     if duration.unit == "s":
-        raise ValueError("count it in steps or epochs: a moment set by the clock would not be the same after a resume")
+        raise ValueError("write it in steps or epochs: a time in seconds would fall on another step after a resume")
     return duration
 
 
@@ -51,18 +51,18 @@ def _yaml_no(value: object) -> object:
 
 def _without_nul(path: Path) -> Path:
     if "\0" in str(path):
-        raise ValueError("no path has a NUL in it")
+        raise ValueError("a path must not contain a NUL character")
     return path
 
 
 _AsText = PlainSerializer(str, when_used="always")
-Steps = Annotated[Duration, BeforeValidator(_clock_free), _AsText]  # steps or epochs
-StepsOrSeconds = Annotated[Duration, BeforeValidator(Duration.parse), _AsText]
-Options = dict[str, JsonValue]  # keyword arguments for a class chosen by name
+Steps = Annotated[Duration, BeforeValidator(_not_seconds), _AsText]  # "600 steps" (also as 600) or "3 epochs"
+StepsOrSeconds = Annotated[Duration, BeforeValidator(Duration.parse), _AsText]  # also "30 s"
+Options = dict[str, JsonValue]  # keyword arguments of a class that a setting names
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BatchSize = Annotated[int, Field(gt=0, lt=2**31)]
 FilePath = Annotated[Path, AfterValidator(_without_nul)]
-Seconds = Annotated[float, Field(gt=0, lt=2**31)]  # more is no time that a clock of the system can wait for
+Seconds = Annotated[float, Field(gt=0, lt=2**31)]  # the upper bound of the system's timers
 
 
 class _Settings(BaseModel):
@@ -70,54 +70,60 @@ class _Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _yes_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+    def _reject_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
         kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
         if isinstance(value, bool) and (int in kinds or float in kinds) and bool not in kinds:
-            raise ValueError("write a number, not yes or no")  # max_grad_norm: yes would be 1.0
+            raise ValueError("write a number, not yes or no")  # pydantic would read max_grad_norm: yes as 1.0
         return value
 
 
 class Normalize(_Settings):
-    """Pixels become (x / 255 - mean) / std, one number per channel."""
+    """Normalisation of pixels x (0 to 255): (x / 255 - mean) / std."""
 
-    mean: list[float]
-    std: list[PositiveFloat]
+    mean: list[float]  # one number per channel, on the scale 0 to 1
+    std: list[PositiveFloat]  # one number per channel
 
     @model_validator(mode="after")
     def _same_channels(self) -> Normalize:
         if len(self.mean) != len(self.std):
-            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}; give as many of each")
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}; give both the same number")
         return self
 
 
 class AugmentConfig(_Settings):
-    """Drawn anew for each example of each step, on the device."""
+    """Random changes of training images, drawn for each example at each step and applied on the device."""
 
-    shift: NonNegativeInt = 0  # pixels, up to so many in each direction; black comes in
-    flip: bool = False  # left for right, every other time
+    shift: NonNegativeInt = 0  # shift by up to this many pixels in each direction; the gap is filled with black
+    flip: bool = False  # mirror left and right with probability 0.5
 
 
 class DataConfig(_Settings):
-    name: str = "mnist"  # a data set of `dist-train data ls`, image_folder, or package.module:Name
-    bundle: FilePath | None = None  # BK.Synapse user code (folder or zip with bks_dataset.py) instead of a name
-    root: Annotated[FilePath | None, MayChange] = None  # None: $DIST_TRAIN_DATA_DIR, else the user's cache folder
-    split: str | None = None  # emnist only: balanced, byclass, bymerge, digits, letters or mnist
-    image_size: PositiveInt | None = None  # image_folder only: pixels per side
-    val_examples: NonNegativeInt = 0  # held out of train for validation; 0: validate on val/ or on the test split
-    normalize: Normalize | None = None  # None: pixels / 255, nothing else
-    augment: AugmentConfig | None = None  # of training images
-    num_workers: Annotated[int, Field(ge=0, le=1024), MayChange] = 0  # loader processes per rank, of a streamed set
-    resident: Annotated[bool | None, MayChange] = None  # whole set on the device; None: when it can be and fits
-    args: Options = {}  # keyword arguments of package.module:Name
+    # A data set listed by `dist-train data ls`, `image_folder`, or your own class as `package.module:Name`.
+    name: str = "mnist"
+    bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_dataset.py
+    # Folder of the data. None: $DIST_TRAIN_DATA_DIR, else the folder dist_train in the user's cache folder.
+    root: Annotated[FilePath | None, MayChange] = None
+    split: str | None = None  # for emnist only: balanced, byclass, bymerge, digits, letters or mnist
+    image_size: PositiveInt | None = None  # for image_folder only: pixels per side of the resized square images
+    # Training examples held out for validation. 0: validate on the set's own val split, else on its test split.
+    val_examples: NonNegativeInt = 0
+    normalize: Normalize | None = None  # None: pixels / 255 only
+    augment: AugmentConfig | None = None  # random changes of training images; None: no changes
+    # Worker processes per rank that load a streamed data set. 0: the training process loads it.
+    num_workers: Annotated[int, Field(ge=0, le=1024), MayChange] = 0
+    # Keep the whole data set in device memory instead of streaming it. None: if that is possible and it fits.
+    resident: Annotated[bool | None, MayChange] = None
+    args: Options = {}  # keyword arguments of your own class: data.args.KEY=VALUE
 
 
 class ModelConfig(_Settings):
-    name: str = "mlp"  # mlp, bks, guide, conv, fast, speedrun, torchvision:NAME, timm:NAME or package.module:Class
-    bundle: FilePath | None = None  # BK.Synapse user code (folder or zip with bks_model.py) instead of a name
-    args: Options = {}  # keyword arguments of the net, as in model.args.dropout=0
+    # mlp, bks, guide, conv, fast, speedrun, torchvision:NAME, timm:NAME, or your own class as package.module:Class.
+    name: str = "mlp"
+    bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_model.py
+    args: Options = {}  # keyword arguments of the net's class, for example model.args.dropout=0
 
 
-# Settings that belong to each optimizer besides lr; None in OptimizerConfig leaves torch's default.
+# The settings of each optimizer besides lr: keyword arguments of its torch.optim class. None keeps torch's default.
 OPTIMIZERS: dict[str, frozenset[str]] = {
     "adam": frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
     "adamw": frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
@@ -129,7 +135,8 @@ OPTIMIZERS: dict[str, frozenset[str]] = {
 
 class OptimizerConfig(_Settings):
     name: Literal["adam", "adamw", "sgd", "adadelta", "rmsprop"] = "adam"
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 1e-3  # peak learning rate, before lr_scaling
+    # From betas to centered: keyword arguments of the torch.optim class (see OPTIMIZERS); None keeps its default.
     betas: tuple[Fraction, Fraction] | None = None
     momentum: NonNegativeFloat | None = None
     dampening: float | None = None
@@ -140,25 +147,26 @@ class OptimizerConfig(_Settings):
     alpha: Fraction | None = None
     rho: Fraction | None = None
     centered: bool | None = None
-    lr_scaling: Literal["none", "linear", "sqrt"] = "none"  # with global_batch_size / lr_base_batch_size
-    lr_base_batch_size: PositiveInt | None = None  # the batch size that lr was chosen for
+    # Multiply lr by r = global_batch_size / lr_base_batch_size (linear) or by the square root of r (sqrt).
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    lr_base_batch_size: PositiveInt | None = None  # the global batch size for which lr was chosen
 
     @model_validator(mode="after")
     def _fits(self) -> OptimizerConfig:
         own = OPTIMIZERS[self.name]
-        strange = sorted(self._given() - own)
-        if strange:
-            raise ValueError(f"{self.name} has no {', '.join(strange)}. Its settings: lr, {', '.join(sorted(own))}")
+        unknown = sorted(self._arguments_set() - own)
+        if unknown:
+            raise ValueError(f"{self.name} has no {', '.join(unknown)}. Its settings: lr, {', '.join(sorted(own))}")
         if (self.lr_scaling == "none") != (self.lr_base_batch_size is None):
             raise ValueError("lr_scaling (linear or sqrt) and lr_base_batch_size go together; set both or neither")
         return self
 
-    def _given(self) -> set[str]:
+    def _arguments_set(self) -> set[str]:
         return {key for key in set().union(*OPTIMIZERS.values()) if getattr(self, key) is not None}
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that were set, lr not among them."""
-        return {key: getattr(self, key) for key in sorted(self._given())}
+        """The keyword arguments that were set, without lr."""
+        return {key: getattr(self, key) for key in sorted(self._arguments_set())}
 
     def scaled_lr(self, global_batch_size: int) -> float:
         """The learning rate after the scaling rule (linear: Goyal et al., arXiv 1706.02677)."""
@@ -168,60 +176,73 @@ class OptimizerConfig(_Settings):
 
 
 class ScheduleConfig(_Settings):
-    name: ScheduleName = "constant"
-    warmup: Steps = Duration(0)  # linear rise from 0; of one_cycle the rising part, 0 = 30 % of the run
-    final_ratio: Fraction = 0.0  # of cosine and linear: where the fall ends, as a part of the peak
+    name: ScheduleName = "constant"  # how lr changes after the warm-up
+    # Linear rise from 0 to the peak. For one_cycle the length of its rise; there 0 means 30 % of the run.
+    warmup: Steps = Duration(0)
+    final_ratio: Fraction = 0.0  # for cosine and linear: final learning rate / peak learning rate
 
 
 class EarlyStopConfig(_Settings):
-    patience: PositiveInt  # evaluations without a better result before the run ends
-    min_delta: NonNegativeFloat = 0.0  # a smaller gain does not count as better
+    patience: PositiveInt  # end the run after this many evaluations in a row without an improvement
+    min_delta: NonNegativeFloat = 0.0  # a gain must be larger than this to count as an improvement
 
 
 class DdpConfig(_Settings):
-    find_unused_parameters: bool = False  # for nets that leave weights out of some steps
-    sync_batchnorm: bool = False  # BatchNorm statistics over all ranks; GPUs only
+    find_unused_parameters: bool = False  # set it for a net that does not use all of its weights in every step
+    sync_batchnorm: bool = False  # compute BatchNorm statistics over all ranks; GPUs only
 
 
 class TrackingConfig(_Settings):
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is there, else offline
-    project: str = "dist_train"
+    """Weights & Biases (W&B) and TensorBoard. W&B's environment variables, such as WANDB_PROJECT, take precedence."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with an API key, else offline
+    project: str = "dist_train"  # project, entity, name, group, job_type and tags: of the W&B run
     entity: str | None = None
-    name: str | None = None  # None: of the run directory
-    group: str | None = None  # None: the sweep, if it is of one
+    name: str | None = None  # None: the name of the run directory
+    group: str | None = None  # None: the id of the W&B sweep, if any
     job_type: str = "train"
     tags: list[str] = []
-    tensorboard: bool = False
-    pictures: bool = True  # of a finished run: curves, confusion matrix, mistakes; in pictures/ and in W&B
-    artifact: bool = False  # the best checkpoint's weights to W&B, as an artifact
-    timeout_s: Seconds = 60.0  # W&B gets half of it to begin, and at the end of the run all of it to take what is left
+    tensorboard: bool = False  # also write TensorBoard files to the run directory
+    pictures: bool = True  # at the end: learning curves, confusion matrix and mistakes, to pictures/ and to W&B
+    artifact: bool = False  # upload the weights of the best checkpoint to W&B as an artifact
+    timeout_s: Seconds = 60.0  # W&B may take half of this to start, and all of it to upload the rest at the end
 
 
 class Config(_Settings):
-    seed: int = Field(0, ge=0, lt=2**63)
-    train_for: Steps = Duration(5, "epochs")
+    seed: int = Field(0, ge=0, lt=2**63)  # determines initial weights, data order, dropout and augmentation
+    train_for: Steps = Duration(5, "epochs")  # length of the training
     global_batch_size: BatchSize = 64  # examples per optimizer step, over all ranks and micro-steps
-    per_device_batch_size: Annotated[BatchSize, MayChange] = 1024  # at most per forward: lower it if memory is short
-    mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None  # None: the launcher's, else no
-    dtype: Literal["float32", "float64"] = "float32"  # float64: slow; shows that a difference is rounding and no fault
+    # At most this many examples per forward pass; gradient accumulation does the rest. Lower it to save memory.
+    per_device_batch_size: Annotated[BatchSize, MayChange] = 1024
+    # no, or autocast to bf16 or fp16. None: the choice of `accelerate launch`, else no.
+    mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None
+    # Type of weights and arithmetic. float64 is slow; it tells rounding differences from real ones.
+    dtype: Literal["float32", "float64"] = "float32"
+    # auto: cuda if there is one, else mps for a single process, else cpu.
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], MayChange] = "auto"
-    step_mode: Annotated[WantedMode, MayChange] = "auto"  # form of the update: equal within rounding
-    max_grad_norm: PositiveFloat | None = None  # clip the global L2 norm of the gradient
-    label_smoothing: Fraction = 0.0
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # evaluate and save averaged weights
-    early_stop: EarlyStopConfig | None = None
-    log_every: Annotated[Steps, MayChange] = Duration(100)  # this and the next two: 0 = only at the end
-    eval_every: Steps = Duration(1, "epochs")
-    save_every: Annotated[StepsOrSeconds, MayChange] = Duration(1, "epochs")
-    keep_last: Annotated[PositiveInt, MayChange] = 2  # newest checkpoints that stay
-    keep_best: Annotated[NonNegativeInt, MayChange] = 1  # best checkpoints that stay besides
-    keep_every: Annotated[Steps, MayChange] = Duration(0)  # checkpoints at these steps stay for good; 0 = none
-    # A rank that others wait for longer than this, or that does not get on for so long, ends the run.
+    # How an update runs: eager, compile (torch.compile) or graph (CUDA graph), with equal results within rounding.
+    # auto: compile on cpu or graph on cuda if it is supported and faster, else eager.
+    step_mode: Annotated[WantedMode, MayChange] = "auto"
+    max_grad_norm: PositiveFloat | None = None  # clip the gradient to this global L2 norm; None: no clipping
+    label_smoothing: Fraction = 0.0  # of cross-entropy
+    # Evaluate and save an exponential moving average of the weights with this decay. None: the weights themselves.
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    early_stop: EarlyStopConfig | None = None  # end the run when evaluations stop improving; None: never
+    log_every: Annotated[Steps, MayChange] = Duration(100)  # log training metrics; 0: only at the end
+    eval_every: Steps = Duration(1, "epochs")  # evaluate on the validation split; 0: only at the end
+    save_every: Annotated[StepsOrSeconds, MayChange] = Duration(1, "epochs")  # save a checkpoint; 0: only at the end
+    keep_last: Annotated[PositiveInt, MayChange] = 2  # keep this many of the newest checkpoints
+    keep_best: Annotated[NonNegativeInt, MayChange] = 1  # also keep this many of the best checkpoints
+    keep_every: Annotated[Steps, MayChange] = Duration(0)  # also keep checkpoints at multiples of this; 0: none
+    # After the first step: end the run if a rank makes no progress, or does not answer the others, for this long.
     stall_timeout_s: Annotated[Seconds, MayChange] = 600.0
-    setup_timeout_s: Annotated[Seconds, MayChange] = 1800.0  # until the first step: meeting, restoring, compiling
-    preempt_signal: Annotated[Literal["USR1", "USR2"], MayChange] = "USR1"  # save and stop, to be started again later
-    final_train_eval: bool = True  # at the end, an exact pass over the training set in eval mode
-    runs_dir: Annotated[FilePath | None, MayChange] = None  # None: $DIST_TRAIN_RUNS_DIR, else runs
+    # Until the first step (starting all ranks, restoring a checkpoint, compiling): the same limit.
+    setup_timeout_s: Annotated[Seconds, MayChange] = 1800.0
+    # Signal by which a scheduler announces a preemption: save, stop, and end as PREEMPTED, to be resumed later.
+    preempt_signal: Annotated[Literal["USR1", "USR2"], MayChange] = "USR1"
+    final_train_eval: bool = True  # at the end, evaluate the whole training set in eval mode
+    # Parent of run directories. None: $DIST_TRAIN_RUNS_DIR, else ./runs.
+    runs_dir: Annotated[FilePath | None, MayChange] = None
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -232,20 +253,20 @@ class Config(_Settings):
     @model_validator(mode="after")
     def _trains(self) -> Config:
         if not self.train_for.value:
-            raise ValueError(f"train_for={self.train_for} trains nothing; write for example 5 epochs or 600 steps")
+            raise ValueError(f"train_for={self.train_for} trains nothing; write 5 epochs or 600 steps, for example")
         return self
 
     def flat(self) -> dict[str, Any]:
-        """Settings by dotted name: {"optimizer.lr": 0.001, ...}."""
+        """All settings by dotted name: {"optimizer.lr": 0.001, ...}."""
         return dict(_flatten(self.model_dump(mode="json")))
 
     def result_diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Settings in which the two differ and that can change the result: {name: (mine, other's)}."""
+        """The settings that differ and can change the result: {name: (mine, other's)}."""
         mine, theirs = self.result_settings(), other.result_settings()
         return {key: (mine.get(key), theirs.get(key)) for key in mine | theirs if mine.get(key) != theirs.get(key)}
 
     def result_settings(self) -> dict[str, Any]:
-        """Those of `flat` that can change the result."""
+        """The settings of `flat` that can change the result."""
         return {key: value for key, value in self.flat().items() if not _is_free(key)}
 
 
@@ -258,13 +279,13 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The plain types inside an annotation such as `PositiveFloat | None`."""
+    """Return the plain types inside an annotation such as `PositiveFloat | None`."""
     inner = get_args(annotation)
     return [kind for part in inner for kind in _kinds(part)] if inner else [annotation]
 
 
 def section_of(annotation: Any) -> type[_Settings] | None:
-    """The section class inside an annotation such as `EarlyStopConfig | None`."""
+    """Return the section class inside an annotation such as `EarlyStopConfig | None`."""
     candidates = (annotation, *get_args(annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Settings)), None)
 

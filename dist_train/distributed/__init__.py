@@ -1,1 +1,1 @@
-"""This process among its ranks: who it is, its device, collectives, signals, random numbers."""
+"""One process among its ranks: environment, device, collectives, signals and random numbers."""

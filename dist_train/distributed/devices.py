@@ -1,4 +1,4 @@
-"""What one rank computes with: its device, precision and memory."""
+"""Device, precision and memory of one rank."""
 
 from __future__ import annotations
 
@@ -17,48 +17,53 @@ from dist_train.errors import ConfigError, LaunchError
 
 
 def choose_device(config: Config, place: ProcessInfo) -> str:
-    """cuda, else mps for one process, else cpu."""
+    """Return the device type; `auto` is cuda if available, else mps for a single process, else cpu.
+
+    Raises:
+        LaunchError: more processes than CUDA devices on this machine.
+        ConfigError: mps with several processes.
+    """
     wanted = config.device
     if wanted == "auto":
         if torch.cuda.is_available():
             wanted = "cuda"
         else:
-            alone = place.world_size == 1 and config.dtype == "float32"  # mps has no float64
-            wanted = "mps" if torch.backends.mps.is_available() and alone else "cpu"
+            fits_mps = place.world_size == 1 and config.dtype == "float32"  # mps has no float64
+            wanted = "mps" if torch.backends.mps.is_available() and fits_mps else "cpu"
     if wanted == "cuda":
-        there = torch.cuda.device_count()
-        see_the_same = place.started_by in ("torchrun", "accelerate")  # a task of srun may see its own alone
-        if there == 0 or (see_the_same and place.local_world_size > there):
+        available = torch.cuda.device_count()
+        share_devices = place.started_by in ("torchrun", "accelerate")  # a task of srun may see only its own
+        if available == 0 or (share_devices and place.local_world_size > available):
             raise LaunchError(
-                f"{place.local_world_size} processes on a machine with {there} CUDA devices. "
-                f"Start at most {there}, or set device=cpu."
+                f"{place.local_world_size} processes on a machine with {available} CUDA devices. "
+                f"Start at most {available}, or set device=cpu."
             )
     if wanted == "mps" and place.world_size > 1:
-        raise ConfigError(f"device=mps trains on one process, not on {place.world_size}. Set device=cpu.")
+        raise ConfigError(f"device=mps supports one process, not {place.world_size}. Set device=cpu.")
     return wanted
 
 
 def choose_precision(config: Config, device: str, recorded_precision: str | None = None) -> Precision:
-    """YAML wins; the launcher's counts when YAML is silent (`accelerate launch` always exports one).
+    """Return the precision of the config, else of the launcher (`accelerate launch` always exports one).
 
-    `recorded_precision`: that of the run that goes on, which stays. A launcher's `no` is no wish for another.
+    `recorded_precision`: the precision of a run that resumes. It stays; a launcher's `no` does not contradict it.
 
     Raises:
-        ConfigError: not to be had, or another than the run was begun with.
+        ConfigError: the precision is unsupported, ambiguous, or not that of the run.
     """
-    theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    ours = config.mixed_precision
-    if ours not in (None, "no", theirs, recorded_precision) and theirs != "no":
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    configured = config.mixed_precision
+    if configured not in (None, "no", launched, recorded_precision) and launched != "no":
         raise ConfigError(
-            f"mixed_precision={ours} in the config, {theirs} from accelerate launch. Leave one of them out."
+            f"mixed_precision={configured} in the config, {launched} from accelerate launch. Leave one of them out."
         )
-    precision = ours or (recorded_precision if recorded_precision and theirs == "no" else theirs)
+    precision = configured or (recorded_precision if recorded_precision and launched == "no" else launched)
     if recorded_precision and precision != recorded_precision:
-        wish = f"mixed_precision={ours}" if ours else f"ACCELERATE_MIXED_PRECISION={theirs}"
-        fix = f"Set mixed_precision={recorded_precision}" if ours else "Unset it"
-        raise ConfigError(f"{wish}, and the run was begun with {recorded_precision}. {fix}.")
+        requested = f"mixed_precision={configured}" if configured else f"ACCELERATE_MIXED_PRECISION={launched}"
+        fix = f"Set mixed_precision={recorded_precision}" if configured else "Unset it"
+        raise ConfigError(f"{requested}, but the run started with {recorded_precision}. {fix}.")
     if precision not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: no, bf16 or fp16.")
+        raise ConfigError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported. Use no, bf16 or fp16.")
     if precision == "fp16" and device == "cpu":
         raise ConfigError("mixed_precision=fp16 needs a GPU. On a CPU set bf16 or no.")
     if precision != "no" and config.dtype == "float64":
@@ -67,37 +72,37 @@ def choose_precision(config: Config, device: str, recorded_precision: str | None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the machine, had no more to give. On a CPU torch says it in words alone."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    """Return whether the device or the machine was out of memory. On a CPU only torch's message tells."""
+    phrases = ("can't allocate memory", "not enough memory", "out of memory")
+    by_message = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    return by_message or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def is_device_assert(error: BaseException) -> bool:
-    """Whether a kernel found an index that there is none of. The steps around it say nothing of which."""
+    """Return whether a CUDA kernel met an index out of range. The error does not tell which step or index."""
     return isinstance(error, RuntimeError) and "device-side assert" in str(error)
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # option numbers of mallopt(3)
 
 
 def keep_freed_memory(environment: Mapping[str, str]) -> None:
-    """Tell glibc's malloc, for all of this process, to keep what is freed. The user's own MALLOC_... settings stand.
+    """Make glibc's malloc keep freed memory in this process, unless the user sets a MALLOC_... variable.
 
-    It gives tensors of some MiB back to the kernel, which zeroes every page anew: on two cores conv then evaluates in
-    2.1 s instead of 1.3.
+    By default it returns tensors of several MiB to the kernel, which zeroes every page again: on two cores conv then
+    evaluates in 2.1 s instead of 1.3 s.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in environment):
         return
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    # Older glibc takes no more than 2**25. Without the one the other would do harm: it ends malloc's own tuning.
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
+    # Older glibc accepts at most 2**25. The trim threshold alone would do harm: it disables malloc's own tuning.
     if set_option is not None and (set_option(_MMAP_THRESHOLD, 2**30) or set_option(_MMAP_THRESHOLD, 2**25)):
         set_option(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most device memory that tensors took, or on a CPU the most resident memory of this process."""
+    """Return the peak device memory of tensors, or on a CPU the peak resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

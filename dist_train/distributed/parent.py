@@ -1,4 +1,4 @@
-"""The process that started this one: whether it lives, and what to do once it has died."""
+"""Detection that the launcher of this process has died."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dist_train.distributed.process import (
     LAUNCHER_PID,
 )
 
-# Ranks whose launcher has died get this long to save and leave.
+# Ranks whose launcher has died have this long to save and exit.
 ORPHAN_GRACE_S = 3.0
 
 
 def watch_launcher(on_death: Callable[[], None]) -> None:
-    """Do not outlive the launcher: torchrun puts its workers in sessions of their own, and `kill -9` leaves them.
+    """End this process soon after its launcher dies: torchrun's workers have own sessions and survive its `kill -9`.
 
-    When our parent, or the `dist-train launch` above it, has died, `on_death` is called (ask for an agreed stop) and
-    after ORPHAN_GRACE_S this process ends, saved or not. A thread, since a parent-death signal would not reach past
-    torchrun to our own launcher and does not exist outside Linux.
+    When the parent, or the `dist-train launch` above it, has died, a thread calls `on_death` (to request an agreed
+    stop) and ends this process after ORPHAN_GRACE_S, saved or not. A parent-death signal would not do: it covers only
+    the parent (torchrun), not our own launcher, and exists only on Linux.
     """
     parent = os.getppid()
     launcher = int(os.environ.get(LAUNCHER_PID, parent))
-    orphaned = parent == 1 and not _launches(parent)  # it died before we could look
+    orphaned = parent == 1 and not _is_launcher(parent)  # the launcher died before this call
 
     def watch() -> None:
         while not orphaned and os.getppid() == parent and is_alive(launcher):
@@ -38,22 +38,23 @@ def watch_launcher(on_death: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="watch_launcher", daemon=True).start()
 
 
-def _launches(pid: int) -> bool:
-    """Whether this is a launcher: in a container torchrun itself may be process 1."""
+def _is_launcher(pid: int) -> bool:
+    """Return whether `pid` is a launcher: in a container torchrun itself may be process 1."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
-        return True  # not Linux: nothing to tell from
+        return True  # not Linux: unknown
     return any(word in command for word in ("torchrun", "torch.distributed", "accelerate"))
 
 
 def is_alive(pid: int) -> bool:
+    """Return whether the process exists and is not a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    with suppress(OSError):  # a zombie that nobody has waited for is dead too
+    with suppress(OSError):  # a zombie, not yet waited for, counts as dead
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     return True

@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for: no generator state ever has to be saved."""
+"""Seeds derived from their purpose (run seed, epoch, step), so that no generator state has to be saved."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _MAX_SEED = 2**63 - 1
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed for `parts`, say `derive_seed(seed, "epoch", 3)`.
+    """Return a 63-bit seed for `parts`, for example `derive_seed(seed, "epoch", 3)`.
 
-    Hashed, not added up: with torch's own `seed + epoch`, seed 0 in epoch 1 shuffles like seed 1 in epoch 0.
+    It is a hash and not a sum: with torch's `seed + epoch`, seed 0 in epoch 1 shuffles like seed 1 in epoch 0.
     """
     digest = blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & _MAX_SEED
 
 
 def seed_everything(seed: int) -> None:
-    """The generators that user code draws from: torch's, numpy's, Python's."""
+    """Seed the global generators that user code draws from: torch's, numpy's and Python's."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     seed_torch(seed)
 
 
 def generator_states() -> tuple[Any, ...]:
-    """Of the same generators; two of them are equal if nobody has drawn in between."""
+    """Return the states of these generators; two results are equal if nothing was drawn in between."""
     states = [random.getstate(), pickle.dumps(np.random.get_state()), _bytes_of(torch.get_rng_state())]
     if torch.cuda.is_initialized():
         states.append(_bytes_of(torch.cuda.get_rng_state()))
@@ -47,7 +47,7 @@ def _bytes_of(state: Tensor) -> bytes:
 
 
 def seed_torch(seed: int) -> None:
-    """torch's default generators, through the generator objects: 1 us, where `torch.manual_seed` takes 125."""
+    """Seed torch's default generators through the generator objects: 1 us; `torch.manual_seed` takes 125 us."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
@@ -57,6 +57,7 @@ def seed_torch(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generators of torch, numpy and Python for a block, and restore their states afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""What a rank asks of the scheduler of its job. Without one there is nobody to ask."""
+"""The interface of a rank to the scheduler of its job. The class here is the default without a scheduler."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dist_train.distributed.signals import StopState
 
 
 class Scheduler:
-    """None. Rank zero alone asks."""
+    """The default when there is no scheduler. Only rank zero calls it."""
 
-    stop_file: Path | None = None  # made by the job's batch shell when the ranks have to make room
+    stop_file: Path | None = None  # the job's batch shell creates it to request that the ranks stop
 
     def classify_sigterm(self) -> StopState:
-        """What a TERM means. May wait for an answer of the scheduler."""
+        """Return what a TERM means. May wait for an answer of the scheduler."""
         return "INTERRUPT"
 
     def on_first_save(self, save_s: float) -> None:
-        """A save takes so many seconds. Returns at once."""
+        """Report how many seconds a save takes. Returns at once."""

@@ -1,4 +1,4 @@
-"""This process was told to stop: by a signal, or because its launcher died."""
+"""Stop requests to this process: signals, or the death of its launcher."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Literal
 StopState = Literal["INTERRUPT", "PREEMPTED"]
 StopReason = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # TERM may mean either: Slurm sends it for both
 
-# What torchrun passes on to its ranks; of any other it would die and leave them behind.
+# The signals torchrun forwards to its ranks; any other one ends torchrun and leaves the ranks behind.
 HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-# Ranks get this long to save after a signal before torchrun kills them.
+# Seconds that ranks have to save after a signal, before torchrun kills them.
 SHUTDOWN_TIMEOUT_S = 60
-# Slurm and torchrun both deliver a signal, and torchrun again when it gets its own copy twice: a preemption without
-# time of grace is up to four TERMs within 20 ms. Copies within this time are no second wish.
+# Slurm and torchrun both deliver a signal, and torchrun twice if it receives two copies: a preemption without grace
+# time sends up to four TERMs within 20 ms. Signals within this time of the first are copies, not a second request.
 ECHO_S = 10.0
 
 
 class StopRequest:
-    """The wish of this process alone; what follows from it is agreed by all ranks.
+    """The stop request of this process only; all ranks then agree on whether and when to stop.
 
-    While inside, TERM, INT, HUP and the preemption signal ask for a stop instead of ending the process. Signals within
-    ECHO_S are echoes of the first; one after that, or Ctrl-C twice at a terminal, ends the process at once.
+    Inside its `with` block, TERM, INT, HUP and the preemption signal request a stop instead of ending the process.
+    Signals within ECHO_S of the first are ignored; a later one, or a second Ctrl-C at a terminal, ends the process.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class StopRequest:
         self.requested: StopReason | None = None
         self._first_at: float | None = None
 
-    def request(self, wish: StopReason) -> None:
-        """Safe in a signal handler and from any thread."""
-        self.requested = self.requested or wish
+    def request(self, reason: StopReason) -> None:
+        """Request a stop; the first reason is kept. Safe in a signal handler and from any thread."""
+        self.requested = self.requested or reason
 
     def __enter__(self) -> StopRequest:
-        # HUP: the terminal was closed; nohup ignores it.
+        # HUP: the terminal was closed. It stays ignored under nohup.
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, self.preempt_signal)
-        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._handle) for number in heard}
+        handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,8 +57,8 @@ class StopRequest:
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
-            wishes: dict[int, StopReason] = {signal.SIGTERM: "TERM", self.preempt_signal: "PREEMPTED"}
-            self.request(wishes.get(number, "INTERRUPT"))
+            reasons: dict[int, StopReason] = {signal.SIGTERM: "TERM", self.preempt_signal: "PREEMPTED"}
+            self.request(reasons.get(number, "INTERRUPT"))
             return
         at_terminal = number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
         if at_terminal or now - self._first_at > ECHO_S:

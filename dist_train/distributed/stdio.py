@@ -1,4 +1,4 @@
-"""What a process prints: it outlives the terminal or pipe it prints to, and may go to a file of its own."""
+"""Output of this process: it survives a closed terminal or pipe, and can be redirected to a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 
 class _TolerantStream:
-    """A stream whose other end may go away (a closed terminal, `| head`): from then on it leads nowhere."""
+    """A stream that discards its output once the reader is gone (a closed terminal, `| head`)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -33,28 +33,28 @@ class _TolerantStream:
             self._redirect_to_devnull()
 
     def _redirect_to_devnull(self) -> None:
-        """The descriptor itself, so that what is still buffered, and what libraries print from C, goes there too."""
+        """Redirect the descriptor itself, so that buffered text and output of C libraries go there too."""
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
 
 
 def tolerate_closed_stdio() -> None:
-    """From now on no print of this process fails, of whatever library or user code."""
+    """Make all later prints of this process succeed, also those of libraries and user code."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
-        if stream is None:  # started with the descriptor closed
-            stream = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process is)
+            stream.reconfigure(errors="replace")  # for characters that the terminal's encoding lacks
+        if stream is None:  # the process was started with a closed descriptor
+            stream = Path(os.devnull).open("w")  # noqa: SIM115 (open until the process ends)
         setattr(sys, name, _TolerantStream(stream))
 
 
 def redirect_output(path: Path) -> TextIO:
-    """From now on what this process prints, from C too, goes to the end of `path`.
+    """Append all later output of this process, also that of C code, to `path`.
 
-    Returns a stream to where its errors went before.
+    Returns a stream to the former stderr.
     """
     before = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="replace")
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""A rank that hangs says where, and ends itself, long before the scheduler's time limit would."""
+"""A watchdog that prints the stacks of a hanging rank and ends it, long before the scheduler's time limit."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The others go first: they wait for the one that hangs, and what it says must be of it alone.
-_AFTER_THE_OTHERS_S = 5.0
-
-
+# The other ranks, which wait for the hanging one, time out first: only the hanging rank must print its stacks.
+_AFTER_OTHER_RANKS_S = 5.0
 _is_off = False
 
 
 @contextmanager
 def off() -> Iterator[None]:
-    """Inside, nothing is armed: the process is not ours to end, and its timer may be in use."""
+    """Keep the watchdog off inside: the process belongs to the user's script, whose own timer may be armed."""
     global _is_off
     _is_off = True
     try:
@@ -26,16 +24,16 @@ def off() -> Iterator[None]:
 
 
 def arm(seconds: float) -> None:
-    """Unless this is called again, or `disarm`, within `seconds`, and some more in which the others go.
+    """End this process unless `arm` or `disarm` is called within `seconds` (plus the time the other ranks need to end).
 
-    Then every thread's stack goes to where the errors of this rank go, and the process ends with exit code 1. A thread
-    of C does it: it needs neither the interpreter nor its lock.
+    It then prints the stacks of all threads to stderr and exits with code 1. A C thread does this: it needs neither
+    the interpreter nor the GIL.
     """
     if not _is_off:
-        faulthandler.dump_traceback_later(seconds + _AFTER_THE_OTHERS_S, exit=True, file=sys.stderr)
+        faulthandler.dump_traceback_later(seconds + _AFTER_OTHER_RANKS_S, exit=True, file=sys.stderr)
 
 
 def disarm() -> None:
-    """What follows may take its time."""
+    """Stop the watchdog: what follows may take any time."""
     if not _is_off:
         faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""The ranks together: joining them, reducing, broadcasting, leaving. The only user of torch.distributed."""
+"""The process group: joining it, collectives, leaving it. The only module that uses torch.distributed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, seen from one of them."""
+    """The processes that train together, as seen by one of them."""
 
     accelerator: Accelerator
     place: ProcessInfo
@@ -56,15 +56,15 @@ class World:
 
     @classmethod
     def join(cls, config: Config, recorded_precision: str | None = None) -> World:
-        """Meet the other ranks. Until `set_timeout` says otherwise each waits setup_timeout_s for the others.
+        """Form the process group. Until `set_timeout` is called, ranks wait setup_timeout_s for each other.
 
-        `recorded_precision`: the precision of the run that goes on.
+        `recorded_precision`: the precision of a run that resumes.
 
         Collective: every rank must call this.
 
         Raises:
-            LaunchError: a half or lone launcher environment, another world than asked for, or not all of it came.
-            ConfigError: a device or precision that is not to be had.
+            LaunchError: a partial launcher environment, an unexpected rank or world size, or missing ranks.
+            ConfigError: a device or precision that is not available.
         """
         place = detect_process(os.environ)
         export_rendezvous(place, os.environ)
@@ -77,7 +77,7 @@ class World:
         if device == "cpu":
             keep_freed_memory(os.environ)
         if device == "cuda" and place.world_size > 1:
-            # Accelerate takes it for the number of the device, which is 0 for a task that sees its own alone.
+            # Accelerate uses it as the device index, which is 0 for a task that sees only its own device.
             os.environ["LOCAL_RANK"] = str(place.local_rank % torch.cuda.device_count())
         torch.set_default_dtype(getattr(torch, config.dtype))
 
@@ -89,44 +89,44 @@ class World:
             InitProcessGroupKwargs(timeout=timeout),
         ]
         if place.world_size > place.local_world_size:
-            _log.info("waiting for %d processes to meet at %s", place.world_size, os.environ.get("MASTER_ADDR"))
+            _log.info("waiting for %d processes to connect to %s", place.world_size, os.environ.get("MASTER_ADDR"))
         try:
-            # On a machine without accelerator a plain Accelerator() under torchrun is N worlds of one: say cpu.
+            # Without cpu=True, Accelerator() under torchrun on a machine without accelerator makes N worlds of one.
             accelerator = Accelerator(
                 cpu=device == "cpu",
                 mixed_precision=precision,
-                gradient_accumulation_steps=1,  # ours is in the step
+                gradient_accumulation_steps=1,  # the training step accumulates by itself
                 kwargs_handlers=handlers,
             )
         except (RuntimeError, ValueError, dist.DistError) as error:
             port = os.environ.get("MASTER_PORT")
             why = first_line(error)
             if "EADDRINUSE" in str(error):
-                why = f"MASTER_PORT={port} is taken on {socket.gethostname()}. Unset it, or set another for this job."
+                why = f"MASTER_PORT={port} is in use on {socket.gethostname()}. Unset it, or set another for this job."
             elif is_timeout(error):
-                why += f" If one of them takes longer to begin, raise setup_timeout_s={config.setup_timeout_s:g}."
+                why += f" If a rank takes longer to start, raise setup_timeout_s={config.setup_timeout_s:g}."
             raise LaunchError(
-                f"Rank {place.rank} of {place.world_size} could not meet the others at "
+                f"Rank {place.rank} of {place.world_size} could not connect to the other ranks at "
                 f"{os.environ.get('MASTER_ADDR')}:{port}: {why}"
             ) from error
         if (accelerator.process_index, accelerator.num_processes) != (place.rank, place.world_size):
             raise LaunchError(
-                f"Asked for rank {place.rank} of {place.world_size} (started by {place.started_by}), got rank "
+                f"Expected rank {place.rank} of {place.world_size} (started by {place.started_by}), got rank "
                 f"{accelerator.process_index} of {accelerator.num_processes}. Start with dist-train launch --nproc "
                 f"{place.world_size}."
             )
         world = cls(accelerator, place, precision, threads)
         if device == "cuda":
-            world.check_alone_on(str(torch.cuda.get_device_properties(world.device).uuid))
+            world.check_exclusive_device(str(torch.cuda.get_device_properties(world.device).uuid))
         return world
 
     def with_threads(self, num_threads: int) -> World:
-        """The same world, computing with `num_threads`: one thread and two give different bits."""
+        """Return this world with `num_threads` CPU threads: results of one and two threads differ in their bits."""
         torch.set_num_threads(num_threads)
         return replace(self, num_threads=num_threads)
 
     def set_timeout(self, seconds: float) -> None:
-        """How long this rank waits for the others in each collective from now on; then a RuntimeError ends it."""
+        """Set how long this rank waits for the others in each later collective; then it raises RuntimeError."""
         if self.size > 1:
             assert dist.group.WORLD is not None
             dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
@@ -134,7 +134,7 @@ class World:
     # --- collectives ---------------------------------------------------------------------------------------------
 
     def all_reduce(self, values: Tensor, op: str = "sum") -> Tensor:
-        """The element-wise sum (or max) of `values` over the ranks, on every rank. In place.
+        """Return the element-wise sum (or max) of `values` over the ranks, on every rank. In place.
 
         Collective: every rank must call this.
         """
@@ -143,7 +143,7 @@ class World:
         return values
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """`values` of every rank, stacked: [world_size, ...].
+        """Return the `values` of all ranks, stacked: [world_size, ...].
 
         Collective: every rank must call this.
         """
@@ -154,7 +154,7 @@ class World:
         return torch.stack(gathered)
 
     def gather(self, value: T) -> list[T]:
-        """The object (small, picklable) of every rank.
+        """Return the objects (small, picklable) of all ranks.
 
         Collective: every rank must call this.
         """
@@ -164,14 +164,14 @@ class World:
         return values
 
     def hosts(self) -> list[str]:
-        """The host of every rank.
+        """Return the host names of all ranks.
 
         Collective: every rank must call this.
         """
         return self.gather(socket.gethostname())
 
     def broadcast(self, values: list[Tensor]) -> None:
-        """Rank zero's tensors, on every rank. In place.
+        """Copy rank zero's tensors to every rank. In place.
 
         Collective: every rank must call this.
         """
@@ -180,7 +180,7 @@ class World:
                 dist.broadcast(value, src=0)
 
     def from_rank_zero(self, value: T) -> T:
-        """Rank zero's object (small, picklable), on every rank.
+        """Return rank zero's object (small, picklable) on every rank.
 
         Collective: every rank must call this.
         """
@@ -190,12 +190,12 @@ class World:
         return box[0]  # type: ignore[no-any-return]
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
-        """What `action` returned on rank zero, or its error, on every rank.
+        """Run `action` on rank zero; return its result, or raise its error, on every rank.
 
         Collective: every rank must call this.
 
         Raises:
-            DistTrainError: on every rank, if it was raised on rank zero.
+            DistTrainError: on every rank, if `action` raised it on rank zero.
         """
         result: T | DistTrainError | None = None
         if self.is_rank_zero:
@@ -209,33 +209,36 @@ class World:
         return cast(T, result)
 
     def barrier(self) -> None:
-        """Collective: every rank must call this."""
+        """Wait for all ranks.
+
+        Collective: every rank must call this.
+        """
         self.accelerator.wait_for_everyone()
 
     def check_shared(self, folder: Path) -> None:
-        """See that every rank sees the folder that rank zero writes.
+        """Check that every rank sees the folder that rank zero writes to.
 
         Collective: every rank must call this.
 
         Raises:
-            RunDirError: on every rank, naming the hosts that do not see it.
+            RunDirError: on every rank, with the number of ranks that do not see it.
         """
         token = folder / f".token_{self.from_rank_zero(uuid4().hex)}"
         if self.is_rank_zero:
             token.touch()
         self.barrier()
-        blind = self.all_reduce(torch.tensor(float(not token.exists()), device=self.device)).item()
+        missing = self.all_reduce(torch.tensor(float(not token.exists()), device=self.device)).item()
         if self.is_rank_zero:
             token.unlink(missing_ok=True)
-        if blind:
+        if missing:
             raise RunDirError(
-                f"{int(blind)} of {self.size} ranks do not see the run directory {folder} that rank 0 writes "
+                f"{int(missing)} of {self.size} ranks do not see the run directory {folder} that rank 0 writes to "
                 f"(this is rank {self.rank} on {socket.gethostname()}). Put runs_dir on a file system that all nodes "
                 f"share."
             )
 
     def check_same(self, what: str, value: str) -> None:
-        """See that all ranks were given the same thing.
+        """Check that all ranks have the same `value`; `what` names it in the error.
 
         Collective: every rank must call this.
 
@@ -245,36 +248,38 @@ class World:
         if value != self.from_rank_zero(value):
             raise ConfigError(f"Rank {self.rank} on {socket.gethostname()} has another {what} than rank 0.")
 
-    def check_alone_on(self, device: str) -> None:
-        """See that no other rank computes on `device`, an id that is unique on its host.
+    def check_exclusive_device(self, device: str) -> None:
+        """Check that no other rank uses `device`, an id that is unique on its host.
 
-        Collective: every rank must call this. Through the store, since NCCL does not start with two ranks on a device.
+        It uses the store, since NCCL does not start with two ranks on one device.
+
+        Collective: every rank must call this.
 
         Raises:
-            LaunchError: on every rank, naming two that share one.
+            LaunchError: on every rank, naming two ranks that share a device.
         """
         if self.size == 1:
             return
         store = dist.distributed_c10d._get_default_store()
         store.set(f"device_{self.rank}", f"{device} on {socket.gethostname()}")
         ranks: dict[str, int] = {}
-        for rank, found in enumerate(store.multi_get([f"device_{rank}" for rank in range(self.size)])):
-            first = ranks.setdefault(found.decode(), rank)
+        for rank, name in enumerate(store.multi_get([f"device_{rank}" for rank in range(self.size)])):
+            first = ranks.setdefault(name.decode(), rank)
             if first != rank:
                 raise LaunchError(
-                    f"Ranks {first} and {rank} share the device {found.decode()}. Start as many processes on a machine "
-                    f"as it has devices, under srun with --gpus-per-task=1, or set device=cpu."
+                    f"Ranks {first} and {rank} share the device {name.decode()}. Start one process per device "
+                    f"(under srun: --gpus-per-task=1), or set device=cpu."
                 )
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read after this counts what was asked for before."""
+        """Wait until the device has finished all queued work, for exact timing."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def leave(self) -> None:
-        """Ranks leave together: without the barrier some abort at exit. End the process soon, by `end_process`.
+        """Leave the group together: without the barrier some ranks abort at exit. Call `end_process` soon afterwards.
 
         Collective: every rank must call this.
         """
@@ -284,57 +289,57 @@ class World:
         self.accelerator.end_training()
 
 
-# gloo's destructor joins its threads while it holds the GIL that one of them may still be waiting for: of about 250
-# finished trainings 3 had a rank that hung there for ever. So no group is destroyed before its process ends.
+# gloo's destructor joins its threads while it holds the GIL, for which one of them may still wait: in 3 of about 250
+# finished trainings a rank hung there for ever. So no group is destroyed before its process ends.
 _kept_alive: list[Any] = []
 
 
 def end_process(code: int) -> NoReturn:
-    """End a rank without the interpreter's clean-up, which would destroy the process group (see above)."""
+    """End this process without the interpreter's clean-up, which would destroy the process group (see above)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def backends() -> list[str]:
-    """What this build of torch can speak with other ranks by."""
+    """Return the communication backends of this build of torch."""
     return [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()]
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether a collective broke because another rank is gone: the cause is there, not here."""
+    """Return whether a collective failed because another rank is gone; the cause is then on that rank."""
     if isinstance(error, dist.DistError):
         return True
     if not isinstance(error, RuntimeError):
         return False
-    # Raised by a collective itself, in backward too: code of the user may well speak of sockets.
+    # The last frame must be that of a collective, also in backward: errors of user code may mention sockets too.
     frames = traceback.extract_tb(error.__traceback__)
-    inside = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/", "accelerate/")
+    sources = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/", "accelerate/")
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket", "nccl")
     text = str(error).lower()
-    return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in inside)
+    return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in sources)
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether others were waited for in vain; torch says so in words alone."""
+    """Return whether a wait for other ranks timed out; only torch's message tells."""
     return any(words in str(error).lower() for words in ("timed out", "timeout"))
 
 
 def first_line(error: BaseException) -> str:
-    """Of libraries that write many; the kind of an error that says nothing."""
+    """Return the first line of the message, or the name of the error's class if there is no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_accelerate(env: MutableMapping[str, str]) -> None:
-    """Refuse what an accelerate config file of the user would change behind our back."""
+    """Reject or override what an accelerate config file of the user would change silently."""
     unsupported = [
         name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
         if env.get(name, "false").lower() in ("true", "1")
     ]  # fmt: skip
     if unsupported:
         raise LaunchError(
-            f"{', '.join(unsupported)} is set, by a config of accelerate: dist_train trains with DDP. "
-            f"Use launch/accelerate.sh, which names a config file of this project."
+            f"{', '.join(unsupported)} is set, by an accelerate config file: dist_train supports only DDP. "
+            f"Use launch/accelerate.sh, which uses a config file of this project."
         )
     env["ACCELERATE_DYNAMO_BACKEND"] = "NO"  # a compiled model would prefix the names of its weights
-    env["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # a launcher's value would divide our losses once more
+    env["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # another value would divide the loss a second time

@@ -1,1 +1,1 @@
-"""Nets by name: ours, torchvision's, timm's and the user's."""
+"""Nets by name (ours, torchvision's, timm's, the user's) and the tasks that they are trained for."""

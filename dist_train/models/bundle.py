@@ -1,4 +1,4 @@
-"""A BK.Synapse bundle's net: `bks_model.py` with UserModel."""
+"""The net of a BK.Synapse bundle: the class UserModel in `bks_model.py`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 def load_model_bundle(path: Path, args: Mapping[str, Any] | None = None) -> nn.Module:
-    """UserModel, made with the keyword arguments `args`.
+    """Construct UserModel of the bundle at `path` with the keyword arguments `args`.
 
     Raises:
-        ConfigError: nothing at `path`, or `args` that UserModel does not take.
-        UserCodeError: what lies there does not have the interface above, or fails.
+        ConfigError: `path` does not exist, or UserModel does not accept `args`.
+        UserCodeError: the bundle lacks the interface of user_code.bundles, or fails.
     """
     from torch import nn
 
     cls = class_of(open_bundle(path, "bks_model.py", "model.bundle"), "UserModel")
     if not issubclass(cls, nn.Module):
-        raise UserCodeError(f"{label_of(cls)} is not a torch.nn.Module. Derive it from one.")
+        raise UserCodeError(f"{label_of(cls)} is not a torch.nn.Module. Derive it from that class.")
     check_method(cls, "loss", "output", "target")
     if hasattr(cls, "metrics"):
         check_method(cls, "metrics", "output", "target")
     check_arguments(cls, args or {}, "model.args")
-    with wrap_user_errors(label_of(cls), "cannot be made"):
+    with wrap_user_errors(label_of(cls), "cannot be constructed"):
         model: nn.Module = cls(**(args or {}))
     return model

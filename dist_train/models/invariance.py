@@ -1,4 +1,4 @@
-"""The generators that nets and user code draw from, and how many of them a net needs seeded."""
+"""Parts of a net whose result depends on the world size, and the random generators that a net needs seeded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dist_train.models import nets
 
 
 def seeding_for(net: nn.Module, training: bool) -> Callable[[int], None]:
-    """What makes a forward depend on a seed alone, for as little as possible (35 us).
+    """Return the cheapest function that seeds all generators a forward pass of `net` uses (all of them take 35 us).
 
-    Our own nets draw in dropout or not at all; user code may draw from all generators, and in evaluation too.
+    Our own nets draw only in dropout; user code may draw from any generator, also in evaluation.
     """
     if type(net).__module__ != nets.__name__:
         return seed_everything
@@ -25,12 +25,12 @@ def seeding_for(net: nn.Module, training: bool) -> Callable[[int], None]:
 
 
 _FUNCTIONAL_DROPOUT = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?_?")
-_DROPPING = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # of torchvision: by their `p`
-_RATES = ("dropout", "drop_rate", "drop_prob")  # of torch's attention and recurrent layers, torchvision, timm
+_DROP_LAYERS = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # torchvision's layers with the drop rate `p`
+_RATES = ("dropout", "drop_rate", "drop_prob")  # in torch's attention and recurrent layers, torchvision, timm
 
 
 def world_size_dependent_layers(model: nn.Module) -> list[str]:
-    """The parts of a net whose result depends on how a step is divided over ranks and micro-batches, for people."""
+    """Describe the parts of a net whose result depends on how a step is divided over ranks and micro-batches."""
     modules = list(model.modules())
     parts = []
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
@@ -42,25 +42,25 @@ def world_size_dependent_layers(model: nn.Module) -> list[str]:
 
 
 def drop_rates(module: nn.Module) -> list[str]:
-    """The attributes of a module by which it drops something. Others' `p` may be a power."""
+    """Return the names of a module's attributes that are drop rates > 0. `p` of another layer may be an exponent."""
     kind = type(module)
-    by_p = isinstance(module, nn.modules.dropout._DropoutNd) or kind.__name__ in _DROPPING or _calls_dropout(kind)
+    by_p = isinstance(module, nn.modules.dropout._DropoutNd) or kind.__name__ in _DROP_LAYERS or _calls_dropout(kind)
     names = ("p", *_RATES) if by_p else _RATES
     return [name for name in names if isinstance(rate := getattr(module, name, None), float) and rate > 0]
 
 
 def _calls_dropout(kind: type) -> bool:
-    """Whether the source of a class of the user calls `F.dropout` or a sister of it, which no module shows."""
+    """Return whether the source of a user's class calls `F.dropout` or a variant of it, without a dropout module."""
     for cls in kind.__mro__:
         if cls.__module__.partition(".")[0] in ("builtins", "torch", "torchvision", "timm", "dist_train"):
-            continue  # known by their modules and attributes
+            continue  # their dropout is found by modules and attributes
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
         except (OSError, TypeError, SyntaxError):
             continue
         for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
             function = call.func
-            on_self = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"  # a module
+            on_self = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"  # calls a module
             name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
             if not on_self and _FUNCTIONAL_DROPOUT.fullmatch(name):
                 return True

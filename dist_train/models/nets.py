@@ -1,4 +1,4 @@
-"""The nets of the five tutorials, weight for weight, and one that is made for speed.
+"""The nets of the five tutorials, with the same weights, and nets for fast training.
 
 Shapes: images [B, C, S, S] -> logits [B, K], with C = in_channels, S = image_size, K = num_classes.
 """
@@ -27,11 +27,11 @@ class Mlp(nn.Module):
 
 
 class Guide(Mlp):
-    """The guide's net with 28 hidden units: 22 270 weights on MNIST.
+    """The net of the guide with 28 hidden units: 22 270 weights on MNIST.
 
-    As printed it does not run. Mended: `Linear(28, 28)` took each image row by itself, so that its output did not
-    fit the labels (here the image is flattened first); `optim` was not imported, the model never made, and
-    `loss.backwards()` is spelled `backward()`.
+    The guide's code does not run as printed. Fixed here: `Linear(28, 28)` was applied to each image row, so its output
+    did not match the labels (now the image is flattened first); `optim` was not imported, the model was never
+    constructed, and `loss.backwards()` is spelled `backward()`.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, hidden: int = 28) -> None:
@@ -39,9 +39,9 @@ class Guide(Mlp):
 
 
 class Bks(nn.Module):
-    """BK.Synapse's net: two 5x5 convolutions, two linear layers: 21 840 weights on MNIST."""
+    """The net of BK.Synapse, two 5x5 convolutions and two linear layers: 21 840 weights on MNIST."""
 
-    channels_last = True  # bks on two cores: 2.1x the samples per second; user code may rely on strides
+    channels_last = True  # bks on two cores: 2.1x the samples per second; not for user code, which may rely on strides
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, dropout: float = 0.5) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ class Bks(nn.Module):
 class Conv(nn.Module):
     """Three 3x3 convolutions, three linear layers: 181 276 weights on MNIST."""
 
-    channels_last = True  # bks on two cores: 2.1x the samples per second; user code may rely on strides
+    channels_last = True  # bks on two cores: 2.1x the samples per second; not for user code, which may rely on strides
 
     def __init__(
         self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, num_filters: int = 32
     ) -> None:
         super().__init__()
         side = _side("conv", image_size, lambda size: size // 2 // 2)
-        # The tutorial has ReLU before each pooling; this order gives the same values and gradients for less work.
+        # The tutorial has ReLU before each pooling; this order gives the same values and gradients with less work.
         self.convs = nn.Sequential(
             nn.Conv2d(in_channels, num_filters, kernel_size=3, padding=1),
             nn.ReLU(),
@@ -92,9 +92,9 @@ class Conv(nn.Module):
 
 
 class Fast(nn.Module):
-    """For above 99 % on MNIST in seconds on a CPU; no BatchNorm and no dropout, so the world size does not matter."""
+    """A net for more than 99 % on MNIST in seconds on a CPU, independent of the world size: no BatchNorm or dropout."""
 
-    channels_last = True  # bks on two cores: 2.1x the samples per second; user code may rely on strides
+    channels_last = True  # bks on two cores: 2.1x the samples per second; not for user code, which may rely on strides
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:
         super().__init__()
@@ -112,10 +112,10 @@ class Fast(nn.Module):
 
 
 class Speedrun(nn.Module):
-    """To 99 % on MNIST with as little arithmetic as that takes: 370 thousand multiplications an image.
+    """A net for 99 % on MNIST with as little arithmetic as possible: 370 thousand multiplications per image.
 
-    Digits are drawn in the middle 20 x 20 pixels: the outer two on each side are not looked at. BatchNorm is what one
-    epoch needs to come to 99 %.
+    Digits fill the middle 20 x 20 pixels, so the outer two pixels on each side are cropped. BatchNorm is needed to
+    reach 99 % within one epoch.
     """
 
     channels_last = True
@@ -145,8 +145,8 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 def _side(name: str, image_size: int, side_of: Callable[[int], int]) -> int:
-    """The side length that is left after the last pooling."""
+    """Return the side length after the last pooling, or raise ConfigError if it is 0."""
     if side_of(image_size) >= 1:
         return side_of(image_size)
-    least = next(size for size in range(image_size, 100) if side_of(size) >= 1)
-    raise ConfigError(f"model.name={name} pools images of image_size={image_size} away. It needs at least {least}.")
+    minimum = next(size for size in range(image_size, 100) if side_of(size) >= 1)
+    raise ConfigError(f"model.name={name} needs image_size of at least {minimum}, not {image_size}.")

@@ -1,4 +1,4 @@
-"""A net by name: one of ours, of torchvision's or timm's, or the user's own; initialised by the seed alone."""
+"""Construction of a net by name: ours, torchvision's, timm's or the user's. Weights depend only on the seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_train.models.nets import MODELS
 from dist_train.torchvision_compat import import_torchvision
 from dist_train.user_code.bundles import check_bundle
 from dist_train.user_code.importing import (
-    accepted,
+    accepted_arguments,
     check_arguments,
     check_object,
     closest,
@@ -29,17 +29,17 @@ from dist_train.user_code.importing import (
 
 _log = logging.getLogger(__name__)
 
-DataSpec = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set, None where it does not tell
+DataSpec = Mapping[str, int | None]  # in_channels, num_classes, image_size of the data set; None if unknown
 
 
 def build_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
-    """The net that `config` names, for a data set of which this is known, in torch's default dtype, on the CPU.
+    """Construct the net of `config` for a data set with `spec`, on the CPU and in torch's default dtype.
 
-    Its weights depend on `seed` alone, and no global generator is moved.
+    The weights depend only on `seed`. The global generators do not change.
 
     Raises:
-        ConfigError: an unknown name or argument, or the data set does not tell what the net needs to know.
-        UserCodeError: the user's class or bundle does not fit or fails.
+        ConfigError: an unknown name or argument, or the data set does not provide what the net needs.
+        UserCodeError: the user's class or bundle lacks the expected interface, or fails.
     """
     with seeded(derive_seed(seed, "init")):
         if config.bundle is not None:
@@ -54,7 +54,7 @@ def build_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
                 model = _timm(name, config, spec)
             else:
                 model = _of_user(config, spec)
-    _refuse_lazy(model)
+    _reject_lazy_layers(model)
     for method in ("loss", "metrics"):
         if not callable(getattr(model, method, print)):
             raise UserCodeError(
@@ -65,7 +65,7 @@ def build_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
 
 
 def check_model_exists(config: ModelConfig) -> None:
-    """See that the net is there. Code of the user is not run where its source shows the name.
+    """Check that the net exists. User code is executed only if its source does not show the name.
 
     Raises:
         ConfigError, UserCodeError: as `build_model`.
@@ -74,7 +74,7 @@ def check_model_exists(config: ModelConfig) -> None:
     if config.bundle is not None:
         check_bundle(config.bundle, "bks_model.py", "UserModel", "model.bundle")
     elif not colon:
-        _check_own(config)
+        _check_own_name(config)
     elif source == "torchvision":
         _check_torchvision(name, config)
     elif source == "timm":
@@ -83,46 +83,46 @@ def check_model_exists(config: ModelConfig) -> None:
         check_object(config.name)
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _reject_lazy_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
             raise UserCodeError(
-                f"{type(model).__name__}: layer {name} is a {type(module).__name__} without a size, and its weights "
-                f"must follow from the seed before any data are seen. Give the size, or call the net once in its "
-                f"constructor, on zeros of the inputs' shape."
+                f"{type(model).__name__}: layer {name} is a {type(module).__name__} without a size, but its weights "
+                f"must be initialised from the seed before any data are read. Give the size, or call the net once in "
+                f"its constructor, on zeros of the inputs' shape."
             )
 
 
-def _check_own(config: ModelConfig) -> None:
+def _check_own_name(config: ModelConfig) -> None:
     if config.name not in MODELS:
-        elsewhere = "torchvision:NAME, timm:NAME, package.module:Class"
-        raise _unknown(config, "", list(MODELS), f"Nets: {', '.join(MODELS)}; {elsewhere}.")
+        others = "torchvision:NAME, timm:NAME, package.module:Class"
+        raise _unknown(config, "", list(MODELS), f"Nets: {', '.join(MODELS)}; {others}.")
 
 
 def _own(config: ModelConfig, spec: DataSpec) -> nn.Module:
-    _check_own(config)
+    _check_own_name(config)
     make = MODELS[config.name]
     check_arguments(make, config.args, "model.args")
     try:
         return make(**(_needed(config, spec, *spec) | config.args))
     except (TypeError, ValueError, RuntimeError) as error:  # an argument of the wrong type, or out of range
-        raise _cannot_make(config, error) from error
+        raise _cannot_construct(config, error) from error
 
 
 def _of_user(config: ModelConfig, spec: DataSpec) -> nn.Module:
     factory = load_object(config.name)
     label = f"model.name={config.name}"
     if not callable(factory):
-        raise UserCodeError(f"{label} is of type {type(factory).__name__}, not a class to make a net of.")
+        raise UserCodeError(f"{label} is of type {type(factory).__name__}, not a class or function that returns a net.")
     check_arguments(factory, config.args, "model.args")
-    # What the data set does not tell is left to the constructor's default, if it has one.
-    named = accepted(factory, dict(spec))
+    # What the data set does not provide gets the constructor's default, if it has one.
+    named = accepted_arguments(factory, dict(spec))
     required = [key for key in named if _is_required(factory, key)]
     offered = {key: value for key, value in named.items() if value is not None} | _needed(config, spec, *required)
-    with wrap_user_errors(label, "cannot be made"):
+    with wrap_user_errors(label, "cannot be constructed"):
         model = factory(**(offered | config.args))
     if not isinstance(model, nn.Module):
-        raise UserCodeError(f"{label} makes a {type(model).__name__}, not a torch.nn.Module.")
+        raise UserCodeError(f"{label} returns a {type(model).__name__}, not a torch.nn.Module.")
     return model
 
 
@@ -144,15 +144,15 @@ def _torchvision(name: str, config: ModelConfig, spec: DataSpec) -> nn.Module:
     check_arguments(factory, config.args, "model.args")
     needed = _needed(config, spec, "in_channels", "num_classes")
     channels = needed.pop("in_channels")
-    # Without aux_logits=False googlenet and inception_v3 would answer with a tuple in training.
-    offered = {"weights": None, **accepted(factory, {"aux_logits": False, **needed})}
+    # Without aux_logits=False googlenet and inception_v3 return a tuple in training.
+    offered = {"weights": None, **accepted_arguments(factory, {"aux_logits": False, **needed})}
     try:
         model: nn.Module = factory(**(offered | config.args))
     except (TypeError, ValueError) as error:
-        raise _cannot_make(config, error) from error
-    except OSError as error:  # of the network, or of the cache
-        once = f"import torchvision; torchvision.models.get_model('{name}', weights='{config.args.get('weights')}')"
-        raise _cannot_fetch(config, error, once) from error
+        raise _cannot_construct(config, error) from error
+    except OSError as error:  # a network error, or one of the cache
+        code = f"import torchvision; torchvision.models.get_model('{name}', weights='{config.args.get('weights')}')"
+        raise _cannot_fetch(config, error, code) from error
     path, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
     if isinstance(conv, nn.Conv2d) and conv.in_channels != channels:
         parent, _, leaf = path.rpartition(".")
@@ -162,7 +162,7 @@ def _torchvision(name: str, config: ModelConfig, spec: DataSpec) -> nn.Module:
 
 def _with_channels(conv: nn.Conv2d, in_channels: int, pretrained: bool) -> nn.Conv2d:
     make: Any = nn.Conv2d
-    made: nn.Conv2d = make(
+    new: nn.Conv2d = make(
         in_channels,
         conv.out_channels,
         conv.kernel_size,
@@ -172,16 +172,16 @@ def _with_channels(conv: nn.Conv2d, in_channels: int, pretrained: bool) -> nn.Co
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
     )
-    if pretrained:  # a gray image, copied into every channel, gives what it gave before
+    if pretrained:  # keeps the output for a gray image that is copied into every channel
         with torch.no_grad():
-            made.weight.copy_(conv.weight.sum(dim=1, keepdim=True) / in_channels)
-            if made.bias is not None and conv.bias is not None:
-                made.bias.copy_(conv.bias)
-    return made
+            new.weight.copy_(conv.weight.sum(dim=1, keepdim=True) / in_channels)
+            if new.bias is not None and conv.bias is not None:
+                new.bias.copy_(conv.bias)
+    return new
 
 
 def _import_timm(name: str, config: ModelConfig) -> Any:
-    """timm, which has a net of this name."""
+    """Import timm and check that it has a net of this name."""
     import_torchvision()  # timm imports it
     try:
         import timm
@@ -201,16 +201,16 @@ def _timm(name: str, config: ModelConfig, spec: DataSpec) -> nn.Module:
     args: dict[str, Any] = {"pretrained": False, **offered, **config.args}
     hub = logging.getLogger("huggingface_hub")
     before = hub.level
-    hub.setLevel(logging.ERROR)  # without a network it tells of each of ten tries
+    hub.setLevel(logging.ERROR)  # without a network it logs each of ten attempts
     if args["pretrained"]:
-        _log.info("%s: fetching its weights, which may take a minute also where there is no network", config.name)
+        _log.info("%s: fetching its weights, which may take a minute, also without a network", config.name)
     try:
         model: nn.Module = timm.create_model(name, **args)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _cannot_make(config, error) from error
+        raise _cannot_construct(config, error) from error
     except OSError as error:
-        once = f"import timm; timm.create_model('{name}', pretrained=True)"
-        raise _cannot_fetch(config, error, once) from error
+        code = f"import timm; timm.create_model('{name}', pretrained=True)"
+        raise _cannot_fetch(config, error, code) from error
     finally:
         hub.setLevel(before)
     return model
@@ -228,10 +228,10 @@ def _needed(config: ModelConfig, spec: DataSpec, *keys: str) -> dict[str, int]:
         if value is not None:
             needed[key] = value
         elif key not in config.args:
-            # torchvision and timm have no argument of this name; there only the data can tell.
-            elsewhere = key == "in_channels" and config.name.startswith(("torchvision:", "timm:"))
-            fix = fixes[key] + ("." if elsewhere else f", or set model.args.{key}.")
-            raise ConfigError(f"model.name={config.name} needs {key}, which the data set does not tell. {fix}")
+            # torchvision and timm have no argument of this name; for them only the data set can provide it.
+            data_only = key == "in_channels" and config.name.startswith(("torchvision:", "timm:"))
+            fix = fixes[key] + ("." if data_only else f", or set model.args.{key}.")
+            raise ConfigError(f"model.name={config.name} needs {key}, which the data set does not provide. {fix}")
     return needed
 
 
@@ -241,17 +241,14 @@ def _unknown(config: ModelConfig, prefix: str, names: list[str], where: str) -> 
     return ConfigError(f"model.name={config.name}: no such net.{hint} {where}")
 
 
-def _cannot_make(config: ModelConfig, error: Exception) -> DistTrainError:
+def _cannot_construct(config: ModelConfig, error: Exception) -> DistTrainError:
     args = ", ".join(f"model.args.{key}={value}" for key, value in config.args.items()) or "no model.args"
-    return ConfigError(f"model.name={config.name} cannot be made with {args}: {error}.")
+    return ConfigError(f"model.name={config.name} cannot be constructed with {args}: {error}.")
 
 
-def _cannot_fetch(config: ModelConfig, error: OSError, once: str) -> DistTrainError:
+def _cannot_fetch(config: ModelConfig, error: OSError, code: str) -> DistTrainError:
     return DataError(
         f"The weights of model.name={config.name} could not be fetched ({type(error).__name__}: "
-        f"{' '.join(str(error).split()).rstrip('.')}). Where there is network, on a login node for example, run this "
-        f'once, and they lie in the cache: python -c "{once}"'
+        f"{' '.join(str(error).split()).rstrip('.')}). To put them into the cache, run this once with network access, "
+        f'for example on a login node: python -c "{code}"'
     )
-
-
-# --- what depends on the world size ------------------------------------------------------------------------------

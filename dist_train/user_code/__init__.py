@@ -1,1 +1,1 @@
-"""Code of the user: objects looked up by name, bundles of BK.Synapse, archives unpacked safely."""
+"""User code: import of objects by name, BK.Synapse bundles, and safe unpacking of zip archives."""

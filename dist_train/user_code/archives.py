@@ -1,4 +1,4 @@
-"""A zip of user code, unpacked once into the cache folder; what a zip could do besides is refused."""
+"""Safe unpacking of a zip of user code into the cache folder, once for each content."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dist_train.config.paths import default_data_root
 from dist_train.errors import UserCodeError
 
 _MIB = 2**20
-MAX_BYTES = 256 * _MIB  # of all files together: this is code, not data
+MAX_BYTES = 256 * _MIB  # for all files together: an archive holds code, not data
 MAX_ENTRIES = 2000
 _CHUNK = _MIB
 
 
-def unpacked(archive: Path, label: str) -> Path:
-    """The folder with the contents of the zip `archive`, named by a digest of its bytes.
+def unpack_archive(archive: Path, label: str) -> Path:
+    """Unpack the zip `archive` and return its folder, which is named by a digest of the zip's bytes.
 
-    Ranks may call this at the same time: each unpacks for itself, and the first rename counts.
+    Ranks may call this at the same time: each unpacks its own copy, and the first rename wins.
 
     Raises:
-        UserCodeError: not a zip, a damaged one, or one with entries that unpacking code must not follow.
+        UserCodeError: `archive` is not a zip, is damaged, or has unsafe entries.
     """
     bundles = default_data_root() / "bundles"
     try:
@@ -38,54 +38,52 @@ def unpacked(archive: Path, label: str) -> Path:
             return folder
         bundles.mkdir(parents=True, exist_ok=True)
         try:
-            with atomic_write(folder) as aside:
-                aside.mkdir()
-                _extract(archive, aside, label)
+            with atomic_write(folder) as temporary:
+                temporary.mkdir()
+                _extract(archive, temporary, label)
         except OSError:
-            if not folder.is_dir():  # it is there if another rank was quicker; the contents are the same
+            if not folder.is_dir():  # it exists if another rank was faster; the contents are the same
                 raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserCodeError(
-            f"{label} is not a zip that can be read: {error}. Pack it again, or give a folder."
-        ) from error
+        raise UserCodeError(f"{label} is not a readable zip: {error}. Pack it again, or give a folder.") from error
     except OSError as error:
-        fix = "Set DIST_TRAIN_DATA_DIR to a folder that can be written to, or give a folder instead of a zip."
+        fix = "Set DIST_TRAIN_DATA_DIR to a writable folder, or give a folder instead of a zip."
         raise UserCodeError(f"{label} cannot be unpacked into {bundles}: {error}. {fix}") from error
     return folder
 
 
 def _extract(archive: Path, folder: Path, label: str) -> None:
-    left = MAX_BYTES
+    remaining = MAX_BYTES
     with zipfile.ZipFile(archive) as bundle:
         entries = bundle.infolist()
         if len(entries) > MAX_ENTRIES:
             raise UserCodeError(f"{label} has {len(entries)} entries, more than {MAX_ENTRIES}. Pack only the code.")
         for entry in entries:
-            _check(entry, label)
+            _check_entry(entry, label)
             target = folder / entry.filename
             try:
                 (target if entry.is_dir() else target.parent).mkdir(parents=True, exist_ok=True)
                 if not entry.is_dir():
-                    left -= _write(bundle, entry, target, left, label)
+                    remaining -= _write(bundle, entry, target, remaining, label)
             except (FileExistsError, NotADirectoryError):
                 raise UserCodeError(f"{label} has two entries for {entry.filename!r}. Pack the folder again.") from None
 
 
-def _write(bundle: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, at_most: int, label: str) -> int:
-    # Counted while unpacking: the sizes in the header are only what the archive claims.
+def _write(bundle: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, max_bytes: int, label: str) -> int:
+    # Bytes are counted while unpacking: the sizes in the header may be false.
     size = 0
     with bundle.open(entry) as source, target.open("xb") as file:
         while chunk := source.read(_CHUNK):
             size += len(chunk)
-            if size > at_most:
+            if size > max_bytes:
                 raise _too_big(label)
             file.write(chunk)
     return size
 
 
-def _check(entry: zipfile.ZipInfo, label: str) -> None:
-    name = entry.orig_filename  # as it stands in the archive; `filename` is already tidied up
-    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 where the packing system has no such thing
+def _check_entry(entry: zipfile.ZipInfo, label: str) -> None:
+    name = entry.orig_filename  # as stored in the archive; zipfile has already sanitised `filename`
+    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 if the packing system has no file types
     outside = name.startswith("/") or "\\" in name or re.match("[A-Za-z]:", name) or ".." in PurePosixPath(name).parts
     if outside or "\0" in name or not name:
         reason = "is not a plain path inside the archive"
@@ -99,4 +97,4 @@ def _check(entry: zipfile.ZipInfo, label: str) -> None:
 
 
 def _too_big(label: str) -> UserCodeError:
-    return UserCodeError(f"{label} holds more than {MAX_BYTES // _MIB} MiB. Pack only the code; data go to data.root.")
+    return UserCodeError(f"{label} holds more than {MAX_BYTES // _MIB} MiB. Pack only code; put data into data.root.")

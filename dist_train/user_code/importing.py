@@ -1,4 +1,4 @@
-"""The user's own Python: `package.module:Name`, and files by path; every mistake told with its file and line."""
+"""Import of user code, by `package.module:Name` or by file. Errors name the user's file and line."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dist_train.torchvision_compat import import_torchvision, is_missing_operato
 
 
 def load_object(spec: str) -> Any:
-    """What `package.module:Name` stands for, looked up in the current folder first.
+    """Import the object `package.module:Name`. The current folder comes first on the search path.
 
     Raises:
-        ConfigError: `spec` is not of this form.
-        UserCodeError: no such module or name, or the module fails while it is imported.
+        ConfigError: `spec` does not have this form.
+        UserCodeError: the module or name does not exist, or the import fails.
     """
     module_name, name, source = _look_up(spec)
     with wrap_user_errors(spec, "cannot be imported"):
@@ -34,18 +34,18 @@ def load_object(spec: str) -> Any:
             module = _import(lambda: importlib.import_module(module_name), source)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there; something that it imports is not
+                raise  # the module exists, but a module that it imports does not
             raise UserCodeError(_missing_module(spec, module_name, error.name)) from None
     if hasattr(module, name):
         return getattr(module, name)
-    raise UserCodeError(f"{spec}: {module.__file__ or module_name} has no {name}. {found(module, name)}")
+    raise UserCodeError(f"{spec}: {module.__file__ or module_name} has no {name}. {list_names(module, name)}")
 
 
 def check_object(spec: str) -> None:
-    """See that `load_object` would find it. A module whose source shows the name is not run.
+    """Check that `load_object` would succeed. The module is executed only if its source does not show the name.
 
     Raises:
-        ConfigError, UserCodeError: as there.
+        ConfigError, UserCodeError: as `load_object`.
     """
     _module_name, name, source = _look_up(spec)
     if source is None or not defines(source, name):
@@ -53,10 +53,10 @@ def check_object(spec: str) -> None:
 
 
 def defines(source: Path, name: str) -> bool:
-    """Whether a file of Python defines a class, a function or a value of this name, as far as its text shows."""
+    """Return whether the source of a Python file shows a top-level class, function or value of this name."""
     try:
         tree = ast.parse(source.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # gone, or no Python
+    except (OSError, SyntaxError, ValueError):  # missing, or not Python
         return False
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else ()
@@ -66,23 +66,23 @@ def defines(source: Path, name: str) -> bool:
 
 
 def _look_up(spec: str) -> tuple[str, str, Path | None]:
-    """Of `package.module:Name` the module, the name, and the module's file if it can be told without an import."""
+    """Split `package.module:Name`. Returns module, name, and the module's file if it is known without an import."""
     module_name, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):
-        raise ConfigError(f"{spec}: not of the form package.module:Name, as in my_nets:Net.")
-    if sys.path[:1] != [""]:  # a console script, unlike `python -m`, does not have the current folder there
+        raise ConfigError(f"{spec} does not have the form package.module:Name, for example my_nets:Net.")
+    if sys.path[:1] != [""]:  # unlike with `python -m`, a console script's sys.path lacks the current folder
         _first_on_path(Path.cwd())
     importlib.invalidate_caches()
     return module_name, name, _source_of(module_name)
 
 
 def import_file(path: Path, name: str, setting: str) -> ModuleType:
-    """The module in the file `path`, imported as `name`; its folder is on `sys.path` for its siblings.
+    """Import the file `path` as the module `name`; its folder is put on `sys.path` for its siblings.
 
-    It stays in `sys.modules`, where pickle looks classes up.
+    The module stays in `sys.modules`, where pickle looks classes up.
 
     Raises:
-        UserCodeError: the file fails while it is imported.
+        UserCodeError: the import fails.
     """
     if name in sys.modules:
         return sys.modules[name]
@@ -107,8 +107,8 @@ def import_file(path: Path, name: str, setting: str) -> ModuleType:
 
 
 def _import(run: Callable[[], ModuleType], source: Path | None) -> ModuleType:
-    # With operators that do not fit, torchvision has to be mended before the user's code asks for it. Who never
-    # names it does not pay its 1.1 s. Code that gets it through a module further away is simply run again.
+    # If torchvision's operators do not match, the missing ones must be declared before user code imports it. Code that
+    # never mentions torchvision does not pay its 1.1 s; code that imports it indirectly is executed a second time.
     if source and any(b"torchvision" in file.read_bytes() for file in source.parent.glob("*.py")):
         import_torchvision()
     try:
@@ -125,7 +125,7 @@ def _first_on_path(folder: Path) -> None:
 
 
 def _source_of(module_name: str) -> Path | None:
-    """The file of a module, found without running its parents; None where only an import can tell."""
+    """Return the file of a module without executing its parents, or None if only an import can tell."""
     top, *rest = module_name.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -140,9 +140,9 @@ def _source_of(module_name: str) -> Path | None:
 def _missing_module(spec: str, module_name: str, missing: str) -> str:
     *parents, last = missing.split(".")
     folder = Path.cwd().joinpath(*parents)
-    there = sorted({path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")})
+    names = sorted({path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")})
     prefix = ".".join([*parents, ""])
-    near = f" Did you mean {prefix}{closest(last, there)}?" if closest(last, there) else ""
+    near = f" Did you mean {prefix}{closest(last, names)}?" if closest(last, names) else ""
     return f"{spec}: no module {missing}, neither in {Path.cwd()} nor among the installed packages.{near}"
 
 
@@ -153,9 +153,9 @@ def _missing_module(spec: str, module_name: str, missing: str) -> str:
 def wrap_user_errors(
     label: str, what: str, unless: Callable[[BaseException], bool] = lambda _: False
 ) -> Iterator[None]:
-    """Turns an exception of the user's code into a UserCodeError that begins with `label` and names file and line.
+    """Turn an exception of user code into a UserCodeError that begins with `label` and names file and line.
 
-    `unless`: whether an exception is not the user's.
+    Exceptions for which `unless` returns True are not errors of user code and pass unchanged.
     """
     try:
         yield
@@ -168,7 +168,7 @@ def wrap_user_errors(
 
 
 def user_code_error(what: str, error: BaseException, hint: str = "") -> UserCodeError:
-    """One line that begins with `what`, says where in the user's code `error` was raised, and ends with `hint`."""
+    """Return a one-line error: `what`, the place in user code where `error` was raised, the error, and `hint`."""
     if isinstance(error, SyntaxError):
         where, text = f"{error.filename}:{error.lineno}" if error.filename else "its source", error.msg
     else:
@@ -177,7 +177,7 @@ def user_code_error(what: str, error: BaseException, hint: str = "") -> UserCode
 
 
 def _where(error: BaseException) -> str:
-    """file:line of the last call made by code that is neither ours nor installed."""
+    """Return file:line of the innermost frame whose code is neither ours nor installed."""
     installed = {sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")} | {str(Path(__file__).parents[1])}
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     own = [frame for frame in frames if not any(frame.filename.startswith(f"{folder}/") for folder in installed)]
@@ -186,11 +186,12 @@ def _where(error: BaseException) -> str:
 
 
 def closest(word: str, names: Iterable[str]) -> str | None:
+    """Return the name most similar to `word`, or None if none is similar."""
     return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)), None)
 
 
-def found(module: ModuleType, wanted: str) -> str:
-    """What a module has instead of `wanted`: its own public classes and functions, with their lines."""
+def list_names(module: ModuleType, wanted: str) -> str:
+    """List the public classes and functions defined in a module with their lines, and suggest one for `wanted`."""
     own = {
         name: f"{name} (line {line_of(value)})"
         for name, value in vars(module).items()
@@ -201,7 +202,7 @@ def found(module: ModuleType, wanted: str) -> str:
 
 
 def line_of(thing: Any) -> int:
-    """The line where a class or function of the user begins; 0 if its source is not there."""
+    """Return the line where a class or function of the user begins, or 0 if its source is not available."""
     try:
         return inspect.getsourcelines(inspect.unwrap(thing))[1]
     except (OSError, TypeError):
@@ -211,14 +212,14 @@ def line_of(thing: Any) -> int:
 # --- calling -----------------------------------------------------------------------------------------------------
 
 
-def accepted(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `offered` that the signature of `factory` names; a bare `**kwargs` attracts none."""
+def accepted_arguments(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the items of `offered` that the signature of `factory` names; a bare `**kwargs` accepts none."""
     named, _ = parameters_of(factory)
     return {key: value for key, value in offered.items() if key in named}
 
 
 def check_arguments(factory: Callable[..., Any], args: Mapping[str, Any], setting: str) -> None:
-    """Raises ConfigError if `factory` has no parameter of such a name, and lists the ones it has."""
+    """Raise ConfigError, with the valid names, if `args` has a name that is not a parameter of `factory`."""
     legal, open_ended = parameters_of(factory)
     for key in args:
         if key not in legal and not open_ended:
@@ -227,13 +228,13 @@ def check_arguments(factory: Callable[..., Any], args: Mapping[str, Any], settin
 
 
 def parameters_of(factory: Callable[..., Any]) -> tuple[list[str], bool]:
-    """The names that can be given by keyword, and whether there are more that nobody can know.
+    """Return the names of keyword parameters, and whether there may be others that are not known.
 
-    `**kwargs` is followed to where it goes by custom: from a class to its base, from a function to the class that it
-    is annotated to return.
+    By convention a class passes `**kwargs` to its base, and a function to the class of its return annotation; their
+    parameters are included.
     """
     layers: list[Any] = [factory]
-    if inspect.isclass(factory):  # the last constructor of a net, nn.Module's, has a **kwargs that takes nothing
+    if inspect.isclass(factory):  # the last constructor of a net, nn.Module's, has a **kwargs that accepts nothing
         own = [base for base in factory.__mro__[:-1] if base.__module__ != "torch.nn.modules.module"]
         layers = [vars(base)["__init__"] for base in own if "__init__" in vars(base)]
     names: list[str] = []
@@ -249,10 +250,10 @@ def parameters_of(factory: Callable[..., Any]) -> tuple[list[str], bool]:
     if not layers:
         return [], False
     try:
-        made = None if inspect.isclass(factory) else get_type_hints(factory).get("return")
+        returned = None if inspect.isclass(factory) else get_type_hints(factory).get("return")
     except (NameError, TypeError):
-        made = None
-    if not inspect.isclass(made):
+        returned = None
+    if not inspect.isclass(returned):
         return names, True
-    more, open_ended = parameters_of(made)
+    more, open_ended = parameters_of(returned)
     return list(dict.fromkeys([*names, *more])), open_ended

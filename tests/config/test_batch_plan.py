@@ -1,4 +1,4 @@
-"""The division of a global batch over ranks and micro-steps, as properties."""
+"""Properties of the division of a global batch over ranks and micro-steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ sizes = st.integers(1, 4096)
 
 
 @given(share=st.integers(1, 600), bound=sizes, world_size=st.integers(1, 64))
-def test_fits_exactly_with_the_largest_forward(share: int, bound: int, world_size: int) -> None:
+def test_plan_fits_exactly_with_the_largest_forward(share: int, bound: int, world_size: int) -> None:
     plan = BatchPlan.fit(share * world_size, bound, world_size)
     assert plan.per_device_batch_size * plan.grad_accum_steps * plan.world_size == share * world_size
     assert (plan.per_rank_batch_size, plan.global_batch_size, plan.world_size) == (
@@ -35,9 +35,9 @@ def test_the_error_names_world_sizes_that_fit(global_batch: int, world_size: int
         BatchPlan.fit(global_batch, 64, world_size)
     text = str(caught.value)
     assert f"global_batch_size={global_batch} is not a multiple of world_size={world_size}" in text
-    found = re.search(r"World sizes that fit: ([\d, ]+)\.", text)
-    assert found
-    offered = [int(size) for size in found[1].split(", ")]
+    match = re.search(r"World sizes that fit: ([\d, ]+)\.", text)
+    assert match
+    offered = [int(size) for size in match[1].split(", ")]
     assert offered == sorted(set(offered))
     for size in offered:
         assert BatchPlan.fit(global_batch, 64, size).global_batch_size == global_batch

@@ -1,4 +1,4 @@
-"""Settings: what YAML makes of them, what a wrong one is told, what two runs may differ in."""
+"""Loading settings from YAML and overrides, default folders, and which settings can change the result."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from support.settings import DEFAULT, load, put
 # --- YAML and overrides ------------------------------------------------------------------------------------------
 
 
-def test_the_traps_of_yaml(tmp_path: Path) -> None:
+def test_numbers_and_booleans_in_yaml(tmp_path: Path) -> None:
     """YAML 1.1 reads 1e-3 as text, a bare no as False and 12:30:00 as 45000."""
     text = "optimizer: {lr: 1e-3}\nmixed_precision: no\nmodel: {args: {dropout: 1e-3, name: '1e-3', at: '12:30:00'}}"
-    found = load(text, "model.args.slope=2.5E+2", "optimizer.eps=1e-6", folder=tmp_path)
-    assert (found.optimizer.lr, found.optimizer.eps, found.mixed_precision) == (1e-3, 1e-6, "no")
-    assert found.model.args == {"dropout": 1e-3, "name": "1e-3", "at": "12:30:00", "slope": 250.0}
-    assert load(to_yaml(found), folder=tmp_path) == found
+    config = load(text, "model.args.slope=2.5E+2", "optimizer.eps=1e-6", folder=tmp_path)
+    assert (config.optimizer.lr, config.optimizer.eps, config.mixed_precision) == (1e-3, 1e-6, "no")
+    assert config.model.args == {"dropout": 1e-3, "name": "1e-3", "at": "12:30:00", "slope": 250.0}
+    assert load(to_yaml(config), folder=tmp_path) == config
 
 
 @pytest.mark.parametrize("setting", ["train_for", "save_every", "global_batch_size", "seed"])
-def test_a_time_of_day_is_no_number(setting: str, tmp_path: Path) -> None:
+def test_a_time_of_day_is_not_a_number(setting: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{setting}=12:30:00: "):
         load(f"{setting}: 12:30:00", folder=tmp_path)
     with pytest.raises(ConfigError, match=f"{setting}=0:30: "):
         load("", f"{setting}=0:30", folder=tmp_path)
 
 
-def test_overrides_win_in_their_order(tmp_path: Path) -> None:
-    found = load(
+def test_later_overrides_win(tmp_path: Path) -> None:
+    config = load(
         "optimizer: {name: sgd, lr: 0.1}\nseed: 1",
         "optimizer.lr=3e-4", "seed=2", "seed=3", "tracking.tags=[a, b]", "early_stop.patience=2", "runs_dir=",
         folder=tmp_path,
     )  # fmt: skip
-    assert (found.optimizer.name, found.optimizer.lr, found.seed) == ("sgd", 3e-4, 3)
-    assert found.tracking.tags == ["a", "b"]
-    assert found.early_stop is not None
-    assert (found.early_stop.patience, found.runs_dir) == (2, None)
+    assert (config.optimizer.name, config.optimizer.lr, config.seed) == ("sgd", 3e-4, 3)
+    assert config.tracking.tags == ["a", "b"]
+    assert config.early_stop is not None
+    assert (config.early_stop.patience, config.runs_dir) == (2, None)
 
 
 @pytest.mark.parametrize(
     "override",
     ["lr", "=3", "optimizer..lr=3", ".lr=3", "seed=[", "seed=2020-13-45", "seed=!!bool x", "model.args={a: 1, a: 2}"],
 )
-def test_an_override_that_cannot_be_read_is_quoted(override: str, tmp_path: Path) -> None:
+def test_the_error_quotes_an_invalid_override(override: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load("", override, folder=tmp_path)
     assert override in str(caught.value)
@@ -61,14 +61,14 @@ def test_an_override_that_cannot_be_read_is_quoted(override: str, tmp_path: Path
     "text",
     ["- 1", "just words", "a: [", "\0", "seed: 2020-13-45", "[" * 3000, "seed: !!int ''", "seed: 0x" + 4000 * "f"],
 )
-def test_a_file_that_is_no_config_is_named(text: str, tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_is_not_a_config(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml "):
         load(text, folder=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["seed: 1\nmodel: {}\nseed: 1", "optimizer:\n  lr: 1\n  lr: 1"])
-def test_a_key_that_stands_there_twice_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"config\.yaml is not YAML: (seed|lr) stands there twice in .* line [13], "):
+def test_a_duplicate_key_is_rejected(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml is not YAML: duplicate key (seed|lr) in .* line [13], "):
         load(text, folder=tmp_path)
     merged = "data: {args: {a: &a {x: 1, y: 1}, b: &b {<<: *a, x: 2}, c: {<<: [*b, *a], y: 3}}}"
     assert load(merged, folder=tmp_path).data.args["c"] == {"x": 2, "y": 3}
@@ -81,16 +81,16 @@ def test_bare_numbers_are_steps() -> None:
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def test_bundled_configs_load_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name from any folder, and what `config.yaml` of a run says makes the same run again."""
+def test_bundled_configs_load_from_any_folder_and_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the `config.yaml` of a run gives the same settings."""
     monkeypatch.chdir(tmp_path)
     assert "smoke" in bundled_configs()
     for name, path in bundled_configs().items():
         assert find_config(name) == find_config(f"configs/{name}.yaml") == path
-        found = load_config(name)
-        assert load(to_yaml(found), folder=tmp_path) == found
-        assert load(to_yaml(found), folder=tmp_path).flat() == found.flat()
-    (tmp_path / "smoke").write_text("seed: 7")  # a file of that name comes first
+        config = load_config(name)
+        assert load(to_yaml(config), folder=tmp_path) == config
+        assert load(to_yaml(config), folder=tmp_path).flat() == config.flat()
+    (tmp_path / "smoke").write_text("seed: 7")  # a file takes precedence over a bundled config
     assert load_config("smoke").seed == 7
 
 
@@ -117,7 +117,7 @@ def test_default_data_root(env: dict[str, str], expected: str, monkeypatch: pyte
 def test_a_home_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Caches are temporary then, with one line, unless the user chose the place; data that lie there are read."""
+    """Caches are then temporary, with one warning, unless XDG_CACHE_HOME is set; existing data are still read."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     for name in ("DIST_TRAIN_DATA_DIR", "XDG_CACHE_HOME"):
@@ -125,33 +125,33 @@ def test_a_home_that_cannot_be_written(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert (user_cache(), default_data_root()) == (tmp_path / "home/.cache/dist_train",) * 2
     (tmp_path / "home").write_text("no folder")
-    found = {user_cache(), default_data_root()}
-    assert [path.parent for path in found] == [tmp_path / "tmp"]
+    folders = {user_cache(), default_data_root()}
+    assert [path.parent for path in folders] == [tmp_path / "tmp"]
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"{tmp_path / 'home/.cache/dist_train'} cannot be written: caches go to {tmp_path / 'tmp'}/")
+    assert line.startswith(f"{tmp_path / 'home/.cache/dist_train'} is not writable: caches go to {tmp_path / 'tmp'}/")
     (tmp_path / "home").unlink()
     (tmp_path / "home/.cache/dist_train").mkdir(parents=True)
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root can write everywhere
     assert user_cache().parent == tmp_path / "tmp"
     assert default_data_root() == tmp_path / "home/.cache/dist_train"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "chosen"))
     assert user_cache() == tmp_path / "chosen/dist_train"
 
 
-def test_nobody_else_gets_at_the_temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name can be guessed: a link that somebody else has put there is not followed."""
+def test_the_temporary_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is predictable, so a link that another user has placed there is not followed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME")
     (tmp_path / "home").write_text("no folder")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "theirs").mkdir()
     (tmp_path / f"dist_train-{os.getuid()}").symlink_to(tmp_path / "theirs")
-    found = user_cache()
-    assert found.resolve().parent == tmp_path
-    assert found.stat().st_mode & 0o077 == 0
+    cache = user_cache()
+    assert cache.resolve().parent == tmp_path
+    assert cache.stat().st_mode & 0o077 == 0
 
 
-# --- which settings decide the result ------------------------------------------------------------------------------
+# --- which settings can change the result --------------------------------------------------------------------------
 
 FREE = {
     "per_device_batch_size": 7, "device": "cpu", "log_every": 7, "save_every": "30 s", "keep_last": 9, "keep_best": 9,
@@ -168,12 +168,12 @@ BOUND = {
 
 
 @pytest.mark.parametrize("key", [*FREE, *BOUND])
-def test_difference_that_matters(key: str) -> None:
+def test_result_diff_has_only_settings_that_can_change_the_result(key: str) -> None:
     tree: dict[Any, Any] = {}
     put(tree, key, (FREE | BOUND)[key])
     other = parse_config(tree)
-    found = DEFAULT.result_diff(other)
+    diff = DEFAULT.result_diff(other)
     assert other != DEFAULT
-    assert (found == {}) == (key in FREE)
-    assert {name.split(".")[0] for name in found} <= {key.split(".")[0]}
-    assert found == {name: (old, new) for name, (new, old) in other.result_diff(DEFAULT).items()}
+    assert (diff == {}) == (key in FREE)
+    assert {name.split(".")[0] for name in diff} <= {key.split(".")[0]}
+    assert diff == {name: (old, new) for name, (new, old) in other.result_diff(DEFAULT).items()}

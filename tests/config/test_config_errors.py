@@ -1,4 +1,4 @@
-"""Settings that are wrong: what the error says, and that nothing but a ConfigError comes out."""
+"""Invalid settings: the error messages, and that only ConfigError is raised."""
 
 from __future__ import annotations
 
@@ -53,29 +53,29 @@ def test_unknown_settings_get_a_suggestion(tree: dict[str, Any], expected: str) 
         ({"optimizer": {"betas": [0.9, 1]}}, "optimizer.betas.1=1: input should be less than 1."),
         ({"optimizer": {"lr": ".nan"}}, "optimizer.lr=.nan: "),
         ({"train_for": "3 weeks"}, 'train_for=3 weeks: write a number and a unit: "3 epochs", '),
-        ({"eval_every": "30 s"}, "eval_every=30 s: count it in steps or epochs"),
+        ({"eval_every": "30 s"}, "eval_every=30 s: write it in steps or epochs"),
         ({"train_for": 0}, "train_for=0 steps trains nothing"),
         ({"data": {"normalize": {"mean": [0], "std": [0]}}}, "data.normalize.std.0=0: input should be greater than 0."),
         ({"data": {"normalize": {"mean": [0], "std": [1, 1]}}}, "data.normalize: mean has 1 channels and std 2;"),
         ({"max_grad_norm": True}, "max_grad_norm=True: write a number, not yes or no."),
         ({"early_stop": {"patience": True}}, "early_stop.patience=True: write a number, not yes or no."),
-        ({"runs_dir": "a\0b"}, "runs_dir=a\0b: no path has a NUL in it."),
+        ({"runs_dir": "a\0b"}, "runs_dir=a\0b: a path must not contain a NUL character."),
         ({"stall_timeout_s": 1e300}, "stall_timeout_s=1e+300: input should be less than 2147483648."),
         ({"data": {"num_workers": 99999}}, "data.num_workers=99999: input should be less than or equal to 1024."),
         ({"model": 5}, "model=5: input should be a valid dictionary"),
         ({"tracking": {"wandb": "on"}}, "tracking.wandb=on: input should be 'auto', 'online', "),
     ],
 )  # fmt: skip
-def test_wrong_values_name_setting_value_and_what_is_allowed(tree: dict[str, Any], expected: str) -> None:
+def test_the_error_names_the_setting_its_value_and_what_is_allowed(tree: dict[str, Any], expected: str) -> None:
     assert expected in refusal(tree)
 
 
-def test_what_is_nested_too_deeply_to_be_shown() -> None:
+def test_settings_nested_too_deeply_to_print() -> None:
     with pytest.raises(ConfigError, match=r"^model\.args\.a\."):
         load_config("smoke", ["model.args." + "a." * 3000 + "b=1"])
 
 
-def test_every_mistake_is_told_at_once() -> None:
+def test_all_errors_are_reported_together() -> None:
     text = refusal({"seed": -1, "optimiser": {}, "model": {"nam": 1}})
     assert [line.split(":")[0].split(".")[0] for line in text.splitlines()] == [
         "seed=-1", "Unknown setting model", "Unknown setting optimiser",
@@ -83,7 +83,7 @@ def test_every_mistake_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_settings_of_another_optimizer_are_refused(name: str) -> None:
+def test_settings_of_another_optimizer_are_rejected(name: str) -> None:
     values = {"betas": [0.5, 0.9], "nesterov": True, "amsgrad": True, "centered": True}
     for key in sorted(set().union(*OPTIMIZERS.values())):
         tree = {"optimizer": {"name": name, key: values.get(key, 0.5)}}
@@ -95,15 +95,15 @@ def test_settings_of_another_optimizer_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(("rule", "expected"), [("linear", 0.4), ("sqrt", 0.2)])
 def test_scaled_learning_rate(rule: str, expected: float) -> None:
-    made = parse_config({"optimizer": {"lr": 0.1, "lr_scaling": rule, "lr_base_batch_size": 64}}).optimizer
-    assert made.scaled_lr(256) == pytest.approx(expected)
-    assert made.scaled_lr(64) == 0.1
+    optimizer = parse_config({"optimizer": {"lr": 0.1, "lr_scaling": rule, "lr_base_batch_size": 64}}).optimizer
+    assert optimizer.scaled_lr(256) == pytest.approx(expected)
+    assert optimizer.scaled_lr(64) == 0.1
     assert parse_config({"optimizer": {"lr": 0.1}}).optimizer.scaled_lr(10_000) == 0.1
     assert "set both or neither" in refusal({"optimizer": {"lr_scaling": rule}})
     assert "set both or neither" in refusal({"optimizer": {"lr_base_batch_size": 64}})
 
 
-# --- nothing but a Config or a ConfigError ---------------------------------------------------------------------------
+# --- any input gives a Config or a ConfigError -----------------------------------------------------------------------
 
 KEYS = [
     *DEFAULT.flat(),
@@ -122,21 +122,21 @@ values = st.recursive(
 
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=8), values), min_size=1, max_size=3))
-def test_any_tree_is_a_config_or_refused(mutations: list[tuple[str, Any]]) -> None:
+def test_any_tree_is_a_config_or_rejected(mutations: list[tuple[str, Any]]) -> None:
     tree: dict[Any, Any] = {}
     for key, value in mutations:
         put(tree, key, value)
     with contextlib.suppress(ConfigError):
-        found = parse_config(tree)
-        assert read_back(found) == found
+        config = parse_config(tree)
+        assert read_back(config) == config
 
 
 @settings(max_examples=200)
 @given(st.sampled_from(KEYS), words | st.text(max_size=12) | values.map(str))
 @example("seed", "&a [*a]")
 @example("model.args", "&a {x: *a}")
-def test_any_override_is_a_config_or_refused(key: str, text: str) -> None:
+def test_any_override_is_a_config_or_rejected(key: str, text: str) -> None:
     for override in (f"{key}={text}", text):
         with contextlib.suppress(ConfigError):
-            found = load_config("smoke", [override])
-            assert read_back(found) == found
+            config = load_config("smoke", [override])
+            assert read_back(config) == config

@@ -1,4 +1,4 @@
-"""Durations, what is due when, and the learning rate against torch's own schedulers."""
+"""Durations, `is_due`, and the learning rate compared with torch's schedulers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ durations = st.one_of(
 
 
 @given(durations)
-def test_a_printed_duration_reads_back_the_same(duration: Duration) -> None:
-    """A resumed run reads its own config.yaml: a digit lost in printing would be another length of the run."""
+def test_a_duration_round_trips_through_text(duration: Duration) -> None:
+    """A resumed run reads its own config.yaml: a digit lost in printing would change the length of the run."""
     assert Duration.parse(str(duration)) == duration
     assert "e" not in str(duration).split()[0]
 
@@ -52,12 +52,12 @@ def test_spellings(text: object, expected: Duration) -> None:
 @pytest.mark.parametrize(
     "text", ["", "3 weeks", "-1 steps", "epochs", "3 epochs 2", "1e3 steps", None, True, [3], "nan"]
 )
-def test_what_is_no_duration_is_told_the_legal_forms(text: object) -> None:
+def test_the_error_of_an_invalid_duration_shows_the_valid_forms(text: object) -> None:
     with pytest.raises(ValueError, match='"3 epochs", "600 steps" or "30 s"'):
         Duration.parse(text)
 
 
-def test_half_a_step_and_endless_epochs_are_refused() -> None:
+def test_fractions_of_a_step_and_infinite_durations_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"2\.5 steps is not a whole number"):
         Duration.parse("2.5 steps")
     for unit in UNITS:
@@ -66,7 +66,7 @@ def test_half_a_step_and_endless_epochs_are_refused() -> None:
 
 
 @given(st.floats(0.001, 1000), st.integers(1, 10**6))
-def test_steps_of_epochs(epochs: float, steps_per_epoch: int) -> None:
+def test_epochs_to_steps(epochs: float, steps_per_epoch: int) -> None:
     steps = Duration(epochs, "epochs").to_steps(steps_per_epoch)
     assert steps >= 1
     assert abs(steps - epochs * steps_per_epoch) <= 0.5 or steps == 1
@@ -74,20 +74,20 @@ def test_steps_of_epochs(epochs: float, steps_per_epoch: int) -> None:
     assert Duration(7).to_steps(steps_per_epoch) == 7
 
 
-def test_seconds_have_no_number_of_steps() -> None:
-    with pytest.raises(ConfigError, match=r'"30 s" cannot be counted in steps\. Write it in steps or epochs'):
+def test_seconds_cannot_be_converted_to_steps() -> None:
+    with pytest.raises(ConfigError, match=r'"30 s" cannot be converted to steps\. Write it in steps or epochs'):
         Duration(30, "s").to_steps(10)
 
 
 @given(st.integers(0, 50), st.integers(1, 100))
-def test_due_every_so_many_steps_and_once_at_the_end(every: int, total: int) -> None:
+def test_due_periodically_and_once_at_the_end(every: int, total: int) -> None:
     due = [step for step in range(1, total + 1) if is_due(step, every, total)]
     regular = list(range(every, total + 1, every)) if every else []
     assert due == sorted({*regular, total})
 
 
-def of_torch(make: type[lr_scheduler.LRScheduler], total: int, peak: float, **kwargs: object) -> list[float]:
-    """The rates that torch's scheduler gives to steps 0 to total - 1."""
+def torch_rates(make: type[lr_scheduler.LRScheduler], total: int, peak: float, **kwargs: object) -> list[float]:
+    """The learning rates of torch's scheduler at steps 0 to total - 1."""
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=peak)
     scheduler = make(optimizer, **kwargs)  # type: ignore[arg-type]
     rates = []
@@ -104,33 +104,33 @@ def ours(total: int, name: ScheduleName, peak: float = 0.3, warmup: int = 0, fin
 
 
 @pytest.mark.parametrize("total", [2, 3, 10, 101])
-def test_one_cycle_is_that_of_torch(total: int) -> None:
+def test_one_cycle_equals_torch(total: int) -> None:
     for kwargs in ({}, {"pct_start": 0.5}) if total == 10 else ({},):
-        theirs = of_torch(lr_scheduler.OneCycleLR, total, 0.3, max_lr=0.3, total_steps=total, **kwargs)
+        theirs = torch_rates(lr_scheduler.OneCycleLR, total, 0.3, max_lr=0.3, total_steps=total, **kwargs)
         assert ours(total, "one_cycle", warmup=5 if kwargs else 0) == pytest.approx(theirs, rel=1e-9)
 
 
 @pytest.mark.parametrize("total", [1, 10, 101])
 @pytest.mark.parametrize("final", [0.0, 0.1])
-def test_cosine_and_linear_are_those_of_torch(total: int, final: float) -> None:
-    cosine = of_torch(lr_scheduler.CosineAnnealingLR, total, 0.3, T_max=total, eta_min=0.3 * final)
-    linear = of_torch(lr_scheduler.LinearLR, total, 0.3, start_factor=1.0, end_factor=final, total_iters=total)
+def test_cosine_and_linear_equal_torch(total: int, final: float) -> None:
+    cosine = torch_rates(lr_scheduler.CosineAnnealingLR, total, 0.3, T_max=total, eta_min=0.3 * final)
+    linear = torch_rates(lr_scheduler.LinearLR, total, 0.3, start_factor=1.0, end_factor=final, total_iters=total)
     assert ours(total, "cosine", final=final) == pytest.approx(cosine, rel=1e-9)
     assert ours(total, "linear", final=final) == pytest.approx(linear, rel=1e-9)
 
 
 @pytest.mark.parametrize("warmup", [2, 5, 40])
-def test_warm_up_is_linear_and_then_the_schedule_begins(warmup: int) -> None:
-    rise = of_torch(lr_scheduler.LinearLR, warmup, 0.3, start_factor=1 / warmup, total_iters=warmup - 1)
-    fall = of_torch(lr_scheduler.CosineAnnealingLR, 60, 0.3, T_max=60)
+def test_the_schedule_begins_after_a_linear_warmup(warmup: int) -> None:
+    rise = torch_rates(lr_scheduler.LinearLR, warmup, 0.3, start_factor=1 / warmup, total_iters=warmup - 1)
+    fall = torch_rates(lr_scheduler.CosineAnnealingLR, 60, 0.3, T_max=60)
     assert ours(60 + warmup, "constant", warmup=warmup) == pytest.approx(rise + [0.3] * 60, rel=1e-9)
     assert ours(60 + warmup, "cosine", warmup=warmup) == pytest.approx(rise + fall, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear", "one_cycle"])
 @pytest.mark.parametrize("warmup", [0, 1, 7, 50, 80])
-def test_a_pure_function_of_the_step(name: ScheduleName, warmup: int) -> None:
-    """Asked in any order, also for a warm-up as long as the run or longer: positive, finite, at most the peak."""
+def test_the_rate_is_a_pure_function_of_the_step(name: ScheduleName, warmup: int) -> None:
+    """Steps in any order give the same rates: positive, finite, at most the peak, however long the warm-up."""
     in_order = ours(50, name, warmup=warmup)
     schedule = LearningRate(0.3, 50, name, warmup)
     steps = random.Random(0).sample(range(50), 50)

@@ -1,4 +1,4 @@
-"""What one rank computes with."""
+"""Device, precision and memory of one rank."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, LaunchError
 from support.ranks import join_group, run_on_ranks
 
-PAGES = 12_288  # 48 MiB: more than malloc keeps if it is not told to
+PAGES = 12_288  # 48 MiB: more than malloc keeps by default
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "begun_with", "found"),
+    ("ours", "theirs", "recorded_precision", "expected"),
     [
         (None, None, None, "no"),
         (None, "bf16", None, "bf16"),
         ("no", "bf16", None, "no"),
-        (None, "no", "bf16", "bf16"),  # `accelerate launch` always says no
+        (None, "no", "bf16", "bf16"),  # `accelerate launch` exports no by default
         (None, None, "bf16", "bf16"),
         (None, "bf16", "bf16", "bf16"),
         ("bf16", "no", "bf16", "bf16"),
@@ -35,21 +35,21 @@ PAGES = 12_288  # 48 MiB: more than malloc keeps if it is not told to
             None,
             "bf16",
             "no",
-            r"^ACCELERATE_MIXED_PRECISION=bf16, and the run was begun with no\. Unset it\.$",
+            r"^ACCELERATE_MIXED_PRECISION=bf16, but the run started with no\. Unset it\.$",
         ),
-        ("no", None, "bf16", r"^mixed_precision=no, and the run was begun with bf16\. Set mixed_precision=bf16\.$"),
+        ("no", None, "bf16", r"^mixed_precision=no, but the run started with bf16\. Set mixed_precision=bf16\.$"),
     ],
 )
 def test_a_run_keeps_its_precision(
-    ours: str | None, theirs: str | None, recorded_precision: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+    ours: str | None, theirs: str | None, recorded_precision: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if theirs is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", theirs)
     config = parse_config({"mixed_precision": ours})
-    if found in ("no", "bf16"):
-        assert choose_precision(config, "cpu", recorded_precision) == found
+    if expected in ("no", "bf16"):
+        assert choose_precision(config, "cpu", recorded_precision) == expected
     else:
-        with pytest.raises(ConfigError, match=found):
+        with pytest.raises(ConfigError, match=expected):
             choose_precision(config, "cpu", recorded_precision)
 
 
@@ -63,48 +63,48 @@ def count_page_faults(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "devices", "refused"),
+    ("place", "devices", "rejected"),
     [
-        (ProcessInfo(0, 0, 4, 4, "torchrun"), 2, True),  # its ranks see the same
+        (ProcessInfo(0, 0, 4, 4, "torchrun"), 2, True),  # all ranks see the same devices
         (ProcessInfo(3, 3, 4, 4, "torchrun"), 4, False),
-        (ProcessInfo(3, 3, 4, 4, "srun"), 1, False),  # --gpus-per-task=1: its own alone, as number 0
+        (ProcessInfo(3, 3, 4, 4, "srun"), 1, False),  # --gpus-per-task=1: sees only its own device, as index 0
         (ProcessInfo(3, 3, 4, 4, "the environment"), 1, False),
         (ProcessInfo(0, 0, 1, 1, "python"), 0, True),
     ],
 )
-def test_devices_that_are_seen(
-    place: ProcessInfo, devices: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+def test_processes_per_visible_device(
+    place: ProcessInfo, devices: int, rejected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     config = parse_config({"device": "cuda"})
-    if refused:
+    if rejected:
         with pytest.raises(LaunchError, match=f"{place.local_world_size} processes on a machine with {devices} CUDA"):
             choose_device(config, place)
     else:
         assert choose_device(config, place) == "cuda"
 
 
-def share_devices(of_rank: list[str], refused: str) -> None:
+def share_devices(devices: list[str], error: str) -> None:
     join_group("devices")
     world = World.join(parse_config({"device": "cpu"}))
-    if not refused:
-        world.check_alone_on(of_rank[world.rank])
+    if not error:
+        world.check_exclusive_device(devices[world.rank])
         return
-    with pytest.raises(LaunchError, match=refused):
-        world.check_alone_on(of_rank[world.rank])
+    with pytest.raises(LaunchError, match=error):
+        world.check_exclusive_device(devices[world.rank])
     world.leave()
 
 
 @pytest.mark.parametrize(
-    ("of_rank", "refused"),
+    ("devices", "error"),
     [(["GPU-a", "GPU-b"], ""), (["GPU-a", "GPU-b", "GPU-a"], "Ranks 0 and 2 share the device GPU-a")],
 )
-def test_two_ranks_on_one_device(of_rank: list[str], refused: str) -> None:
-    """Every rank ends with the same line: none waits for another."""
-    run_on_ranks(share_devices, of_rank, refused, world_size=len(of_rank))
+def test_two_ranks_on_one_device(devices: list[str], error: str) -> None:
+    """Every rank raises the same error: none waits for another."""
+    run_on_ranks(share_devices, devices, error, world_size=len(devices))
 
 
-def test_memory_once_freed_is_used_again(tmp_path: Path) -> None:
-    """The kernel is not asked for it each of the 50 times."""
+def test_freed_memory_is_reused(tmp_path: Path) -> None:
+    """Not each of the 50 allocations takes new pages from the kernel."""
     run_on_ranks(count_page_faults, tmp_path / "faults", world_size=1)
     assert int((tmp_path / "faults").read_text()) < 25 * PAGES

@@ -1,4 +1,4 @@
-"""Who started us, as a table of environments; nothing is read from the real one."""
+"""Detection of launcher and rank, for a table of environments; the real environment is not read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MPIRUN = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }  # fmt: skip
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
-# A batch shell and `salloc` have a place among tasks that were never started; only a step has them.
+# A batch shell and `salloc` have SLURM_PROCID and so on without any started task; only a step has tasks.
 BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
 SRUN = BATCH | {
     "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3",
@@ -62,7 +62,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_place(name: str) -> None:
+def test_process_info(name: str) -> None:
     env, expected = PLACES[name]
     assert detect_process(env) == expected
 
@@ -71,7 +71,7 @@ def without(env: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in env.items() if name not in names}
 
 
-REFUSED = {
+REJECTED = {
     "accelerate asked for two and started one": (
         ACCELERATE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
         r"MASTER_ADDR is set, RANK is not\. Use .*launch/accelerate\.sh .*dist-train launch --nproc N",
@@ -83,34 +83,35 @@ REFUSED = {
     "an empty rank alone": ({"RANK": ""}, "no RANK"),
     "rank too high": (TORCHRUN | {"RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
     "rank below zero": (TORCHRUN | {"RANK": "-1"}, "RANK=-1 is not below"),
-    "one of an unknown number on a machine": (NO_LOCAL, r"but no LOCAL_RANK. Set LOCAL_RANK, to 0 where each"),
+    "one of an unknown number on a machine": (NO_LOCAL, r"but no LOCAL_RANK. Set LOCAL_RANK, to 0 if each"),
     "a step of others": (SRUN | NO_LOCAL | {"RANK": "2"}, "but no LOCAL_RANK"),
     "words": (TORCHRUN | {"WORLD_SIZE": "four"}, 'WORLD_SIZE="four" is not a number'),
     "words of Slurm": (SRUN | {"SLURM_PROCID": "x"}, 'SLURM_PROCID="x" is not a number'),
     "a step without a place": (without(SRUN, "SLURM_PROCID"), 'SLURM_PROCID="" is not a number'),
 }
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-    REFUSED[f"torchrun without {_name}"] = without(TORCHRUN, _name), f"Half a launcher environment: .* but no {_name}"
+    error = f"Partial launcher environment: .* but no {_name}"
+    REJECTED[f"torchrun without {_name}"] = without(TORCHRUN, _name), error
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_half_an_environment_is_refused(name: str) -> None:
-    env, message = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_a_partial_environment_is_rejected(name: str) -> None:
+    env, message = REJECTED[name]
     with pytest.raises(LaunchError, match=message):
         detect_process(env)
 
 
-def test_rendezvous_of_srun() -> None:
-    """torch.distributed finds what torchrun would have set: the same address and port on every task."""
-    made = []
+def test_rendezvous_under_srun() -> None:
+    """torch.distributed gets the variables that torchrun would set: one address and port for all tasks."""
+    exported = []
     for rank in range(4):
         env = SRUN | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2)}
         export_rendezvous(detect_process(env), env)
-        made.append({name: env[name] for name in without(TORCHRUN, "TORCHELASTIC_RUN_ID")})
+        exported.append({name: env[name] for name in without(TORCHRUN, "TORCHELASTIC_RUN_ID")})
         again = detect_process(without(env, *SRUN))
         assert (again.rank, again.local_rank, again.world_size, again.local_world_size) == (rank, rank % 2, 4, 2)
-    assert {(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in made} == {("gpu07", made[0]["MASTER_PORT"])}
-    assert [env["RANK"] for env in made] == ["0", "1", "2", "3"]
+    assert {(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in exported} == {("gpu07", exported[0]["MASTER_PORT"])}
+    assert [env["RANK"] for env in exported] == ["0", "1", "2", "3"]
 
 
 def test_accelerate_finds_its_local_rank() -> None:
@@ -128,10 +129,10 @@ def port(**changes: str) -> int:
 def test_ports_of_jobs_and_steps_on_one_node_differ() -> None:
     ports = [port(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step)) for job in (17, 18, 19) for step in range(3)]
     assert len(set(ports)) == 9
-    assert all(1024 < found < 65536 for found in [*ports, port(SLURM_JOB_ID="4294967295")])
+    assert all(1024 < number < 65536 for number in [*ports, port(SLURM_JOB_ID="4294967295")])
 
 
-def test_an_explicit_address_wins_and_one_node_needs_no_name() -> None:
+def test_an_explicit_address_wins_and_one_node_needs_no_nodelist() -> None:
     env = SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
     export_rendezvous(detect_process(env), env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("head", "1")
@@ -141,7 +142,7 @@ def test_an_explicit_address_wins_and_one_node_needs_no_name() -> None:
 
 
 @pytest.mark.parametrize("env", [{}, TORCHRUN, ACCELERATE, BATCH], ids=["python", "torchrun", "accelerate", "batch"])
-def test_other_starts_are_left_alone(env: dict[str, str]) -> None:
+def test_other_environments_are_unchanged(env: dict[str, str]) -> None:
     after = dict(env)
     export_rendezvous(detect_process(env), after)
     assert after == env
@@ -169,7 +170,7 @@ def test_first_host(nodelist: str, host: str) -> None:
 
 
 @pytest.mark.parametrize("nodelist", ["", ",a", "[1-2]"])
-def test_a_list_without_a_host(nodelist: str) -> None:
+def test_a_nodelist_without_a_host(nodelist: str) -> None:
     with pytest.raises(LaunchError, match=r"No host in SLURM_STEP_NODELIST.* Set MASTER_ADDR"):
         first_host(nodelist)
 
@@ -184,8 +185,8 @@ def test_a_list_without_a_host(nodelist: str) -> None:
         ({"WANDB_RUN_ID": "abc"}, None),
     ],
 )
-def test_lasting_run_name(env: dict[str, str], expected: str | None) -> None:
-    """A requeued job has the same name, another task of its array has not."""
+def test_persistent_run_name(env: dict[str, str], expected: str | None) -> None:
+    """A requeued job keeps the name; another task of its array has another one."""
     assert persistent_run_name("mnist", env) == expected
 
 
@@ -197,6 +198,6 @@ def test_cores() -> None:
     ("explicit", "threads"), [("3", 3), ("03", 3), ("4,2", 4), ("0", None), ("", None), ("many", None)]
 )
 def test_threads(explicit: str, threads: int | None) -> None:
-    """What is no number of threads is no wish; a list is one for each level of nesting."""
-    shared_out = max(1, available_cores() // 2)
-    assert threads_per_process(2, {"OMP_NUM_THREADS": explicit}) == (threads or shared_out)
+    """An invalid number of threads is ignored; a list has one number for each nesting level."""
+    default = max(1, available_cores() // 2)
+    assert threads_per_process(2, {"OMP_NUM_THREADS": explicit}) == (threads or default)

@@ -1,4 +1,4 @@
-"""Signals: the first is a wish, those soon after it are its echoes, a later one ends the process."""
+"""Signals: the first requests a stop, those soon after it are ignored as echoes, a later one ends the process."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from dist_train.distributed import signals as module
 from dist_train.distributed.signals import ECHO_S, StopRequest
 from support.clock import Clock
 
-HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 CHILD = """
 import os, signal, sys, time
 from dist_train.distributed import signals as stop_request
 stop_request.ECHO_S = float(sys.argv[1])
-def saying(handle):
-    def handle_and_say(number, frame):
+def reporting(handle):
+    def handle_and_report(number, frame):
         handle(number, frame)
-        os.write(1, f"{number} {request.told}\\n".encode())  # print is not made to be interrupted by itself
-    return handle_and_say
+        os.write(1, f"{number} {request.requested}\\n".encode())  # print is not reentrant
+    return handle_and_report
 with stop_request.StopRequest() as request:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, saying(signal.getsignal(number)))
+        signal.signal(number, reporting(signal.getsignal(number)))
     print("ready", flush=True)
     while True:
         time.sleep(1)
@@ -56,18 +56,18 @@ def line_of(process: subprocess.Popen[str]) -> str:
     ("number", "state"),
     [(signal.SIGTERM, "TERM"), (signal.SIGINT, "INTERRUPT"), (signal.SIGUSR1, "PREEMPTED")],
 )
-def test_the_first_signal_sets_the_state_and_its_echo_changes_nothing(number: int, state: str) -> None:
-    before = {number: signal.getsignal(number) for number in HEARD}
+def test_the_first_signal_sets_the_reason_and_its_echo_is_ignored(number: int, state: str) -> None:
+    before = {number: signal.getsignal(number) for number in HANDLED}
     with StopRequest() as request:
         assert request.requested is None
-        for sent in (number, signal.SIGTERM):  # Slurm's own, then torchrun's TERM on top
+        for sent in (number, signal.SIGTERM):  # Slurm's signal, then a TERM from torchrun
             os.kill(os.getpid(), sent)
             assert request.requested == state
-    assert {number: signal.getsignal(number) for number in HEARD} == before
+    assert {number: signal.getsignal(number) for number in HANDLED} == before
 
 
-def test_a_burst_of_signals_is_one_wish() -> None:
-    """As Slurm and torchrun send them together when a job is preempted; each is seen, as none comes within another."""
+def test_a_burst_of_signals_is_one_request() -> None:
+    """Slurm and torchrun together send such a burst at a preemption. Each signal waits until the last was handled."""
     with child() as process:
         for _ in range(4):
             process.send_signal(signal.SIGTERM)
@@ -84,20 +84,20 @@ def test_a_second_signal_after_the_echo_ends_the_process() -> None:
 
 
 def test_the_echo_lasts_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Left(Exception):
+    class Exited(Exception):
         pass
 
-    def leave(code: int) -> None:
-        raise Left(code)
+    def exit_(code: int) -> None:
+        raise Exited(code)
 
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", exit_)
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     for after, ends in ((9.9, False), (10.1, True)):
         with StopRequest() as request:
             signal.raise_signal(signal.SIGTERM)
             clock.now += after
-            with pytest.raises(Left, match="143") if ends else nullcontext():
+            with pytest.raises(Exited, match="143") if ends else nullcontext():
                 signal.raise_signal(signal.SIGTERM)
         assert request.requested == "TERM"
 
@@ -123,7 +123,7 @@ def test_without_a_terminal_a_second_interrupt_is_an_echo() -> None:
         assert process.poll() is None
 
 
-def test_the_first_wish_stays() -> None:
+def test_the_first_reason_is_kept() -> None:
     request = StopRequest()
     request.request("PREEMPTED")
     request.request("INTERRUPT")

@@ -1,4 +1,4 @@
-"""How long ranks wait for each other: until the first step setup_timeout_s, then stall_timeout_s."""
+"""How long ranks wait for each other: setup_timeout_s until the first step, stall_timeout_s afterwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LATE_S = 3.0
 
 
 def join(port: int, rank_one_after_s: float, setup_timeout_s: float) -> World:
-    """At the store of a launcher, as ranks of torchrun do."""
+    """Join through the store of a launcher, as ranks of torchrun do."""
     os.environ |= {
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_PORT": str(port),
     }  # fmt: skip
@@ -34,7 +34,7 @@ def join(port: int, rank_one_after_s: float, setup_timeout_s: float) -> World:
     return World.join(parse_config({"device": "cpu", "stall_timeout_s": 0.5, "setup_timeout_s": setup_timeout_s}))
 
 
-def store_of_a_launcher() -> Any:
+def launcher_store() -> Any:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
@@ -47,8 +47,8 @@ def begin_late(port: int) -> None:
 
 
 def test_a_rank_that_is_late_is_waited_for() -> None:
-    """Later than stall_timeout_s: first to meet the others, then in its set-up."""
-    store = store_of_a_launcher()
+    """It is later than stall_timeout_s: first to join the group, then in its set-up."""
+    store = launcher_store()
     run_on_ranks(begin_late, store.port, world_size=2)
 
 
@@ -57,14 +57,14 @@ def miss_one(port: int, over: Path) -> None:
         wait_until(over.exists, "end of the wait")
         return
     try:
-        with pytest.raises(LaunchError, match=r"Rank 0 of 2 could not meet .* raise setup_timeout_s=2\."):
+        with pytest.raises(LaunchError, match=r"Rank 0 of 2 could not connect .* raise setup_timeout_s=2\."):
             join(port, 0.0, setup_timeout_s=2.0)
     finally:
         over.touch()
 
 
 def test_a_rank_that_does_not_come_is_waited_for_no_longer(tmp_path: Path) -> None:
-    store = store_of_a_launcher()
+    store = launcher_store()
     run_on_ranks(miss_one, store.port, tmp_path / "over", world_size=2)
 
 
@@ -77,21 +77,21 @@ def stall_after_set_up(over: Path) -> None:
         os._exit(0)
     world.set_timeout(1.0)
     try:
-        with pytest.raises(RuntimeError) as found:
+        with pytest.raises(RuntimeError) as caught:
             world.all_reduce(torch.ones(()))
     finally:
         over.touch()
-    assert is_peer_failure(found.value)
-    assert is_timeout(found.value)
+    assert is_peer_failure(caught.value)
+    assert is_timeout(caught.value)
     os._exit(0)
 
 
-def test_after_the_set_up_a_rank_is_waited_for_less(tmp_path: Path) -> None:
+def test_the_timeout_is_shorter_after_the_set_up(tmp_path: Path) -> None:
     run_on_ranks(stall_after_set_up, tmp_path / "over", world_size=2)
 
 
 def test_a_training_whose_rank_stalls(tmp_path: Path) -> None:
-    """By the other rank: the watchdog of the one that hangs ends it 5 s later."""
+    """The other rank reports the timeout; the watchdog of the hanging rank ends it 5 s later."""
     net = ["model.name=support.user_nets:Hanging", "model.args.call=5", "model.args.rank=1"]
     command = [*DIST_TRAIN, "train", *SETTINGS, *net, "stall_timeout_s=4", "--run-name=r"]
     done = run_forked(command, tmp_path, world_size=2)

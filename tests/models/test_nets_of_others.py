@@ -1,6 +1,6 @@
-"""Nets of torchvision and timm, with all that they bring: trained with averaged weights, resumed, evaluated, exported.
+"""Nets of torchvision and timm: trained with averaged weights, resumed, evaluated, exported.
 
-`make nets` tries all of them, each run of the tests two.
+`make nets` tests all of them, a normal test run only two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from support.processes import DIST_TRAIN
 from support.ranks import run_forked, run_on_ranks, train_here
 from support.run_files import assert_bit_identical
 
-# By the pixels per side that they take; the larger sisters of a family differ in size alone.
+# Keys: pixels per side of their images. Larger nets of a family are left out: they differ only in size.
 TORCHVISION = {
     32: ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small",
          "mobilenet_v3_large", "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_v2_s",
@@ -34,7 +34,7 @@ TIMM = {
           "test_vit2", "test_vit3", "test_vit4", "test_coatnet", "test_maxvit"],
     224: ["deit_tiny_patch16_224", "levit_128s", "pit_ti_224", "xcit_nano_12_p16_224"],
 }  # fmt: skip
-AT_EACH_RUN = ("torchvision:mnasnet0_5", "timm:test_vit")
+ALWAYS_TESTED = ("torchvision:mnasnet0_5", "timm:test_vit")
 
 
 def nets() -> list[Any]:
@@ -45,7 +45,8 @@ def nets() -> list[Any]:
         for name in names
     ]
     return [
-        pytest.param(name, size, id=name, marks=[] if name in AT_EACH_RUN else pytest.mark.full) for name, size in named
+        pytest.param(name, size, id=name, marks=[] if name in ALWAYS_TESTED else pytest.mark.full)
+        for name, size in named
     ]
 
 
@@ -56,7 +57,7 @@ def train(settings: dict[str, Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "size"), nets())
-def test_a_net_does_all_that_ours_do(name: str, size: int, tmp_path: Path) -> None:
+def test_a_net_trains_resumes_evaluates_and_exports(name: str, size: int, tmp_path: Path) -> None:
     settings = {
         "data": {"name": "support.user_sets:noise", "args": {"size": size}}, "model": {"name": name}, "device": "cpu",
         "global_batch_size": 4, "train_for": "3 steps", "ema_decay": 0.9, "eval_every": 0, "final_train_eval": False,
@@ -65,8 +66,8 @@ def test_a_net_does_all_that_ours_do(name: str, size: int, tmp_path: Path) -> No
     run_on_ranks(train, settings, tmp_path, world_size=1)
     assert_bit_identical(tmp_path / "r", tmp_path / "whole")
     result = json.loads((tmp_path / "r/result.json").read_text())
-    found = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)["loss"] == pytest.approx(result["test/loss"], rel=1e-5)
+    evaluated = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(result["test/loss"], rel=1e-5)
     exported = run_forked([*DIST_TRAIN, "export", "r", "out"], tmp_path)
     assert exported.returncode == 0, exported.stderr

@@ -1,4 +1,4 @@
-"""What is minimised and measured, where user code could make the numbers wrong."""
+"""Loss and metrics, where user code could make the numbers wrong."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ def test_our_own_counts_cannot_be_overwritten() -> None:
 
 
 def test_an_output_of_half_precision_is_no_basis_for_a_count() -> None:
-    half, whole = torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)
-    for made in (half, [half, 3], {"logits": half}, (half, {"features": [half.half()]})):
-        found = Objective(Net()).forward(nn.Identity(), made)
-        assert type(found) is type(made)
-        assert "torch.float16" not in repr(found)
-        assert "bfloat16" not in repr(found)
-    assert Objective(Net()).forward(nn.Identity(), whole) is whole
-    kept = defaultdict(list, {"logits": whole})
-    assert Objective(Net()).forward(nn.Identity(), kept) is kept
+    half, double = torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)
+    for inputs in (half, [half, 3], {"logits": half}, (half, {"features": [half.half()]})):
+        output = Objective(Net()).forward(nn.Identity(), inputs)
+        assert type(output) is type(inputs)
+        assert "torch.float16" not in repr(output)
+        assert "bfloat16" not in repr(output)
+    assert Objective(Net()).forward(nn.Identity(), double) is double
+    unchanged = defaultdict(list, {"logits": double})
+    assert Objective(Net()).forward(nn.Identity(), unchanged) is unchanged
 
 
-def test_a_loss_per_example_is_refused() -> None:
+def test_a_loss_per_example_is_rejected() -> None:
     with pytest.raises(UserCodeError, match=r"one number.*shape \[2\]"):
         Objective(Net()).loss(torch.zeros(2), torch.zeros(2))
 
 
-def test_label_smoothing_beside_an_own_loss_is_refused() -> None:
+def test_label_smoothing_with_an_own_loss_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"label_smoothing=0\.1"):
         Objective(Net(), label_smoothing=0.1)
 
 
-def test_accuracy_only_where_there_is_right_and_wrong() -> None:
+def test_accuracy_only_for_classifiers() -> None:
     labels = torch.tensor([0, 1, 1])
     assert count_correct(torch.eye(3)[:, :2], labels) == 2
-    assert count_correct(torch.zeros(3, 1), labels) is None  # one output: argmax would always say 0
+    assert count_correct(torch.zeros(3, 1), labels) is None  # one output: argmax would always be 0
     assert count_correct(torch.zeros(3), labels.float()) is None
     assert count_correct([torch.zeros(3, 2)], labels) is None
 
@@ -79,13 +79,13 @@ class TwoInputs(nn.Module):
         return first + second
 
 
-def test_inputs_are_passed_as_the_net_takes_them() -> None:
+def test_inputs_are_unpacked_for_a_net_with_several_arguments() -> None:
     pair = [torch.ones(2), torch.ones(2)]
     assert Objective(TwoInputs()).forward(TwoInputs(), pair).tolist() == [2, 2]
     assert Objective(Net()).forward(Net(), pair) is pair
 
 
-# --- what cross-entropy cannot be taken of -----------------------------------------------------------------------
+# --- output and targets that cross-entropy does not accept -------------------------------------------------------
 
 
 class Plain(nn.Module):
@@ -99,41 +99,41 @@ LOGITS, LABELS = torch.zeros(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
 @pytest.mark.parametrize(
     ("output", "targets", "expected"),
     [
-        ((LOGITS, LOGITS), LABELS, r"Plain gives \(float32 \[6, 4\], float32 \[6, 4\]\), and .* takes logits \[B, K"),
-        (torch.zeros(6, 1), LABELS * 0, r"Plain gives float32 \[6, 1\]"),
-        (torch.zeros(6), torch.zeros(6), r"Plain gives float32 \[6\]"),
-        (LOGITS, LABELS.double(), r"The targets are float64 \[6\], and .* takes labels, int64 \[6\]"),
+        ((LOGITS, LOGITS), LABELS, r"Plain returns \(float32 \[6, 4\], float32 \[6, 4\]\), but .* needs logits \[B, K"),
+        (torch.zeros(6, 1), LABELS * 0, r"Plain returns float32 \[6, 1\]"),
+        (torch.zeros(6), torch.zeros(6), r"Plain returns float32 \[6\]"),
+        (LOGITS, LABELS.double(), r"The targets are float64 \[6\], but .* needs labels, int64 \[6\]"),
         (LOGITS, LABELS.int(), r"The targets are int32 \[6\]"),
         (LOGITS, LABELS[:, None], r"The targets are int64 \[6, 1\]"),
         (LOGITS, {"label": LABELS}, r"The targets are {label: int64 \[6\]}"),
-        (LOGITS, torch.tensor([0, 1, 2, 3, 4, 0]), "Example 13 of list has label 4, which is none of the 4 classes"),
+        (LOGITS, torch.tensor([0, 1, 2, 3, 4, 0]), "Example 13 of list has label 4, but Plain has 4 classes, 0 to 3"),
         (LOGITS, torch.tensor([0, 1, 2, 3, 4, -1]), "Example 13 of list has label 4"),
         (torch.zeros(6, 4, 2), torch.full((6, 2), 3).index_fill(0, torch.tensor(4), -2), "Example 13 .* label -2"),
     ],
     ids=["tuple", "one output", "no batch", "floats", "int32", "a column", "dict", "label", "two labels", "pixels"],
 )
 def test_what_does_not_fit_is_shown(output: Any, targets: Any, expected: str) -> None:
-    """Where it is looked for before the first loss; and where the loss failed, if it does."""
+    """By the check before the first step, and by the loss if it fails."""
     objective = Objective(Plain())
     examples: Any = []
     indices = torch.tensor([3, 5, 7, 11, 13, 17])
     with pytest.raises(UserCodeError, match=expected), ErrorContext(Plain(), "at step 3", indices, examples):
         objective.check(output, targets)
-    if "gives float32" not in expected:  # of those there is a loss, though not one that anybody means
+    if "returns float32" not in expected:  # torch computes a loss of these, though a meaningless one
         with pytest.raises(UserCodeError, match=expected), ErrorContext(Plain(), "at step 3", indices, examples):
             objective.loss(output, targets)
 
 
-def test_what_fits_is_taken() -> None:
+def test_valid_output_and_targets_are_accepted() -> None:
     for output, targets in ((LOGITS, LABELS), (LOGITS, LABELS.to(torch.uint8)), (LOGITS, LOGITS.softmax(1)),
                             (torch.zeros(6, 4, 2), torch.zeros(6, 2, dtype=torch.int64))):  # fmt: skip
         Objective(Plain()).check(output, targets)
         assert Objective(Plain()).loss(output, targets).isfinite()
-    Objective(Net()).check((LOGITS, LOGITS), None)  # a loss of its own
+    Objective(Net()).check((LOGITS, LOGITS), None)  # the net has its own loss
 
 
-def test_labels_are_looked_at_where_the_host_has_them() -> None:
-    """Before a GPU's kernel could: after one of those there is nothing left to ask."""
+def test_labels_are_checked_on_the_host() -> None:
+    """Before a GPU kernel reads them: after a device-side assert nothing can be read any more."""
     with pytest.raises(UserCodeError, match="label 4"):
         Objective(Plain()).check_labels(LOGITS, LABELS + 1)
     Objective(Plain()).check_labels(LOGITS, None)
@@ -141,13 +141,13 @@ def test_labels_are_looked_at_where_the_host_has_them() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus.")])
-def test_what_is_not_the_nets_is_not_blamed_on_it(error: Exception) -> None:
+def test_errors_that_are_not_of_the_net_pass_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)), ErrorContext(Plain(), "at step 3", LABELS, torch.zeros(6)):  # type: ignore[arg-type]
         raise error
 
 
-def test_all_labels_of_a_resident_set_are_looked_at_before_the_first_step(world: World) -> None:
-    """A compiled step, or a graph, could not tell of one that comes later."""
+def test_all_labels_of_a_resident_set_are_checked_before_the_first_step(world: World) -> None:
+    """A compiled step or a CUDA graph could not report a wrong label later."""
     train = ImageSet(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.arange(40) % 3, ("a", "b", "c", "d"))
     train.labels[17] = 3
     plan = BatchPlan.fit(4, 4, 1)
@@ -158,5 +158,5 @@ def test_all_labels_of_a_resident_set_are_looked_at_before_the_first_step(world:
     step = Step(
         parse_config({"device": "cpu", "global_batch_size": 4}), world, net, batches, plan, LearningRate(0.1, 9)
     )
-    with pytest.raises(UserCodeError, match="Example 17 of ImageSet has label 3, which is none of the 3 classes"):
+    with pytest.raises(UserCodeError, match=r"Example 17 of ImageSet has label 3, but \w+ has 3 classes, 0 to 2"):
         step.warm_up(0)

@@ -1,4 +1,4 @@
-"""models.registry and models.nets: the nets by name, their weights, and what is said about mistakes."""
+"""models.registry and models.nets: nets by name, their weights, and the error messages."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     sys.modules.pop("my_own_nets", None)
 
 
-# --- the documents' nets ---
+# --- the nets of the tutorials ---
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_number_of_weights_and_shapes(name: str, count: int) -> None:
     assert other(torch.rand(5, 3, 32, 32)).shape == (5, 7)
 
 
-def test_every_net_has_a_case_above() -> None:
+def test_the_test_above_covers_every_net() -> None:
     assert list(MODELS) == ["mlp", "bks", "guide", "conv", "fast", "speedrun"]
 
 
-class DocumentedConv(nn.Module):
-    """The fourth tutorial's layers in the order in which it has them: ReLU, then pooling."""
+class TutorialConv(nn.Module):
+    """The layers of the fourth tutorial in their original order: ReLU, then pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,8 +139,8 @@ class DocumentedConv(nn.Module):
         return logits
 
 
-def assert_same_answers_and_gradients(ours: nn.Module, theirs: nn.Module) -> None:
-    """Bit for bit, given equal weights, also in training: what is dropped is drawn alike."""
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    """Check that gradients are equal bit by bit for equal weights, also in training: dropout draws the same."""
     theirs.load_state_dict(ours.state_dict())  # equal names and shapes, or it raises
     images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
     for training in (False, True):
@@ -156,12 +156,12 @@ def assert_same_answers_and_gradients(ours: nn.Module, theirs: nn.Module) -> Non
             assert mine.grad.abs().sum() > 0
 
 
-def test_conv_is_the_document_s() -> None:
-    assert_same_answers_and_gradients(build("conv"), DocumentedConv())
+def test_conv_equals_the_tutorial() -> None:
+    assert_same_gradients(build("conv"), TutorialConv())
 
 
-def test_bks_is_the_document_s() -> None:
-    assert_same_answers_and_gradients(build("bks"), build(bundle=BUNDLE))
+def test_bks_equals_the_tutorial() -> None:
+    assert_same_gradients(build("bks"), build(bundle=BUNDLE))
 
 
 def test_bks_without_dropout_draws_nothing() -> None:
@@ -174,9 +174,7 @@ def test_bks_without_dropout_draws_nothing() -> None:
 
 
 def test_too_small_images() -> None:
-    assert fails(ConfigError, "bks", image_size=15) == (
-        "model.name=bks pools images of image_size=15 away. It needs at least 16."
-    )
+    assert fails(ConfigError, "bks", image_size=15) == ("model.name=bks needs image_size of at least 16, not 15.")
     assert build("bks", image_size=16)(torch.rand(2, 1, 16, 16)).shape == (2, 10)
 
 
@@ -184,7 +182,7 @@ def test_too_small_images() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"name": "conv"}, {"bundle": BUNDLE}, {"name": "torchvision:squeezenet1_1"}])
-def test_the_weights_depend_on_the_seed_alone(settings: dict[str, Any]) -> None:
+def test_the_weights_depend_only_on_the_seed(settings: dict[str, Any]) -> None:
     def weights(seed: int) -> Tensor:
         return torch.cat([weight.detach().flatten() for weight in build(seed=seed, **settings).parameters()])
 
@@ -194,7 +192,7 @@ def test_the_weights_depend_on_the_seed_alone(settings: dict[str, Any]) -> None:
     assert not torch.equal(weights(1), first)
 
 
-def test_building_moves_no_generator() -> None:
+def test_building_changes_no_generator() -> None:
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
@@ -206,7 +204,7 @@ def test_building_moves_no_generator() -> None:
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected
 
 
-def test_a_net_that_draws_elsewhere_depends_on_the_seed_alone(own_module: Path) -> None:
+def test_a_net_that_uses_other_generators_depends_only_on_the_seed(own_module: Path) -> None:
     first, second, other = (build("my_own_nets:Drawn", seed=seed).drawn for seed in (0, 0, 1))
     assert first == second
     assert first[0] != other[0]
@@ -222,7 +220,7 @@ def test_default_dtype() -> None:
     assert {weight.dtype for weight in model.parameters()} == {torch.float64}
 
 
-# --- other people's nets ---
+# --- nets of torchvision, timm and the user ---
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -233,7 +231,7 @@ def test_torchvision(channels: int) -> None:
     assert world_size_dependent_layers(model) == [BATCHNORM]
 
 
-def test_torchvision_answers_with_logits_alone() -> None:
+def test_torchvision_nets_return_only_logits() -> None:
     model = build("torchvision:googlenet", args={"init_weights": False}).train()
     assert model(torch.rand(2, 1, 64, 64)).shape == (2, 10)
     assert world_size_dependent_layers(model) == [BATCHNORM, DROPOUT]
@@ -249,25 +247,25 @@ def test_timm() -> None:
 def test_weights_that_cannot_be_fetched(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is raised without a network: hub's LocalEntryNotFoundError and urllib's URLError, each an OSError.
+    """The error without a network: huggingface_hub's LocalEntryNotFoundError or urllib's URLError, both an OSError.
 
-    The wait before it is announced: by torch itself, whose loading is replaced here, where it is not timm's.
+    A log line announces the wait before it: ours for timm; for torchvision torch's own, replaced here.
     """
     timm = pytest.importorskip("timm")
     caplog.set_level(logging.INFO)
 
     def fail(*_: object, **__: object) -> None:
-        told = [message for message in caplog.messages if "fetching its weights, which may take a minute" in message]
-        assert len(told) == name.startswith("timm")
+        announced = [text for text in caplog.messages if "fetching its weights, which may take a minute" in text]
+        assert len(announced) == name.startswith("timm")
         raise FileNotFoundError("An error happened while trying to locate the file.\nPlease check your connection.")
 
     monkeypatch.setattr(timm, "create_model", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     args = {"pretrained": True} if name.startswith("timm") else {"weights": "IMAGENET1K_V1", "num_classes": 1000}
-    said = fails(DataError, name, args=args)
-    assert f"The weights of model.name={name} could not be fetched (FileNotFoundError: An error" in said
-    assert "\n" not in said
-    assert said.endswith('True)"' if name.startswith("timm") else """weights='IMAGENET1K_V1')\"""")
+    text = fails(DataError, name, args=args)
+    assert f"The weights of model.name={name} could not be fetched (FileNotFoundError: An error" in text
+    assert "\n" not in text
+    assert text.endswith('True)"' if name.startswith("timm") else """weights='IMAGENET1K_V1')\"""")
 
 
 def test_timm_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,17 +281,17 @@ def test_user_classes_get_what_they_accept(own_module: Path) -> None:
     assert build("my_own_nets:Sized", num_classes=None, args={"num_classes": 9}).out_features == 9
 
 
-# --- mistakes ---
+# --- errors ---
 
 
-def test_unknown_names_get_the_nearest() -> None:
+def test_unknown_names_get_a_suggestion() -> None:
     text = fails(ConfigError, "convv")
     assert text.startswith("model.name=convv: no such net. Did you mean conv? Nets: mlp, bks, guide, conv, fast, speed")
     assert "Did you mean torchvision:resnet18?" in fails(ConfigError, "torchvision:resnet19")
     assert "Did you mean timm:resnet10t?" in fails(ConfigError, "timm:resnet10")
 
 
-def test_unknown_arguments_get_the_legal_ones(own_module: Path) -> None:
+def test_the_error_of_unknown_arguments_lists_the_valid_ones(own_module: Path) -> None:
     text = fails(ConfigError, "mlp", args={"hiden": 3})
     assert text.startswith("Unknown setting model.args.hiden. Did you mean model.args.hidden? It takes: in_channels, ")
     assert "model.args.zero_init_residual" in fails(ConfigError, "torchvision:resnet18", args={"zero_init_resid": 1})
@@ -305,18 +303,18 @@ def test_unknown_arguments_get_the_legal_ones(own_module: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "torchvision:resnet18", "timm:resnet10t", "my_own_nets:Sized"])
-def test_a_data_set_that_does_not_tell(name: str, own_module: Path) -> None:
+def test_a_data_set_that_does_not_provide_the_number_of_classes(name: str, own_module: Path) -> None:
     text = fails(ConfigError, name, num_classes=None)
     assert text.startswith(
-        f"model.name={name} needs num_classes, which the data set does not tell. Give the data set's"
+        f"model.name={name} needs num_classes, which the data set does not provide. Give the data set's"
     )
     assert "`classes` or `num_classes`" in text
 
 
-def test_user_classes_that_do_not_fit(own_module: Path) -> None:
+def test_user_classes_without_the_expected_interface(own_module: Path) -> None:
     text = fails(UserCodeError, "my_own_nets:Broken")
-    assert text.startswith(f"model.name=my_own_nets:Broken cannot be made: {own_module}:23: RuntimeError: ")
-    assert "makes a list, not a torch.nn.Module" in fails(UserCodeError, "my_own_nets:no_net")
+    assert text.startswith(f"model.name=my_own_nets:Broken cannot be constructed: {own_module}:23: RuntimeError: ")
+    assert "returns a list, not a torch.nn.Module" in fails(UserCodeError, "my_own_nets:no_net")
     assert "is of type int, not a class" in fails(UserCodeError, "my_own_nets:THREE")
     assert fails(UserCodeError, "my_own_nets:OddLoss").startswith(
         "OddLoss.loss is of type str. Make it a method loss(output"

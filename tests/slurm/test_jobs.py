@@ -136,7 +136,7 @@ def test_a_port_that_is_taken(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
     finally:
         other.communicate()
     assert done.returncode != 0
-    assert "MASTER_PORT=23456 is taken on node1. Unset it, or set another for this job." in done.stderr
+    assert "MASTER_PORT=23456 is in use on node1. Unset it, or set another for this job." in done.stderr
     assert "Traceback" not in done.stderr
 
 

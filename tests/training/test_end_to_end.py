@@ -227,7 +227,7 @@ def test_averaged_weights_are_evaluated_with_their_own_loss(tmp_path: Path) -> N
         ),
         (
             {"data": {"name": "support.user_nets:negative"}},
-            "Example 3 of ImageSet has label -100, which is none of the 10 classes that Mlp",
+            "Example 3 of ImageSet has label -100, but Mlp has 10 classes, 0 to 9.",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""user_code.bundles and user_code.archives: BK.Synapse code from folders and zips, also from hostile ones."""
+"""user_code.bundles and user_code.archives: BK.Synapse bundles in folders and zips, including malicious zips."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_train.data.sets.bundle import load_dataset_bundle
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.models.bundle import load_model_bundle
 from dist_train.torchvision_compat import import_torchvision
-from dist_train.user_code import archives as unpack
+from dist_train.user_code import archives
 from support.processes import ROOT
 
 import_torchvision()  # here and not in a test: importing it changes the environment (torch._dynamo does)
@@ -55,7 +55,7 @@ class UserModel(nn.Linear):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder of its own; what a test imports is forgotten."""
+    """An own cache folder; modules that a test imports are removed from sys.modules afterwards."""
     monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
@@ -67,7 +67,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """`fetch` writes sets of 4 images; the roots it was called for are listed."""
+    """A `fetch` that writes sets of 4 images. Returns the list of roots for which it was called."""
     roots: list[Path] = []
 
     def fetch(name: str, root: Path, split: str | None) -> None:
@@ -105,7 +105,7 @@ def zipped(folder: Path, archive: Path, inside: str = "") -> Path:
 # --- the tutorial ---
 
 
-def packed_as(form: str, folder: Path) -> Path:
+def tutorial_as(form: str, folder: Path) -> Path:
     if form == "folder":
         return TUTORIAL
     return zipped(TUTORIAL, folder / "bundle.zip", "mnist_bks/" if form == "zip of a folder" else "")
@@ -113,7 +113,7 @@ def packed_as(form: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("form", ["folder", "zip", "zip of a folder"])
 def test_the_tutorial_runs_unchanged(form: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
-    path, root = packed_as(form, tmp_path), tmp_path / "data"
+    path, root = tutorial_as(form, tmp_path), tmp_path / "data"
     train, val = load_dataset_bundle(path, root)
     assert tiny_mnist
     assert val is not None
@@ -138,13 +138,13 @@ def test_the_tutorial_with_the_bundled_mnist(tmp_path: Path) -> None:
     assert [int(label) for label in train.targets[:5]] == [5, 0, 4, 1, 9]
 
 
-def test_the_only_data_set_is_enough(tmp_path: Path) -> None:
+def test_the_validation_set_is_optional(tmp_path: Path) -> None:
     train, val = load_dataset_bundle(write(tmp_path / "b", bks_dataset=DATASET), tmp_path / "data")
     assert val is None
     assert train.path == str(tmp_path / "data")  # type: ignore[attr-defined]
 
 
-# --- several in one process, workers ---
+# --- several bundles in one process, workers ---
 
 
 def test_two_bundles_with_helpers_of_the_same_name(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_two_bundles_with_helpers_of_the_same_name(tmp_path: Path) -> None:
     assert type(data[0]) is type(data[2])
 
 
-def test_an_edited_file_is_read_anew(tmp_path: Path) -> None:
+def test_an_edited_file_is_imported_again(tmp_path: Path) -> None:
     first: Any = load_model_bundle(write(tmp_path / "b", bks_model=MODEL))
     second: Any = load_model_bundle(write(tmp_path / "b", bks_model=MODEL + "    edited = True\n"))
     assert second.edited
@@ -184,7 +184,7 @@ def test_a_spawned_worker_can_unpickle_it(tmp_path: Path) -> None:
     assert pool_result == (3, "Twice")
 
 
-# --- mistakes ---
+# --- errors ---
 
 
 def message(folder: Path, **files: str) -> str:
@@ -223,11 +223,11 @@ def test_failures_are_located(tmp_path: Path) -> None:
     text = message(tmp_path / "2", bks_dataset=DATASET.replace("self.path = data_path", "open(data_path + '/no')"))
     assert f"failed: {tmp_path}/2/bks_dataset.py:6: FileNotFoundError" in text
     text = message(tmp_path / "3", bks_model=MODEL.replace("width, 1", "width, -1"))
-    assert text.startswith("UserModel (bks_model.py:4) cannot be made: ")
+    assert text.startswith("UserModel (bks_model.py:4) cannot be constructed: ")
     assert "bks_model.py:6: RuntimeError" in text
 
 
-def test_a_bundle_that_is_not_there_or_lacks_the_file(tmp_path: Path) -> None:
+def test_a_missing_bundle_or_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^data\.bundle=.*gone: no such file or folder\."):
         load_dataset_bundle(tmp_path / "gone", tmp_path)
     write(tmp_path / "b", bks_datset=DATASET)
@@ -235,11 +235,11 @@ def test_a_bundle_that_is_not_there_or_lacks_the_file(tmp_path: Path) -> None:
         load_dataset_bundle(tmp_path / "b", tmp_path)
     for name in ("c/one", "c/two"):
         write(tmp_path / name, bks_model=MODEL)
-    with pytest.raises(UserCodeError, match=r"in more than one folder\. Found: one/bks_model\.py, two/bks_model\.py"):
+    with pytest.raises(UserCodeError, match=r"in several folders\. Found: one/bks_model\.py, two/bks_model\.py"):
         load_model_bundle(tmp_path / "c")
 
 
-def test_an_iterable_data_set_is_refused(tmp_path: Path) -> None:
+def test_an_iterable_data_set_is_rejected(tmp_path: Path) -> None:
     source = DATASET.replace("Dataset,", "IterableDataset,").replace("(Dataset)", "(IterableDataset)")
     with pytest.raises(ConfigError, match=r"UserDataset \(bks_dataset.py:4\) is an IterableDataset\. .*by index"):
         load_dataset_bundle(write(tmp_path / "b", bks_dataset=source), tmp_path)
@@ -261,36 +261,36 @@ def load_at_once(arguments: tuple[Path, Path]) -> int:
 
 
 def test_ranks_that_start_at_once(tmp_path: Path, cache: Path) -> None:
-    # Real processes: unpacking, links and the bundled MNIST, all for the first time.
+    # Real processes: each unpacks the zip, makes the links and unpacks the bundled MNIST, all for the first time.
     archive = zipped(TUTORIAL, tmp_path / "bundle.zip")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(load_at_once, [(archive, tmp_path / "data")] * 2, chunksize=1) == [60_000, 60_000]
-    assert len(list((cache / "bundles").iterdir())) == 1  # and nothing half unpacked
+    assert len(list((cache / "bundles").iterdir())) == 1  # and no partly unpacked folder
 
 
 def test_threads_that_link_at_once(tmp_path: Path, tiny_mnist: list[Path]) -> None:
-    load_dataset_bundle(TUTORIAL, tmp_path / "first")  # the import itself is not for threads
+    load_dataset_bundle(TUTORIAL, tmp_path / "first")  # the import itself is not thread-safe
     write_mnist(tmp_path / "data" / "MNIST" / "raw")
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(load_at_once, [(TUTORIAL, tmp_path / "data")] * 16)) == [4] * 16
 
 
 @pytest.mark.parametrize("occupant", ["folder", "link", "file"])
-def test_something_else_in_the_place_of_the_link(occupant: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
-    place = tmp_path / "data" / "UserDataset"
-    place.parent.mkdir()
+def test_another_file_at_the_path_of_the_link(occupant: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
+    link = tmp_path / "data" / "UserDataset"
+    link.parent.mkdir()
     if occupant == "folder":
-        place.mkdir()
+        link.mkdir()
     elif occupant == "link":
-        place.symlink_to("FashionMNIST")
+        link.symlink_to("FashionMNIST")
     else:
-        place.touch()
+        link.touch()
     with pytest.raises(UserCodeError, match=r"UserDataset \(bks_dataset\.py:8\) reads .* own data\.root") as caught:
         load_dataset_bundle(TUTORIAL, tmp_path / "data")
-    assert str(place) in str(caught.value)
+    assert str(link) in str(caught.value)
 
 
-def test_a_sister_of_mnist_is_linked_and_nothing_is_fetched(tmp_path: Path, tiny_mnist: list[Path]) -> None:
+def test_a_variant_of_mnist_is_linked_and_nothing_is_fetched(tmp_path: Path, tiny_mnist: list[Path]) -> None:
     source = (TUTORIAL / "bks_dataset.py").read_text().replace("MNIST", "FashionMNIST")
     write_mnist(tmp_path / "data" / "FashionMNIST" / "raw", count=7)
     train, _ = load_dataset_bundle(write(tmp_path / "b", bks_dataset=source), tmp_path / "data")
@@ -298,7 +298,7 @@ def test_a_sister_of_mnist_is_linked_and_nothing_is_fetched(tmp_path: Path, tiny
     assert tiny_mnist == []
 
 
-# --- hostile zips ---
+# --- malicious and damaged zips ---
 
 
 def entry(name: str, kind: int = stat.S_IFREG) -> zipfile.ZipInfo:
@@ -310,14 +310,14 @@ def entry(name: str, kind: int = stat.S_IFREG) -> zipfile.ZipInfo:
 def refusal(archive: Path, cache: Path) -> str:
     with pytest.raises(UserCodeError) as caught:
         load_model_bundle(archive)
-    assert list((cache / "bundles").glob("*")) == []  # nothing stays behind
+    assert list((cache / "bundles").glob("*")) == []  # no leftovers
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
     "name", ["../evil.py", "a/../../evil.py", "/tmp/evil.py", "..\\evil.py", "a\\b.py", "C:/evil.py", "c:evil.py", ".."]
 )
-def test_paths_outside_are_refused(name: str, tmp_path: Path, cache: Path) -> None:
+def test_paths_outside_the_archive_are_rejected(name: str, tmp_path: Path, cache: Path) -> None:
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
         file.writestr("bks_model.py", MODEL)
         file.writestr(entry(name), "evil")
@@ -326,16 +326,14 @@ def test_paths_outside_are_refused(name: str, tmp_path: Path, cache: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
-def test_links_and_special_files_are_refused(kind: int, tmp_path: Path, cache: Path) -> None:
+def test_links_and_special_files_are_rejected(kind: int, tmp_path: Path, cache: Path) -> None:
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
         file.writestr(entry("bks_model.py", kind), "/etc/passwd")
     assert "'bks_model.py' is a link or a special file" in refusal(tmp_path / "b.zip", cache)
 
 
-def test_a_bomb_is_stopped_whatever_its_header_claims(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(unpack, "MAX_BYTES", 2 * 2**20)
+def test_a_zip_bomb_is_stopped(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MAX_BYTES", 2 * 2**20)
     archive = tmp_path / "b.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("bks_model.py", MODEL)
@@ -345,26 +343,26 @@ def test_a_bomb_is_stopped_whatever_its_header_claims(
     assert "holds more than 2 MiB" in refusal(archive, cache)
 
 
-def test_a_header_that_claims_less_than_there_is(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpack, "MAX_BYTES", 2**20)
+def test_a_header_that_claims_too_small_a_size(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
     archive = tmp_path / "b.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a", bytes(4 * 2**20))
     size = struct.pack("<I", 4 * 2**20)
     assert archive.read_bytes().count(size) == 2
     archive.write_bytes(archive.read_bytes().replace(size, struct.pack("<I", 100)))
-    assert "is not a zip that can be read" in refusal(archive, cache)  # cut at 100 bytes, the checksum is wrong
+    assert "is not a readable zip" in refusal(archive, cache)  # cut at 100 bytes, the checksum is wrong
 
 
 def test_too_many_entries(tmp_path: Path, cache: Path) -> None:
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
-        for number in range(unpack.MAX_ENTRIES + 1):
+        for number in range(archives.MAX_ENTRIES + 1):
             file.writestr(f"{number}.py", "")
-    assert f"has {unpack.MAX_ENTRIES + 1} entries" in refusal(tmp_path / "b.zip", cache)
+    assert f"has {archives.MAX_ENTRIES + 1} entries" in refusal(tmp_path / "b.zip", cache)
 
 
 @pytest.mark.parametrize("second", ["a.py", "a.py/b.py"])
-def test_two_entries_for_one_place(second: str, tmp_path: Path, cache: Path) -> None:
+def test_two_entries_for_one_path(second: str, tmp_path: Path, cache: Path) -> None:
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
         file.writestr("a.py", "first")
         if second != "a.py":
@@ -375,7 +373,7 @@ def test_two_entries_for_one_place(second: str, tmp_path: Path, cache: Path) -> 
     assert f"two entries for {second!r}" in refusal(tmp_path / "b.zip", cache)
 
 
-def test_what_is_encrypted_or_has_a_nul_in_its_name(tmp_path: Path, cache: Path) -> None:
+def test_encrypted_entries_and_names_with_a_nul(tmp_path: Path, cache: Path) -> None:
     zipped(write(tmp_path / "b", bks_model=MODEL), tmp_path / "b.zip")
     content = (tmp_path / "b.zip").read_bytes()
     encrypted = bytearray(content)
@@ -387,52 +385,52 @@ def test_what_is_encrypted_or_has_a_nul_in_its_name(tmp_path: Path, cache: Path)
     assert r"the entry 'bks_mod\x00l.py' is not a plain path" in refusal(tmp_path / "b.zip", cache)
 
 
-def test_a_file_too_big_to_be_code_is_not_even_opened(
+def test_a_zip_larger_than_the_limit_is_not_opened(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpack, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
     (tmp_path / "b.zip").write_bytes(bytes(2**20 + 1))
     assert "holds more than 1 MiB" in refusal(tmp_path / "b.zip", cache)
 
 
-def test_a_zip_damaged_anywhere_is_refused_or_holds_what_was_packed(tmp_path: Path, cache: Path) -> None:
-    """Names may suffer (they have no checksum), contents not; no other exception, nothing beside the cache."""
+def test_a_zip_damaged_anywhere_is_rejected_or_unpacks_the_right_contents(tmp_path: Path, cache: Path) -> None:
+    """Names may be wrong (they have no checksum), contents never; only UserCodeError, no files outside the cache."""
     sources = {"bks_model.py": MODEL, "parts/__init__.py": "", "parts/layers.py": "width = 8\n" * 40}
     with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as file:
         for name, source in sources.items():
             file.writestr(name, source)
     content = (tmp_path / "b.zip").read_bytes()
-    refused = 0
+    rejected = 0
     for seed in range(300):
-        chance, damaged = random.Random(seed), bytearray(content)
-        for _ in range(chance.choice([1, 1, 4])):
-            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
-        if chance.random() < 0.3:
-            start = chance.randrange(len(damaged))
-            del damaged[start : start + chance.choice([1, 10, len(damaged)])]
+        rng, damaged = random.Random(seed), bytearray(content)
+        for _ in range(rng.choice([1, 1, 4])):
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.3:
+            start = rng.randrange(len(damaged))
+            del damaged[start : start + rng.choice([1, 10, len(damaged)])]
         (tmp_path / "b.zip").write_bytes(damaged)
         try:
-            folder = unpack.unpacked(tmp_path / "b.zip", "model.bundle=b.zip")
+            folder = archives.unpack_archive(tmp_path / "b.zip", "model.bundle=b.zip")
         except UserCodeError:
-            refused += 1
+            rejected += 1
         else:
             assert {path.read_text() for path in folder.rglob("*") if path.is_file()} <= set(sources.values()), seed
-    assert 150 < refused < 300
+    assert 150 < rejected < 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.zip", "cache"]
-    assert [*(cache / "bundles").glob(".*")] == []  # nothing half unpacked
+    assert [*(cache / "bundles").glob(".*")] == []  # no partly unpacked folder
 
 
-def test_no_zip_and_a_damaged_one(tmp_path: Path, cache: Path) -> None:
+def test_a_file_that_is_not_a_zip_and_a_damaged_zip(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "b.zip").write_text("hello")
-    assert "is not a zip that can be read" in refusal(tmp_path / "b.zip", cache)
+    assert "is not a readable zip" in refusal(tmp_path / "b.zip", cache)
     zipped(TUTORIAL, tmp_path / "c.zip")
     content = bytearray((tmp_path / "c.zip").read_bytes())
     content[80:120] = bytes(40)
     (tmp_path / "c.zip").write_bytes(content)
-    assert "is not a zip that can be read" in refusal(tmp_path / "c.zip", cache)
+    assert "is not a readable zip" in refusal(tmp_path / "c.zip", cache)
 
 
-def test_a_zip_is_unpacked_once_and_by_content(tmp_path: Path, cache: Path) -> None:
+def test_a_zip_is_unpacked_once_for_each_content(tmp_path: Path, cache: Path) -> None:
     archive = zipped(write(tmp_path / "b", bks_model=MODEL), tmp_path / "b.zip")
     load_model_bundle(archive)
     shutil.copy(archive, tmp_path / "copy.zip")
@@ -445,7 +443,7 @@ def test_a_zip_is_unpacked_once_and_by_content(tmp_path: Path, cache: Path) -> N
     assert edited.edited
 
 
-def test_a_cache_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "file"))
     with pytest.raises(UserCodeError, match=r"cannot be unpacked into .*Set DIST_TRAIN_DATA_DIR"):

@@ -1,4 +1,4 @@
-"""dist_train.user_code.importing: where names are looked up, and what is said about mistakes."""
+"""dist_train.user_code.importing: where names are looked up, and the error messages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 from torch import nn
 
 from dist_train.errors import ConfigError, UserCodeError
-from dist_train.user_code.importing import accepted, check_arguments, import_file, load_object
+from dist_train.user_code.importing import accepted_arguments, check_arguments, import_file, load_object
 from support.processes import ROOT
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder; modules imported from it are forgotten afterwards."""
+    """An empty current folder; modules imported from it are removed from sys.modules afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
@@ -54,7 +54,7 @@ def test_the_current_folder_wins_over_the_rest_of_the_path(folder: Path) -> None
 
 
 def test_a_console_script_finds_the_current_folder(folder: Path) -> None:
-    # Its sys.path[0] is the folder of the script, not the current one.
+    # Its sys.path[0] is the folder of the script, not the current folder.
     (folder / "bin").mkdir()
     script = folder / "bin" / "command.py"
     script.write_text("from dist_train.user_code.importing import load_object\nprint(load_object('my_here:ANSWER'))\n")
@@ -72,8 +72,8 @@ def test_a_console_script_finds_the_current_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["my_nets", "my_nets:", ":Net", "my nets:Net", "a:b:c", "my_nets.py:Net(3)"])
-def test_what_is_no_name_is_a_wrong_setting(spec: str) -> None:
-    with pytest.raises(ConfigError, match=r"not of the form package\.module:Name"):
+def test_an_invalid_name_is_a_config_error(spec: str) -> None:
+    with pytest.raises(ConfigError, match=r"does not have the form package\.module:Name"):
         load_object(spec)
 
 
@@ -83,7 +83,7 @@ def message(spec: str) -> str:
     return str(caught.value)
 
 
-def test_a_missing_module_gets_the_nearest(folder: Path) -> None:
+def test_a_missing_module_gets_a_suggestion(folder: Path) -> None:
     (folder / "my_nets.py").touch()
     (folder / "lib").mkdir()
     (folder / "lib" / "layers.py").touch()
@@ -93,7 +93,7 @@ def test_a_missing_module_gets_the_nearest(folder: Path) -> None:
     assert "no module my_nets.deeper" in message("my_nets.deeper:Net")
 
 
-def test_a_missing_name_gets_file_lines_and_the_nearest(folder: Path) -> None:
+def test_a_missing_name_gets_lines_and_a_suggestion(folder: Path) -> None:
     (folder / "my_nets.py").write_text("from pathlib import Path\n\nclass Net: pass\n\ndef make(): pass\n")
     text = message("my_nets:Nett")
     assert text == (
@@ -110,7 +110,7 @@ def test_a_syntax_error_is_located(folder: Path) -> None:
     ("line", "error"),
     [
         ("import einopsss", "ModuleNotFoundError: No module named 'einopsss'."),
-        ("import json; json.loads('{')", "JSONDecodeError: Expecting property name"),  # raised deeper, in json itself
+        ("import json; json.loads('{')", "JSONDecodeError: Expecting property name"),  # raised inside json
         ("raise SystemExit(3)", "SystemExit: 3."),
         ("from my_half import gone", "ImportError: cannot import name 'gone' from 'my_half'"),
     ],
@@ -124,12 +124,12 @@ def test_an_error_at_import_is_located_in_the_users_file(folder: Path, line: str
 @pytest.mark.parametrize(
     "main",
     [
-        "def make():\n    from torchvision.datasets import MNIST\n    return MNIST\n",  # not before it is called
+        "def make():\n    from torchvision.datasets import MNIST\n    return MNIST\n",  # imported when called
         "from my_sibling import make\n",
-        "from my_folder.deep import make\n",  # torchvision is not named in this folder
+        "from my_folder.deep import make\n",  # no file of this folder mentions torchvision
     ],
 )
-def test_torchvision_works_in_user_code_whatever_pair_is_installed(folder: Path, main: str) -> None:
+def test_torchvision_works_in_user_code_with_any_installed_pair(folder: Path, main: str) -> None:
     (folder / "my_user.py").write_text(main)
     if "sibling" in main:
         (folder / "my_sibling.py").write_text(
@@ -143,7 +143,7 @@ def test_torchvision_works_in_user_code_whatever_pair_is_installed(folder: Path,
     assert done.stdout == "MNIST\n", done.stderr
 
 
-def test_without_torchvision_start_up_stays_fast(folder: Path) -> None:
+def test_code_without_torchvision_does_not_import_torch(folder: Path) -> None:
     (folder / "my_plain.py").write_text("ANSWER = 42\n")
     code = """
 import sys
@@ -156,7 +156,7 @@ print(sorted({"torch", "torchvision"} & set(sys.modules)))
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_a_file_by_path_finds_its_siblings_and_fails_whole(folder: Path) -> None:
+def test_a_file_imports_its_siblings_and_leaves_no_module_on_failure(folder: Path) -> None:
     (folder / "somewhere").mkdir()
     file = folder / "somewhere" / "main.py"
     file.write_text("import my_neighbour\nclass Net: pass\n")
@@ -186,25 +186,25 @@ class Bare(nn.Module):
     pass
 
 
-def test_only_what_is_accepted_is_passed() -> None:
+def test_only_accepted_arguments_are_passed() -> None:
     offered = {"in_channels": 1, "num_classes": 10}
-    assert accepted(Sized, offered) == {"num_classes": 10}
-    assert accepted(Derived, offered) == {"num_classes": 10}
-    assert accepted(Bare, offered) == {}  # nn.Module's own **kwargs takes nothing
+    assert accepted_arguments(Sized, offered) == {"num_classes": 10}
+    assert accepted_arguments(Derived, offered) == {"num_classes": 10}
+    assert accepted_arguments(Bare, offered) == {}  # nn.Module's own **kwargs accepts nothing
 
     def make(**options: Any) -> Sized:
         return Sized(**options)
 
-    assert accepted(make, offered) == {"num_classes": 10}
+    assert accepted_arguments(make, offered) == {"num_classes": 10}
 
     def silent(**options: Any) -> Any:
         return options
 
-    assert accepted(silent, offered) == {}
-    assert accepted(print, offered) == {}
+    assert accepted_arguments(silent, offered) == {}
+    assert accepted_arguments(print, offered) == {}
 
 
-def test_arguments_that_are_not_taken_are_named_with_those_that_are() -> None:
+def test_the_error_names_unknown_and_valid_arguments() -> None:
     check_arguments(Derived, {"depth": 2, "width": 4}, "model.args")
     with pytest.raises(ConfigError, match=r"^Unknown setting model\.args\.widht\. Did you mean model\.args\.width\? "):
         check_arguments(Derived, {"widht": 2}, "model.args")

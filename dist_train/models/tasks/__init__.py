@@ -1,1 +1,1 @@
-"""What a net is trained for: its loss and its metrics."""
+"""Training tasks: loss, metrics and confusion matrix."""

@@ -1,4 +1,4 @@
-"""What is minimised and what is measured: the net's own `loss` and `metrics`, else cross-entropy and accuracy."""
+"""Loss and metrics: the net's own methods `loss` and `metrics`, else cross-entropy and accuracy."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from dist_train.distributed.world import is_peer_failure
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.user_code.importing import wrap_user_errors
 
-_IGNORE_NOTHING = -(2**31)  # torch's own default, -100, would pass over such labels in silence
-_LABELS = (torch.int64, torch.uint8)  # that cross-entropy takes
+_IGNORE_NOTHING = -(2**31)  # torch's default, -100, would silently ignore labels of -100
+_LABEL_DTYPES = (torch.int64, torch.uint8)  # accepted by cross-entropy
 
 
 class TargetMismatch(UserCodeError):
-    """Output and targets that cross-entropy cannot be taken of."""
+    """Output and targets for which cross-entropy is not defined."""
 
     def __init__(self, text: str, row: int | None = None) -> None:
         super().__init__(text)
-        self.row = row  # of the micro-batch, if one is to blame
+        self.row = row  # the invalid row of the micro-batch, if it is known
 
 
 class ErrorContext(AbstractContextManager[None]):
-    """What a net, its loss or cross-entropy raise over the examples at `indices` [B], in one line.
+    """Turns errors of a net, its loss or cross-entropy on the examples at `indices` [B] into one line.
 
-    No generator: it is entered at each micro-step, and takes 0.6 us where that takes 2.
+    A class and not a generator: it is entered at each micro-step and takes 0.6 us, a generator takes 2 us.
     """
 
     def __init__(self, net: nn.Module, when: str, indices: Tensor, examples: Examples) -> None:
@@ -47,19 +47,19 @@ class ErrorContext(AbstractContextManager[None]):
         if isinstance(error, TargetMismatch) and error.row is not None:
             raise UserCodeError(f"{name_of(self._examples, int(self._indices[error.row]))} has {error}") from error
         if error is not None:
-            with wrap_user_errors(type(self._net).__name__, f"failed {self._when}", unless=_is_not_the_nets):
+            with wrap_user_errors(type(self._net).__name__, f"failed {self._when}", unless=_is_not_of_the_net):
                 raise error
 
 
-def _is_not_the_nets(error: BaseException) -> bool:
-    faults = (is_peer_failure, is_out_of_memory, is_device_assert, loader_error)
-    return any(is_fault(error) for is_fault in faults)
+def _is_not_of_the_net(error: BaseException) -> bool:
+    checks = (is_peer_failure, is_out_of_memory, is_device_assert, loader_error)
+    return any(check(error) for check in checks)
 
 
 class Objective:
-    """The forward call, the loss and the metrics of one net.
+    """The forward call, loss and metrics of one net.
 
-    `net` is the module as the user wrote it; the module that is called may be wrapped (DDP) or averaged (EMA).
+    `net` is the user's module; the module passed to `forward` may be wrapped (DDP) or averaged (EMA).
     """
 
     def __init__(self, net: nn.Module, label_smoothing: float = 0.0) -> None:
@@ -72,26 +72,28 @@ class Objective:
                 f"label_smoothing={label_smoothing} and {type(net).__name__}.loss exclude each other. "
                 f"Set label_smoothing=0."
             )
-        # A net with one required argument gets a list or tuple of inputs as it is, another gets them one by one.
+        # A net with one required argument gets a list or tuple of inputs unchanged; with several it is unpacked.
         parameters = inspect.signature(type(net).forward).parameters.values()
         required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         self._unpack = len(required) > 2 or any(p.kind is p.VAR_POSITIONAL for p in required)
 
     @property
     def is_plain(self) -> bool:
-        """Nothing of it is the net's own: over batches put together it is the mean of what it is over each."""
+        """Whether loss and metrics are ours: for merged batches they are the mean of those of each batch."""
         return self._own_loss is None and self._own_metrics is None
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
-        """The output for a micro-batch; logits [B, K] of a classifier. Never of half precision: whatever is counted
-        from it would be rounded to two digits."""
+        """Return the output for a micro-batch; for a classifier logits [B, K].
+
+        Half precision is converted to float32: metrics computed from it would be rounded to two digits.
+        """
         output = model(*inputs) if self._unpack and isinstance(inputs, (list, tuple)) else model(inputs)
-        return change_each(_in_full, output) if _has_half(output) else output
+        return change_each(_to_float32, output) if _has_half(output) else output
 
     def loss(self, output: Any, targets: Any) -> Tensor:
-        """The mean loss over the micro-batch, [] (nats for cross-entropy)."""
+        """Return the mean loss over the micro-batch, [] (nats for cross-entropy)."""
         if self._own_loss is None:
-            # Labels that are ignored would make the mean one over fewer examples, and micro-batches unequal parts.
+            # Ignored labels would reduce the number of examples in the mean and give micro-batches unequal weights.
             try:
                 return functional.cross_entropy(
                     output, targets, label_smoothing=self._label_smoothing, ignore_index=_IGNORE_NOTHING
@@ -101,71 +103,72 @@ class Objective:
                 raise
         loss = self._own_loss(output, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserCodeError(f"loss(output, target) must return one number, the mean over the batch; got {found}.")
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserCodeError(f"loss(output, target) must return one number, the mean over the batch; got {got}.")
         return loss.reshape(())
 
     def check(self, output: Any, targets: Any) -> None:
-        """See that cross-entropy, where the net has no loss of its own, can be taken of these. Waits for the device.
+        """Check that cross-entropy accepts output and targets, unless the net has its own loss. Waits for the device.
 
         Raises:
-            TargetMismatch
+            TargetMismatch: it does not accept them.
         """
         if self._own_loss is not None:
             return
         fix = f"give {self._name} a method loss(output, target)"
         if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[1] < 2:
             raise TargetMismatch(
-                f"{self._name} gives {form_of(output)}, and cross-entropy takes logits [B, K > 1]. Return the logits "
-                f"alone, or {fix}."
+                f"{self._name} returns {form_of(output)}, but cross-entropy needs logits [B, K > 1]. Return only the "
+                f"logits, or {fix}."
             )
         if isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == output.shape:
-            return  # probabilities of the classes
-        labels_of = [len(output), *output.shape[2:]]
-        if not isinstance(targets, Tensor) or targets.dtype not in _LABELS or list(targets.shape) != labels_of:
+            return  # class probabilities
+        shape = [len(output), *output.shape[2:]]
+        if not isinstance(targets, Tensor) or targets.dtype not in _LABEL_DTYPES or list(targets.shape) != shape:
             raise TargetMismatch(
-                f"The targets are {form_of(targets)}, and cross-entropy over {form_of(output)} takes labels, int64 "
-                f"{labels_of}. Make them whole numbers in the data set, or {fix}."
+                f"The targets are {form_of(targets)}, but cross-entropy of {form_of(output)} needs labels, int64 "
+                f"{shape}. Make them whole numbers in the data set, or {fix}."
             )
         self.check_labels(output, targets)
 
     def check_labels(self, output: Any, labels: Tensor | None) -> None:
-        """See that these (of any shape) are of classes that the net tells apart. Waits for the device they are on.
+        """Check that labels of any shape are class indices of the net. Waits for the device of the labels.
 
         Raises:
-            TargetMismatch
+            TargetMismatch: a label is out of range.
         """
         if labels is None or self._own_loss is not None or not isinstance(output, Tensor):
             return
-        if labels.dtype not in _LABELS or not labels.numel():
+        if labels.dtype not in _LABEL_DTYPES or not labels.numel():
             return
         low, high = (int(end) for end in labels.aminmax())
         classes = output.shape[1]
         if low < 0 or high >= classes:
-            place = ((labels < 0) | (labels >= classes)).nonzero()[0].tolist()
+            position = ((labels < 0) | (labels >= classes)).nonzero()[0].tolist()
             raise TargetMismatch(
-                f"label {int(labels[tuple(place)])}, which is none of the {classes} classes that {self._name} tells "
-                f"apart: 0 to {classes - 1}. Number them from 0, or give the net more outputs.",
-                row=place[0],
+                f"label {int(labels[tuple(position)])}, but {self._name} has {classes} classes, 0 to {classes - 1}. "
+                f"Number the labels from 0, or give the net more outputs.",
+                row=position[0],
             )
 
     def metrics(self, output: Any, targets: Any) -> dict[str, float]:
-        """The net's own metrics, means over the micro-batch. Evaluation only: they may wait for the device."""
+        """Return the net's own metrics, means over the micro-batch. For evaluation only: it may wait for the device."""
         if self._own_metrics is None:
             return {}
-        found = self._own_metrics(output, targets)
-        if not isinstance(found, dict):
-            raise UserCodeError(f"metrics(output, target) must return a dict of numbers; got {type(found).__name__}.")
-        ours = found.keys() & {"loss", "correct", "seen"}
-        if ours:
-            raise UserCodeError(f"metrics(output, target) must not return {', '.join(sorted(ours))}: we count that.")
-        return {str(name): float(value) for name, value in found.items()}
+        values = self._own_metrics(output, targets)
+        if not isinstance(values, dict):
+            raise UserCodeError(f"metrics(output, target) must return a dict of numbers; got {type(values).__name__}.")
+        reserved = values.keys() & {"loss", "correct", "seen"}
+        if reserved:
+            names = ", ".join(sorted(reserved))
+            raise UserCodeError(f"metrics(output, target) must not return {names}: dist_train counts that itself.")
+        return {str(name): float(value) for name, value in values.items()}
 
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _in_full(item: Any) -> Any:
+def _to_float32(item: Any) -> Any:
     return item.float() if getattr(item, "dtype", None) in _HALF else item
 
 
@@ -178,7 +181,7 @@ def _has_half(output: Any) -> bool:
 
 @torch.no_grad()
 def count_correct(output: Any, targets: Any) -> Tensor | None:
-    """How many of the micro-batch are right, []; None unless these are logits [B, K > 1] and integer labels [B]."""
+    """Count the correct predictions, []; None unless these are logits [B, K > 1] and integer labels [B]."""
     classifies = (
         isinstance(output, Tensor)
         and isinstance(targets, Tensor)
