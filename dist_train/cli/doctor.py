@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -76,7 +75,7 @@ def _examine(config: Config) -> list[dict[str, str]] | None:
 
 
 def _rows(findings: list[Diagnosis]) -> list[dict[str, str]]:
-    return [asdict(finding) for finding in findings]
+    return [{"what": each.name, "said": each.result, "fix": each.fix} for each in findings]
 
 
 def _table(rows: list[dict[str, str]]) -> str:
