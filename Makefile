@@ -1,8 +1,8 @@
-# Each target does its own set-up; a second call is fast. `make` alone lists the targets.
+# Each target sets up what it needs; a second call is fast. `make` alone lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# More workers than cores: many tests wait. Tests of a cluster go to a few of them, which have one each.
+# More workers than cores, as many tests wait. Cluster tests go to a few workers, each with its own cluster.
 PYTEST := pytest -q -n 4 --dist loadgroup
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -10,13 +10,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: $(VENV)/.train  ## .venv with what training and its pictures need, in the tested versions
+setup: $(VENV)/.train  ## .venv with the tested versions of what training and its pictures need
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt --editable '.[plot]'
 	touch $@
 
-# What tests and checks need comes as dependency groups, which pip before 25.1 does not know: hence the upgrade.
+# Tests and checks use dependency groups, which pip before 25.1 does not support: hence the upgrade.
 $(VENV)/.test: $(VENV)/.train
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/pip install --quiet -c constraints.txt --group test
@@ -32,27 +32,27 @@ train: setup     ## the bundled MNIST on two processes
 test: $(VENV)/.test  ## the CPU test suite, without a cluster
 	$(PYTEST) -m 'not cluster'
 
-test-all: $(VENV)/.test  ## that and the cluster in one run, so that tests which wait leave the cores to the others
+test-all: $(VENV)/.test  ## test and cluster in one run, so that waiting tests leave the cores to the others
 	$(PYTEST)
 
-cluster: $(VENV)/.test  ## trainings on a real Slurm and on several hosts, made on this machine; needs root, slurm-wlm, iproute2
+cluster: $(VENV)/.test  ## trainings on a real Slurm and several hosts, created on this machine; needs root, slurm-wlm, iproute2
 	$(PYTEST) -m cluster
 
 cluster-full: $(VENV)/.test  ## the same with all jobs; prints the table of docs/cluster.md
 	$(PYTEST) -m cluster --full
 
-faults: $(VENV)/.test  ## kills, damages and mutated configs in full; prints the table of docs/faults.md
+faults: $(VENV)/.test  ## all kills, damaged files and mutated configs; prints the table of docs/faults.md
 	$(PYTEST) --full tests/faults
 
-sets: $(VENV)/.test  ## sets and nets of users, drawn at random: stopped, resumed with other loader workers
+sets: $(VENV)/.test  ## random user data sets and nets: stopped, resumed with a different number of loader workers
 	$(PYTEST) --full tests/data/test_random_sets.py
 
-nets: $(VENV)/.test  ## nets of torchvision and timm: trained, resumed, evaluated, exported
+nets: $(VENV)/.test  ## torchvision and timm nets: trained, resumed, evaluated, exported
 	$(PYTEST) --full tests/models/test_nets_of_others.py
 
-# The kernels that MKL and oneDNN take on other processors. Threads that spin while they wait would slow all others.
+# The kernels that MKL and oneDNN use on other processors. Threads that spin while waiting would slow all others.
 CPUS := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 MKL_CBWR=AVX512 ONEDNN_MAX_CPU_ISA=AVX2
-cpus: $(VENV)/.test  ## all of it as on other processors, with one and two threads
+cpus: $(VENV)/.test  ## all tests with the kernels of other processors, with one and two threads
 	for cpu in $(CPUS); do for threads in 1 2; do echo "== $$cpu, threads: $$threads"; \
 	env $$cpu TEST_THREADS=$$threads OMP_WAIT_POLICY=passive $(PYTEST) || exit 1; done; done
 
@@ -62,18 +62,18 @@ check: $(VENV)/.check  ## format, lint, types, shell scripts
 	mypy
 	shellcheck launch/*.sh slurm/*.sbatch .ci/run
 
-fix: $(VENV)/.check  ## format, and mend what the linter can
+fix: $(VENV)/.check  ## format, and fix what the linter can
 	ruff check --fix .
 	ruff format .
 
 exactness: $(VENV)/.test  ## 400 steps in float64 for every net and division; writes docs/exactness.md
 	python tests/exactness/measure.py
 
-bench: $(VENV)/.test  ## this harness beside the loops that people write; writes bench/
+bench: $(VENV)/.test  ## this harness against common training loops; writes bench/
 	dist-train bench
 
-bench-gpu: $(VENV)/.test  ## a quick part of it for one GPU: mlp and conv in fp32 and bf16, and the speedrun
+bench-gpu: $(VENV)/.test  ## a short benchmark for one GPU: mlp and conv in fp32 and bf16, and the speedrun
 	dist-train bench speed speedrun --net mlp --net conv --precision no --precision bf16 --steps 200 --repetitions 1
 
-clean:           ## remove what the targets made
+clean:           ## remove what the targets created
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Processes of this machine that train together. Usage: launch/local.sh [N] -c mnist ...
+# Train with N processes on this machine (default 2). Usage: launch/local.sh [N] -c mnist ...
 set -euo pipefail
 nproc=2
 if [[ "${1:-}" =~ ^[0-9]+$ ]]; then

@@ -1,1 +1,1 @@
-"""Starting processes and jobs: torchrun, sweeps, Slurm."""
+"""Start processes and jobs: torchrun, sweeps, Slurm."""

@@ -1,4 +1,4 @@
-"""Several machines that train together, each with a launcher of its own: where they meet, and one that comes late."""
+"""Several machines that train together, each with its own launcher: the rendezvous, and machines that join late."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, LaunchError
 from dist_train.runs.directory import ENDS, RunDir
 
-_PORT = 29_400  # torchrun's own
-_WISH = "PREEMPTED\n"  # what a machine that comes writes into STOP
-_SILENT_S = 30.0  # a run whose heartbeat, of every 5 s, has not changed for so long is not at work
+_PORT = 29_400  # torchrun's default
+_REJOIN_REQUEST = "PREEMPTED\n"  # written to STOP by a machine that joins
+_SILENT_S = 30.0  # a run whose heartbeat (every 5 s) has not changed for this long is not running
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Several machines that train together, each with a launcher of its own."""
+    """The machines that train together, each with its own launcher."""
 
     at_least: int
     at_most: int
     endpoint: str  # HOST:PORT
-    join_timeout_s: float  # so long they wait for each other
+    join_timeout_s: float  # how long they wait for each other
 
     @classmethod
     def parse(cls, text: str, endpoint: str, join_timeout_s: float) -> Nodes:
-        """`text`: "2" or "1:4".
+        """Parse a number of machines such as "2", or a range such as "1:4".
 
         Raises:
-            ConfigError: neither.
-            LaunchError: the host of the endpoint has no address.
+            ConfigError: `text` is neither.
+            LaunchError: the endpoint's host cannot be resolved.
         """
-        found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= least <= most:
-            raise ConfigError(f"--nnodes={text} is no number of machines. Write 2, or 1:4 for one to four.")
+            raise ConfigError(f"--nnodes={text} is not a number of machines. Write 2, or 1:4 for one to four.")
         host, _, port = endpoint.partition(":")
         try:
             socket.getaddrinfo(host, None)
-        except (OSError, UnicodeError):  # the latter of a name that none can be
+        except (OSError, UnicodeError):  # UnicodeError: not a valid host name
             raise LaunchError(
                 f'--rdzv-endpoint={endpoint}: "{host}" cannot be resolved on {socket.gethostname()}. '
                 f"Write the name or address of one of the machines."
@@ -53,13 +53,13 @@ class Nodes:
         return cls(least, most, f"{host}:{port or _PORT}", join_timeout_s)
 
     def options(self, run_dir: RunDir) -> list[str]:
-        """Of torchrun. They meet for the next attempt of the run: machines that come late must not join this one."""
+        """Return torchrun's options. The rendezvous id names the next attempt: late machines must not join this one."""
         attempt = run_dir.read_status().get("attempt", 0) + 1
         number = f"{self.at_least}" if self.at_least == self.at_most else f"{self.at_least}:{self.at_most}"
         return [
             f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
             f"--rdzv-id={run_dir.path.name}.{attempt}",
-            # The last: so long a smaller world waits for more machines.
+            # last_call_timeout: how long a smaller world waits for more machines.
             f"--rdzv-conf=join_timeout={math.ceil(self.join_timeout_s)},last_call_timeout=10",
         ]  # fmt: skip
 
@@ -97,20 +97,20 @@ def find_nodes(
 
 
 def stop_run_to_rejoin(run_dir: RunDir) -> None:
-    """Before this machine joins a run that others are training: they save and stop, to start again with one more.
+    """Make the machines that train this run save and stop, so that it restarts with this machine too.
 
-    torchrun itself takes in a machine while its ranks run, but then often waits for itself (torch 2.13).
+    torchrun itself can admit a machine while its ranks run, but then its agents often wait for each other (torch 2.13).
     """
     seen, seen_at = run_dir.read_status().get("heartbeat"), time.monotonic()
-    while time.monotonic() - seen_at < _SILENT_S:  # by its change alone: the clocks of two machines may differ
+    while time.monotonic() - seen_at < _SILENT_S:  # detects changes only: the clocks of two machines may differ
         status = run_dir.read_status()
         if status.get("state") in (None, *ENDS):
             break
         if status.get("heartbeat") != seen:
             seen, seen_at = status.get("heartbeat"), time.monotonic()
             if not run_dir.stop_request_file.exists():
-                write_atomically(run_dir.stop_request_file, _WISH, durable=False)
+                write_atomically(run_dir.stop_request_file, _REJOIN_REQUEST, durable=False)
         time.sleep(0.5)
-    with suppress(FileNotFoundError):  # a STOP of somebody else is to be heard
-        if run_dir.stop_request_file.read_bytes() == _WISH.encode():
+    with suppress(FileNotFoundError):  # somebody else's STOP stays
+        if run_dir.stop_request_file.read_bytes() == _REJOIN_REQUEST.encode():
             run_dir.stop_request_file.unlink()

@@ -1,4 +1,4 @@
-"""Processes that this one starts and whose output it reads: trainings of a sweep, measurements."""
+"""Start child processes: the trainings of a sweep, and measurements whose output is read."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Training: TypeAlias = subprocess.Popen[bytes]
 
 
 def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: str) -> Training:
-    """Begin a training in a process of its own that does not outlive this one; what it prints goes to `log`.
+    """Start a training in a child process that does not outlive this one. Its output goes to `log`.
 
-    `group`: for W&B, unless the environment names one; the run that it names is another.
+    `group`: the W&B group, unless the environment names one. A W&B run named there is another one.
     """
     environment = {name: value for name, value in os.environ.items() if name not in OF_ONE_WANDB_RUN} | {
         "OMP_NUM_THREADS": str(num_threads),
@@ -34,26 +34,26 @@ def begin_train(arguments: Sequence[str], log: Path, num_threads: int, group: st
         return subprocess.Popen(
             [sys.executable, "-m", "dist_train", "train", *arguments],
             stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C must reach it once, through us
+            start_new_session=True,  # a terminal's Ctrl-C must reach it only once, from us
         )  # fmt: skip
 
 
 def output_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """What `python -m MODULE ARGUMENT...` prints on stdout, with `environment` besides our own.
+    """Return the stdout of `python -m MODULE ARGUMENT...`, run with `environment` added to our own.
 
     Raises:
-        LaunchError: it failed; with the end of what it said.
+        LaunchError: it failed; with the end of its stderr.
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = {**without_torchrun_options(os.environ), **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's own summary alone has 15 and more
+        tail = "\n".join(done.stderr.splitlines()[-60:])  # torchrun's summary alone has 15 or more
         raise LaunchError(f"{shlex.join([module, *arguments])} failed with exit code {done.returncode}:\n{tail}")
     return done.stdout
 
 
 def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """What `nproc` ranks of it under torchrun print together."""
+    """Return the combined stdout of `nproc` ranks of `python -m MODULE ARGUMENT...` under torchrun."""
     options = ["--standalone", f"--nproc-per-node={nproc}", "-m", module]
     return output_of("torch.distributed.run", *options, *arguments, environment=environment)

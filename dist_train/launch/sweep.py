@@ -1,4 +1,4 @@
-"""A grid of runs: one for each combination of the listed values, each found again by its name and done once."""
+"""A grid of runs: one for each combination of the listed values, identified by its name and trained once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Point:
     """One run of the grid."""
 
     name: str
-    settings: tuple[str, ...]  # KEY=VALUE, what all have in common left out
+    settings: tuple[str, ...]  # KEY=VALUE, without those common to all points
     config: Config = field(compare=False, repr=False)
 
 
@@ -41,10 +41,10 @@ class Grid:
 
     @classmethod
     def of(cls, name: str, config_name: str, overrides: Sequence[str]) -> Grid:
-        """`KEY=[A,B]` is an axis, unless the setting is itself a list: then a list of lists is.
+        """Build a grid. `KEY=[A,B]` is an axis; if the setting is itself a list, only a list of lists is.
 
         Raises:
-            ConfigError: a combination that cannot be trained, before anything is started; or no axis.
+            ConfigError: a combination cannot be trained, or there is no axis. Nothing has been started.
         """
         fixed = [override for override in overrides if not listed(override)]
         axes = {override: items for override in overrides if (items := _axis(config_name, fixed, override))}
@@ -64,10 +64,10 @@ class Grid:
         return cls(name, config_name, common, points)
 
     def lines(self) -> list[str]:
-        """For slurm/sweep_array.sbatch: the settings of each run on a line.
+        """Return one line of settings per run, for slurm/sweep_array.sbatch.
 
         Raises:
-            ConfigError: a value with a space in it, which ends a setting there.
+            ConfigError: a value contains a space, which ends a setting there.
         """
         for setting in itertools.chain.from_iterable(point.settings for point in self.points):
             if any(character.isspace() for character in setting):
@@ -76,15 +76,15 @@ class Grid:
 
 
 def _axis(config_name: str, fixed: Sequence[str], override: str) -> list[str]:
-    """The settings that a list stands for; empty if it is no list, or the value of a setting that is one."""
+    """Return the settings that a list expands to; empty if it is not a list, or is the value of a list setting."""
     items = listed(override)
-    if items and _is_wrong(config_name, fixed, items[0]) and not _is_wrong(config_name, fixed, override):
+    if items and _is_invalid(config_name, fixed, items[0]) and not _is_invalid(config_name, fixed, override):
         return []
     return items
 
 
-def _is_wrong(config_name: str, fixed: Sequence[str], setting: str) -> bool:
-    """Whether the value is wrong by itself, whatever else is missing or at odds with it."""
+def _is_invalid(config_name: str, fixed: Sequence[str], setting: str) -> bool:
+    """Return whether the value itself is invalid, even if other settings are missing or conflict with it."""
     key = setting.partition("=")[0].strip()
     try:
         load_config(config_name, [*fixed, setting])
@@ -94,19 +94,19 @@ def _is_wrong(config_name: str, fixed: Sequence[str], setting: str) -> bool:
 
 
 def _as_name(setting: str) -> str:
-    """The last part of the key, and the value, as far as a run may be called so."""
+    """Return the last part of the key, and the value, with characters replaced that a run's name may not have."""
     key, _, value = setting.partition("=")
     return "=".join(re.sub(r"[^\w.+-]", "_", part) for part in (key.rpartition(".")[2], value))
 
 
 class Sweep:
-    """Trains what is missing of a grid, some at a time. TERM or Ctrl-C: those that run save and stop, no more begin."""
+    """Trains the unfinished runs of a grid, some at a time. On TERM or Ctrl-C they save and stop, and none starts."""
 
     def __init__(self, grid: Grid, folder: Path, *, jobs: int, nproc: int | None) -> None:
-        """`folder`: of the run directories.
+        """`folder` holds the run directories.
 
         Raises:
-            ConfigError: one of the runs is there already, with other settings, or cannot have its name.
+            ConfigError: a run exists already with other settings, or its name is invalid.
         """
         self.grid = grid
         self.runs = {point: RunDir(folder / point.name) for point in grid.points}
@@ -124,32 +124,32 @@ class Sweep:
         self._training: dict[Point, Training] = {}
 
     def train(self, show: Callable[[Summary, bool], object]) -> list[Summary]:
-        """To the end of all, or until told to stop. `show` gets a run that begins, and with True one that has ended."""
+        """Train until all runs end or a stop is requested. `show` gets each run at its start; with True, at its end."""
         waiting = [point for point in self.runs if self._summary(point).state != "FINISHED"]
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self._training or (waiting and not self.stopped):
                 while waiting and not self.stopped and len(self._training) < self._jobs:
-                    self._begin(point := waiting.pop(0))
+                    self._start(point := waiting.pop(0))
                     show(self._summary(point), False)
-                    if self.stopped:  # told just as this one began
+                    if self.stopped:  # requested while this one was starting
                         self._training[point].send_signal(signal.SIGTERM)
                 for point in [point for point, process in self._training.items() if process.poll() is not None]:
                     del self._training[point]
                     show(self._summary(point), True)
                 time.sleep(0.1)
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
         return [self._summary(point) for point in self.runs]
 
-    def _begin(self, point: Point) -> None:
+    def _start(self, point: Point) -> None:
         run_dir = self.runs[point]
         run_dir.create()
-        own = [f"-o{setting}" for setting in point.settings]
+        settings = [f"-o{setting}" for setting in point.settings]
         group = point.config.tracking.group or self.grid.name
-        place = [f"-oruns_dir={json.dumps(str(run_dir.path.parent))}", f"--run-name={point.name}"]
-        arguments = [*self._arguments, *own, *place]
+        path = [f"-oruns_dir={json.dumps(str(run_dir.path.parent))}", f"--run-name={point.name}"]
+        arguments = [*self._arguments, *settings, *path]
         self._training[point] = begin_train(arguments, run_dir.logs / "sweep.log", self._threads, group)
 
     def _summary(self, point: Point) -> Summary:

@@ -1,4 +1,4 @@
-"""Starting processes: a LaunchSpec becomes a torchrun command (pure); `start_ranks` alone runs anything."""
+"""Start ranks with torchrun: a LaunchSpec renders the command (no side effects), `start_ranks` runs it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dist_train.runs.directory import CLEAN_ENDS, RunDir
 class LaunchSpec:
     """What to start: `nproc` ranks on this machine. Rendering it has no side effects."""
 
-    arguments: tuple[str, ...]  # of `python -m dist_train`
+    arguments: tuple[str, ...]  # for `python -m dist_train`
     run_dir: RunDir
     asked_at: float  # time.perf_counter() when the command was given
     nproc: int
@@ -40,7 +40,7 @@ class LaunchSpec:
     max_restarts: int = 0
 
     def torchrun(self) -> list[str]:
-        """The torchrun command line.
+        """Return the torchrun command line.
 
         `--standalone` lets torchrun choose a free port.
         """
@@ -53,7 +53,7 @@ class LaunchSpec:
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        """What the ranks get besides our own environment. An explicit OMP_NUM_THREADS wins."""
+        """Return what is added to our environment for the ranks. An explicit OMP_NUM_THREADS takes precedence."""
         return {
             "OMP_NUM_THREADS": str(threads_per_process(self.nproc, os.environ)),
             RUN_DIR: str(self.run_dir.path),
@@ -66,21 +66,21 @@ class LaunchSpec:
 
 
 def start_ranks(spec: LaunchSpec) -> int:
-    """Run the ranks to their end and return the exit code to leave with.
+    """Run the ranks to completion and return our exit code.
 
-    The screen belongs to rank zero; what torchrun and the libraries say on stderr goes to logs/launcher.log, and of
-    a failure the error of the rank that failed first is shown.
+    Only rank zero writes to the terminal; stderr of torchrun and the libraries goes to logs/launcher.log. After a
+    failure, the error of the rank that failed first is shown.
     """
     attempt_before = spec.run_dir.read_status().get("attempt", 0)
     logs_before = log_sizes(spec.run_dir)
-    if spec.nodes is None:  # else another machine may not have read it yet
+    if spec.nodes is None:  # otherwise another machine may not have read it yet
         spec.run_dir.error.unlink(missing_ok=True)
     with spec.run_dir.launcher_log.open("ab") as log:
         agent = subprocess.Popen(
             spec.torchrun(),
             env=without_torchrun_options(os.environ) | spec.environment(),
             stderr=log,
-            # A terminal's Ctrl-C must reach the ranks once, through us.
+            # A terminal's Ctrl-C must reach the ranks only once, from us.
             start_new_session=True,
         )
     with _Forwarding(agent) as forwarding:
@@ -88,11 +88,11 @@ def start_ranks(spec: LaunchSpec) -> int:
 
     status = spec.run_dir.read_status()
     if status.get("attempt", 0) > attempt_before and status.get("state") in CLEAN_ENDS:
-        return 0  # torchrun itself ends with 1 after a signal, also when all ranks ended well
+        return 0  # torchrun exits with 1 after a signal, even if all ranks ended cleanly
     if agent.returncode == 0:
         return 0
     if forwarding.requested and not spec.run_dir.error.exists():
-        print(f"stopped by {forwarding.requested.name} before the training had begun", file=sys.stderr)
+        print(f"stopped by {forwarding.requested.name} before training began", file=sys.stderr)
         return 128 + forwarding.requested
     raise _failure(spec, logs_before)
 
@@ -110,9 +110,9 @@ def _failure(spec: LaunchSpec, logs_before: Mapping[Path, int]) -> LaunchError:
 
 
 class _Forwarding:
-    """While the ranks run, our signals are theirs. Ctrl-C twice ends them at once."""
+    """Forwards our signals to the ranks while they run. A second Ctrl-C ends them at once."""
 
-    # A terminal that closes (HUP) is a wish to stop; under nohup HUP is ignored and stays so.
+    # A closed terminal (HUP) is a stop request; under nohup, HUP stays ignored.
     SIGNALS = {
         signal.SIGTERM: signal.SIGTERM,
         signal.SIGINT: signal.SIGINT,
@@ -127,18 +127,18 @@ class _Forwarding:
         self.requested: signal.Signals | None = None
 
     def __enter__(self) -> _Forwarding:
-        # Python lets the main thread alone handle signals; from another one the ranks are only waited for.
+        # Only the main thread can handle signals.
         in_main = threading.current_thread() is threading.main_thread()
-        heard = [number for number in self.SIGNALS if in_main and signal.getsignal(number) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._forward) for number in heard}
+        handled = [number for number in self.SIGNALS if in_main and signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._forward) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.requested = signal.Signals(number)
         self.interrupts += number == signal.SIGINT
-        # The ranks notice that torchrun is gone and leave too (watch_launcher).
+        # The ranks notice that torchrun is gone and exit too (watch_launcher).
         self.agent.send_signal(signal.SIGKILL if self.interrupts > 1 else self.SIGNALS[self.requested])

@@ -1,4 +1,4 @@
-"""Is everything there that a run needs? One finding for each thing looked at, with the fix where it is wrong."""
+"""Check that this machine has what a run needs: one diagnosis per item, with a fix if something is wrong."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from dist_train.training.provenance import cpu_model, version_of
 from dist_train.training.tracking import wandb_mode
 
 _MIB = 2**20
-_EXCHANGED = 16 * _MIB  # bytes of the all-reduce that is timed
-_SLOW_S = 1.0  # of a file that is written and synced
+_REDUCED = 16 * _MIB  # bytes of the timed all-reduce
+_SLOW_S = 1.0  # for a file to be written and synced
 
 
 Row = dict[str, str]  # what, said, fix: as `dist-train doctor --json` prints them
@@ -54,22 +54,24 @@ class Diagnosis:
 
 
 def examine(config: Config, runs_dir: Path) -> Iterator[Diagnosis]:
-    """What one process can see by itself."""
+    """Run the checks that need only one process."""
     yield _device(config)
     yield _threads()
     yield _versions()
     checkpoint_bytes = 0
     try:
         splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
-        yield Diagnosis("data", f"{config.data.bundle or config.data.name}: {num_examples(splits.train):,} to train on")
+        yield Diagnosis(
+            "data", f"{config.data.bundle or config.data.name}: {num_examples(splits.train):,} training examples"
+        )
         net = build_model(config.model, splits.input_spec, config.seed)
-        # Weights and twice as much of optimizer state.
+        # Weights and optimizer state of twice their size.
         checkpoint_bytes = 3 * sum(parameter.nbytes for parameter in net.parameters())
         parameters = f"{sum(p.numel() for p in net.parameters()):,} parameters"
         name = config.model.bundle or config.model.name
         yield Diagnosis("net", f"{name}: {parameters}, a checkpoint takes {checkpoint_bytes / _MIB:.1f} MiB")
     except DistTrainError as error:
-        yield Diagnosis("data and net", "not as asked for", str(error))
+        yield Diagnosis("data and net", "not available as configured", str(error))
     yield _port()
     yield from _folder(runs_dir, needed_bytes=2 * checkpoint_bytes)
     yield _wandb(config)
@@ -113,13 +115,13 @@ def start_and_examine(nproc: int, config_name: str, overrides: Sequence[str]) ->
 
 
 def exchange(world: World) -> Diagnosis:
-    """An all-reduce between all ranks, timed.
+    """Time an all-reduce between all ranks.
 
     Collective: every rank must call this.
     """
     if world.size == 1:
-        return Diagnosis("all-reduce", "one process: nothing to exchange (try --nproc)")
-    values = torch.ones(_EXCHANGED // 4, dtype=torch.float32, device=world.device)
+        return Diagnosis("all-reduce", "one process: nothing to reduce (try --nproc)")
+    values = torch.ones(_REDUCED // 4, dtype=torch.float32, device=world.device)
     seconds = []
     for _ in range(6):
         values.fill_(1.0)
@@ -129,11 +131,11 @@ def exchange(world: World) -> Diagnosis:
         world.all_reduce(values)
         world.synchronize()
         seconds.append(time.perf_counter() - began)
-    rate = _EXCHANGED / min(seconds[1:])
-    result = f"{world.size} ranks, {_EXCHANGED // _MIB} MiB in {1000 * min(seconds[1:]):.1f} ms ({rate / 1e9:.2f} GB/s)"
-    right = bool((values == world.size).all())
+    rate = _REDUCED / min(seconds[1:])
+    result = f"{world.size} ranks, {_REDUCED // _MIB} MiB in {1000 * min(seconds[1:]):.1f} ms ({rate / 1e9:.2f} GB/s)"
+    correct = bool((values == world.size).all())
     return Diagnosis(
-        "all-reduce", result, "" if right else "The sum is wrong: look at network cards, drivers and NCCL."
+        "all-reduce", result, "" if correct else "The sum is wrong: check network cards, drivers and NCCL."
     )
 
 
@@ -141,11 +143,11 @@ def _device(config: Config) -> Diagnosis:
     try:
         device = choose_device(config, detect_process(os.environ))
     except DistTrainError as error:
-        return Diagnosis("device", f"{config.device} is not to be had", str(error))
+        return Diagnosis("device", f"{config.device} is not available", str(error))
     if device == "cuda":
         cards = []
-        place = detect_process(os.environ)
-        for number in [place.local_rank] if place.world_size > 1 else range(torch.cuda.device_count()):
+        process = detect_process(os.environ)
+        for number in [process.local_rank] if process.world_size > 1 else range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
             cards.append(f"{torch.cuda.get_device_name(number)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
         return Diagnosis("device", "; ".join(cards))
@@ -154,14 +156,15 @@ def _device(config: Config) -> Diagnosis:
 
 
 def _threads() -> Diagnosis:
-    place, cores = detect_process(os.environ), available_cores()
-    threads = threads_per_process(place.local_world_size, os.environ)
-    result = f"{place.local_world_size} processes of {threads} threads on {cores} cores"
-    mine = 1 if place.started_by == "srun" else place.local_world_size  # srun may bind each task to cores of its own
-    if mine * threads <= cores:
+    process, cores = detect_process(os.environ), available_cores()
+    threads = threads_per_process(process.local_world_size, os.environ)
+    result = f"{process.local_world_size} processes with {threads} threads each on {cores} cores"
+    # srun may bind each task to its own cores.
+    sharing = 1 if process.started_by == "srun" else process.local_world_size
+    if sharing * threads <= cores:
         return Diagnosis("threads", result)
     return Diagnosis(
-        "threads", result, "They will wait for each other. Start fewer, set OMP_NUM_THREADS, or ask for more cores."
+        "threads", result, "Too few cores. Start fewer processes, set OMP_NUM_THREADS, or request more cores."
     )
 
 
@@ -172,20 +175,20 @@ def _versions() -> Diagnosis:
     if missing:
         return Diagnosis("versions", result, f"Install {', '.join(missing)}: pip install {' '.join(missing)}.")
     minor = {name: int(found[name].split(".")[1]) for name in ("torch", "torchvision")}
-    if minor["torchvision"] != minor["torch"] + 15:  # as the two are released
+    if minor["torchvision"] != minor["torch"] + 15:  # their releases correspond
         wanted = f"torchvision==0.{minor['torch'] + 15}.*"
-        return Diagnosis("versions", result, f"They do not belong together: pip install '{wanted}'.")
+        return Diagnosis("versions", result, f"torch and torchvision do not match: pip install '{wanted}'.")
     return Diagnosis("versions", result)
 
 
 def _port() -> Diagnosis:
-    """The port that ranks would meet at, if the environment names one."""
+    """Check the rendezvous port, if the environment names one."""
     wanted = os.environ.get("MASTER_PORT")
-    if wanted is None or detect_process(os.environ).world_size > 1:  # in a world it is in use: by us
+    if wanted is None or detect_process(os.environ).world_size > 1:  # with several processes, we use it ourselves
         return Diagnosis("port", "chosen when a run starts")
-    with closing(socket.socket()) as here:
+    with closing(socket.socket()) as listener:
         try:
-            here.bind(("", int(wanted)))
+            listener.bind(("", int(wanted)))
         except (OSError, ValueError) as error:
             return Diagnosis(
                 "port", f"MASTER_PORT={wanted}: {error}", "Unset MASTER_PORT: launchers choose a free one."
@@ -194,8 +197,8 @@ def _port() -> Diagnosis:
 
 
 def _folder(runs_dir: Path, needed_bytes: int) -> Iterator[Diagnosis]:
-    """Room, and what saving relies on: a file that is synced, a rename over another, a lock."""
-    name, other = "runs_dir", "Choose another place with runs_dir or DIST_TRAIN_RUNS_DIR."
+    """Check free space, and what saving relies on: syncing a file, renaming it over another, locking."""
+    name, other = "runs_dir", "Choose another folder with runs_dir or DIST_TRAIN_RUNS_DIR."
     probe = runs_dir / f".doctor_{socket.gethostname()}_{os.getpid()}"
     try:
         probe.mkdir(parents=True)
@@ -205,7 +208,7 @@ def _folder(runs_dir: Path, needed_bytes: int) -> Iterator[Diagnosis]:
         seconds = (time.perf_counter() - began) / 2
         with FileLock(probe / "lock", timeout=0):
             pass
-        found = os.statvfs(runs_dir)
+        stats = os.statvfs(runs_dir)
     except (OSError, NotImplementedError) as error:
         yield Diagnosis(name, f"{runs_dir}: {error}", other)
         return
@@ -215,12 +218,12 @@ def _folder(runs_dir: Path, needed_bytes: int) -> Iterator[Diagnosis]:
     yield Diagnosis(
         name,
         f"{runs_dir}: a file is written, synced and renamed in {1000 * seconds:.0f} ms, locks work",
-        f"A checkpoint makes some ten such calls. {other}" if slow else "",
+        f"A checkpoint makes about ten such writes. {other}" if slow else "",
     )
-    free = found.f_bavail * found.f_frsize
-    full = found.f_files > 0 and found.f_favail < 1000  # some file systems count none
-    result = f"{free / 2**30:.1f} GiB" + (f" and {found.f_favail:,} inodes" if found.f_files else "") + " free"
-    fix = f"Two checkpoints side by side take {needed_bytes / _MIB:.1f} MiB and some files: make room. {other}"
+    free = stats.f_bavail * stats.f_frsize
+    full = stats.f_files > 0 and stats.f_favail < 1000  # some file systems do not count inodes
+    result = f"{free / 2**30:.1f} GiB" + (f" and {stats.f_favail:,} inodes" if stats.f_files else "") + " free"
+    fix = f"Two checkpoints at once take {needed_bytes / _MIB:.1f} MiB and some files: free some space. {other}"
     yield Diagnosis("room", result, fix if full or free < needed_bytes else "")
 
 
@@ -228,13 +231,13 @@ def _wandb(config: Config) -> Diagnosis:
     mode = wandb_mode(config.tracking, os.environ)
     if mode != "online":
         return Diagnosis(
-            "W&B", {"offline": "recorded offline, to be sent by `dist-train wandb sync`", "disabled": "disabled"}[mode]
+            "W&B", {"offline": "recorded offline; upload with `dist-train wandb sync`", "disabled": "disabled"}[mode]
         )
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     with suppress(OSError), closing(socket.create_connection((host.hostname, host.port or 443), timeout=3)):
         return Diagnosis("W&B", f"{host.hostname} answers")
     return Diagnosis(
-        "W&B", f"{host.hostname} does not answer: runs are recorded offline, `dist-train wandb sync` sends them later"
+        "W&B", f"{host.hostname} does not answer: runs are recorded offline, `dist-train wandb sync` uploads them later"
     )
 
 
@@ -242,4 +245,4 @@ def _slurm() -> Diagnosis:
     try:
         return Diagnosis("Slurm", installed_version())
     except LaunchError:
-        return Diagnosis("Slurm", "not on this machine")
+        return Diagnosis("Slurm", "not available on this machine")

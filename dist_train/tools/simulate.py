@@ -1,4 +1,4 @@
-"""A run of any world size, checked without starting it: how it is shared out, what it covers, what it needs."""
+"""Check a run of any world size without starting it: the batch plan, the examples it covers, the memory it needs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dist_train.data.splits import load_splits
 from dist_train.errors import DistTrainError
 from dist_train.models.registry import build_model
 
-# Tensors of a weight's size that an optimizer keeps for each weight.
+# How many state tensors of a parameter's size an optimizer keeps per parameter.
 _STATE = {"adam": 2, "adamw": 2, "sgd": 0, "adadelta": 2, "rmsprop": 1}
 
 
 def simulate(config: Config, world_size: int) -> Iterator[str]:
-    """Lines for people. The shards are those that the ranks would take, every index counted.
+    """Yield lines of text. The shards are those that the ranks would take, and every index is counted.
 
     Raises:
-        ConfigError: the batch cannot be shared out among so many.
+        ConfigError: the batch cannot be divided among `world_size` processes.
         DistTrainError: an example is taken twice.
     """
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world_size)
@@ -48,7 +48,7 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
             shards = [evaluation_shard(total, rank, world_size) for rank in range(world_size)]
             sizes = sorted({len(shard) for shard in shards})
             assert torch.equal(torch.cat(shards).sort().values, torch.arange(total))
-            yield f"{name}: {total} examples, each on one process, {' or '.join(map(str, sizes))} on each"
+            yield f"{name}: {total} examples, each on one process, {' or '.join(map(str, sizes))} per process"
     weights = sum(
         parameter.nbytes for parameter in build_model(config.model, splits.input_spec, config.seed).parameters()
     )
@@ -56,15 +56,15 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
     needed = weights * copies
     data = splits.train.images.nbytes if isinstance(splits.train, ImageSet) else 0
     yield (
-        f"memory of a process: {needed / 2**20:.1f} MiB of weights, gradients, optimizer state and averages, "
+        f"memory per process: {needed / 2**20:.1f} MiB of weights, gradients, optimizer state and averages, "
         f"{data / 2**20:.1f} MiB of resident images, and the activations of {plan.per_device_batch_size} examples"
     )
 
 
 def _taken(examples: int, plan: BatchPlan, seed: int) -> Tensor:
-    """How often each example is taken in the first epoch, over all ranks: int64 [examples]."""
+    """Return how often each example is taken in the first epoch, over all ranks: int64 [examples]."""
     taken = torch.zeros(examples, dtype=torch.int64)
     sampler = ShardSampler(examples, plan, 0, seed)
-    for sampler.rank in range(plan.world_size):  # one permutation for all
+    for sampler.rank in range(plan.world_size):  # all share one permutation
         count_into(taken, [sampler.indices(step) for step in range(sampler.steps_per_epoch)])
     return taken

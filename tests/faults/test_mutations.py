@@ -341,7 +341,7 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
     (["launch", "-c", "smoke", "--nproc", "2", "--max-restarts", "-1"], "'--max-restarts'"),
     *(
         (["launch", "-c", "smoke", "--nproc", "2", "--run-name", "r", "--rdzv-endpoint=localhost", f"--nnodes={nodes}"],
-         f"--nnodes={nodes} is no number of machines")
+         f"--nnodes={nodes} is not a number of machines")
         for nodes in ("0", "x", "2:1", "1:", ":2", "1:2:3", "-1", "1.5", "")
     ),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Machines without a scheduler: one is powered off, the other goes on; then both again. And three at once."""
+"""Machines without a scheduler: one is powered off and comes back while the other trains on; three start at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_one_is_powered_off_and_comes_back(
         with (tmp_path / f"{host}.log").open("ab") as log:
             return subprocess.Popen(hosts.command(host, *train), env=env, stdout=log, stderr=log)
 
-    def said() -> str:
+    def logs() -> str:
         return "\n".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
 
     def trains_on(world_size: int, beyond: int) -> bool:
@@ -68,7 +68,7 @@ def test_one_is_powered_off_and_comes_back(
     back_s = wait_until(lambda: trains_on(2, beyond=crashed_at), "training on both again")
     assert read_json(run_dir / "status.json")["resumed_at"] >= reached, "steps were lost"
     let_go(tmp_path)
-    assert (one.wait(), two.wait()) == (0, 0), said()
+    assert (one.wait(), two.wait()) == (0, 0), logs()
     assert read_json(run_dir / "status.json")["state"] == "FINISHED"
     assert run_forked([*DIST_TRAIN, "train", *EXACT, *held, "--run-name=alone"], tmp_path).returncode == 0
     assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-8)
@@ -82,7 +82,7 @@ def test_one_is_powered_off_and_comes_back(
 
 @pytest.mark.full
 def test_three_start_at_once_and_are_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may find each other at once, or make room for the one that is late. No start sweeps the STOP away."""
+    """They may meet at once, or stop and restart with the late one. No start removes the STOP file."""
     monkeypatch.chdir(tmp_path)
     names = ["node1", "node2", "node3"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -100,6 +100,6 @@ def test_three_start_at_once_and_are_told_to_stop(tmp_path: Path, monkeypatch: p
         )
         (tmp_path / "runs/r/STOP").touch()
         codes = [process.wait() for process in started]
-        said = "\n".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
-    assert (codes, read_json(status)["state"]) == ([0, 0, 0], "INTERRUPT"), said
+        logs = "\n".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
+    assert (codes, read_json(status)["state"]) == ([0, 0, 0], "INTERRUPT"), logs
     assert read_json(status)["step"] < 400

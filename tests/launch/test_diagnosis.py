@@ -1,4 +1,4 @@
-"""What is told after a failure, from the logs that ranks and torchrun leave. Whole trainings: tests/faults."""
+"""Failure diagnosis from the logs of ranks and torchrun. Complete trainings: tests/faults."""
 
 from __future__ import annotations
 
@@ -49,40 +49,40 @@ def add(path: Path, text: str) -> None:
         file.write(text)
 
 
-def test_the_rank_that_hung(failed: RunDir) -> None:
+def test_the_rank_that_hung_is_named(failed: RunDir) -> None:
     for rank, log in enumerate([failed.launcher_log, failed.rank_log(1)]):
         before = log_sizes(failed)
         add(log, "\n" + DUMP)
         note_error(failed.error, PeerLost("gone"), 1 - rank, 1, "")
-        expected = 'hung:\n  File "/code/net.py", line 7 in forward\n  File "/code/train.py", line 80 in train'
+        expected = 'hung in:\n  File "/code/net.py", line 7 in forward\n  File "/code/train.py", line 80 in train'
         cause = diagnose_failure(failed, before)
-        assert cause.startswith(f"rank {rank} did not get on any more")
+        assert cause.startswith(f"rank {rank} made no progress")
         assert cause.endswith(expected)
         assert "stall_timeout_s" in cause
 
 
 def test_a_rank_that_waits_is_not_the_one_that_hung(failed: RunDir) -> None:
-    """Where all gave up at the same moment."""
+    """All ranks timed out at the same moment."""
     before = log_sizes(failed)
     waiting = DUMP.replace("/code/net.py", "/lib/torch/distributed/distributed_c10d.py")
     add(failed.launcher_log, waiting)
     add(failed.rank_log(1), DUMP)
-    assert diagnose_failure(failed, before).startswith("rank 1 did not get on")
+    assert diagnose_failure(failed, before).startswith("rank 1 made no progress")
     before = log_sizes(failed)
     add(failed.launcher_log, waiting)
     add(failed.rank_log(1), waiting)
-    assert diagnose_failure(failed, before).count("did not get on") == 2
+    assert diagnose_failure(failed, before).count("made no progress") == 2
 
 
-def test_what_a_rank_says_itself_comes_first(failed: RunDir) -> None:
-    """The others' stacks, and torchrun's own kill of those that do not end, are what it led to."""
+def test_a_ranks_own_error_comes_first(failed: RunDir) -> None:
+    """The other ranks' stacks, and torchrun's kill of ranks that do not end, are consequences."""
     before = log_sizes(failed)
     add(failed.launcher_log, DUMP + SUMMARY.format(code=-9))
     note_error(failed.error, OutOfMemory("no more memory"), 0, 1, "")
     assert diagnose_failure(failed, before).startswith("no more memory")
 
 
-def test_the_rank_that_was_killed(failed: RunDir) -> None:
+def test_the_rank_that_was_killed_is_named(failed: RunDir) -> None:
     before = log_sizes(failed)
     note_error(failed.error, PeerLost("gone"), 0, 1, "")
     add(failed.launcher_log, SUMMARY.format(code=-9))
@@ -90,10 +90,10 @@ def test_the_rank_that_was_killed(failed: RunDir) -> None:
     cause = diagnose_failure(failed, before)
     assert cause.startswith("rank 1 was killed by SIGKILL")
     assert cause.endswith("its last words")
-    assert "/code/net.py" not in cause, "of an earlier attempt"
+    assert "/code/net.py" not in cause, "from an earlier attempt"
 
 
-def test_the_first_error(failed: RunDir) -> None:
+def test_the_first_error_is_shown(failed: RunDir) -> None:
     before = log_sizes(failed)
     note_error(failed.error, ValueError("no such digit"), 1, 1, "")
     add(failed.launcher_log, SUMMARY.format(code=1))
@@ -103,8 +103,8 @@ def test_the_first_error(failed: RunDir) -> None:
     assert cause.endswith("its last words")
 
 
-def test_a_rank_that_fails_before_it_can_say_so(failed: RunDir) -> None:
-    """Its own words, as those of an import that fails, not torchrun's summary after them."""
+def test_a_rank_that_fails_before_it_can_report(failed: RunDir) -> None:
+    """Its own output is shown, such as that of a failed import, not torchrun's summary after it."""
     before = log_sizes(failed)
     report = "W1126 02:21:21.49 99 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 7 a signal\n"
     add(failed.launcher_log, "ImportError: no libcudart\n" + report + SUMMARY.format(code=-15))
@@ -114,7 +114,7 @@ def test_a_rank_that_fails_before_it_can_say_so(failed: RunDir) -> None:
     assert diagnose_failure(failed, before).startswith("W1126")
 
 
-def test_how_to_go_on(run_dir: RunDir) -> None:
+def test_resume_hint(run_dir: RunDir) -> None:
     assert resume_hint(run_dir, 2) == "There is no checkpoint yet."
     write_at(run_dir, 3)
     newest = write_at(run_dir, 7)

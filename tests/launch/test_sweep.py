@@ -1,4 +1,4 @@
-"""A grid of runs without W&B: what is missing is trained, what is finished is not touched."""
+"""A grid of runs without W&B: missing runs are trained, finished runs are left untouched."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_lists_are_axes() -> None:
         ("model.args={hidden: 1}", []),
     ],
 )
-def test_what_is_an_axis(override: str, items: list[str]) -> None:
+def test_which_lists_are_axes(override: str, items: list[str]) -> None:
     grid = Grid.of("s", "smoke", [override, "seed=[7]"])
     assert [point.settings for point in grid.points] == [
         (*([item] if item else []), "seed=7") for item in items or [""]
@@ -57,13 +57,13 @@ def test_what_is_an_axis(override: str, items: list[str]) -> None:
 
 
 def test_lists_that_need_each_other_are_no_axes() -> None:
-    """Neither mean nor std is right without the other."""
+    """Neither mean nor std is valid without the other."""
     normalize = ["data.normalize.mean=[0.5]", "data.normalize.std=[0.5]"]
     assert Grid.of("s", "smoke", [*normalize, "seed=[7]"]).common == tuple(normalize)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["seed=1"], "Nothing to sweep over"),
         (["optimizer.lr=[1e-3, fast]"], r"optimizer.lr=fast: .*optimizer\.lr"),
@@ -72,14 +72,14 @@ def test_lists_that_need_each_other_are_no_axes() -> None:
         (["seed=[0, 1, 0]"], "seed=0: another combination has the name s-seed=0"),
     ],
 )
-def test_nothing_starts_if_a_combination_is_wrong(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_nothing_starts_if_a_combination_is_invalid(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Grid.of("s", "smoke", overrides)
 
 
 def test_lines_for_an_array() -> None:
-    said = CliRunner().invoke(main, ["sweep", "-c", "smoke", *GRID, "--lines"])
-    assert said.output.splitlines()[0] == "optimizer.lr=1e-3 seed=0"
+    result = CliRunner().invoke(main, ["sweep", "-c", "smoke", *GRID, "--lines"])
+    assert result.output.splitlines()[0] == "optimizer.lr=1e-3 seed=0"
     refused = CliRunner().invoke(main, ["sweep", "-c", "smoke", "train_for=[2 epochs, 3 epochs]", "--lines"])
     assert refused.exit_code == 2
     assert "a space ends a value" in refused.output
@@ -93,7 +93,7 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def results(folder: Path) -> dict[str, tuple[int, int, float]]:
-    """Of the finished runs: when they finished, in which attempt, and what they came to."""
+    """Return the finish time, attempt and test accuracy of each finished run."""
     return {
         path.parent.name: (path.stat().st_mtime_ns, found["attempt"], found["test/accuracy"])
         for path in folder.glob("runs/*/result.json")
@@ -101,18 +101,18 @@ def results(folder: Path) -> dict[str, tuple[int, int, float]]:
     }
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_sweep_goes_on_with_what_is_missing(how: signal.Signals, tmp_path: Path) -> None:
-    """Ended when one or two of four are finished and the next one trains."""
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sweep_resumes_with_the_missing_runs(sent: signal.Signals, tmp_path: Path) -> None:
+    """The sweep is stopped when one or two of four runs are finished and the next one trains."""
     with started([*COMMAND, "--jobs", "2"], tmp_path) as process:
         wait_until(lambda: len(results(tmp_path)) >= 1 and "TRAINING" in states(tmp_path).values(), "a run")
-        os.kill(process.pid, how)
+        os.kill(process.pid, sent)
         out, _err = process.communicate()
         wait_until(lambda: not alive(tmp_path), "end of its runs")  # they do not outlive it
     let_go(tmp_path)
     before = results(tmp_path)
     assert 1 <= len(before) < 4
-    if how == signal.SIGTERM:
+    if sent == signal.SIGTERM:
         assert process.returncode == 0
         assert "The same command goes on" in out
         assert "TRAINING" not in states(tmp_path).values()
@@ -129,7 +129,7 @@ def test_a_sweep_goes_on_with_what_is_missing(how: signal.Signals, tmp_path: Pat
     done = run(COMMAND, tmp_path)
     assert "begins" not in done.stdout
     assert results(tmp_path) == after
-    other = run([*COMMAND, "optimizer.weight_decay=0.1"], tmp_path)  # they are not what is asked for now
+    other = run([*COMMAND, "optimizer.weight_decay=0.1"], tmp_path)  # the existing runs have other settings
     assert other.returncode == 2
     assert "optimizer.weight_decay" in other.stderr
     assert "--name" in other.stderr
@@ -160,13 +160,13 @@ def test_its_runs_are_none_of_an_outer_one(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["a b", "../x", "-x"])
-def test_a_name_that_no_run_may_have(name: str, tmp_path: Path) -> None:
+def test_an_invalid_run_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--name="):
         Sweep(Grid.of(name, "smoke", ["seed=[0]"]), tmp_path, jobs=1, nproc=None)
 
 
 def test_an_agent_of_wandb(tmp_path: Path) -> None:
-    """The real agent, told what to do by a stand-in for the server; its arguments and names are its own."""
+    """The real agent takes its orders from a fake server; it chooses the arguments and names itself."""
     config = (ROOT / "configs/sweep.yaml").read_text()
     short = config.replace("mnist_mlp,", 'smoke, "log_every=10", "final_train_eval=false", "train_for=40 steps",')
     assert short != config
@@ -178,11 +178,11 @@ def test_an_agent_of_wandb(tmp_path: Path) -> None:
         assert server.runs == {"of-sweep-0", "of-sweep-1"}
         for number, point in enumerate(points):
             name = f"of-sweep-{number}"
-            said = json.loads(server.buckets[name]["config"])
+            recorded = json.loads(server.buckets[name]["config"])
             path = tmp_path / f"runs/smoke-{name}"
             settings = load_config(str(path / "config.yaml"))
             assert (settings.optimizer.lr, settings.seed) == (point["optimizer.lr"], point["seed"])
-            assert said["optimizer.lr"]["value"] == point["optimizer.lr"]
+            assert recorded["optimizer.lr"]["value"] == point["optimizer.lr"]
             assert (server.buckets[name]["sweep"], server.buckets[name]["groupName"]) == ("s", "s")
             assert {row["step"] for row in server.histories[name]} == {10, 20, 30, 40}
             assert json.loads((path / "status.json").read_text())["state"] == "FINISHED"

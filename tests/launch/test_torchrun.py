@@ -1,4 +1,4 @@
-"""The ways to start, as a user starts them: real processes, the real MNIST."""
+"""The launch methods as a user runs them: real processes, the real MNIST."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.ranks import run_forked
 from support.run_files import assert_bit_identical, metrics, status, step_of, train_losses
 from support.trainings import SETTINGS, let_go
 
-WAYS = {
+LAUNCH_METHODS = {
     "python": [sys.executable, "-m", "dist_train", "train"],
     "dist-train launch": [*DIST_TRAIN, "launch", "--nproc", "2"],
     "torchrun": [str(ROOT / "launch/torchrun.sh")],
@@ -36,17 +36,17 @@ WAYS = {
 }
 
 
-def test_every_way_to_start_gives_the_same(tmp_path: Path) -> None:
-    """20 steps in float64, where nothing can hide behind rounding."""
-    for way, command in WAYS.items():
-        name = valid_run_name(way)
+def test_every_launch_method_gives_the_same_losses(tmp_path: Path) -> None:
+    """20 steps in float64, where rounding cannot hide a difference."""
+    for method, command in LAUNCH_METHODS.items():
+        name = valid_run_name(method)
         done = run(
             [*command, *SETTINGS, "-o", "train_for=20 steps", "-o", "dtype=float64", "--run-name", name],
             tmp_path, NPROC="2",
         )  # fmt: skip
         assert done.returncode == 0, (name, done.stdout, done.stderr)
         result = json.loads((tmp_path / "runs" / name / "result.json").read_text())
-        assert result["world_size"] == (1 if way in ("python", "accelerate, one process") else 2), name
+        assert result["world_size"] == (1 if method in ("python", "accelerate, one process") else 2), name
         assert result["test/seen"] == 10_000
         assert train_losses(tmp_path / "runs" / name) == pytest.approx(
             train_losses(tmp_path / "runs/python"), rel=1e-10
@@ -60,9 +60,9 @@ def test_every_way_to_start_gives_the_same(tmp_path: Path) -> None:
         (["accelerate-launch", "--config_file", "multi_cpu.yaml", "-m", "dist_train", "train"], {}),
         ([*DIST_TRAIN, "train"], {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}),
     ],
-    ids=["accelerate --cpu", "accelerate MULTI_CPU", "half an environment"],
+    ids=["accelerate --cpu", "accelerate MULTI_CPU", "partial environment"],
 )
-def test_a_lone_world_is_refused(command: list[str], env: dict[str, str], tmp_path: Path) -> None:
+def test_an_accidental_single_process_is_refused(command: list[str], env: dict[str, str], tmp_path: Path) -> None:
     lines = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
     (tmp_path / "multi_cpu.yaml").write_text(lines + "num_machines: 1\nmixed_precision: 'no'\n")
     done = run([*command, *SETTINGS], tmp_path, **env)
@@ -72,7 +72,7 @@ def test_a_lone_world_is_refused(command: list[str], env: dict[str, str], tmp_pa
 
 
 def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
-    """TERM at whatever step it hits: state INTERRUPT, exit 0, and the resumed run is the one never stopped."""
+    """TERM at any step: state INTERRUPT, exit 0, and the resumed run equals an uninterrupted one."""
     command = [str(ROOT / "launch/local.sh"), "2", *SETTINGS, "-o", "train_for=600 steps"]
     command += ["model.name=support.user_nets:GatedBks", "-o", "data.name=support.user_sets:mnist_part"]
     stopped = tmp_path / "runs/stopped"
@@ -87,9 +87,9 @@ def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
     let_go(tmp_path)
     done = run([*command, "--run-name", "stopped"], tmp_path)
     assert done.returncode == 0, done.stderr
-    whole = run_forked([*DIST_TRAIN, "train", *command[2:], "--run-name", "whole"], tmp_path, 2)
-    assert whole.returncode == 0, whole.stderr
-    assert_bit_identical(stopped, tmp_path / "runs/whole")
+    uninterrupted = run_forked([*DIST_TRAIN, "train", *command[2:], "--run-name", "uninterrupted"], tmp_path, 2)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    assert_bit_identical(stopped, tmp_path / "runs/uninterrupted")
     assert {line["attempt"] for line in metrics(stopped)} == {1, 2}
     again = run([*command, "--run-name", "stopped"], tmp_path)
     assert again.returncode == 0
@@ -97,27 +97,27 @@ def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nproc", [[], ["--nproc", "2"]], ids=["1 process", "2 processes"])
-def test_a_closed_terminal_is_a_wish_to_stop(nproc: list[str], tmp_path: Path) -> None:
-    """Saved and ended well, though there is nothing left to print to."""
+def test_a_closed_terminal_is_a_stop_request(nproc: list[str], tmp_path: Path) -> None:
+    """The run saves and ends cleanly although stdout and stderr are gone."""
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
 
-    def is_under_way() -> bool:
-        with contextlib.suppress(BlockingIOError):  # read it empty: a full terminal would hold the run up
+    def is_running() -> bool:
+        with contextlib.suppress(BlockingIOError):  # drain it: a full terminal would block the run
             os.read(ours, 65536)
         return step_of(tmp_path / "runs/r") >= 20
 
     command = [*DIST_TRAIN, "train", "-c", "smoke", "-o", "log_every=1", "-o", "train_for=100 epochs", *nproc]
     with started(["setsid", "--ctty", *command, "--run-name", "r"], tmp_path, terminal=theirs) as process:
         os.close(theirs)
-        wait_until(is_under_way, "the first steps")
+        wait_until(is_running, "the first steps")
         os.close(ours)
         assert process.wait() == 0
         assert alive(tmp_path) == []
     assert status(tmp_path / "runs/r") == "INTERRUPT"
 
 
-def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
+def test_a_broken_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
     """`dist-train train ... | head -n 1`, and nohup: neither a broken pipe nor HUP stops the run."""
     command = ["nohup", *DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "-o", "eval_every=20", "--run-name", "r"]
     with started(command, tmp_path) as process:
@@ -131,8 +131,8 @@ def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=lambda sent: sent.name)
-def test_loader_workers_outlive_a_signal_to_all(sent: signal.Signals, tmp_path: Path) -> None:
-    """torchrun passes TERM on to process groups and Slurm signals all processes of a job, the workers among them."""
+def test_loader_workers_survive_a_signal_to_all(sent: signal.Signals, tmp_path: Path) -> None:
+    """torchrun forwards TERM to process groups, and Slurm signals all processes of a job, including the workers."""
     options = ["-o", "data.name=support.user_sets:Jittered", "-o", "data.num_workers=2", "-o", "train_for=10000 epochs"]
     run_dir = tmp_path / "runs/r"
     command = [sys.executable, "-m", "dist_train", "train", *SETTINGS, *options, "--run-name", "r"]
@@ -147,27 +147,27 @@ def test_loader_workers_outlive_a_signal_to_all(sent: signal.Signals, tmp_path: 
     assert status(run_dir) == ("PREEMPTED" if sent == signal.SIGUSR1 else "INTERRUPT")
 
 
-def test_a_stop_before_the_training_has_begun_is_one_line(tmp_path: Path) -> None:
+def test_a_stop_before_training_began_is_one_line(tmp_path: Path) -> None:
     with started([*DIST_TRAIN, "train", *SETTINGS, "--nproc", "2", "--run-name", "r"], tmp_path) as process:
         wait_until(lambda: len(ranks_of(tmp_path)) > 0, "ranks started")
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate()
         assert alive(tmp_path) == []
-    assert process.returncode in (143, 0)  # 0: the ranks were quick enough to agree on it
-    assert errors == ("stopped by SIGTERM before the training had begun\n" if process.returncode else "")
+    assert process.returncode in (143, 0)  # 0: the ranks were fast enough to agree on it
+    assert errors == ("stopped by SIGTERM before training began\n" if process.returncode else "")
 
 
 @pytest.mark.parametrize("launcher", ["dist-train", "torchrun", "accelerate"])
 def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> None:
-    """kill -9 of the launcher alone: every rank goes too, having saved where it was."""
+    """kill -9 of the launcher alone: every rank saves and ends too."""
     command = {
         "dist-train": [*DIST_TRAIN, "launch", "--nproc", "2"],
         "torchrun": [str(ROOT / "launch/torchrun.sh")],
         "accelerate": [str(ROOT / "launch/accelerate.sh")],
     }[launcher]
     run_dir = tmp_path / "runs/orphans"
-    own = ["-o", "train_for=100 epochs", "-o", "model.name=support.user_nets:Unhurried"]
-    with started([*command, *SETTINGS, *own, "--run-name", "orphans"], tmp_path, NPROC="2") as process:
+    settings = [*SETTINGS, "-o", "train_for=100 epochs", "-o", "model.name=support.user_nets:Unhurried"]
+    with started([*command, *settings, "--run-name", "orphans"], tmp_path, NPROC="2") as process:
         wait_until(lambda: step_of(run_dir) >= 20, "the first steps")
         process.kill()
         wait_until(lambda: ranks_of(tmp_path) == [], "ranks gone")
@@ -177,7 +177,7 @@ def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> N
 
 
 def test_a_zombie_is_dead() -> None:
-    """A killed launcher that nobody waits for must not keep its ranks alive."""
+    """A killed launcher that nobody reaps must not keep its ranks alive."""
     process = subprocess.Popen(["sleep", "60"])
     assert is_alive(process.pid)
     process.kill()
@@ -186,7 +186,7 @@ def test_a_zombie_is_dead() -> None:
 
 
 def test_the_first_failing_rank_is_the_one_shown(tmp_path: Path) -> None:
-    """One rank raises in mid-training: all stop, one message, nothing left behind."""
+    """One rank raises during training: all stop, with one message, and no process is left."""
     net = ["model.name=support.user_nets:Failing", "model.args.call=30", "model.args.rank=1"]
     done = run([*DIST_TRAIN, "launch", "--nproc", "2", *SETTINGS, "--run-name", "x", *net], tmp_path)
     assert done.returncode == 1
@@ -213,7 +213,7 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_start_from_weights_and_never(tmp_path: Path) -> None:
+def test_init_from_and_resume_never(tmp_path: Path) -> None:
     short = [*DIST_TRAIN, "train", *SETTINGS, "-o", "train_for=20 steps"]
     assert run_forked([*short, "--run-name", "first"], tmp_path).returncode == 0
     assert run_forked([*short, "--run-name", "second", "--init-from", "runs/first"], tmp_path).returncode == 0
@@ -233,20 +233,20 @@ def test_start_from_weights_and_never(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "x" * 300, ""])
-def test_a_meeting_place_that_has_no_address(host: str) -> None:
+def test_a_rendezvous_endpoint_that_does_not_resolve(host: str) -> None:
     with pytest.raises(LaunchError, match=rf'--rdzv-endpoint={host}:1: "{host}" cannot be resolved'):
         Nodes.parse("2", f"{host}:1", 60.0)
 
 
 @pytest.mark.parametrize("command", [["launch", "--nproc=2"], ["train", "--nproc=2"]])
 def test_machines_that_are_asked_for_from_outside(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun would wait for them for ever; on each of them a training of its own would begin, were they left out."""
+    """torchrun would wait for them forever; if they were ignored, each would start a training of its own."""
     for name, value in {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "head"}.items():
         monkeypatch.setenv(name, value)
-    said = CliRunner().invoke(main, [*command, "-c", "smoke", "--dry-run"])
-    assert said.exit_code == 2
-    assert "PET_NNODES=2 from outside" in said.output
-    assert "--nnodes=2 --rdzv-endpoint=head" in said.output
+    result = CliRunner().invoke(main, [*command, "-c", "smoke", "--dry-run"])
+    assert result.exit_code == 2
+    assert "PET_NNODES=2 from outside" in result.output
+    assert "--nnodes=2 --rdzv-endpoint=head" in result.output
     if command[0] == "launch":
         assert CliRunner().invoke(main, [*command, "-c", "smoke", "--dry-run", "--nnodes=1"]).exit_code == 0
 
@@ -258,7 +258,7 @@ def test_scripts_for_one_machine_say_so(script: str, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: PET_NNODES=2: this is for one machine.")
 
 
-def test_torchrun_gets_no_options_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_gets_no_options_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PET_RDZV_ID", "x")
     (tmp_path / "show.py").write_text("import os\nprint([name for name in os.environ if name.startswith('PET_')])\n")

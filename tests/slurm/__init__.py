@@ -1,1 +1,1 @@
-"""A real Slurm on one machine, and what becomes of trainings on it."""
+"""Trainings on a real Slurm on one machine."""

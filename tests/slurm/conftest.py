@@ -1,4 +1,4 @@
-"""A cluster, and the run that nothing disturbed."""
+"""A cluster, and the undisturbed run to compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.trainings import trained_once
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Of three nodes with four CPUs: most jobs take two, and one is to spare. Each worker of pytest has its own."""
+    """A cluster of three nodes with four CPUs. Most jobs take two nodes; one is spare. Each pytest worker has one."""
     if not can_be_made():
         pytest.skip(REASON)
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=3) as made:
@@ -26,25 +26,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def _leave_nothing(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
-    """Each test finds all nodes idle. Of one that fails, the ends of its jobs' logs and the controller's are shown."""
+    """Leave all nodes idle for the next test. Print the ends of the logs, which pytest shows if a test fails."""
     seen = cluster.log.stat().st_size
     yield
     cluster.repair()
     for log in sorted(tmp_path.glob("*.out")):
-        print(f"--- {log.name}", *_told_by_us(log.read_text(errors="replace"))[-15:], sep="\n")
+        print(f"--- {log.name}", *_without_stacks(log.read_text(errors="replace"))[-15:], sep="\n")
     with cluster.log.open() as file:
         file.seek(seen)
         print("--- the controller", *[line for line in file.read().splitlines() if "JobId=" in line][-30:], sep="\n")
 
 
-def _told_by_us(log: str) -> list[str]:
-    """Without the stacks of torchrun, which fill a screen after each signal."""
+def _without_stacks(log: str) -> list[str]:
+    """Return the log's lines without torchrun's stacks, which fill a screen after each signal."""
     return [line[:200] for line in log.splitlines() if "torch/distributed" not in line and "^^^^" not in line]
 
 
 @pytest.fixture(scope="session")
 def as_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Check:
-    """Asserts that a LONG run equals one on as many ranks of this machine, without Slurm."""
+    """A function that asserts that a LONG run equals one on as many ranks of this machine, without Slurm."""
 
     def compare(run_dir: Path) -> None:
         world_size = status_of(run_dir)["world_size"]

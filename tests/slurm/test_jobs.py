@@ -1,4 +1,4 @@
-"""Trainings as jobs of a real Slurm: the same numbers as without it, by each of the scripts."""
+"""Trainings as jobs of a real Slurm: each script gives the same numbers as a run without Slurm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_srun_without_a_batch_script(
     cluster: Cluster, one_process: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two tasks on one node and one on the other, which cannot know it from the totals; the job id names the run."""
+    """Two tasks on one node and one on the other, which the totals do not tell; the job id names the run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS")
     cluster.ask("srun", "--nodes=2", "--ntasks=3", sys.executable, "-m", "dist_train", "train", *EXACT)
@@ -47,7 +47,7 @@ def test_srun_without_a_batch_script(
 
 
 def test_a_batch_shell_is_one_process(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM_PROCID and SLURM_NTASKS are set in a batch shell too: they must not make half a world."""
+    """SLURM_PROCID and SLURM_NTASKS are set in a batch shell too, and must not start an incomplete world."""
     monkeypatch.chdir(tmp_path)
     train = shlex.join([sys.executable, "-m", "dist_train", "train", *EXACT, "--run-name", "batch"])
     cluster.ask("sbatch", "--wait", "--ntasks=2", "--output=job.log", f"--wrap=env | grep ^SLURM_PROCID; {train}")
@@ -75,16 +75,16 @@ def test_two_nodes_of_two_ranks_equal_one_process(
     row(f"`{script}.sbatch`, float64", "-", "-", "-", f"20 losses of one process within {worst:.0e}")
 
 
-def test_by_our_own_commands(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """submit, status, logs; a finished run is not queued again."""
+def test_submit_status_and_logs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run is not submitted again."""
     monkeypatch.chdir(tmp_path)
     ours = [sys.executable, "-m", "dist_train", "slurm"]
-    said = cluster.ask(
+    output = cluster.ask(
         *ours, "submit", "--nodes=2", "--nproc=1", "--time=30", "--partition=low", "--run-name=mine", *EXACT
     )
-    job = said.split()[1].rstrip(",")
+    job = output.split()[1].rstrip(",")
     run_dir = tmp_path / "runs/mine"
-    assert said == f"job {job}, run directory {run_dir}\n"
+    assert output == f"job {job}, run directory {run_dir}\n"
     wait_until(lambda: ended(cluster, job, run_dir), "end")
     table = cluster.ask(*ours, "status").splitlines()[1].split()
     assert table[:3] == ["mine", job, "COMPLETED"]
@@ -94,34 +94,34 @@ def test_by_our_own_commands(cluster: Cluster, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("options", "message"),
     [
         (["--partition=gold"], "--partition=gold does not exist. Use one of high, low, low0."),
-        (["--nodes=4", "--nproc=1"], "--nodes=4, and partition low has 3. The job would wait for ever: ask for less."),
+        (["--nodes=4", "--nproc=1"], "--nodes=4, but partition low has 3. The job would wait forever: request less."),
         (
             ["--nproc=8"],
-            "--nproc=8 x --cpus-per-proc=1 = 8 CPUs on a node, and no node of partition low has more than 4.",
+            "--nproc=8 x --cpus-per-proc=1 = 8 CPUs on a node, but no node of partition low has more than 4.",
         ),
         (["--gpus-per-node=2"], "sbatch: error: Invalid generic resource (gres) specification"),
     ],
 )
-def test_what_cannot_be_had_is_refused(
-    asked: list[str], said: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unavailable_resources_are_refused(
+    options: list[str], message: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused = cluster.run(
-        "head", sys.executable, "-m", "dist_train", "slurm", "submit", *SHORT, *asked, env=cluster.env
+        "head", sys.executable, "-m", "dist_train", "slurm", "submit", *SHORT, *options, env=cluster.env
     )
     assert refused.returncode in (1, 2)
-    assert said in refused.stderr
+    assert message in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_port_that_is_taken(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MASTER_PORT, left over in the shell that starts a job."""
+    """MASTER_PORT is left over in the shell that starts a job."""
     monkeypatch.chdir(tmp_path)
-    # What we could kill is nsenter alone; the listener ends when its stdin is closed.
+    # Killing the child would end only nsenter; the listener ends when its stdin is closed.
     listen = (
         "import socket, sys; taken = socket.create_server(('', 23456)); print('taken', flush=True); sys.stdin.read()"
     )
@@ -141,7 +141,7 @@ def test_a_port_that_is_taken(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_run_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each host has a /dev/shm of its own."""
+    """Each host has its own /dev/shm."""
     monkeypatch.setitem(cluster.env, "NPROC", "1")
     own = f"--export=ALL,DIST_TRAIN_RUNS_DIR=/dev/shm/{tmp_path.name}"
     job = submit(cluster, f"--chdir={tmp_path}", own, SCRIPTS / "train.sbatch", *SHORT)
@@ -151,8 +151,8 @@ def test_a_run_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path, mo
     assert "Put runs_dir on a file system that all nodes share." in log
 
 
-def test_logs_that_one_can_read(cluster: Cluster, tmp_path: Path) -> None:
-    """Rank zero alone speaks in the job's log, until a rank fails; what the others print is in files of their own."""
+def test_readable_logs(cluster: Cluster, tmp_path: Path) -> None:
+    """Only rank zero writes to the job's log, until a rank fails; the others' output goes to their own files."""
     settings = [
         "-c", "smoke", "train_for=9000 steps", "log_every=10", "eval_every=0", "tracking.wandb=disabled",
         "model.name=support.user_nets:Failing", "model.args.call=100", "model.args.rank=3", "model.args.slow_s=0.1",
@@ -160,10 +160,10 @@ def test_logs_that_one_can_read(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, f"--chdir={tmp_path}", "--nodelist=node1,node2", SCRIPTS / "train.sbatch", *settings)
     wait_until(lambda: cluster.state(job) == "FAILED", "end")
     log = (tmp_path / f"dist-train-{job}.out").read_text()
-    spoken = log[: log.index("1: error [rank 3]")].splitlines()
-    assert any(re.match(r"0: step \d+/9000  epoch .*  loss .* samples/s$", line) for line in spoken)
-    assert all(line.startswith("0: ") for line in spoken), log
-    assert [line for line in spoken if "hello" in line] == ["0: hello from rank 0"]
+    lines = log[: log.index("1: error [rank 3]")].splitlines()
+    assert any(re.match(r"0: step \d+/9000  epoch .*  loss .* samples/s$", line) for line in lines)
+    assert all(line.startswith("0: ") for line in lines), log
+    assert [line for line in lines if "hello" in line] == ["0: hello from rank 0"]
     assert "[rank 3 on node2]" in log.splitlines()[-1]
     assert "ValueError: no such digit" in log.splitlines()[-1]
     for rank in (1, 2, 3):
@@ -178,7 +178,7 @@ def test_jobs_that_share_nodes_do_not_meet_each_other(
     row: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Side by side on the same nodes; each trains its own run."""
+    """Concurrent jobs on the same nodes; each trains its own run."""
     number = count(20, 6)
     options = [f"--chdir={tmp_path}", "--cpus-per-task=1", "--nodelist=node1,node2"]
     monkeypatch.setitem(cluster.env, "NPROC", "1")

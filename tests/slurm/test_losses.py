@@ -1,4 +1,4 @@
-"""Ranks, nodes, the controller or the shared folder fail: the run goes on from its last checkpoint."""
+"""Ranks, nodes, the controller or the shared folder fail: the run resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 
 def train(cluster: Cluster, folder: Path, *options: str, script: str = "train") -> tuple[str, Path]:
-    """A job that trains, and has saved some steps ago."""
+    """Start a job and return it when it trains and has saved a few steps ago."""
     job, run_dir = submit_long(cluster, folder, *options, script=script)
     wait_until(lambda: is_training(run_dir), "training")
     saved = save(run_dir)
@@ -42,7 +42,7 @@ def train(cluster: Cluster, folder: Path, *options: str, script: str = "train") 
 
 
 def come_back(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, int]:
-    """The seconds until Slurm has noticed, until the next attempt trains; and the steps that are made again."""
+    """Return the seconds until Slurm notices, the seconds until the next attempt trains, and the steps lost."""
     reached, began = status_of(run_dir)["step"], time.monotonic()
     wait_until(lambda: cluster.state(job) != "RUNNING", "notice")
     noticed_s = time.monotonic() - began
@@ -88,7 +88,7 @@ def test_a_node_crashes(cluster: Cluster, as_undisturbed: Check, tmp_path: Path,
 def test_a_node_is_cut_off_and_healed(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    """The node of rank zero, whose old process lives on beside the new one and sees the same files."""
+    """The node of rank zero, whose old process runs on alongside the new one and sees the same files."""
     job, run_dir = train(cluster, tmp_path)
     first, _second = cluster.nodes_of(job)
     with cluster.noticing_losses():
@@ -99,7 +99,7 @@ def test_a_node_is_cut_off_and_healed(
         cluster.heal(first)
         gone_s = wait_until(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
         assert status_of(run_dir)["attempt"] == 2
-        # Three, should the old srun be heard again: it ends the step by its number.
+        # Three if the old srun gets through again: it ends the new step, which has the same number.
         end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2, 3)
     row(
         f"the node of rank 0 is cut off (SlurmdTimeout={LOST_S}), and healed while the run goes on elsewhere",
@@ -112,14 +112,14 @@ def test_a_node_is_cut_off_and_healed(
 def test_an_old_attempt_that_trains_on(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All four ranks are on the node that is cut off: they lack nothing, and write where the new ones write."""
+    """All four ranks are on the node that is cut off: they train on and write where the new ones write."""
     monkeypatch.setitem(cluster.env, "NPROC", "4")
     job, run_dir = train(cluster, tmp_path, "--nodes=1", "--cpus-per-task=4")
     (node,) = cluster.nodes_of(job)
     with cluster.noticing_losses():
         cluster.cut(node)
         old = [pid for rank in range(4) for pid in pids_of_rank(cluster, job, rank)]
-        for pid in old:  # else it would be at its end before Slurm has noticed
+        for pid in old:  # otherwise it would finish before Slurm notices
             os.kill(pid, signal.SIGSTOP)
         noticed_s, again_s, lost = come_back(cluster, job, run_dir)
         for pid in old:
@@ -138,12 +138,12 @@ def test_an_old_attempt_that_trains_on(
 def test_the_controller_is_away(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    """From before the job stops until after it has first asked to be queued again."""
+    """The controller is down from before the job stops until after its first requeue request."""
     job, run_dir = train(cluster, tmp_path, script="train_srun")
     cluster.stop_controller()
     (run_dir / "STOP").write_text("PREEMPTED\n")
     began = time.monotonic()
-    wait_until(lambda: "requeue, state PREEMPTED" in log_of(run_dir), "wish to be queued again")
+    wait_until(lambda: "requeue, state PREEMPTED" in log_of(run_dir), "requeue request")
     time.sleep(3)
     cluster.start_controller()
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
@@ -159,7 +159,7 @@ def test_the_controller_is_away(
 def test_the_shared_folder_is_slow(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each fsync takes four seconds, a save longer than a preemption leaves time for: that is said, and survived."""
+    """Each fsync takes four seconds, so a save takes longer than a preemption allows: a warning, and no harm done."""
     slow = tmp_path / "python"
     tracing = "strace -DDD -f --seccomp-bpf -qq -o /dev/null -e trace=fsync -e inject=fsync:delay_exit=4000000"
     slow.write_text(f'#!/bin/sh\nexec {tracing} {sys.executable} "$@"\n')

@@ -1,4 +1,4 @@
-"""Slurm takes the nodes away, or the time is over: the run saves, comes back, and ends as if never stopped."""
+"""Preemption and time limits: the run saves, is requeued, and ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 
 def preempt(cluster: Cluster, _job: str) -> None:
-    """By a job of higher priority that takes all nodes."""
+    """Submit a job of higher priority that takes all nodes."""
     options = ["--partition=high", f"--nodes={len(cluster.nodes)}", "--exclusive", "--output=/dev/null"]
     submit(cluster, *options, f"--wrap=sleep {GRACE_S}")
 
@@ -64,9 +64,9 @@ def test_preempted_without_grace(
     row: Callable[..., None],
     count: Callable[..., int],
 ) -> None:
-    """Slurm queues the job again itself, and lets KillWait pass between TERM and KILL."""
-    times, how = count(2), partial(preempt, cluster)
-    run_dir = disturb_each(cluster, tmp_path, times, how, "--partition=low0", script=script, state="INTERRUPT")
+    """Slurm itself requeues the job, and waits KillWait between TERM and KILL."""
+    times, disturb = count(2), partial(preempt, cluster)
+    run_dir = disturb_each(cluster, tmp_path, times, disturb, "--partition=low0", script=script, state="INTERRUPT")
     as_undisturbed(run_dir)
     row(
         f"preempted, {times} x, GraceTime=0, KillWait={KILL_WAIT_S} (`{script}.sbatch`)",
@@ -78,9 +78,9 @@ def test_preempted_without_grace(
 def test_the_time_limit(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
 ) -> None:
-    """A real limit of two minutes. Slurm looks every 30 s, and tells half a minute sooner than it was asked to.
+    """A real limit of two minutes. Slurm checks every 30 s, and signals half a minute earlier than requested.
 
-    Held so that no start gets through the whole of it before its time is over.
+    The run is slowed down so that no start finishes it within its time limit.
     """
     times = count(2)
     held = [*LONG, "model.args.slow_s=3"]
@@ -89,7 +89,7 @@ def test_the_time_limit(
     for number in range(times):
         wait_until(partial(has_run_out, cluster, job, run_dir, number + 1), "end of its time", 2400)
     let_go(tmp_path)
-    end_well(cluster, job, run_dir, *range(times + 1, 20))  # the more, the slower the machine
+    end_well(cluster, job, run_dir, *range(times + 1, 20))  # more on a slower machine
     as_undisturbed(run_dir)
     row(
         f"ran into its time limit (2 minutes), {times} x at least",
@@ -104,22 +104,22 @@ def has_run_out(cluster: Cluster, job: str, run_dir: Path, times: int) -> bool:
     return log_of(run_dir).count("requeue, state PREEMPTED") >= times
 
 
-def tell(cluster: Cluster, job: str) -> None:
-    """As at the time limit, or by whoever wants the nodes."""
+def request_stop(cluster: Cluster, job: str) -> None:
+    """Signal the batch shell, as at the time limit or as a user does who wants the nodes."""
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
 
 
-@pytest.mark.parametrize("disturb", [full(preempt), tell])
+@pytest.mark.parametrize("disturb", [full(preempt), request_stop])
 def test_stopped_before_it_trains(
     disturb: Callable[[Cluster, str], None], cluster: Cluster, as_undisturbed: Check, tmp_path: Path
 ) -> None:
-    """Nothing can be saved yet, and the job ends within its time of grace: it has to come back all the same."""
+    """Nothing can be saved yet, and the job ends within its grace time: it must still be requeued."""
     job, run_dir = submit_long(cluster, tmp_path)
     wait_until(lambda: pids_of_rank(cluster, job, 0), "start")
     disturb(cluster, job)
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
     let_go(tmp_path)
-    end_well(cluster, job, run_dir, 1, 2)  # two where the training began within the time of grace
+    end_well(cluster, job, run_dir, 1, 2)  # two if training began within the grace time
     as_undisturbed(run_dir)
 
 
@@ -137,7 +137,7 @@ def test_cancelled_is_not_queued_again(
 
 
 def test_told_by_a_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
-    """SAVE and STOP, from a shell that has nothing but the run directory; submitted again it goes on."""
+    """SAVE and STOP, from a shell that sees only the run directory. Submitted again, the run resumes."""
     job, run_dir = submit_long(cluster, tmp_path, script="train_srun")
     wait_until(lambda: is_training(run_dir), "training")
     save(run_dir)
@@ -153,7 +153,7 @@ def test_told_by_a_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path,
 
 
 def test_a_stop_for_a_job_that_waits(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is older than any process of the run, and holds."""
+    """The STOP file is older than any process of the run, and still applies."""
     monkeypatch.chdir(tmp_path)
     ours = [sys.executable, "-m", "dist_train", "slurm", "submit", "--launcher=srun", "--nproc=1", "--time=30"]
     job = cluster.ask(*ours, "--partition=low", "--sbatch=--hold", "--run-name=r", *LONG).split()[1].rstrip(",")
@@ -167,7 +167,7 @@ def test_a_stop_for_a_job_that_waits(cluster: Cluster, tmp_path: Path, monkeypat
 def test_one_member_of_an_array(
     cluster: Cluster, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each member trains its own line; the one that runs out of time comes back, the others go on meanwhile."""
+    """Each member trains its own line. The one that runs out of time is requeued while the others train on."""
     monkeypatch.setitem(cluster.env, "NPROC", "1")
     (tmp_path / "lines").write_text("seed=1\nseed=2 optimizer.lr=2e-3\nseed=3\n")
     script = SCRIPTS / "sweep_array.sbatch"

@@ -1,4 +1,4 @@
-"""The benchmark's statistics and reports; its contestants themselves run in `make bench`, one part of it here."""
+"""The benchmark's statistics and reports. The contestants run in `make bench`, and a few steps of one part here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.processes import DIST_TRAIN, run
 
 @pytest.mark.parametrize("n", [1, 3, 5, 6, 9, 20, 30])
 def test_the_interval_holds_the_true_median_with_95_percent(n: int) -> None:
-    """The chance that it does not: that too many values fall on one side. The next narrower interval misses 95 %."""
+    """It misses if too many values fall on one side. The next narrower interval does not reach 95 %."""
     found = Interval.of([float(value) for value in range(n)])
     left_out = int(found.low)
     assert found.high == n - 1 - left_out
@@ -58,12 +58,12 @@ SCALING = rounds_of(
 )  # fmt: skip
 
 
-def test_ratios_are_of_pairs_from_one_round() -> None:
+def test_ratios_pair_values_of_one_round() -> None:
     assert ratios(SPEED, "dist_train", "dataloader") == Interval(11.0, 10.0, 20.0)
     assert best_peer(SPEED) == "dataloader"
 
 
-def test_the_table_of_speeds() -> None:
+def test_the_speed_table() -> None:
     lines = table([Contest(Task(net="mlp"), SPEED)])
     row = "| mlp | fp32 | 937 | dataloader (best peer) | 20 | 11.00x (10.00 to 20.00) | 40 | 90.00 % | 1.00 |"
     assert row in lines
@@ -71,7 +71,7 @@ def test_the_table_of_speeds() -> None:
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-def test_the_table_of_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scaling_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "available_cores", lambda: 1)
     lines = scaling.table([Contest(Task(net="conv", batch_size=512), SCALING)])
     row = "| conv | fp32 | 2 (OVERSUBSCRIBED) | 21 | 2.00x (1.90 to 2.00) | 100 % | 0.500 | 2.40x (2.32 to 2.50) "
@@ -110,7 +110,7 @@ PROBED = {
         *PROBED.items(),
     ],
 )
-def test_every_part_is_a_table_json_and_a_picture(part: str, found: Any, tmp_path: Path) -> None:
+def test_every_part_writes_a_table_json_and_a_picture(part: str, found: Any, tmp_path: Path) -> None:
     write(part, PARTS[part].table(found), found, lambda figure: PARTS[part].draw(found, figure), tmp_path)
     assert json.loads((tmp_path / f"{part}.json").read_text()).keys() == {"machine", "found"}
     assert f"![{part}]({part}.png)" in (tmp_path / f"{part}.md").read_text()
@@ -124,13 +124,13 @@ def test_guards_are_measured_over_a_resident_and_a_streamed_set() -> None:
     assert "| mlp, streamed | 2.000 | 2.010 | 0.5 (0.5 to 0.5) |" in PARTS["guards"].table(PROBED["guards"])
 
 
-def test_what_is_measured_now_and_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what is typical at first, by this machine's pace then, and by what it took the last time."""
-    clock, said = Clock(), list[str]()
+def test_progress_and_the_estimated_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate uses typical times first, then this machine's pace, then each measurement's last time."""
+    clock, announced = Clock(), list[str]()
     monkeypatch.setattr(rounds, "time", clock)
 
     def takes(typical_s: float) -> Callable[[], float]:
-        """On a machine that needs twice as long."""
+        """A measurement on a machine that takes twice as long."""
 
         def measure() -> float:
             clock.now += 2 * typical_s
@@ -142,16 +142,16 @@ def test_what_is_measured_now_and_how_long_the_rest_takes(monkeypatch: pytest.Mo
         Series("speed, mlp fp32", {"ours": takes(10), "theirs": takes(30)}, 2, typical_s=20),
         Series("growth", {"1": takes(100)}, 1, typical_s=100),
     ]
-    outlook = TimeEstimate(series, said.append)
-    assert [outlook.run(each) for each in series] == [[{"ours": 10, "theirs": 30}] * 2, [{"1": 100}]]
-    assert said == [
+    estimate = TimeEstimate(series, announced.append)
+    assert [estimate.run(each) for each in series] == [[{"ours": 10, "theirs": 30}] * 2, [{"1": 100}]]
+    assert announced == [
         "speed, mlp fp32, round 1 of 2: ours; 1 of 5, about 3 min left",
         "speed, mlp fp32, round 1 of 2: theirs; 2 of 5, about 3 min left",
         "speed, mlp fp32, round 2 of 2: ours; 3 of 5, about 5 min left",
         "speed, mlp fp32, round 2 of 2: theirs; 4 of 5, about 4 min left",
         "growth, round 1 of 1: 1; 5 of 5, about 3 min left",
     ]
-    assert outlook.left_s() == 0
+    assert estimate.left_s() == 0
     assert [rounds.in_words(seconds) for seconds in (89, 91, 3570, 5400)] == [
         "89 s",
         "2 min",
@@ -160,8 +160,8 @@ def test_what_is_measured_now_and_how_long_the_rest_takes(monkeypatch: pytest.Mo
     ]
 
 
-def test_a_part_by_the_command(tmp_path: Path) -> None:
-    """Real contestants, a few steps of each."""
+def test_parts_from_the_command_line(tmp_path: Path) -> None:
+    """Real contestants, a few steps each."""
     command = ["bench", "speed", "breakdown", "--net", "mlp", "--steps", "20", "--repetitions", "1", "--out", "found"]
     done = run([*DIST_TRAIN, *command], tmp_path)
     assert done.returncode == 0, done.stderr

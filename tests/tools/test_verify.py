@@ -1,4 +1,4 @@
-"""`dist-train verify` and `dist-train doctor`: all well here, and each planted fault is found."""
+"""`dist-train verify` and `dist-train doctor`: all checks pass here, and each planted fault is found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_train.tools.verify.rank import freeze_for_comparison
 from dist_train.tools.verify.suite import Check, verify
 from support.processes import DIST_TRAIN, run
 
-# Several DDP buckets, so that the order of their first layout matters; few images, which are evaluated again and again.
+# Several DDP buckets, so that the order of their first layout matters; few images, as they are evaluated many times.
 PART = "data.name=support.user_sets:mnist_part"
 NET = ["model.name=conv", "per_device_batch_size=24", "global_batch_size=24", PART]
 
@@ -31,21 +31,21 @@ def broken(checks: list[Check]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("net", "dtype", "nproc", "held"),
-    [("conv", "float32", 3, "nothing had to be"), ("bks", "float64", 2, "dropout off")],
+    ("net", "dtype", "nproc", "frozen"),
+    [("conv", "float32", 3, "nothing"), ("bks", "float64", 2, "dropout off")],
 )
-def test_all_promises_are_kept_here(net: str, dtype: str, nproc: int, held: str) -> None:
+def test_all_promises_are_kept_here(net: str, dtype: str, nproc: int, frozen: str) -> None:
     checks = list(verify(small(f"model.name={net}", f"dtype={dtype}"), nproc))
     assert not broken(checks)
     promises = "\n".join(check.promise for check in checks)
     for part in (f"losses of {nproc} processes", "at most once", "evaluated once", "as if never stopped",
-                 f"started again on {nproc - 1}", "a batch twice", "SIGKILL"):  # fmt: skip
+                 f"resumed on {nproc - 1}", "a batch joined", "SIGKILL"):  # fmt: skip
         assert part in promises
-    assert checks[0].found == held
+    assert checks[0].found == frozen
 
 
-def test_what_depends_on_the_division_is_held_still() -> None:
-    """In float64, within rounding: a kernel may add up in another order for another number of rows."""
+def test_what_depends_on_the_batch_division_is_frozen() -> None:
+    """In float64, within rounding: a kernel may sum in another order for another number of rows."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).double()
     assert freeze_for_comparison(net) == ["BatchNorm frozen", "dropout off"]
     net.train()
@@ -71,7 +71,7 @@ def test_a_power_is_no_drop_rate() -> None:
         ("a doubled shard", 2, ["losses of 2 processes", "at most once"]),
         ("a doubled evaluation", 2, ["2 processes: every example evaluated once"]),
         ("a mean per rank", 2, ["losses of 2 processes"]),
-        ("a sum for a mean", 1, ["a batch twice"]),
+        ("a sum for a mean", 1, ["a batch joined"]),
         ("a missing warm-up", 3, ["as if never stopped"]),
     ],
 )
@@ -99,7 +99,7 @@ def test_verify_as_a_command(tmp_path: Path) -> None:
     command = [*DIST_TRAIN, "verify", "-c", "smoke", "--nproc=1", "model.name=mine:Net", PART]
     done = run(command, tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "FAIL  a batch twice has the loss of the batch" in done.stdout
+    assert "FAIL  a batch joined to itself has the same loss" in done.stdout
     assert "promises broken." in done.stdout.splitlines()[-1]
 
 
@@ -117,11 +117,11 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
         "device", "threads", "versions", "data", "net", "port", "runs_dir", "room", "W&B", "Slurm", "all-reduce",
     }  # fmt: skip
     assert "2 ranks, 16 MiB in" in found["all-reduce"]["said"]
-    assert "60,000 to train on" in found["data"]["said"]
+    assert "60,000 training examples" in found["data"]["said"]
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_what_is_wrong_is_named_with_its_fix(tmp_path: Path) -> None:
+def test_every_problem_is_named_with_its_fix(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -1,1 +1,1 @@
-"""Slurm: its commands, batch scripts, checks before a job is queued, preemption."""
+"""Slurm: commands, batch scripts, checks before a job is queued, preemption."""

@@ -1,4 +1,4 @@
-"""Slurm by its own commands: what a TERM means, whether a job is queued again, submit, state, cancel."""
+"""Slurm's own commands: submit and cancel jobs, query jobs and partitions."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from dataclasses import dataclass, replace
 
 from dist_train.errors import LaunchError
 
-# What a script says itself: sbatch would believe the environment more than the script that was checked.
-_SAID_BY_SCRIPT = (
+# Set by the script, so not passed on: sbatch's environment takes precedence over the script that was checked.
+_SET_BY_SCRIPT = (
     "SBATCH_JOB_NAME", "SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_PARTITION", "SBATCH_REQUEUE", "SBATCH_NO_REQUEUE",
     "SBATCH_SIGNAL", "SBATCH_TIMELIMIT",
 )  # fmt: skip
-_ANSWER_S = 30.0  # a busy controller may take that long
+_ANSWER_S = 30.0  # a busy controller may take this long
 
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm says of a job."""
+    """What Slurm reports about a job."""
 
-    state: str  # PENDING, RUNNING, COMPLETED, ...; UNKNOWN if Slurm has forgotten it
-    reason: str = ""  # why it waits, or on which nodes it runs
+    state: str  # PENDING, RUNNING, COMPLETED, ...; UNKNOWN if Slurm has no record of it
+    reason: str = ""  # why it waits, or the nodes it runs on
     time: str = ""
 
 
 def submit(script: str) -> str:
-    """The id of the new job.
+    """Submit a batch script and return the job's id.
 
     Raises:
-        LaunchError: no sbatch, or what Slurm has against the job.
+        LaunchError: there is no sbatch, or it rejects the job.
     """
-    env = {name: value for name, value in os.environ.items() if name not in _SAID_BY_SCRIPT}
-    said = ask("sbatch", "--parsable", text=script, env=env)
-    return said.strip().partition(";")[0]
+    env = {name: value for name, value in os.environ.items() if name not in _SET_BY_SCRIPT}
+    output = ask("sbatch", "--parsable", text=script, env=env)
+    return output.strip().partition(";")[0]
 
 
 def jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """The state of each job. Works where accounting is off, for as long as the controller remembers them."""
+    """Return the state of each job. Without accounting, this works as long as the controller remembers them."""
     wanted = list(ids)
     found = dict.fromkeys(wanted, Job("UNKNOWN"))
     for line in ask("squeue", "--noheader", "--states=all", "--format=%i|%T|%R|%M").splitlines():
@@ -48,10 +48,10 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     missing = [job for job, each in found.items() if each.state == "UNKNOWN"]
     if missing:
         try:
-            said = ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobID,State,NodeList,Elapsed")
+            output = ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobID,State,NodeList,Elapsed")
         except LaunchError:
-            said = ""  # accounting is off
-        for line in said.splitlines():
+            output = ""  # accounting is off
+        for line in output.splitlines():
             job, state, nodes, time = line.split("|", 3)
             found[job] = Job(state.split()[0], nodes, time)
     return found
@@ -59,54 +59,58 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition can give a job."""
+    """What a partition offers a job."""
 
-    nodes: int  # those that are down counted too
+    nodes: int  # including those that are down
     cpus: int  # of its largest node
-    time_limit: str  # as in [D-]HH:MM:SS, or infinite
+    time_limit: str  # [D-]HH:MM:SS or infinite
     is_default: bool
 
 
 def partitions() -> dict[str, Partition]:
+    """Return the partitions by name."""
     found: dict[str, Partition] = {}
-    kinds = ask("sinfo", "--exact", "--noconvert", "--noheader", "--format=%P|%D|%c|%l")
-    for line in kinds.splitlines():  # one for each kind of node in it
+    rows = ask("sinfo", "--exact", "--noconvert", "--noheader", "--format=%P|%D|%c|%l")
+    for line in rows.splitlines():  # one for each kind of node in a partition
         name, nodes, cpus, limit = line.split("|")
-        former = found.get(name.rstrip("*"), Partition(0, 0, limit, name.endswith("*")))
-        found[name.rstrip("*")] = replace(former, nodes=former.nodes + int(nodes), cpus=max(former.cpus, int(cpus)))
+        previous = found.get(name.rstrip("*"), Partition(0, 0, limit, name.endswith("*")))
+        found[name.rstrip("*")] = replace(
+            previous, nodes=previous.nodes + int(nodes), cpus=max(previous.cpus, int(cpus))
+        )
     return found
 
 
 def installed_version() -> str:
-    """As Slurm says it.
+    """Return Slurm's version.
 
     Raises:
-        LaunchError: it is not here.
+        LaunchError: Slurm is not installed.
     """
     return ask("sinfo", "--version").strip()
 
 
 def cancel(job: str) -> None:
+    """Cancel a job."""
     ask("scancel", job)
 
 
 def ask(
     *command: str, text: str | None = None, timeout_s: float = _ANSWER_S, env: Mapping[str, str] | None = None
 ) -> str:
-    """What a command of Slurm prints.
+    """Run a Slurm command and return its stdout.
 
     Raises:
-        LaunchError: it is not here, does not answer, or refuses; with its own words.
+        LaunchError: the command is not installed, does not answer, or fails; with its own message.
     """
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s, env=env)
     except FileNotFoundError:
         raise LaunchError(
-            f"No {command[0]} on PATH: this is no submit host of a Slurm cluster. Log in to one (or load its module)."
+            f"No {command[0]} on PATH: this is not a submit host of a Slurm cluster. Log in to one or load its module."
         ) from None
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{command[0]} did not answer within {timeout_s:.0f} s. Try again later.") from None
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise LaunchError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ')}")
+        message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise LaunchError(f"{command[0]}: {message.removeprefix(f'{command[0]}: ')}")
     return done.stdout

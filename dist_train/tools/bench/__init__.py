@@ -1,1 +1,1 @@
-"""`dist-train bench`: this harness and what people would use instead, side by side in one run."""
+"""`dist-train bench`: this harness and its alternatives, side by side in one run."""

@@ -1,4 +1,4 @@
-"""Speed: contestants in turns, each in a process of its own; ratios of pairs from the same round."""
+"""Speed: contestants take turns, each in its own process; ratios pair values of the same round."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from dist_train.tools.bench.harness import measure
 from dist_train.tools.bench.interval import Interval
 from dist_train.tools.bench.task import Found, Task
 
-# What people would use instead, and what it needs to be installed; at its best of 0 and 2 loader workers.
+# The alternatives, and the package each needs; each with the better of 0 and 2 loader workers.
 PEERS = {"dataloader": None, "accelerated": None, "lightning_trainer": "lightning"}
 OURS, FLOOR, CAPTURED = "dist_train", "resident", "captured"
 
-Rounds = list[dict[str, Found]]  # one entry a round: contestant -> what it found
+Rounds = list[dict[str, Found]]  # one entry per round: contestant -> its results
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One task and what its contestants found."""
+    """One task and its contestants' results."""
 
     task: Task
     rounds: Rounds
 
 
-_IN_FP32 = " fp32"  # how a contestant is called that trains in fp32 while the others train in bf16
+_IN_FP32 = " fp32"  # suffix of a contestant that trains in fp32 while the others train in bf16
 
 
 def contestants(mode: str, precision: str) -> list[str]:
-    """Ours, eager and in its faster mode, the floor, on a GPU also captured by hand, and the peers that are here."""
+    """Return the contestants: ours, eager and in its faster mode; the floor, on a GPU captured too; installed peers."""
     floors = [FLOOR, CAPTURED] if mode == "graph" else [FLOOR]
     if precision == "bf16":
         floors += [FLOOR + _IN_FP32, "dataloader" + _IN_FP32]
@@ -43,7 +43,7 @@ def contestants(mode: str, precision: str) -> list[str]:
 
 
 def measurements(task: Task, mode: str) -> dict[str, Callable[[], Found]]:
-    """Every contestant, to train once; with another seed each time."""
+    """Return a function for each contestant that trains it once, with another seed each time."""
     return {name: partial(_run, task, name, count()) for name in contestants(mode, task.precision)}
 
 
@@ -55,37 +55,37 @@ def _run(task: Task, name: str, seeds: Iterator[int]) -> Found:
     if peer != name:
         task = replace(task, precision="no")
     tasks = [replace(task, num_workers=workers) for workers in ((0, 2) if peer in PEERS else (0,))]
-    found: list[Found] = [
+    results: list[Found] = [
         json.loads(output_of(f"dist_train.tools.bench.peers.{peer}", each.to_argument()).splitlines()[-1])
         for each in tasks
     ]
-    return max(found, key=lambda each: each["samples_per_s"])
+    return max(results, key=lambda each: each["samples_per_s"])
 
 
 def ratios(rounds: Rounds, name: str, other: str, key: str = "samples_per_s") -> Interval:
-    """How many times the samples per second of `other` the contestant `name` reached, pair by pair."""
+    """Return the ratio of the samples per second of `name` to those of `other`, paired by round."""
     return Interval.of([each[name][key] / each[other][key] for each in rounds])
 
 
 def best_peer(rounds: Rounds) -> str:
-    """The peer with the highest median, or nothing."""
-    there = [name for name in PEERS if name in rounds[0]]
-    return max(there, key=lambda name: _middle(rounds, name, "samples_per_s"), default="")
+    """Return the peer with the highest median, or an empty string."""
+    peers = [name for name in PEERS if name in rounds[0]]
+    return max(peers, key=lambda name: _median(rounds, name, "samples_per_s"), default="")
 
 
-def _middle(rounds: Rounds, name: str, key: str) -> float:
+def _median(rounds: Rounds, name: str, key: str) -> float:
     return statistics.median(each[name][key] for each in rounds)
 
 
 def table(contests: list[Contest]) -> list[str]:
-    """Markdown."""
+    """Return the results as Markdown."""
     task, rounds = contests[0].task, contests[0].rounds
     ours = [name for name in rounds[0] if name.startswith(OURS)]
     lines = [
-        f"MNIST, batch {task.batch_size}, Adam, one process, n={len(rounds)} rounds, peers at their best of 0 and 2 "
-        f"loader workers; median samples/s, and the median of the paired ratios with its 95 % interval.",
+        f"MNIST, batch {task.batch_size}, Adam, one process, n={len(rounds)} rounds, peers with the better of 0 and "
+        f"2 loader workers; median samples/s, and the median of the paired ratios with its 95 % interval.",
         "",
-        f"| net | precision | steps | contestant | samples/s | {' | '.join(f'{name} against it' for name in ours)} "
+        f"| net | precision | steps | contestant | samples/s | {' | '.join(f'{name} vs this' for name in ours)} "
         "| evaluation, samples/s | test accuracy | peak GiB |",
         f"|{'---|' * (8 + len(ours))}",
     ]
@@ -93,30 +93,30 @@ def table(contests: list[Contest]) -> list[str]:
         task, rounds = contest.task, contest.rounds
         best = best_peer(rounds)
         for name in rounds[0]:
-            against = ["" if name.startswith(OURS) else ratios(rounds, our, name).text("x") for our in ours]
+            speed_ups = ["" if name.startswith(OURS) else ratios(rounds, our, name).text("x") for our in ours]
             lines.append(
                 f"| {task.net} | {task.precision_name} | {task.steps} | {name}{' (best peer)' if name == best else ''} "
-                f"| {_middle(rounds, name, 'samples_per_s'):,.0f} | {' | '.join(against)} "
-                f"| {_middle(rounds, name, 'eval_samples_per_s'):,.0f} "
-                f"| {100 * _middle(rounds, name, 'accuracy'):.2f} % | {_middle(rounds, name, 'peak_memory_gib'):.2f} |"
+                f"| {_median(rounds, name, 'samples_per_s'):,.0f} | {' | '.join(speed_ups)} "
+                f"| {_median(rounds, name, 'eval_samples_per_s'):,.0f} "
+                f"| {100 * _median(rounds, name, 'accuracy'):.2f} % | {_median(rounds, name, 'peak_memory_gib'):.2f} |"
             )
     evaluations = [
         f"{each.task.net} {each.task.precision_name} {ratios(each.rounds, OURS, FLOOR, 'eval_samples_per_s').text('x')}"
         for each in contests
     ]
-    return [*lines, "", f"Evaluation against the bare fp32 loop at batch 256: {', '.join(evaluations)}."]
+    return [*lines, "", f"Evaluation vs the bare fp32 loop at batch 256: {', '.join(evaluations)}."]
 
 
 def draw(contests: list[Contest], figure: Any) -> None:
-    """Samples per second of each contestant, with the range of all rounds."""
+    """Plot each contestant's samples per second, with the range of all rounds."""
     figure.set_size_inches(4 * len(contests), 3.2)
     for axis, contest in zip(figure.subplots(1, len(contests), squeeze=False)[0], contests, strict=True):
         task, rounds = contest.task, contest.rounds
         for position, name in enumerate(rounds[0]):
             speeds = [each[name]["samples_per_s"] for each in rounds]
-            middle = statistics.median(speeds)
-            errors = [[middle - min(speeds)], [max(speeds) - middle]]
-            axis.barh(position, middle, xerr=errors, color="C0" if name.startswith(OURS) else "C7", capsize=3)
+            median = statistics.median(speeds)
+            errors = [[median - min(speeds)], [max(speeds) - median]]
+            axis.barh(position, median, xerr=errors, color="C0" if name.startswith(OURS) else "C7", capsize=3)
         axis.set_yticks(range(len(rounds[0])), list(rounds[0]))
         axis.invert_yaxis()
         axis.set_title(f"{task.net}, {task.precision_name}, batch {task.batch_size}, n={len(rounds)}")

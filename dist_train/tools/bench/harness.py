@@ -1,4 +1,4 @@
-"""This harness as a contestant: by its own command line, like any user."""
+"""This harness as a contestant, run by its own command line as a user runs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_train.tools.bench.task import MEAN, STD, Found, Task
 
 
 def measure(task: Task, mode: str = "eager", nproc: int = 1, threads: int | None = None) -> Found:
-    """One run of `dist-train train`, in processes of its own."""
+    """Measure one run of `dist-train train`, in child processes."""
     lines, result = train(
         {
             "seed": task.seed, "model.name": task.net, "global_batch_size": task.batch_size, "optimizer.lr": task.lr,
@@ -23,7 +23,7 @@ def measure(task: Task, mode: str = "eager", nproc: int = 1, threads: int | None
         nproc,
         threads,
     )  # fmt: skip
-    train_line = [line for line in lines if "train/loss" in line][-1]  # the first is the warm-up
+    train_line = [line for line in lines if "train/loss" in line][-1]  # the first line is the warm-up's
     return {
         "samples_per_s": train_line["perf/samples_per_s"],
         "eval_samples_per_s": [line for line in lines if "val/loss" in line][-1]["perf/eval_samples_per_s"],
@@ -36,15 +36,15 @@ def measure(task: Task, mode: str = "eager", nproc: int = 1, threads: int | None
 def train(
     settings: dict[str, Any], nproc: int = 1, threads: int | None = None, config: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The lines of metrics.jsonl and result.json of one run without W&B; `started` in the latter is the wall clock.
+    """Train without W&B. Return the lines of metrics.jsonl, and result.json with `started`, a wall-clock time.
 
-    Without a bundled `config` it is the contest's: MNIST normalised, everything else by `settings`.
+    `config` None: the contest's config, which is normalised MNIST and otherwise `settings`.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, run_dir = Path(folder) / "bench.yaml", RunDir(Path(folder) / "run")
         path.write_text(f"data: {{normalize: {{mean: [{MEAN}], std: [{STD}]}}}}\n")
-        alone = {"final_train_eval": False, "tracking.wandb": "disabled", "tracking.pictures": False}
-        settings = {"runs_dir": folder} | alone | settings
+        minimal = {"final_train_eval": False, "tracking.wandb": "disabled", "tracking.pictures": False}
+        settings = {"runs_dir": folder} | minimal | settings
         overrides = [f"{key}={value}" for key, value in settings.items()]
         processes = ["--nproc", str(nproc)] if nproc > 1 else []
         command = ["train", "-q", "-c", config or str(path), "--run-name", "run", *processes, *overrides]

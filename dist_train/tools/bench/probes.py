@@ -1,6 +1,6 @@
-"""What is measured inside a process of this harness: the parts of a step, the stall of a save, growth with the data.
+"""Measurements inside a process of this harness: the parts of a step, the stall of a save, growth with the data.
 
-`python -m dist_train.tools.bench.probes NAME NUMBER`, one line of JSON on stdout.
+`python -m dist_train.tools.bench.probes NAME ARGUMENT` prints one line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _step(config: Config, world: World, copies: int = 1) -> Step:
 
 
 def breakdown(net: str) -> dict[str, float]:
-    """Milliseconds of each part of an eager step at batch 64, medians; the device is waited for after each."""
+    """Return the median milliseconds of each part of an eager step at batch 64, synchronised after each part."""
     config = parse_config({"model": {"name": net}, "data": {"normalize": {"mean": [0.1307], "std": [0.3081]}}})
     world = World.join(config)
     step = _step(config, world)
@@ -93,7 +93,7 @@ def breakdown(net: str) -> dict[str, float]:
 
 @contextmanager
 def _checkpoints(config: Config, world: World) -> Iterator[Checkpoints]:
-    """Of a run in a folder that goes afterwards."""
+    """The checkpoints of a run in a temporary folder."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("DIST_TRAIN_RUNS_DIR")) as folder:
         run_dir = RunDir(Path(folder))
         run_dir.create()
@@ -104,7 +104,7 @@ def _checkpoints(config: Config, world: World) -> Iterator[Checkpoints]:
 
 
 def stall(hidden: str) -> dict[str, float]:
-    """Milliseconds that a save takes from the loop, and that its write takes behind it; mlp with `hidden` units."""
+    """Return the milliseconds that a save stalls the loop, and that its write takes; mlp with `hidden` units."""
     config = parse_config({"model": {"name": "mlp", "args": {"hidden": int(hidden)}}})
     world = World.join(config)
     step = _step(config, world)
@@ -125,7 +125,7 @@ def stall(hidden: str) -> dict[str, float]:
 
 
 def growth(copies: str) -> dict[str, float]:
-    """Step time, start of an epoch and memory with MNIST so many times over; mlp, batch 64."""
+    """Return step time, start of an epoch and memory with MNIST repeated `copies` times; mlp, batch 64."""
     config = parse_config({"model": {"name": "mlp"}})
     world = World.join(config)
     step = _step(config, world, int(copies))
@@ -156,16 +156,17 @@ def growth(copies: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-# Of steps with guards and without, in turns: short ones and many, as the machine's own speed wanders.
+# Blocks of steps with and without guards alternate. They are short and many, as the machine's own speed drifts.
 _BLOCKS, _BLOCK_STEPS = 150, 100
 
 
 def guards(contestant: str) -> dict[str, float]:
-    """Milliseconds of a step alone, and with all that watches over a run, batch 64; the median of paired ratios.
+    """Return the milliseconds of a step alone and with all guards of a run, batch 64; the median of paired ratios.
 
-    `contestant`: a net, over a resident set; or NET,streamed. Watching are the audit of the examples, what tells errors
-    of the net as one line, the agreement about each second with the heartbeat, the look at files of wishes and at the
-    write under way, and the watchdog; and at each log status.json and whether another start of the run has taken over.
+    `contestant`: a net, over a resident set; or NET,streamed. The guards are the audit of the examples, the context
+    that reports errors of the net as one line, the agreement about every second with the heartbeat, the check of
+    request files and of the current write, and the watchdog; at each log also status.json and the check for a newer
+    attempt.
     """
     net, _, streamed = contestant.partition(",")
     config = parse_config({"model": {"name": net}, "data": {"resident": not streamed}})
@@ -176,13 +177,13 @@ def guards(contestant: str) -> dict[str, float]:
         run_dir = checkpoints.run_dir
         agreement = Agreement(world, StopRequest(), run_dir, poll=checkpoints.poll, on_agreed=lambda: watchdog.arm(600))
         audit = ShardAudit(sampler, world, 0)
-        eager, untold = step.eager, nullcontext()
-        ignore, told = eager.batches.on_gather, eager.error_context
+        eager, no_context = step.eager, nullcontext()
+        no_audit, error_context = eager.batches.on_gather, eager.error_context
 
         def block(first: int, *, guarded: bool) -> float:
-            eager.batches.at(first, 0)  # a streamed set opens its loader anew where the second block begins
-            eager.batches.on_gather = audit.note if guarded else ignore
-            eager.error_context = told if guarded else lambda *_: untold  # type: ignore[method-assign, assignment]
+            eager.batches.at(first, 0)  # a streamed set reopens its loader where the second block starts
+            eager.batches.on_gather = audit.note if guarded else no_audit
+            eager.error_context = error_context if guarded else lambda *_: no_context  # type: ignore[method-assign, assignment]
             world.synchronize()
             started = time.perf_counter()
             for number in range(first, first + _BLOCK_STEPS):
@@ -190,12 +191,12 @@ def guards(contestant: str) -> dict[str, float]:
                 if guarded:
                     agreement.tick()
                     if is_due(number + 1, 100, 10**6):
-                        run_dir.check_not_superseded()  # as before a line of metrics
+                        run_dir.check_not_superseded()  # as before a metrics line
                         run_dir.set_status(step=number)
             world.synchronize()
             return 1000 * (time.perf_counter() - started) / _BLOCK_STEPS
 
-        # A block of each is of the same steps, and the order changes, lest one profit from a warmer cache.
+        # Both blocks of a pair take the same steps. Their order alternates: the second has a warmer cache.
         pairs = []
         for number in range(_BLOCKS):
             order = (False, True) if number % 2 else (True, False)

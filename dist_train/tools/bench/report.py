@@ -1,4 +1,4 @@
-"""The results of one part of the benchmark as Markdown, JSON and a picture."""
+"""Write the results of one part of the benchmark as Markdown, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_train.training.provenance import cpu_model
 
 
 def machine() -> dict[str, Any]:
-    """Where it was measured."""
+    """Return the hardware and the versions that were measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     return {
@@ -36,6 +36,7 @@ def machine() -> dict[str, Any]:
 
 
 def describe(where: dict[str, Any]) -> str:
+    """Return the result of `machine` as one sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     threads = f"{where['threads']} threads{' (OVERSUBSCRIBED)' if where['oversubscribed'] else ''}"
     return (
@@ -44,7 +45,7 @@ def describe(where: dict[str, Any]) -> str:
 
 
 def check_pictures() -> None:
-    """Before anything is measured.
+    """Check that pictures can be drawn, before anything is measured.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -54,7 +55,7 @@ def check_pictures() -> None:
 
 
 def write(part: str, table: list[str], found: Any, draw: Callable[[Any], None], folder: Path) -> None:
-    """PART.md, PART.json and PART.png; `draw` gets an empty matplotlib figure."""
+    """Write PART.md, PART.json and PART.png. `draw` gets an empty matplotlib figure."""
     import matplotlib
 
     matplotlib.use("agg")

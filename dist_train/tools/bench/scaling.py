@@ -1,4 +1,4 @@
-"""Scaling: the same global batch on more processes, this harness and the bare DDP loop in turns."""
+"""Scaling: the same global batch on more processes; this harness and the bare DDP loop take turns."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OURS, BARE = "dist_train", "bare_ddp"
 
 
 def measurements(task: Task, nprocs: Sequence[int]) -> dict[str, Callable[[], Found]]:
-    """One thread for each process, in all worlds alike; contestants are called as in "dist_train 2"."""
-    found: dict[str, Callable[[], Found]] = {}
+    """Return a function for each contestant, such as "dist_train 2". Processes have one thread at every world size."""
+    functions: dict[str, Callable[[], Found]] = {}
     for nproc in nprocs:
-        found[f"{OURS} {nproc}"] = partial(measure, task, nproc=nproc, threads=1)
-        found[f"{BARE} {nproc}"] = partial(_bare, task, nproc)
-    return found
+        functions[f"{OURS} {nproc}"] = partial(measure, task, nproc=nproc, threads=1)
+        functions[f"{BARE} {nproc}"] = partial(_bare, task, nproc)
+    return functions
 
 
 def _bare(task: Task, nproc: int) -> Found:
@@ -35,13 +35,13 @@ def _bare(task: Task, nproc: int) -> Found:
 
 
 def table(scaling: list[Contest]) -> list[str]:
-    """Markdown."""
+    """Return the results as Markdown."""
     task, rounds = scaling[0].task, scaling[0].rounds
     lines = [
         f"One thread per process, global batch {task.batch_size}, n={len(rounds)} rounds of {task.steps} steps; "
         f"medians and paired ratios with their 95 % interval. Efficiency: the speed-up over one process, per process.",
         "",
-        "| net | precision | processes | samples/s | speed-up | efficiency | data wait, ms a step | against bare DDP "
+        "| net | precision | processes | samples/s | speed-up | efficiency | data wait, ms per step | vs bare DDP "
         "| bare DDP's speed-up |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -63,7 +63,7 @@ def table(scaling: list[Contest]) -> list[str]:
 
 
 def draw(scaling: list[Contest], figure: Any) -> None:
-    """Speed and memory of a process against the number of processes, with the range of all rounds."""
+    """Plot speed, and memory of rank zero, against the number of processes, with the range of all rounds."""
     figure.set_size_inches(4 * len(scaling), 5.4)
     rows = (("samples_per_s", "samples/s"), ("peak_memory_gib", "peak GiB of rank 0"))
     for (key, label), axes in zip(rows, figure.subplots(2, len(scaling), squeeze=False), strict=True):
@@ -71,17 +71,17 @@ def draw(scaling: list[Contest], figure: Any) -> None:
             task, rounds = contest.task, contest.rounds
             nprocs = sorted({int(name.split()[1]) for name in rounds[0]})
             for kind, color in ((OURS, "C0"), (BARE, "C7")):
-                found = [Interval.of([each[f"{kind} {n}"][key] for each in rounds]) for n in nprocs]
-                errors = [[f.median - f.low for f in found], [f.high - f.median for f in found]]
+                intervals = [Interval.of([each[f"{kind} {n}"][key] for each in rounds]) for n in nprocs]
+                errors = [[i.median - i.low for i in intervals], [i.high - i.median for i in intervals]]
                 axis.errorbar(
-                    nprocs, [f.median for f in found], yerr=errors, color=color, capsize=3, marker="o", label=kind
+                    nprocs, [i.median for i in intervals], yerr=errors, color=color, capsize=3, marker="o", label=kind
                 )
             beyond = [nproc for nproc in nprocs if nproc > available_cores()]
             if beyond:
                 axis.axvspan(beyond[0] - 0.5, beyond[-1] + 0.5, color="0.93", label="oversubscribed")
             axis.set_xticks(nprocs)
             axis.set_ylim(bottom=0)
-            axis.set_xlabel("processes of one thread")
+            axis.set_xlabel("processes with one thread each")
             axis.set_ylabel(label)
             axis.set_title(f"{task.net}, {task.precision_name}, global batch {task.batch_size}, n={len(rounds)}")
         axes[0].legend()

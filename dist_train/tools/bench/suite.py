@@ -1,4 +1,4 @@
-"""The parts of the benchmark by name."""
+"""The parts of the benchmark, by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_train.tools.bench.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user asks for."""
+    """The user's options."""
 
     nets: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -33,7 +33,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured, what its rounds come to, and how that is shown: as Markdown and in a matplotlib figure."""
+    """What is measured, how its rounds are combined, and how that is shown: as Markdown and a matplotlib figure."""
 
     series: Callable[[Options], list[Series]]
     collect: Callable[[Options, list[list[Round]]], Any]  # the rounds of each series
@@ -41,7 +41,7 @@ class Part:
     draw: Callable[[Any, Any], None]
 
 
-# For a first outlook, on two CPU cores: seconds of a process to start, and of an example to be trained on.
+# For the first time estimate, on two CPU cores: seconds to start a process, and to train on one example.
 _START_S = 8.0
 _EXAMPLE_S = {"mlp": 1e-4, "bks": 2e-4, "conv": 1e-3}
 
@@ -57,7 +57,7 @@ def _contest(
     table: Callable[[Any], list[str]],
     draw: Callable[[Any, Any], None],
 ) -> Part:
-    """Contestants that train the same, for each net and precision."""
+    """A part in which contestants train the same task, for each net and precision."""
 
     def series(options: Options) -> list[Series]:
         return [
@@ -83,7 +83,7 @@ def _probe(
     draw: Callable[[Any, Any], None],
     typical_s: float = 2 * _START_S,
 ) -> Part:
-    """What a probe measures inside a process of this harness, for each of its arguments, which are named for people."""
+    """A part that runs a probe inside a process of this harness, once for each of its named arguments."""
 
     def series(options: Options) -> list[Series]:
         return [Series(name, inside.measurements(probe, arguments(options)), options.repetitions, typical_s)]
@@ -144,7 +144,7 @@ PARTS = {
 
 
 def run(names: Sequence[str], options: Options, out: Path, say: Callable[[str], object]) -> Iterator[list[str]]:
-    """Measure parts and write each to `out`; yields the lines of its table. `say` takes a line before each measurement.
+    """Measure parts, write each to `out` and yield its table's lines. `say` gets a line before each measurement.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -152,10 +152,10 @@ def run(names: Sequence[str], options: Options, out: Path, say: Callable[[str], 
     """
     check_pictures()
     series = {name: PARTS[name].series(options) for name in names}
-    outlook = TimeEstimate([each for those in series.values() for each in those], say)
+    estimate = TimeEstimate([each for those in series.values() for each in those], say)
     for name, those in series.items():
         part = PARTS[name]
-        found = part.collect(options, [outlook.run(each) for each in those])
+        found = part.collect(options, [estimate.run(each) for each in those])
         table = part.table(found)
         write(name, table, found, partial(part.draw, found), out)
         yield table

@@ -1,4 +1,4 @@
-"""What every contestant of a benchmark trains, and how it is timed and counted."""
+"""The task that every contestant of a benchmark trains, and how it is timed and counted."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dist_train.models.nets import MODELS
 MEAN, STD = 0.1307, 0.3081
 EXAMPLES = 60_000
 
-# What a contestant found: samples_per_s, eval_samples_per_s, accuracy (0..1), peak_memory_gib, and what else it has.
+# A contestant's results: samples_per_s, eval_samples_per_s, accuracy (0..1), peak_memory_gib, and any others.
 Found = dict[str, float]
 
 
 @dataclass(kw_only=True)
 class Task:
-    """MNIST, one of our nets, Adam: `steps` updates of warm-up, then as many that count."""
+    """MNIST, one of our nets, Adam: `steps` updates of warm-up, then as many that are timed."""
 
     net: str = "mlp"
     batch_size: int = 64  # over all processes
@@ -34,11 +34,11 @@ class Task:
     lr: float = 1e-3
     precision: str = "no"  # or bf16
     num_workers: int = 0  # of a DataLoader
-    seed: int = 0  # of weights and order: another one in each round
+    seed: int = 0  # of weights and order; differs in each round
 
     def __post_init__(self) -> None:
         self.steps = min(self.steps, EXAMPLES // self.batch_size)
-        self.seconds = 0.0  # that the counted steps took
+        self.seconds = 0.0  # duration of the timed steps
 
     @property
     def device(self) -> torch.device:
@@ -57,12 +57,12 @@ class Task:
         return MODELS[self.net]()
 
     def rounds(self) -> Iterator[int]:
-        """How many steps to do: first the warm-up, then those that count, while the clock runs."""
-        for counts in (False, True):
+        """Yield the number of steps to take: first for the warm-up, then for the timed steps."""
+        for timed in (False, True):
             started = time.perf_counter()
             yield self.steps
             self._synchronize()
-            if counts:
+            if timed:
                 self.seconds = time.perf_counter() - started
 
     def _synchronize(self) -> None:
@@ -70,33 +70,33 @@ class Task:
             torch.cuda.synchronize()
 
     def resident(self, train: bool) -> tuple[Tensor, Tensor]:
-        """The images as normalised floats [N, 1, 28, 28] and the labels [N], on the device."""
-        found = load_named("mnist", default_data_root(), None)[0 if train else 1]
-        images = found.images.to(self.device).float().div_(255).sub_(MEAN).div_(STD)
-        return images, found.labels.to(self.device)
+        """Return the images as normalised floats [N, 1, 28, 28] and the labels [N], on the device."""
+        dataset = load_named("mnist", default_data_root(), None)[0 if train else 1]
+        images = dataset.images.to(self.device).float().div_(255).sub_(MEAN).div_(STD)
+        return images, dataset.labels.to(self.device)
 
     def report(self, net: nn.Module) -> None:
-        """One line of JSON on stdout: what the contestant found."""
+        """Print the contestant's results as one line of JSON on stdout."""
         accuracy, evaluation_s = self._evaluate(net)
-        found: Found = {
+        results: Found = {
             "samples_per_s": self.steps * self.batch_size / self.seconds,
             "eval_samples_per_s": 10_000 / evaluation_s,
             "accuracy": accuracy,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
-        print(json.dumps(found), flush=True)
+        print(json.dumps(results), flush=True)
 
     @torch.no_grad()
     def _evaluate(self, net: nn.Module) -> tuple[float, float]:
-        """Accuracy on the test set by the bare fp32 loop over resident images, and the seconds of its second pass."""
+        """Return the test accuracy by the bare fp32 loop over resident images, and the seconds of its second pass."""
         images, labels = self.resident(train=False)
         net.eval()
         for _ in range(2):
             self._synchronize()
             started = time.perf_counter()
             batches = zip(images.split(256), labels.split(256), strict=True)
-            right = torch.stack([net(part).argmax(1).eq(of).sum() for part, of in batches])
-            accuracy = int(right.sum()) / len(labels)
+            correct = torch.stack([net(part).argmax(1).eq(of).sum() for part, of in batches])
+            accuracy = int(correct.sum()) / len(labels)
             seconds = time.perf_counter() - started
         return accuracy, seconds
 
@@ -105,6 +105,6 @@ class Task:
 
 
 def task_of_this_process() -> Task:
-    """The task that the benchmark gave this contestant as its only argument."""
+    """Return the task that the benchmark passed to this contestant as its only argument."""
     settings: dict[str, Any] = json.loads(sys.argv[1])
     return Task(**settings)

@@ -1,1 +1,1 @@
-"""`dist-train verify`: does a config keep the promises, on this machine? Real ranks, a few minutes, a table."""
+"""`dist-train verify`: check with real ranks that a config keeps the promises on this machine, in a few minutes."""

@@ -1,4 +1,4 @@
-"""What each rank of a check runs: some steps of a config on the net held still, and what came of them as JSON."""
+"""The program of each rank of a check: train some steps of a config on a frozen net, print the outcome as JSON."""
 
 from __future__ import annotations
 
@@ -38,37 +38,40 @@ from dist_train.training.step.train_step import Step
 
 
 def freeze_for_comparison(net: nn.Module) -> list[str]:
-    """What depends on how a batch is divided does nothing from now on. Returns the names of what was held."""
-    held = set()
+    """Disable what depends on how a batch is divided. Returns the names of what was disabled."""
+    frozen = set()
     for module in net.modules():
         for rate in drop_rates(module):
-            held.add("dropout off")
+            frozen.add("dropout off")
             setattr(module, rate, 0.0)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            held.add("BatchNorm frozen")
+            frozen.add("BatchNorm frozen")
             module.eval()
             module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
-    return sorted(held)
+    return sorted(frozen)
 
 
 def run(trial: Trial) -> Outcome:
-    """Collective: every rank calls this with the same trial."""
+    """Run a trial.
+
+    Collective: every rank calls this with the same trial.
+    """
     config = load_config(trial.config)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
     world = World.join(config)
-    found = Outcome(on_cpu=world.device.type == "cpu")
-    parts = build_components(
-        config, world, splits, change=lambda net: found.held_still.extend(freeze_for_comparison(net))
+    outcome = Outcome(on_cpu=world.device.type == "cpu")
+    components = build_components(
+        config, world, splits, change=lambda net: outcome.held_still.extend(freeze_for_comparison(net))
     )
-    step, state, total = parts.step, TrainState(), parts.learning_rate.total_steps
+    step, state, total = components.step, TrainState(), components.learning_rate.total_steps
     if total < trial.steps:
-        raise ConfigError(f"{trial.steps} steps are tried, and train_for has {total}. Try with a longer train_for.")
+        raise ConfigError(f"The check takes {trial.steps} steps, and train_for has {total}. Set a longer train_for.")
     with _checkpoints(trial, world, config) as checkpoints:
         if checkpoints is not None:
             state = checkpoints.restore_latest(step) or state
-        found.began_at = state.step
+        outcome.began_at = state.step
         step.warm_up(state.step)
         gathered: list[Tensor] = []
         step.eager.batches.on_gather = gathered.append
@@ -76,7 +79,7 @@ def run(trial: Trial) -> Outcome:
             step.take(state.step)
             state.step += 1
             totals = step.pop_window()
-            found.losses.append(totals["loss"] / totals["seen"])
+            outcome.losses.append(totals["loss"] / totals["seen"])
             if checkpoints is not None and (state.step == trial.save_at or trial.kill_after_s):
                 checkpoints.save(state, step)
             if checkpoints is not None and trial.kill_after_s and state.step == 1:
@@ -84,17 +87,17 @@ def run(trial: Trial) -> Outcome:
                 threading.Timer(trial.kill_after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
         if checkpoints is not None:
             checkpoints.finish()
-    found.weights = sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in step.net.parameters())).hexdigest()
-    _count_examples(found, parts.sampler, gathered, world)
-    if splits.val is not None and not trial.folder:  # once for each size is enough
+    outcome.weights = sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in step.net.parameters())).hexdigest()
+    _count_examples(outcome, components.sampler, gathered, world)
+    if splits.val is not None and not trial.folder:  # once per world size is enough
         batches = evaluation_batches(splits.val, step.net, world, config)
         counts = _counted([batch.indices for batch in batches], num_examples(splits.val), world)
-        found.evaluated = int((counts == 1).sum()), len(counts)
-    found.doubled = _doubled(step, step.eager.batches.at(0, 0))
+        outcome.evaluated = int((counts == 1).sum()), len(counts)
+    outcome.doubled = _doubled(step, step.eager.batches.at(0, 0))
     if world.is_rank_zero:
-        print(json.dumps(asdict(found)), flush=True)
+        print(json.dumps(asdict(outcome)), flush=True)
     world.leave()
-    return found
+    return outcome
 
 
 @contextmanager
@@ -114,20 +117,20 @@ def _checkpoints(trial: Trial, world: World, config: Config) -> Iterator[Checkpo
         checkpoints.close()
 
 
-def _count_examples(found: Outcome, sampler: ShardSampler, gathered: list[Tensor], world: World) -> None:
-    """Every example of the steps taken, and of the whole first epoch, at most once over all ranks.
+def _count_examples(outcome: Outcome, sampler: ShardSampler, gathered: list[Tensor], world: World) -> None:
+    """Count the duplicates over all ranks, in the steps taken and in the whole first epoch.
 
     Collective: every rank must call this.
     """
-    in_epoch = max(0, sampler.steps_per_epoch - found.began_at) * sampler.plan.grad_accum_steps
+    in_epoch = max(0, sampler.steps_per_epoch - outcome.began_at) * sampler.plan.grad_accum_steps
     whole = _counted([sampler.indices(step) for step in range(sampler.steps_per_epoch)], sampler.num_examples, world)
     taken = _counted(gathered[:in_epoch], sampler.num_examples, world)
-    found.duplicates = int(((whole > 1) | (taken > 1)).sum())
-    found.epoch = int((whole == 1).sum()), int((whole == 0).sum()), sampler.num_examples
+    outcome.duplicates = int(((whole > 1) | (taken > 1)).sum())
+    outcome.epoch = int((whole == 1).sum()), int((whole == 0).sum()), sampler.num_examples
 
 
 def _counted(indices: list[Tensor], total: int, world: World) -> Tensor:
-    """How often each example occurs, over all ranks: int32 [total].
+    """Return how often each example occurs, over all ranks: int32 [total].
 
     Collective: every rank must call this.
     """
@@ -142,7 +145,7 @@ def _doubled(step: Step, batch: Batch) -> float:
     step.net.eval()
     losses = []
     for times in (1, 2):
-        torch.manual_seed(0)  # a net may draw
+        torch.manual_seed(0)  # a net may use random numbers
         inputs, targets = recursively_apply(lambda t, n=times: torch.cat([t] * n), (batch.inputs, batch.targets))
         losses.append(float(objective.loss(objective.forward(step.net, inputs), targets)))
     return abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12)
@@ -150,7 +153,7 @@ def _doubled(step: Step, batch: Batch) -> float:
 
 def main() -> None:
     settings: dict[str, Any] = json.loads(sys.argv[1])
-    sys.path.insert(0, str(Path.cwd()))  # user code is looked up here first
+    sys.path.insert(0, str(Path.cwd()))  # user code is imported from here first
     try:
         run(Trial(**settings))
     except DistTrainError as error:

@@ -1,4 +1,4 @@
-"""The checks of `dist-train verify`, each with its bound, its number, and whether it was kept."""
+"""The checks of `dist-train verify`, each with its bound, the measured value, and whether the promise is kept."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Check:
 
 
 def verify(config: Config, nproc: int) -> Iterator[Check]:
-    """One check after the other, on up to `nproc` processes of this machine.
+    """Yield one check after the other, on up to `nproc` processes of this machine.
 
     Raises:
-        ConfigError: the global batch cannot be shared out among `nproc`.
-        LaunchError: the processes of a check failed; with what they said.
+        ConfigError: the global batch cannot be divided among `nproc` processes.
+        LaunchError: the processes of a check failed; with the end of their stderr.
     """
     BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
     sizes = [n for n in sorted({1, 2, 3, nproc}) if n <= nproc and config.global_batch_size % n == 0]
@@ -43,17 +43,17 @@ def verify(config: Config, nproc: int) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         trials = _Trials(Path(folder), config)
         alone = trials.run(1)
-        yield Check("held still for these checks", ", ".join(alone.held_still) or "nothing had to be", True)
+        yield Check("frozen for these checks", ", ".join(alone.held_still) or "nothing", True)
         outcomes = {1: alone}
         for size in sizes[1:]:
             outcomes[size] = trials.run(size)
             worst = _worst(outcomes[size].losses, alone.losses)
-            promise = f"the first {STEPS} losses of {size} processes are those of one, within {bound:.0e}"
+            promise = f"the first {STEPS} losses of {size} processes equal those of one, within {bound:.0e}"
             yield Check(promise, f"{worst:.1e}", worst <= bound)
         for size, outcome in outcomes.items():
             yield from _counts(size, outcome)
         doubled = max(o.doubled if math.isfinite(o.doubled) else math.inf for o in outcomes.values())
-        yield Check("a batch twice has the loss of the batch, within 1e-05", f"{doubled:.1e}", doubled <= 1e-5)
+        yield Check("a batch joined to itself has the same loss, within 1e-05", f"{doubled:.1e}", doubled <= 1e-5)
         yield from _resume(trials, sizes, bound)
         yield _killed_while_saving(trials)
 
@@ -72,7 +72,7 @@ def _counts(size: int, outcome: Outcome) -> Iterator[Check]:
 
 
 def _resume(trials: _Trials, sizes: list[int], bound: float) -> Iterator[Check]:
-    """Stopped in mid-epoch on up to three processes, and started again on as many and on another number."""
+    """Stop in mid-epoch on up to three processes, and resume on as many and on another number."""
     size = max(n for n in sizes if n <= 3)
     whole = trials.run(size, folder="saved", save_at=SAVE_AT)
     for again in (size, *[n for n in sizes if n != size][-1:]):
@@ -81,35 +81,33 @@ def _resume(trials: _Trials, sizes: list[int], bound: float) -> Iterator[Check]:
         worst = _worst(resumed.losses, left) if resumed.began_at == SAVE_AT else float("inf")
         if again == size and whole.on_cpu:
             same = resumed.losses == left and resumed.weights == whole.weights
-            promise = (
-                f"{size} processes, stopped after step {SAVE_AT} and started again: as if never stopped, to the bit"
-            )
+            promise = f"{size} processes, stopped after step {SAVE_AT} and resumed: as if never stopped, to the bit"
             yield Check(promise, "equal" if same else f"losses {worst:.1e}", same)
         else:
-            promise = f"stopped on {size} processes, started again on {again}: the same losses within {bound:.0e}"
+            promise = f"stopped on {size} processes, resumed on {again}: the same losses within {bound:.0e}"
             yield Check(promise, f"{worst:.1e}", worst <= bound)
 
 
 def _killed_while_saving(trials: _Trials) -> Check:
-    """One process that saves after each step, killed at several moments of that."""
+    """Kill a process that saves after each step, at several moments."""
     began = []
     for kill in range(KILLS):
         folder = f"killed_{kill}"
         with suppress(LaunchError):
             trials.run(1, folder=folder, kill_after_s=0.05 + 0.037 * kill)
         began.append(trials.run(1, folder=folder, steps=0).began_at)
-    found = f"after {KILLS} kills it went on from steps {', '.join(map(str, began))}"
-    return Check("SIGKILL during saves leaves a checkpoint to go on from", found, min(began) > 0)
+    found = f"after {KILLS} kills it resumed from steps {', '.join(map(str, began))}"
+    return Check("SIGKILL during saves leaves a checkpoint to resume from", found, min(began) > 0)
 
 
 def _worst(ours: list[float], theirs: list[float]) -> float:
     pairs = zip(ours, theirs, strict=True)
-    found = [abs(one - other) / max(abs(other), 1e-12) for one, other in pairs]
-    return max(each if math.isfinite(each) else math.inf for each in found)
+    errors = [abs(one - other) / max(abs(other), 1e-12) for one, other in pairs]
+    return max(each if math.isfinite(each) else math.inf for each in errors)
 
 
 class _Trials:
-    """Starts trials in processes of their own, on a copy of the config without what would hide a fault."""
+    """Runs trials in child processes, on a copy of the config without settings that would hide a fault."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._folder = folder
@@ -130,9 +128,9 @@ class _Trials:
         )
         program = PROGRAM, json.dumps(asdict(trial))
         printed = output_of_ranks(size, *program) if size > 1 else output_of(*program)
-        # A net of the user may print too.
-        said = json.loads(next(line for line in printed.splitlines() if line.startswith('{"began_at": ')))
-        return Outcome(**said | {name: tuple(said[name]) for name in ("epoch", "evaluated")})
+        # A user's net may print too.
+        fields = json.loads(next(line for line in printed.splitlines() if line.startswith('{"began_at": ')))
+        return Outcome(**fields | {name: tuple(fields[name]) for name in ("epoch", "evaluated")})
 
     def copy(self, folder: str, to: str) -> str:
         shutil.copytree(self._folder / folder, self._folder / to)

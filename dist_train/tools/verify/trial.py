@@ -1,4 +1,4 @@
-"""What the ranks of a check are told, and what they say of it."""
+"""The input and the result of the ranks of a check."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class Trial:
-    """Updates up to `steps`. With a `folder`: from its latest checkpoint on, and saved there after step `save_at`."""
+    """Train up to `steps`. With a `folder`: resume from its latest checkpoint, and save there after step `save_at`."""
 
     config: str  # a resolved YAML file
     steps: int
     folder: str = ""
     save_at: int = 0
-    kill_after_s: float = 0.0  # save after each step, and so long after the first save SIGKILL
+    kill_after_s: float = 0.0  # save after each step, and SIGKILL this long after the first save
 
 
 @dataclass(kw_only=True)
 class Outcome:
     began_at: int = 0
-    losses: list[float] = field(default_factory=list)  # of each update taken
-    on_cpu: bool = True  # where a run that is resumed on as many processes is the same to the bit
+    losses: list[float] = field(default_factory=list)  # one per update
+    on_cpu: bool = True  # where a run resumed on as many processes is bit-identical
     weights: str = ""  # digest
-    held_still: list[str] = field(default_factory=list)
-    duplicates: int = 0  # examples that the ranks together trained on twice in these steps, or would in the epoch
+    held_still: list[str] = field(default_factory=list)  # what was frozen
+    duplicates: int = 0  # examples that all ranks together train on more than once, in these steps or in the epoch
     epoch: tuple[int, int, int] = (0, 0, 0)  # examples seen once, dropped, in the set
-    evaluated: tuple[int, int] = (0, 0)  # examples counted just once, in the split
-    doubled: float = 0.0  # relative difference of the loss of a batch and of the batch twice
+    evaluated: tuple[int, int] = (0, 0)  # examples counted exactly once, in the split
+    doubled: float = 0.0  # relative difference between the loss of a batch and of the batch joined to itself

@@ -1,4 +1,4 @@
-"""sbatch texts, whole; and the decisions that they ask for."""
+"""Rendered sbatch scripts, the requeue decision, and the checks before a job is queued."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ SCRIPTS = ROOT / "slurm"
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_the_scripts_in_slurm_are_what_we_render(name: str) -> None:
+def test_the_scripts_in_slurm_match_their_rendering(name: str) -> None:
     assert (SCRIPTS / f"{name}.sbatch").read_text() == BUNDLED[name].render()
 
 
-def test_no_other_script_lies_there() -> None:
+def test_slurm_contains_no_other_script() -> None:
     assert {path.stem for path in SCRIPTS.glob("*.sbatch")} == {*BUNDLED}
 
 
-def stand_ins(folder: Path, commands: dict[str, str]) -> Path:
-    """A folder for PATH with these commands, each of what it does in bash."""
+def fake_commands(folder: Path, commands: dict[str, str]) -> Path:
+    """Create a folder for PATH that holds these commands, given as bash code by name."""
     folder.mkdir()
-    for name, does in commands.items():
-        (folder / name).write_text(f"#!/bin/bash\n{does}")
+    for name, code in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{code}")
         (folder / name).chmod(0o755)
     return folder
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun", "accelerate"])
 def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> None:
-    """By a stand-in for each command of Slurm: whatever quotes, spaces and dollars do."""
+    """Quotes, spaces and dollars survive. Slurm's commands are fakes."""
     arguments = ("-c", "my config.yaml", "-o", "model.args={'a': \"b $HOME `c`\"}", "data.root=/x y", "")
     say = 'printf "%s\\0" "$@" > seen\n'
-    fake = stand_ins(tmp_path / "bin", {
+    fake = fake_commands(tmp_path / "bin", {
         "srun": 'shift 3; exec "$@"\n', "scontrol": "echo localhost\n", "scancel": "", "getent": "",
         "python": f'case "$*" in *requeue-check*) {say.strip()}.check; echo ended;; *) {say.strip()};; esac\n',
     })  # fmt: skip
@@ -62,31 +62,31 @@ def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> N
         assert (tmp_path / seen).read_text().split("\0")[:-1][-len(arguments) :] == [*arguments]
 
 
-@pytest.mark.parametrize("told", ["in its setup", "in its step", "never"])
-def test_told_at_any_moment(told: str, tmp_path: Path) -> None:
-    """By a stand-in for each command of Slurm: no step begins for nothing, and what began can see the file."""
-    tell = "kill -USR1 $SHELL_PID; sleep 1; "
-    step = f'ls -A "$PWD"/.stop-* > seen.before; {tell if told == "in its step" else ""}ls -A "$PWD"/.stop-* > seen'
-    fake = stand_ins(tmp_path / "bin", {
+@pytest.mark.parametrize("when", ["in its setup", "in its step", "never"])
+def test_a_stop_request_at_any_moment(when: str, tmp_path: Path) -> None:
+    """After a request no step starts, and a running step sees the file. Slurm's commands are fakes."""
+    request = "kill -USR1 $SHELL_PID; sleep 1; "
+    step = f'ls -A "$PWD"/.stop-* > seen.before; {request if when == "in its step" else ""}ls -A "$PWD"/.stop-* > seen'
+    fake = fake_commands(tmp_path / "bin", {
         "srun": f"{step}\nexit 0\n", "scontrol": "echo localhost\n", "scancel": "echo $* > cancelled\n", "getent": "",
         "python": 'echo "$*" > check; echo ended\n',
     })  # fmt: skip
-    (tmp_path / ".stop-7").touch()  # of an earlier start
-    setup = (f"export SHELL_PID=$$; {tell if told == 'in its setup' else ''}",)
+    (tmp_path / ".stop-7").touch()  # from an earlier start
+    setup = (f"export SHELL_PID=$$; {request if when == 'in its setup' else ''}",)
     script = BatchScript(arguments=("-c", "mnist"), python=str(fake / "python"), setup=setup).render()
     env = {"PATH": f"{fake}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"}
     done = subprocess.run(["bash"], input=script, text=True, capture_output=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "seen").exists() == (told != "in its setup")
-    if told != "in its setup":
+    assert (tmp_path / "seen").exists() == (when != "in its setup")
+    if when != "in its setup":
         assert (tmp_path / "seen.before").read_text() == ""
-        assert (tmp_path / "seen").read_text() == (f"{tmp_path}/.stop-7\n" if told == "in its step" else "")
-    assert ("--told" in (tmp_path / "check").read_text()) == (told != "never")
-    assert (tmp_path / "cancelled").exists() == (told != "never")
+        assert (tmp_path / "seen").read_text() == (f"{tmp_path}/.stop-7\n" if when == "in its step" else "")
+    assert ("--told" in (tmp_path / "check").read_text()) == (when != "never")
+    assert (tmp_path / "cancelled").exists() == (when != "never")
     assert not (tmp_path / ".stop-7").exists()
 
 
-def test_what_is_asked_of_slurm() -> None:
+def test_the_requested_resources() -> None:
     more = {"options": ("--qos=long",), "setup": ("module load x",)}
     script = BatchScript(nodes=3, nproc=4, gpus_per_node=4, cpus_per_proc=8, partition="gpu", **more)  # type: ignore[arg-type]
     lines = script.render().splitlines()
@@ -94,33 +94,33 @@ def test_what_is_asked_of_slurm() -> None:
         assert f"#SBATCH {wanted}" in lines
     assert "#SBATCH --qos=long" in lines
     assert lines.index("module load x") < next(n for n, line in enumerate(lines) if line.lstrip().startswith("srun"))
-    one_task_a_rank = BatchScript(launcher="srun", nproc=4).render()
-    assert "#SBATCH --ntasks-per-node=4" in one_task_a_rank
-    assert "torch.distributed.run" not in one_task_a_rank
-    assert shlex.split(one_task_a_rank, comments=True)
+    one_task_per_rank = BatchScript(launcher="srun", nproc=4).render()
+    assert "#SBATCH --ntasks-per-node=4" in one_task_per_rank
+    assert "torch.distributed.run" not in one_task_per_rank
+    assert shlex.split(one_task_per_rank, comments=True)
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("fields", "message"),
     [
-        ({"time": "60\n#SBATCH --uid=0"}, "--time='60\\n#SBATCH --uid=0' has a control character in it. Leave it out."),
+        ({"time": "60\n#SBATCH --uid=0"}, "--time='60\\n#SBATCH --uid=0' contains a control character. Remove it."),
         ({"options": ("--qos=long", "-A x\n#SBATCH --uid=0")}, "--sbatch="),
         ({"job_name": "mnist\nid >seen"}, "The name="),
         ({"partition": "a\rb"}, "--partition="),
         ({"log": "a\x85b"}, "--log="),
         ({"arguments": ("-c", "a\n#SBATCH --uid=0")}, "An argument="),
-        ({"arguments": ("-c", "\udcff.yaml")}, "An argument="),  # bytes that are no text
+        ({"arguments": ("-c", "\udcff.yaml")}, "An argument="),  # bytes that are not text
         ({"setup": ("module load a\nmodule load b",), "arguments": ("n\u00fcll \u2713",)}, ""),
     ],
 )  # fmt: skip
-def test_no_text_becomes_a_line_of_its_own(asked: dict[str, object], said: str) -> None:
-    if said:
+def test_no_text_becomes_a_line_of_its_own(fields: dict[str, object], message: str) -> None:
+    if message:
         with pytest.raises(ConfigError) as refused:
-            BatchScript(**asked)  # type: ignore[arg-type]
-        assert str(refused.value).startswith(said)
+            BatchScript(**fields)  # type: ignore[arg-type]
+        assert str(refused.value).startswith(message)
         assert len(str(refused.value).splitlines()) == 1
     else:
-        assert "module load b" in BatchScript(**asked).render().splitlines()  # type: ignore[arg-type]
+        assert "module load b" in BatchScript(**fields).render().splitlines()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_no_text_becomes_a_line_of_its_own(asked: dict[str, object], said: str) 
 def test_the_command_line_refuses_it(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x\n#SBATCH --uid=0.yaml").touch()
-    said = CliRunner().invoke(main, ["slurm", "render", "-c", "smoke", *options])
-    assert said.exit_code == 2
-    assert "has a control character in it" in said.output
-    assert "\n#SBATCH" not in said.output
+    result = CliRunner().invoke(main, ["slurm", "render", "-c", "smoke", *options])
+    assert result.exit_code == 2
+    assert "contains a control character" in result.output
+    assert "\n#SBATCH" not in result.output
 
 
 def test_a_job_is_no_run_of_the_shell_that_submits_it(tmp_path: Path) -> None:
-    fake = stand_ins(tmp_path / "bin", {
+    fake = fake_commands(tmp_path / "bin", {
         "srun": 'echo "${WANDB_RUN_ID-unset} ${WANDB_NAME-unset} $WANDB_PROJECT" > seen\n', "scontrol": "echo n1\n",
         "scancel": "", "getent": "", "python": "echo ended\n",
     })  # fmt: skip
@@ -149,11 +149,11 @@ def test_a_job_is_no_run_of_the_shell_that_submits_it(tmp_path: Path) -> None:
 
 
 def test_launchers_wait_as_long_as_the_settings_say() -> None:
-    said = CliRunner().invoke(main, ["slurm", "render", "-c", "smoke", "-o", "setup_timeout_s=1234.5"])
-    assert "--rdzv-conf=join_timeout=1235 " in said.output
+    result = CliRunner().invoke(main, ["slurm", "render", "-c", "smoke", "-o", "setup_timeout_s=1234.5"])
+    assert "--rdzv-conf=join_timeout=1235 " in result.output
 
 
-# --- what is to become of the job ------------------------------------------------------------------------------------
+# --- the requeue decision --------------------------------------------------------------------------------------------
 
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}
@@ -178,7 +178,7 @@ def run_that(path: Path, state: str | None, error: dict[str, str] | None = None)
         ("ERROR", {"kind": "PeerLost", "message": "gone"}, "requeue"),
         ("TRAINING", {"kind": "PeerLost", "message": "gone"}, "requeue"),  # rank zero itself was killed
         ("TRAINING", None, "requeue"),  # all of them were
-        ("ERROR", None, "requeue"),  # another machine has begun again
+        ("ERROR", None, "requeue"),  # another machine has started again
         ("PREEMPTED", {"kind": "DataError", "message": "of a later start"}, "failed"),
         ("ERROR", {"kind": "TrainingDiverged", "message": "not finite"}, "failed"),
         ("TRAINING", {"kind": "UserCodeError", "message": "of rank 1"}, "failed"),
@@ -186,7 +186,7 @@ def run_that(path: Path, state: str | None, error: dict[str, str] | None = None)
         (None, None, "failed"),
     ],
 )
-def test_by_what_the_run_says_of_itself(
+def test_the_runs_own_state_decides(
     state: str | None, error: dict[str, str] | None, decision: str, tmp_path: Path
 ) -> None:
     run_dir = run_that(tmp_path / "run", state, error)
@@ -195,13 +195,13 @@ def test_by_what_the_run_says_of_itself(
         word, why = decide_requeue(run_dir, JOB, max_requeues=2)
         assert word == "failed"
         assert "--max-requeues=2" in why
-    if decision != "failed" and state != "FINISHED":  # what an earlier start said is no reason
+    if decision != "failed" and state != "FINISHED":  # an earlier start's state does not count
         for other in ({"SLURM_RESTART_COUNT": "3"}, {"SLURM_JOB_ID": "8"}):
             assert decide_requeue(run_dir, JOB | other, max_requeues=9)[0] == "failed"
 
 
 def test_preempted_before_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm knows that it was; the cap holds here too."""
+    """Slurm reports the preemption; --max-requeues applies here too."""
     run_dir = run_that(tmp_path / "run", None)
     monkeypatch.setattr(preemption, "is_preempted", lambda env: True)
     assert decide_requeue(run_dir, JOB, max_requeues=3)[0] == "requeue"
@@ -209,9 +209,9 @@ def test_preempted_before_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("state", [None, "PREEMPTED"])
-def test_told_before_it_trained(state: str | None, tmp_path: Path) -> None:
-    """The batch shell heard it, the ranks were too young to; a time limit that never suffices is not tried for ever."""
-    run_dir = run_that(tmp_path / "run", state)  # of start 2, or nothing was ever said
+def test_asked_to_stop_before_it_trained(state: str | None, tmp_path: Path) -> None:
+    """Only the batch shell received the request. A time limit that is always too short is not retried forever."""
+    run_dir = run_that(tmp_path / "run", state)  # written by start 2, or by none
     begun = 2 if state else -1
     decisions = {
         start: decide_requeue(run_dir, JOB | {"SLURM_RESTART_COUNT": f"{start}"}, max_requeues=9, told=True)[0]
@@ -220,16 +220,16 @@ def test_told_before_it_trained(state: str | None, tmp_path: Path) -> None:
     assert [*decisions.values()] == ["requeue", "requeue", "failed", "failed"]
 
 
-def test_a_partition_of_unlike_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "low*|2|16|1-00:00:00\nlow*|1|64|1-00:00:00\nbig|3|1024|infinite\n"
-    monkeypatch.setattr(slurm, "ask", lambda *command: said)
+def test_a_partition_of_different_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = "low*|2|16|1-00:00:00\nlow*|1|64|1-00:00:00\nbig|3|1024|infinite\n"
+    monkeypatch.setattr(slurm, "ask", lambda *command: output)
     assert slurm.partitions() == {
         "low": Partition(3, 64, "1-00:00:00", True), "big": Partition(3, 1024, "infinite", False),
     }  # fmt: skip
 
 
-def test_a_run_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
-    """Where no start gets to a new checkpoint, the next one has no prospect either."""
+def test_a_run_that_is_lost_repeatedly_is_not_requeued(tmp_path: Path) -> None:
+    """When starts in a row reach no new checkpoint, another start is not worth trying."""
     decisions = []
     for step in (0, 0, 50, 50, 50, 50):
         run_dir = RunDir(tmp_path / "run")
@@ -240,12 +240,12 @@ def test_a_run_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
     assert decisions == ["requeue"] * 4 + ["failed"] * 2
 
 
-def test_a_term_outside_of_slurm_is_an_interrupt() -> None:
+def test_a_sigterm_outside_slurm_is_an_interrupt() -> None:
     assert Slurm({}).classify_sigterm() == "INTERRUPT"
     assert Slurm({"SLURM_JOB_ID": "1"}).classify_sigterm() == "INTERRUPT"  # in a batch shell, without a step
 
 
-# --- refused before it is queued -------------------------------------------------------------------------------------
+# --- checks before a job is queued -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_time_limits_as_sbatch_reads_them(text: str, seconds: int) -> None:
     assert seconds_of(text) == seconds
 
 
-def test_no_time_limit() -> None:
-    with pytest.raises(ConfigError, match="--time=soon is no time limit"):
+def test_an_invalid_time_limit() -> None:
+    with pytest.raises(ConfigError, match="--time=soon is not a time limit"):
         seconds_of("soon")
 
 
@@ -276,31 +276,31 @@ def test_what_would_fail_later(script: BatchScript, settings: dict[str, str], me
         check_submission(script, parse_config(settings), save_s=20.0)
 
 
-def test_data_that_no_node_could_fetch(tmp_path: Path) -> None:
+def test_data_that_compute_nodes_could_not_fetch(tmp_path: Path) -> None:
     config = parse_config({"data": {"name": "cifar10", "root": str(tmp_path)}})
     with pytest.raises(DataError, match="dist-train data fetch cifar10"):
         check_submission(BatchScript(), config)
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("fields", "message"),
     [
         ({}, ""),
         ({"partition": "big", "nodes": 50}, ""),
         ({"partition": "low,big", "nodes": 50}, ""),  # one of them can
-        ({"nodes": 5}, "--nodes=5, and partition low has 4."),
+        ({"nodes": 5}, "--nodes=5, but partition low has 4."),
         ({"nproc": 8, "cpus_per_proc": 2}, "--nproc=8 x --cpus-per-proc=2 = 16 CPUs on a node"),
-        ({"time": "2-0"}, "--time=2-0, and partition low ends jobs after 1-00:00:00."),
+        ({"time": "2-0"}, "--time=2-0, but partition low ends jobs after 1-00:00:00."),
         ({"partition": "gold"}, "--partition=gold does not exist. Use one of big, low."),
-        ({"partition": "low,big", "nodes": 500}, "partition big has 100. The job would wait for ever"),
+        ({"partition": "low,big", "nodes": 500}, "partition big has 100. The job would wait forever"),
     ],
 )
-def test_more_than_a_partition_has_is_refused(asked: dict[str, object], said: str) -> None:
-    there = {"low": Partition(4, 8, "1-00:00:00", True), "big": Partition(100, 64, "infinite", False)}
-    script = BatchScript(**asked)  # type: ignore[arg-type]
-    if not said:
-        check_partition(script, there)
+def test_more_than_a_partition_has_is_refused(fields: dict[str, object], message: str) -> None:
+    partitions = {"low": Partition(4, 8, "1-00:00:00", True), "big": Partition(100, 64, "infinite", False)}
+    script = BatchScript(**fields)  # type: ignore[arg-type]
+    if not message:
+        check_partition(script, partitions)
         return
     with pytest.raises(ConfigError) as refused:
-        check_partition(script, there)
-    assert said in str(refused.value)
+        check_partition(script, partitions)
+    assert message in str(refused.value)

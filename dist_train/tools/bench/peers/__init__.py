@@ -1,1 +1,1 @@
-"""The loops that people write: each as its own documents show it, on the same task."""
+"""Common training loops, each as its own documentation shows it, on the same task."""

@@ -1,4 +1,4 @@
-"""The same loop under Accelerate, everything prepared by it."""
+"""The same loop with Accelerate, which prepares everything."""
 
 from itertools import islice
 

@@ -1,4 +1,4 @@
-"""The bare loop over resident tensors under DistributedDataParallel; each rank has its part of the batch."""
+"""The bare loop over resident tensors under DistributedDataParallel; each rank takes its part of the batch."""
 
 import json
 import os

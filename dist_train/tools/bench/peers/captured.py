@@ -1,4 +1,4 @@
-"""The bare loop over tensors on the device, its step captured by hand as a CUDA graph: what replaying can give."""
+"""The bare loop over tensors on the device, its step captured by hand as a CUDA graph: the limit of replaying."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What a training script has to wait for before its first line."""
+"""The imports that a training script waits for before its first line."""
 
 import accelerate  # noqa: F401
 import torch  # noqa: F401

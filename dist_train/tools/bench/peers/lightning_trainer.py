@@ -1,4 +1,4 @@
-"""Lightning's Trainer, with everything off that is not training."""
+"""Lightning's Trainer, with everything but training turned off."""
 
 import time
 
@@ -10,7 +10,7 @@ from dist_train.tools.bench.peers.dataloader import loader_of
 from dist_train.tools.bench.task import Task, task_of_this_process
 from dist_train.torchvision_compat import import_torchvision
 
-import_torchvision()  # Lightning imports it, and dies of it where its operators do not fit torch
+import_torchvision()  # Lightning imports it, and crashes if its operators do not match torch
 import lightning  # noqa: E402
 
 
@@ -30,7 +30,7 @@ class Classifier(lightning.LightningModule):
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self) -> None:
-        self.task.seconds = time.perf_counter() - self.started  # of the last of two
+        self.task.seconds = time.perf_counter() - self.started  # of the second epoch
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The bare loop over tensors that lie on the device: the floor of eager PyTorch."""
+"""The bare loop over tensors on the device: the floor of eager PyTorch."""
 
 import torch
 from torch.nn.functional import cross_entropy
