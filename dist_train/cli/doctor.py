@@ -68,7 +68,7 @@ def _examine(config: Config) -> list[dict[str, str]] | None:
     of_all = world.gather(_rows(mine))
     hosts = world.hosts()
     wrong = [
-        row | {"what": f"{row['what']}, rank {rank} on {hosts[rank]}"}
+        row | {"name": f"{row['name']}, rank {rank} on {hosts[rank]}"}
         for rank, rows in enumerate(of_all) if rank for row in rows if row["fix"]
     ]  # fmt: skip
     world.leave()
@@ -80,10 +80,10 @@ def _rows(findings: list[Diagnosis]) -> list[dict[str, str]]:
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    width = max(len(row["what"]) for row in rows)
+    width = max(len(row["name"]) for row in rows)
     lines = []
     for row in rows:
-        lines.append(f"{'WRONG' if row['fix'] else 'ok':5}  {row['what'].ljust(width)}  {row['said']}")
+        lines.append(f"{'WRONG' if row['fix'] else 'ok':5}  {row['name'].ljust(width)}  {row['result']}")
         if row["fix"]:
             lines.append(f"{'':5}  {'':{width}}  {row['fix']}")
     return "\n".join(lines)
