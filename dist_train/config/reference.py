@@ -28,8 +28,10 @@ A run is one YAML file. `-o name=value` changes a setting and wins over the file
 unknown name is refused with the nearest legal one, a wrong value with what is allowed, before any process starts.
 
 ```bash
-dist-train train -c mnist -o optimizer.lr=3e-3 -o train_for="2 epochs" --dry-run
-dist-train config show -c mnist
+dist-train config ls                                  # the bundled configs; their headers say what was measured
+dist-train config show -c mnist -o optimizer.lr=3e-3  # all settings of a run, defaults included
+dist-train config diff mnist mnist_mlp                # the settings in which two configs or runs differ
+dist-train train -c mnist -o train_for="2 epochs" --dry-run
 ```
 
 A duration is a number with a unit: `600 steps`, `0.5 epochs`, `30 s`. A number without a unit means steps. A list is
