@@ -1,4 +1,4 @@
-"""`config ls|show|validate|diff`."""
+"""`config ls|show|validate|diff|reference`."""
 
 from __future__ import annotations
 
@@ -60,3 +60,11 @@ def config_diff(first: str, second: str) -> None:
     for key in mine | theirs:  # a section that is not set has one entry, its own name
         if mine.get(key) != theirs.get(key):
             click.echo(f"{key}: {mine.get(key, '-')} | {theirs.get(key, '-')}")
+
+
+@config.command("reference")
+def config_reference() -> None:
+    """Every setting with its type, default and meaning, as Markdown (docs/settings.md)."""
+    from dist_train.config.reference import to_markdown
+
+    click.echo(to_markdown(), nl=False)
