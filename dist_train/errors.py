@@ -16,6 +16,9 @@ A message has one or a few lines: the setting as the user typed it, the arithmet
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DistTrainError(Exception):
     exit_code = 1
@@ -55,3 +58,9 @@ class OutOfMemory(DistTrainError):
 
 class UserCodeError(DistTrainError):
     pass
+
+
+def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
+    """Return " Did you mean PREFIXname?" for the name most similar to `word`, or "" if none is similar."""
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dist_train.config.schema import Config, section_of
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, did_you_mean
 
 
 class _Numbers(yaml.resolver.Resolver):
@@ -183,8 +182,7 @@ def _short(value: object) -> str:
 
 
 def _suggest(word: str, legal: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(word, legal, n=1, cutoff=0.5)
-    near = near or [name for name in legal if name in word.split("_") or word in name.split("_")][:1]
+    prefix = f"{prefix}." if prefix else ""
     synonyms = {
         "learning_rate": "lr",
         "batch_size": "global_batch_size",
@@ -192,5 +190,6 @@ def _suggest(word: str, legal: list[str], prefix: str = "") -> str:
         "precision": "mixed_precision",
     }
     if synonyms.get(word) in legal:
-        near = [synonyms[word]]
-    return f" Did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else ""
+        return did_you_mean(synonyms[word], legal, prefix)
+    sharing_a_word = [name for name in legal if name in word.split("_") or word in name.split("_")][:1]
+    return did_you_mean(word, legal, prefix) or "".join(did_you_mean(name, legal, prefix) for name in sharing_a_word)

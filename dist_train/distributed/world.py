@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dist_train.config.schema import Config, Precision
 from dist_train.distributed.devices import choose_device, choose_precision, keep_freed_memory
+from dist_train.distributed.peer_failures import first_line, is_timeout
 from dist_train.distributed.process import ProcessInfo, detect_process, export_rendezvous, threads_per_process
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 
@@ -304,30 +304,6 @@ def end_process(code: int) -> NoReturn:
 def backends() -> list[str]:
     """Return the communication backends of this build of torch."""
     return [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()]
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Return whether a collective failed because another rank is gone; the cause is then on that rank."""
-    if isinstance(error, dist.DistError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    # The last frame must be that of a collective, also in backward: errors of user code may mention sockets too.
-    frames = traceback.extract_tb(error.__traceback__)
-    sources = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/", "accelerate/")
-    words = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket", "nccl")
-    text = str(error).lower()
-    return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in sources)
-
-
-def is_timeout(error: BaseException) -> bool:
-    """Return whether a wait for other ranks timed out; only torch's message tells."""
-    return any(words in str(error).lower() for words in ("timed out", "timeout"))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of the message, or the name of the error's class if there is no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_accelerate(env: MutableMapping[str, str]) -> None:

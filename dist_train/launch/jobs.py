@@ -23,13 +23,7 @@ from dist_train.launch.slurm.preemption import Slurm
 from dist_train.launch.slurm.preflight import check_partition, check_submission
 from dist_train.launch.torchrun import LaunchSpec, start_ranks
 from dist_train.runs.directory import RunDir
-from dist_train.runs.start_options import (
-    StartOptions,
-    check_start,
-    find_run_dir,
-    remove_if_not_started,
-    valid_run_name,
-)
+from dist_train.runs.start_options import StartOptions, check_start, find_run_dir, remove_if_not_started, valid_run_name
 from dist_train.runs.summary import Summary, summarise, summarise_existing
 
 _QUEUED = ("PENDING", "CONFIGURING")  # states of a job, for the first time or requeued

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from dist_train.config.schema import ModelConfig
 from dist_train.distributed.rng import derive_seed, seeded
-from dist_train.errors import ConfigError, DataError, DistTrainError, UserCodeError
+from dist_train.errors import ConfigError, DataError, DistTrainError, UserCodeError, did_you_mean
 from dist_train.models.bundle import load_model_bundle
 from dist_train.models.nets import MODELS
 from dist_train.torchvision_compat import import_torchvision
@@ -22,7 +22,6 @@ from dist_train.user_code.importing import (
     accepted_arguments,
     check_arguments,
     check_object,
-    closest,
     load_object,
     wrap_user_errors,
 )
@@ -236,8 +235,7 @@ def _needed(config: ModelConfig, spec: DataSpec, *keys: str) -> dict[str, int]:
 
 
 def _unknown(config: ModelConfig, prefix: str, names: list[str], where: str) -> ConfigError:
-    near = closest(config.name.removeprefix(prefix), names)
-    hint = f" Did you mean {prefix}{near}?" if near else ""
+    hint = did_you_mean(config.name.removeprefix(prefix), names, prefix)
     return ConfigError(f"model.name={config.name}: no such net.{hint} {where}")
 
 

@@ -1,22 +1,42 @@
-"""The components of a training that need no run directory: sampler, learning rate, step."""
+"""Build a trainer: the components that need no run directory (sampler, learning rate, step), and all that do."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
+from dist_train.checkpoints.manager import Checkpoints
+from dist_train.checkpoints.manifest import find_checkpoint
+from dist_train.checkpoints.storage import load_weights
+from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
+from dist_train.data.epoch_audit import ShardAudit
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import Splits
+from dist_train.distributed import watchdog
+from dist_train.distributed.scheduler import Scheduler
+from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
 from dist_train.models.registry import build_model
+from dist_train.runs.directory import RunDir
+from dist_train.runs.progress import Screen
+from dist_train.runs.start_options import StartOptions
+from dist_train.training.agreement import Agreement
+from dist_train.training.provenance import collect_provenance
+from dist_train.training.recorder import RunRecorder
+from dist_train.training.start_report import report_limits, report_start
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
+from dist_train.training.tracking import Tracker
+from dist_train.training.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,3 +68,90 @@ def build_components(
     change(net)
     batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
     return Components(sampler, learning_rate, Step(config, world, net, batches, plan, learning_rate))
+
+
+def build_trainer(
+    config: Config,
+    world: World,
+    run_dir: RunDir,
+    splits: Splits,
+    start: StartOptions,
+    request: StopRequest,
+    started: float,
+    scheduler: Scheduler,
+) -> Trainer:
+    """Build the trainer and restore the newest checkpoint.
+
+    Collective: every rank must call this.
+    """
+    components = build_components(config, world, splits)
+    sampler, learning_rate, step = components.sampler, components.learning_rate, components.step
+    net = step.net
+    total_steps = learning_rate.total_steps
+    checkpoints = Checkpoints(
+        run_dir,
+        world,
+        config,
+        config.keep_every.to_steps(sampler.steps_per_epoch),
+        on_first_save=scheduler.on_first_save,
+    )
+    # Room for two checkpoints, each with the weights and optimizer state of twice their size.
+    size = sum(p.nbytes for p in net.parameters())
+    world.on_rank_zero(lambda: run_dir.check_room(6 * size))
+    state = checkpoints.restore_latest(step)
+    if state is None:
+        state = TrainState()
+        if start.init_from is not None:
+            load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
+
+    provenance = collect_provenance(world, sampler.plan, world.hosts()) | {"data": splits.description}
+    before = run_dir.read_provenance() if state.step else {}
+    provenance["data_identity"] = before.get("data_identity") or splits.identity
+    if world.is_rank_zero:
+        run_dir.record_resume(state.step, world.size)
+        report_start(config, run_dir, splits, sampler, net, state, total_steps, provenance)
+    # A resumed run keeps the mode that was chosen when it began.
+    step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
+    provenance["step_mode"] = step.mode
+    if world.is_rank_zero:
+        report_limits(step, provenance, before)
+        cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
+        if cut:
+            _log.info("%d metric lines after step %d set aside: they are written again", cut, state.step)
+        run_dir.write_provenance(provenance)
+    audit = ShardAudit(sampler, world, state.step, state.audit)
+    step.eager.batches.on_gather = audit.note
+    world.barrier()
+    save_every = config.save_every
+    return Trainer(
+        config=config,
+        world=world,
+        splits=splits,
+        step=step,
+        state=state,
+        checkpoints=checkpoints,
+        recorder=RunRecorder(
+            config=config,
+            world=world,
+            run_dir=run_dir,
+            step=step,
+            state=state,
+            tracker=Tracker(run_dir, config, provenance, enabled=world.is_rank_zero),
+            screen=Screen(total_steps, sampler.steps_per_epoch, shown=world.is_rank_zero and start.verbosity >= 0),
+            total_steps=total_steps,
+            steps_per_epoch=sampler.steps_per_epoch,
+            started=started,
+        ),
+        agreement=Agreement(
+            world,
+            request,
+            run_dir,
+            scheduler,
+            poll=checkpoints.poll,
+            on_agreed=lambda: watchdog.arm(config.stall_timeout_s),
+            save_every_s=save_every.value if save_every.unit == "s" else 0.0,
+        ),
+        learning_rate=learning_rate,
+        audit=audit,
+        steps_per_epoch=sampler.steps_per_epoch,
+    )

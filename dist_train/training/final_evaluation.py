@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dist_train.data.sets.image_set import Examples
 from dist_train.data.splits import Splits
-from dist_train.distributed.world import World, first_line
+from dist_train.distributed.peer_failures import first_line
+from dist_train.distributed.world import World
 from dist_train.models.tasks.confusion import Confusion, Mistake, accuracy_by_class, class_names
 from dist_train.runs.directory import RunDir
 from dist_train.runs.reports import charts

@@ -21,7 +21,7 @@ from urllib.parse import urlparse
 from dist_train.checkpoints.manifest import MODEL, best_checkpoint, manifests
 from dist_train.config.paths import cache_stand_in
 from dist_train.config.schema import Config, TrackingConfig
-from dist_train.distributed.world import first_line
+from dist_train.distributed.peer_failures import first_line
 from dist_train.errors import DistTrainError, RunDirError
 from dist_train.runs.directory import RunDir
 

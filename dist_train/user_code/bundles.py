@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from dist_train.errors import ConfigError, UserCodeError
+from dist_train.errors import ConfigError, UserCodeError, did_you_mean
 from dist_train.user_code.archives import unpack_archive
-from dist_train.user_code.importing import closest, defines, import_file, line_of, list_names
+from dist_train.user_code.importing import defines, import_file, line_of, list_names
 
 _folders: set[Path] = set()  # folders of the bundles that this process has opened
 
@@ -53,10 +54,9 @@ def _find(path: Path, filename: str, label: str) -> Path:
     matches = [candidate for candidate in candidates if (candidate / filename).is_file()]
     if matches[:1] != [folder] and len(matches) != 1:
         names = sorted(str(file.relative_to(folder)) for candidate in candidates for file in candidate.glob("*.py"))
-        near = closest(filename, names)
+        near = "" if filename in map(os.path.basename, names) else did_you_mean(filename, names)
         raise UserCodeError(
-            f"{label}: {filename} is missing or in several folders. Found: {', '.join(names) or 'no .py file'}."
-            f"{f' Did you mean {near}?' if near and near != filename else ''}"
+            f"{label}: {filename} is missing or in several folders. Found: {', '.join(names) or 'no .py file'}.{near}"
         )
     return matches[0].resolve() / filename
 
@@ -106,7 +106,7 @@ def check_method(cls: type, name: str, *arguments: str) -> None:
     method = getattr(cls, name, None)
     if not callable(method):
         own = [key for key, value in vars(cls).items() if callable(value) and not key.startswith("_")]
-        near = f" Did you mean {closest(name, own)}?" if closest(name, own) else ""
+        near = did_you_mean(name, own)
         raise UserCodeError(f"{label_of(cls)} has no method {signature}.{near} In {inspect.getfile(cls)}.")
     try:
         unbound = not isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod))

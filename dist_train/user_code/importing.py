@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from dist_train.errors import ConfigError, DistTrainError, UserCodeError
+from dist_train.errors import ConfigError, DistTrainError, UserCodeError, did_you_mean
 from dist_train.torchvision_compat import import_torchvision, is_missing_operator
 
 
@@ -141,8 +140,7 @@ def _missing_module(spec: str, module_name: str, missing: str) -> str:
     *parents, last = missing.split(".")
     folder = Path.cwd().joinpath(*parents)
     names = sorted({path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")})
-    prefix = ".".join([*parents, ""])
-    near = f" Did you mean {prefix}{closest(last, names)}?" if closest(last, names) else ""
+    near = did_you_mean(last, names, ".".join([*parents, ""]))
     return f"{spec}: no module {missing}, neither in {Path.cwd()} nor among the installed packages.{near}"
 
 
@@ -185,11 +183,6 @@ def _where(error: BaseException) -> str:
     return f"{last.filename}:{last.lineno}"
 
 
-def closest(word: str, names: Iterable[str]) -> str | None:
-    """Return the name most similar to `word`, or None if none is similar."""
-    return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)), None)
-
-
 def list_names(module: ModuleType, wanted: str) -> str:
     """List the public classes and functions defined in a module with their lines, and suggest one for `wanted`."""
     own = {
@@ -197,8 +190,7 @@ def list_names(module: ModuleType, wanted: str) -> str:
         for name, value in vars(module).items()
         if getattr(value, "__module__", None) == module.__name__ and callable(value) and not name.startswith("_")
     }
-    near = closest(wanted, own)
-    return f"Found: {', '.join(own.values()) or 'nothing'}.{f' Did you mean {near}?' if near else ''}"
+    return f"Found: {', '.join(own.values()) or 'nothing'}.{did_you_mean(wanted, own)}"
 
 
 def line_of(thing: Any) -> int:
@@ -223,7 +215,7 @@ def check_arguments(factory: Callable[..., Any], args: Mapping[str, Any], settin
     legal, open_ended = parameters_of(factory)
     for key in args:
         if key not in legal and not open_ended:
-            near = f" Did you mean {setting}.{closest(key, legal)}?" if closest(key, legal) else ""
+            near = did_you_mean(key, legal, f"{setting}.")
             raise ConfigError(f"Unknown setting {setting}.{key}.{near} It takes: {', '.join(legal) or 'nothing'}.")
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from dist_train.config.loading import parse_config
-from dist_train.distributed.world import World, is_peer_failure, is_timeout
+from dist_train.distributed.peer_failures import is_peer_failure, is_timeout
+from dist_train.distributed.world import World
 from dist_train.errors import LaunchError
 from dist_train.launch.machines import Nodes
 from dist_train.runs.directory import RunDir

@@ -28,13 +28,7 @@ from dist_train.training.step.train_step import Step
 from support.damages import DAMAGES, FILES, Damage, delete, flip_bits, manifest_of_another, truncate, zero_a_block
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked, train_on_ranks
-from support.run_files import (
-    assert_bit_identical,
-    assert_equal,
-    metrics_without_times,
-    optimizer_state,
-    status_of,
-)
+from support.run_files import assert_bit_identical, assert_equal, metrics_without_times, optimizer_state, status_of
 
 TABLE = "damages and mutations"
 COLUMNS = ("what", "how many", "outcome")

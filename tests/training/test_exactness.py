@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 
 from support.ranks import train_on_ranks
-from support.run_files import (
-    assert_bit_identical,
-    largest_difference,
-    metrics,
-    train_losses,
-    weights,
-)
+from support.run_files import assert_bit_identical, largest_difference, metrics, train_losses, weights
 from support.trainings import DIVISIONS, MNIST, NETS
 
 # The same on the first 960 images, for slow tests.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
 from dist_train.data.sets.image_set import Examples, yields_pixels
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, did_you_mean
 
 
 def check_settings(config: DataConfig) -> None:
@@ -21,9 +19,8 @@ def check_settings(config: DataConfig) -> None:
         raise ConfigError(f"data.name={name} and data.bundle={config.bundle} are both set. Keep one of them.")
     kind = "bundle" if config.bundle is not None else "user" if is_user else name
     if kind not in ("bundle", "user", "image_folder", *SETS):
-        near = difflib.get_close_matches(name, ["image_folder", *SETS], n=1, cutoff=0.5)
         raise ConfigError(
-            f"data.name={name} is not a known data set.{f' Did you mean {near[0]}?' if near else ''} "
+            f"data.name={name} is not a known data set.{did_you_mean(name, ['image_folder', *SETS])} "
             f"Known: {', '.join(SETS)}, image_folder. For your own, set data.name=package.module:Name."
         )
     label = "data.bundle" if kind == "bundle" else f"data.name={name}"

@@ -15,7 +15,7 @@ from dist_train.data.loader import loader_error
 from dist_train.data.sets.image_set import Examples, form_of, name_of
 from dist_train.data.transforms import change_each
 from dist_train.distributed.devices import is_device_assert, is_out_of_memory
-from dist_train.distributed.world import is_peer_failure
+from dist_train.distributed.peer_failures import is_peer_failure
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.user_code.importing import wrap_user_errors
 

@@ -1,0 +1,99 @@
+"""What a start logs: the settings it runs with, the limits of its promises, and at the end the results."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from dist_train.checkpoints.train_state import TrainState
+from dist_train.config.schema import Config
+from dist_train.data.sampler import ShardSampler
+from dist_train.data.splits import Splits
+from dist_train.runs.directory import RunDir
+from dist_train.training.provenance import DIVISION_FACTORS, changed_determinism_factors
+from dist_train.training.step.train_step import Step
+
+_log = logging.getLogger(__name__)
+
+
+def report_start(
+    config: Config,
+    run_dir: RunDir,
+    splits: Splits,
+    sampler: ShardSampler,
+    net: nn.Module,
+    state: TrainState,
+    total_steps: int,
+    provenance: dict[str, Any],
+) -> None:
+    """Log a summary of the run before it starts."""
+    plan = sampler.plan
+    data = config.data.bundle or config.data.name
+    _log.info("run directory %s, attempt %d", run_dir.path, run_dir.attempt)
+    _log.info(
+        "data %s: %d training examples, validation on %s; %d steps per epoch, %d examples dropped per epoch",
+        data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, sampler.num_dropped,
+    )  # fmt: skip
+    _log.info(
+        "net %s: %s parameters; %s, %d threads per process, mixed precision %s",
+        config.model.bundle or config.model.name, f"{sum(p.numel() for p in net.parameters()):,}",
+        provenance["device"], provenance["num_threads"], provenance["mixed_precision"],
+    )  # fmt: skip
+    _log.info(
+        "global batch %d = %d per device x %d micro-steps x %d processes",
+        plan.global_batch_size, plan.per_device_batch_size, plan.grad_accum_steps, plan.world_size,
+    )  # fmt: skip
+    if plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < config.per_device_batch_size:
+        _log.warning(
+            "%d examples per process have no divisor between %d and per_device_batch_size=%d: small batches are slow. "
+            "Choose a global_batch_size with more divisors, or raise per_device_batch_size to %d.",
+            plan.per_rank_batch_size, plan.per_device_batch_size, config.per_device_batch_size,
+            plan.per_rank_batch_size,
+        )  # fmt: skip
+    for split, identity in splits.identity.items():
+        if "unsteady" in identity:
+            _log.warning(
+                "the %s set is not fingerprinted: with the same seed its example %d differs each time, so no resume is "
+                "exact. Draw from the global generators of torch, numpy and Python, which are seeded for each example.",
+                split, identity["unsteady"],
+            )  # fmt: skip
+    if state.step:
+        _log.info("resumed at step %d of %d", state.step, total_steps)
+
+
+def report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]) -> None:
+    """Log the limits of exactness for this net. `before`: the provenance of a resumed run, else {}."""
+    dependent = step.observed.world_size_dependent
+    rounding = [f"{provenance['mixed_precision']} rounding"] if provenance["mixed_precision"] != "no" else []
+    for reason in dependent + rounding:
+        _log.info("the result depends on the number of processes: %s", reason)
+    for name in step.observed.unsaved:
+        _log.warning(
+            "resume is not exact: each forward changes %s.%s, which is not in the checkpoint. Make it a buffer.",
+            type(step.net).__name__, name,
+        )  # fmt: skip
+    for name, change in changed_determinism_factors(before, provenance).items() if before else ():
+        if name in DIVISION_FACTORS and dependent:
+            effect = f"the result changes, since it depends on {', '.join(dependent)}"
+        else:
+            effect = "equal within rounding, not bit-identical"
+        _log.warning("resumed with a different %s: %s: %s", name, change, effect)
+
+
+def report_results(run_dir: RunDir) -> None:
+    result = run_dir.read_result()
+    seconds = f"{result['train_s']:.1f} s in training steps, {result['total_s']:.1f} s in all"
+    if run_dir.attempt > 1:
+        ratio = 100 * result["effective_training_time"]
+        seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.attempt} starts went into new steps"
+    _log.info("finished: %d steps, %s", result["step"], seconds)
+    # Without classes, the accuracy is the net's own metric, which may not be a share of the examples.
+    counted = any(f"{split}/accuracy_by_class" in result for split in ("val", "test"))
+    for split in ("train", "val", "test"):
+        if f"{split}/accuracy" in result:
+            seen, accuracy = result[f"{split}/seen"], result[f"{split}/accuracy"]
+            share = f"{100 * accuracy:.2f} % ({round(accuracy * seen)} / {seen})"
+            _log.info("%s accuracy %s", split, share if counted else f"{accuracy:g}")
+    _log.info("all files are in %s", run_dir.path)
