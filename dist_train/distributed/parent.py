@@ -16,7 +16,7 @@ ORPHAN_GRACE_S = 3.0
 
 
 def watch_launcher(on_death: Callable[[], None]) -> None:
-    """End this process soon after its launcher dies: torchrun's workers have own sessions and survive its `kill -9`.
+    """End this process soon after its launcher dies: torchrun's workers, in own sessions, survive its `kill -9`.
 
     When the parent, or the `dist-train launch` above it, has died, a thread calls `on_death` (to request an agreed
     stop) and ends this process after ORPHAN_GRACE_S, saved or not. A parent-death signal would not do: it covers only

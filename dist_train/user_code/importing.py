@@ -107,7 +107,7 @@ def import_file(path: Path, name: str, setting: str) -> ModuleType:
 
 def _import(run: Callable[[], ModuleType], source: Path | None) -> ModuleType:
     # If torchvision's operators do not match, the missing ones must be declared before user code imports it. Code that
-    # never mentions torchvision does not pay its 1.1 s; code that imports it indirectly is executed a second time.
+    # never mentions torchvision does not pay for its import (1.1 s); code that imports it indirectly is executed twice.
     if source and any(b"torchvision" in file.read_bytes() for file in source.parent.glob("*.py")):
         import_torchvision()
     try:
