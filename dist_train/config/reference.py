@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -38,7 +38,7 @@ A duration is a number with a unit: `600 steps`, `0.5 epochs`, `30 s`. A number 
 written `[0.9, 0.999]`, a mapping `{dropout: 0.1}`; `model.args.dropout=0.1` sets one entry.
 
 "Resume" says whether another value is accepted when a run is resumed. A `no` stands for settings that change the
-result: the resume is refused, with both values.
+result: the resume is refused, with both values. "None:" in a meaning says what holds while the setting is not set.
 """
 _STEPS = get_args(schema.Steps)[1]  # the validator that refuses seconds
 _WORDS = {str: "text", bool: "`true` or `false`", int: "integer", float: "number", Path: "path"}
@@ -103,15 +103,11 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def _limit(bound: object) -> str:
-    sign, limit = (
-        (">", bound.gt) if isinstance(bound, Gt)
-        else ("≥", bound.ge) if isinstance(bound, Ge)
-        else ("<", bound.lt) if isinstance(bound, Lt)
-        else ("", None)
-    )  # fmt: skip
-    if isinstance(limit, int) and limit >= 2**31:
-        return f" {sign} 2^{limit.bit_length() - 1}"
-    return f" {sign} {limit}" if sign else ""
+    for kind, name, sign in ((Gt, "gt", ">"), (Ge, "ge", "≥"), (Lt, "lt", "<"), (Le, "le", "≤")):
+        if isinstance(bound, kind):
+            limit = getattr(bound, name)
+            return f" {sign} 2^{limit.bit_length() - 1}" if limit >= 2**31 else f" {sign} {limit}"
+    return ""
 
 
 def _default(field: FieldInfo) -> str:

@@ -37,6 +37,7 @@ def test_types_defaults_and_comments() -> None:
     found = rows()
     assert found["global_batch_size"][:3] == ["integer > 0, < 2^31", "`64`", "no"]
     assert found["save_every"][:3] == ["steps, epochs or seconds", "`1 epochs`", "yes"]
+    assert found["data.num_workers"][0] == "integer ≥ 0, ≤ 1024"
     assert found["eval_every"][0] == "steps or epochs"
     assert found["optimizer.betas"][:2] == ["[number ≥ 0, < 1, number ≥ 0, < 1]", "not set"]
     assert found["optimizer.name"][0] == "`adam`, `adamw`, `sgd`, `adadelta`, `rmsprop`"
