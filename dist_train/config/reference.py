@@ -12,7 +12,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -103,9 +102,9 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def _limit(bound: object) -> str:
-    for kind, name, sign in ((Gt, "gt", ">"), (Ge, "ge", "≥"), (Lt, "lt", "<"), (Le, "le", "≤")):
-        if isinstance(bound, kind):
-            limit = getattr(bound, name)
+    for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+        limit = getattr(bound, name, None)
+        if limit is not None:
             return f" {sign} 2^{limit.bit_length() - 1}" if limit >= 2**31 else f" {sign} {limit}"
     return ""
 
