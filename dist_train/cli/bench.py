@@ -15,15 +15,21 @@ _PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "guards", "g
 @click.argument("parts", nargs=-1, type=click.Choice(_PARTS), metavar="[PART]...")
 @click.option("--net", "nets", multiple=True, default=("mlp", "bks", "conv"), show_default=True, metavar="NET")
 @click.option("--precision", "precisions", multiple=True, default=("no",), type=click.Choice(["no", "bf16"]))
-@click.option("--batch-size", type=click.IntRange(min=1), help="Default: 64, of scaling 512.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Default: 64, for scaling 512.")
 @click.option(
-    "--steps", default=937, show_default=True, type=click.IntRange(min=1), help="Warm-up, then as many count."
+    "--steps",
+    default=937,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Steps of warm-up, and again as many measured steps.",
 )
-@click.option("--nproc", "nprocs", multiple=True, default=(1, 2), show_default=True, type=int, help="Of scaling.")
+@click.option(
+    "--nproc", "nprocs", multiple=True, default=(1, 2), show_default=True, type=int, help="World sizes of scaling."
+)
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--out", default="bench", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER")
 def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
-    """Measure this harness beside the loops that people write: tables, JSON and pictures.
+    """Compare this harness with hand-written loops and other trainers: tables, JSON and pictures.
 
     Parts, all by default: speed, scaling, breakdown, startup, checkpoint, guards, growth, speedrun (four seeds a
     repetition). Before each measurement a line on stderr says what it is and about how long all will still take.

@@ -11,12 +11,12 @@ from dist_train.cli.options import check_net_and_data, load, settings_options
 
 @click.group()
 def config() -> None:
-    """Look at settings."""
+    """Show and check settings."""
 
 
 @config.command("ls")
 def config_ls() -> None:
-    """The bundled configs."""
+    """List the bundled configs."""
     from dist_train.config.loading import bundled_configs
 
     for name, path in bundled_configs().items():
@@ -27,7 +27,7 @@ def config_ls() -> None:
 @config.command("show")
 @settings_options
 def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...]) -> None:
-    """The settings that result from a file and its overrides, defaults included."""
+    """Print the settings that result from a file and its overrides, defaults included."""
     from dist_train.config.loading import to_yaml
 
     click.echo(to_yaml(load(config_name, (*overrides, *settings))), nl=False)
@@ -37,7 +37,7 @@ def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[st
 @settings_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
 def config_validate(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...], nproc: int) -> None:
-    """Check a config: that its net and data set are there, and that N processes can share its batch out."""
+    """Check a config: its net and data set exist, and N processes can divide its batch."""
     from dist_train.config.batch_plan import BatchPlan
 
     found = load(config_name, (*overrides, *settings))
@@ -53,7 +53,7 @@ def config_validate(config_name: str, overrides: tuple[str, ...], settings: tupl
 @click.argument("first")
 @click.argument("second")
 def config_diff(first: str, second: str) -> None:
-    """The settings in which two configs (files, bundled names or run directories) differ."""
+    """Print the settings in which two configs (files, bundled names or run directories) differ."""
     mine, theirs = (
         load(str(Path(name) / "config.yaml") if Path(name).is_dir() else name).flat() for name in (first, second)
     )
@@ -64,7 +64,7 @@ def config_diff(first: str, second: str) -> None:
 
 @config.command("reference")
 def config_reference() -> None:
-    """Every setting with its type, default and meaning, as Markdown (docs/settings.md)."""
+    """Print every setting with its type, default and meaning, as Markdown (docs/settings.md)."""
     from dist_train.config.reference import to_markdown
 
     click.echo(to_markdown(), nl=False)

@@ -11,12 +11,12 @@ import click
 
 @click.group()
 def data() -> None:
-    """Look at data sets, or fetch one where there is network."""
+    """List data sets, or download one."""
 
 
 @data.command("ls")
 def data_ls() -> None:
-    """The data sets by name and whether their files are here."""
+    """List the named data sets and whether their files are on this machine."""
     from dist_train.data.sets.catalog import available_sets
 
     for found in available_sets():
@@ -28,7 +28,7 @@ def data_ls() -> None:
 @click.option("--root", type=click.Path(path_type=Path), help="As data.root.")
 @click.option("--split", help="As data.split (emnist).")
 def data_fetch(name: str, root: Path | None, split: str | None) -> None:
-    """Put a data set's files in place, for nodes without network."""
+    """Download a data set, for later use on nodes without network."""
     from dist_train.config.paths import default_data_root
     from dist_train.data.sets.catalog import SETS
     from dist_train.data.sets.download import fetch

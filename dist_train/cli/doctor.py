@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes that would train.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[str, ...]) -> None:
-    """Is everything there that a run needs? Exit code 1, and the fix, where something is wrong.
+    """Check devices, versions, data, disk and network. Exit code 1, with the fix, if something is wrong.
 
-    Under torchrun or srun it looks at every rank and at the network between them.
+    Under torchrun or srun it checks every rank and the network between them.
     """
     from dist_train.distributed.process import detect_process
     from dist_train.tools.doctor import RANKS_OF_OURS, examine_ranks, start_and_examine

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what becomes of them."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from dist_train.runs.train_arguments import TrainArguments
 
 
-STARTED = time.perf_counter()  # this process
+STARTED = time.perf_counter()  # of this process
 
 
 class RunPath(click.Path):
-    """A run's directory, or the name of one that lies where runs do."""
+    """The path of a run directory, or the name of a run in the folder of runs."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -33,7 +33,7 @@ class RunPath(click.Path):
 
 
 def settings_options(command: Any) -> Any:
-    """The options that make a config."""
+    """Add the options that define a config."""
     command = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
     command = click.option(
         "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting, e.g. -o optimizer.lr=3e-4."
@@ -44,17 +44,17 @@ def settings_options(command: Any) -> Any:
 
 
 def start_options(command: Any) -> Any:
-    """The options of `train` and `launch`."""
+    """Add the options of `train` and `launch`."""
     for option in (
         click.option("-v", "--verbose", is_flag=True),
         click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only."),
-        click.option("--fast-dev-run", is_flag=True, help="Five steps, one evaluation, no W&B: does it all work?"),
-        click.option("--dry-run", is_flag=True, help="Print what would be started and with which settings."),
+        click.option("--fast-dev-run", is_flag=True, help="Five steps and one evaluation, without W&B."),
+        click.option("--dry-run", is_flag=True, help="Print the settings and what would be started."),
         click.option("--run-name", metavar="N", help="Name of the run's directory."),
-        click.option("--init-from", type=RunPath(), metavar="RUN", help="Start from its weights."),
+        click.option("--init-from", type=RunPath(), metavar="RUN", help="Start from the weights of this run."),
         click.option(
             "--resume", default="auto", metavar="auto|never|DIR", show_default=True,
-            help="Continue what lies in the run directory.",
+            help="Whether to continue the run in its directory.",
         ),
     ):  # fmt: skip
         command = option(command)
@@ -79,7 +79,7 @@ def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def check_net_and_data(config: Config) -> None:
-    """See that net and data set exist, without making them."""
+    """Check that net and data set exist, without constructing them."""
     from dist_train.data.splits import check_data_exists
     from dist_train.models.registry import check_model_exists
 
@@ -88,7 +88,7 @@ def check_net_and_data(config: Config) -> None:
 
 
 def end_rank() -> None:
-    """At the end of a command that may be one of several ranks."""
+    """End the process if it is one of several ranks. Call it at the end of a command."""
     from dist_train.distributed.process import detect_process
     from dist_train.distributed.world import end_process
 
@@ -97,7 +97,7 @@ def end_rank() -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """As wide as it is: rich would fold it at the width of the terminal, or at 80 in a pipe."""
+    """Print at full width: rich would wrap at the width of the terminal, or at 80 in a pipe."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""`evaluate`, `predict` and `export`: what is done with a run afterwards."""
+"""`evaluate`, `predict` and `export`: for runs that have a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _checkpoint = click.option("--checkpoint", default="last", show_default=True, me
 @click.option("--split", default="test", show_default=True, type=click.Choice(["val", "test"]))
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
-    """Loss and accuracy of a run's checkpoint, every example counted once.
+    """Print loss and accuracy of a checkpoint, with every example counted once.
 
     On several processes: torchrun --standalone --nproc-per-node 2 -m dist_train evaluate RUN
     """
@@ -68,10 +68,10 @@ def _print_json(found: EvaluationResult) -> None:
 @click.argument("run", type=RunPath())
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
 @_checkpoint
-@click.option("--invert", is_flag=True, help="The pictures are dark on bright, as on paper; those of MNIST are not.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON for each.")
+@click.option("--invert", is_flag=True, help="Invert the pictures: dark on bright, unlike MNIST.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON for each picture.")
 def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, as_json: bool) -> None:
-    """What pictures show, by a run's net: the three most probable classes. PNG, JPEG, whatever PIL reads."""
+    """Classify pictures with a run's net: the three most probable classes. Reads PNG, JPEG and what else PIL reads."""
     from dist_train.inference.predict import predict as ask
     from dist_train.inference.trained_net import TrainedNet
 
@@ -88,7 +88,7 @@ def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, 
 @click.argument("out", type=click.Path(path_type=Path))
 @_checkpoint
 def export(run: Path, out: Path, checkpoint: str) -> None:
-    """A run's net for use elsewhere, in a new folder OUT: weights, and a program that needs torch alone."""
+    """Write a run's net to a new folder OUT: its weights, and a program that needs only torch."""
     from dist_train.inference.export import export as write
     from dist_train.inference.trained_net import TrainedNet
 

@@ -1,4 +1,4 @@
-"""`runs ls|show|tail|stop|compare`: from the files of the runs alone."""
+"""`runs ls|show|tail|stop|compare`: from the files of the runs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ _run = click.argument("run", type=RunPath())
 
 @click.group()
 def runs() -> None:
-    """Look at runs, live or ended, and compare them."""
+    """Show and compare runs, live or ended."""
 
 
 @runs.command("ls")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--in", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="Where they lie.")
-@click.option("--state", "states", multiple=True, metavar="STATE", help="Only those: FINISHED, TRAINING, KILLED, ...")
-@click.option("--sort", default="name", show_default=True, type=click.Choice(_SORTS), help="The greatest last.")
+@click.option("--in", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="The folder of runs.")
+@click.option(
+    "--state", "states", multiple=True, metavar="STATE", help="Only these states: FINISHED, TRAINING, KILLED, ..."
+)
+@click.option(
+    "--sort", default="name", show_default=True, type=click.Choice(_SORTS), help="Sort key, in ascending order."
+)
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each.")
 def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sort: str, as_json: bool) -> None:
-    """A line for each run. NAME may hold * and ?."""
+    """List runs. NAME may contain * and ?."""
     from dist_train.config.paths import runs_root
     from dist_train.launch.jobs import unfinished_jobs
     from dist_train.runs.summary import select_runs
@@ -46,7 +50,7 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
             click.echo(json.dumps(_plain(run)))
         return
     jobs = unfinished_jobs(found)
-    columns = ["run", "state", "progress", "heard of", "val accuracy", "test accuracy", "samples/s", "ranks", "starts"]
+    columns = ["run", "state", "progress", "last seen", "val accuracy", "test accuracy", "samples/s", "ranks", "starts"]
     rows = [_cells(run) for run in found]
     if jobs:
         columns.append("Slurm")
@@ -57,7 +61,7 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
 @runs.command()
 @_run
 def show(run: Path) -> None:
-    """All about one run."""
+    """Show everything about one run."""
     from dist_train.launch.run_details import run_details
 
     rows = run_details(run)
@@ -68,9 +72,9 @@ def show(run: Path) -> None:
 
 @runs.command()
 @_run
-@click.option("-n", "count", default=10, show_default=True, type=click.IntRange(min=0), help="So many of the past.")
+@click.option("-n", "count", default=10, show_default=True, type=click.IntRange(min=0), help="Number of past lines.")
 def tail(run: Path, count: int) -> None:
-    """The newest metrics of a run, and those to come, until it ends."""
+    """Print the newest metrics of a run, and new ones until it ends."""
     from dist_train.runs.progress import describe
     from dist_train.runs.reports.compare import read_run
     from dist_train.runs.summary import summarise
@@ -88,7 +92,7 @@ def tail(run: Path, count: int) -> None:
 @runs.command()
 @_run
 def stop(run: Path) -> None:
-    """Ask a run to save and stop, also one that waits in Slurm's queue. Any machine that sees its directory may."""
+    """Ask a run, or its queued job, to save and stop. Works from any machine that sees its directory."""
     from dist_train.launch.jobs import request_stop
 
     click.echo(request_stop(run))
@@ -97,11 +101,11 @@ def stop(run: Path) -> None:
 @runs.command()
 @click.argument("paths", nargs=-1, required=True, type=RunPath(), metavar="RUN...")
 @click.option("--out", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="Write it to a .md, .csv, .json, .png or .html file.")  # fmt: skip
+              help="Write a .md, .csv, .json, .png or .html file.")  # fmt: skip
 @click.option("--by", "axis", default="step", show_default=True, type=click.Choice(["step", "samples", "seconds"]),
-              help="Of the curves in a .png.")  # fmt: skip
+              help="Axis of the curves in a .png.")  # fmt: skip
 def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None:
-    """Metrics side by side, the best marked, and the settings that differ; seeds as mean and spread."""
+    """Compare metrics, with the best marked, and the settings that differ; seeds as mean and deviation."""
     from dist_train.runs.reports.compare import compare as tables_of
     from dist_train.runs.reports.compare import read_run
     from dist_train.runs.reports.files import write_comparison
@@ -115,7 +119,7 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
                 raise
             click.echo(f"left out: {error}", err=True)
     if not found:
-        raise RunDirError("None of these is a run.")
+        raise RunDirError("None of these is a run directory.")
     for file in write_comparison(found, files, axis):
         click.echo(f"written: {file}")
     if not files:

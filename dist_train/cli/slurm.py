@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 @click.group()
 def slurm() -> None:
-    """Hand a run to Slurm, and look after it."""
+    """Submit runs to Slurm and manage their jobs."""
 
 
 def _job_options(command: Any) -> Any:
-    """What a job asks Slurm for."""
+    """Add the options of a job."""
     at_least_one = click.IntRange(min=1)
     for option in (
-        click.option("--setup", multiple=True, metavar="LINE", help='Shell lines first, e.g. "module load cuda".'),
-        click.option("--sbatch", "options", multiple=True, metavar="OPTION", help="Any other: --sbatch=--qos=long."),
+        click.option("--setup", multiple=True, metavar="LINE", help='First shell line, e.g. "module load cuda".'),
+        click.option("--sbatch", "options", multiple=True, metavar="OPTION", help="Another option: --sbatch=--qos=long."),
         click.option("--max-requeues", default=100, show_default=True, type=click.IntRange(min=0)),
-        click.option("--lead-s", default=120, show_default=True, type=at_least_one, help="Time to save at the limit."),
+        click.option("--lead-s", default=120, show_default=True, type=at_least_one, help="Seconds left to save."),
         click.option("--log", default="%x-%j.out", show_default=True, metavar="FILE"),
         click.option("--partition", envvar="SBATCH_PARTITION", metavar="NAME"),
         click.option("--time", default="60", show_default=True, metavar="LIMIT", help="Minutes, HH:MM:SS or D-HH."),
@@ -72,7 +72,7 @@ def _resolve(options: dict[str, Any]) -> tuple[BatchScript, Config, StartOptions
 @slurm.command()
 @_job_options
 def render(**options: Any) -> None:
-    """Print the sbatch script that submit would hand in."""
+    """Print the sbatch script that submit would queue."""
     script, _, _ = _resolve(options)
     click.echo(script.render(), nl=False)
 
@@ -80,7 +80,7 @@ def render(**options: Any) -> None:
 @slurm.command()
 @_job_options
 def submit(**options: Any) -> None:
-    """Queue a run; prints the job's id and the run's directory. What cannot work is refused first."""
+    """Queue a run, after checks; prints the job's id and the run directory."""
     from dist_train.launch import jobs
 
     script, config, start = _resolve(options)
@@ -100,7 +100,7 @@ def submit(**options: Any) -> None:
 @slurm.command()
 @click.argument("runs", nargs=-1, type=RunPath(), metavar="[RUN]...")
 def status(runs: tuple[Path, ...]) -> None:
-    """What Slurm and the runs themselves say of them; without RUN: of all that were submitted."""
+    """Show the state of jobs and of their runs; without RUN, of all submitted ones."""
     from dist_train.config.paths import runs_root
     from dist_train.launch.jobs import job_of
     from dist_train.launch.slurm import commands
@@ -122,14 +122,14 @@ def status(runs: tuple[Path, ...]) -> None:
 
 @slurm.command()
 @click.argument("run", type=RunPath())
-@click.option("-n", "count", default=40, show_default=True, type=click.IntRange(min=1), help="So many lines.")
+@click.option("-n", "count", default=40, show_default=True, type=click.IntRange(min=1), help="Number of lines.")
 def logs(run: Path, count: int) -> None:
-    """The last lines of a job's log."""
+    """Print the last lines of a job's log."""
     from dist_train.runs.directory import RunDir
 
     log = Path(RunDir(run).read_submission().get("log", ""))
     if not log.is_file():
-        raise RunDirError(f"{run} has no log of a job yet ({log}): it waits, or it was not submitted from here.")
+        raise RunDirError(f"{run} has no log of a job yet ({log}): it is queued, or was not submitted from here.")
     with log.open(errors="replace") as file:
         click.echo("".join(deque(file, count)), nl=False)
 
@@ -137,7 +137,7 @@ def logs(run: Path, count: int) -> None:
 @slurm.command()
 @click.argument("run", type=RunPath())
 def cancel(run: Path) -> None:
-    """End a run's job. It saves first if it is running."""
+    """Cancel the job of a run, which saves first if it is running."""
     from dist_train.launch.jobs import job_of
     from dist_train.launch.slurm import commands
     from dist_train.runs.directory import RunDir
@@ -148,15 +148,15 @@ def cancel(run: Path) -> None:
 @slurm.command("requeue-check")
 @start_options
 @click.option("--max-requeues", default=100, show_default=True, type=click.IntRange(min=0))
-@click.option("--told", is_flag=True, help="The batch shell was told that its time is up.")
-def requeue_check(max_requeues: int, told: bool, **options: Any) -> None:
+@click.option("--told", "stop_requested", is_flag=True, help="The batch shell was asked to stop.")
+def requeue_check(max_requeues: int, stop_requested: bool, **options: Any) -> None:
     """For batch scripts, after the step has ended: prints requeue, ended or failed, and on stderr why."""
     from dist_train.checkpoints.resume_hint import resume_hint
     from dist_train.launch.slurm.preemption import decide_requeue
     from dist_train.runs.start_options import find_run_dir
 
     run_dir = find_run_dir(*train_arguments(options).resolve(STARTED))
-    decision, why = decide_requeue(run_dir, os.environ, max_requeues, told=told)
+    decision, why = decide_requeue(run_dir, os.environ, max_requeues, stop_requested=stop_requested)
     click.echo(decision)
     if decision == "failed" and run_dir.config.exists():
         click.echo(resume_hint(run_dir), err=True)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @settings_options
-@click.option("--name", metavar="N", help="What the names of its runs begin with.  [default: CONFIG-sweep]")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="So many runs at a time.")
+@click.option("--name", metavar="N", help="Prefix of the names of its runs.  [default: CONFIG-sweep]")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Number of runs at a time.")
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Processes of each run.")
 @click.option("--lines", is_flag=True, help="Only print the settings of each run, for slurm/sweep_array.sbatch.")
 def sweep(
@@ -26,7 +26,7 @@ def sweep(
 ) -> None:  # fmt: skip
     """Train a run for each combination of listed values: -o 'optimizer.lr=[1e-3,3e-3]' -o 'seed=[0,1,2]'.
 
-    The same command again goes on with what is missing. At the end the runs are compared.
+    The same command again continues the missing runs. At the end the runs are compared.
     """
     from dist_train.config.paths import runs_root
     from dist_train.launch.sweep import Grid, Sweep
@@ -50,7 +50,7 @@ def sweep(
             click.echo()
     click.echo(f"{len(finished)} of {len(done)} runs are finished.")
     if len(finished) < len(done):
-        click.echo("The same command goes on with the others.")
+        click.echo("The same command continues the others.")
         sys.exit(0 if work.stopped else 1)
 
 

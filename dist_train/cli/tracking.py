@@ -11,13 +11,13 @@ from dist_train.cli.options import RunPath
 
 @click.group()
 def wandb() -> None:
-    """What W&B recorded on this machine."""
+    """Upload W&B runs recorded on this machine."""
 
 
 @wandb.command()
 @click.argument("runs", nargs=-1, required=True, type=RunPath())
 def sync(runs: tuple[Path, ...]) -> None:
-    """Send to W&B what it has not got of these runs, recorded offline or cut off while online."""
+    """Upload what W&B has not received of these runs, recorded offline or interrupted while online."""
     from dist_train.runs.directory import RunDir
     from dist_train.training.tracking import sync as send
 

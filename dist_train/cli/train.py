@@ -13,7 +13,7 @@ from dist_train.errors import ConfigError
 
 _simulating = click.option(
     "--simulate-world-size", type=click.IntRange(1, 4096), metavar="N",
-    help="Check shards and batches as of N processes, and start nothing.",
+    help="Check shards and batches for N processes, without starting any.",
 )  # fmt: skip
 
 
@@ -22,7 +22,7 @@ _simulating = click.option(
 @_simulating
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Start N processes on this machine.")
 def train(**options: Any) -> None:
-    """Train, or continue, a run. Under torchrun, accelerate launch or srun: as one of its processes."""
+    """Train a run, or continue it. Under torchrun, accelerate launch or srun, as one of its processes."""
     _train_or_launch(**options)
 
 
@@ -31,14 +31,14 @@ def train(**options: Any) -> None:
 @_simulating
 @click.option("--nproc", type=click.IntRange(min=1), required=True, metavar="N", help="Processes on this machine.")
 @click.option("--nnodes", metavar="N|MIN:MAX", show_default="1", help="Machines that train together.")
-@click.option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: one of them, the same for all.")
+@click.option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: one of the machines, the same for all.")
 @click.option(
     "--max-restarts",
     default=0,
     show_default=True,
     type=click.IntRange(min=0),
     metavar="N",
-    help="Start all ranks again after one failed, from the last checkpoint, so many times.",
+    help="How often to restart all ranks from the last checkpoint after one failed.",
 )
 def launch(**options: Any) -> None:
     """Start N processes that train together; prints the torchrun line it runs.

@@ -13,11 +13,11 @@ from dist_train.errors import ConfigError
 
 @click.command()
 @settings_options
-@click.option("--nproc", default=2, show_default=True, type=click.IntRange(min=1), help="Up to so many processes.")
+@click.option("--nproc", default=2, show_default=True, type=click.IntRange(min=1), help="Maximum number of processes.")
 def verify(config_name: str | None, overrides: tuple[str, ...], settings: tuple[str, ...], nproc: int) -> None:
-    """Does a config keep the promises on this machine? Takes a few minutes; exit code 1 if one is broken.
+    """Check the promises on this machine for a config. Takes a few minutes; exit code 1 if one is broken.
 
-    The same losses for any number of processes, resumed as if never stopped, every example counted once, nothing lost
+    The same losses for any number of processes, exact resume, every example counted once, nothing lost
     by a kill.
     """
     from dist_train.distributed.process import detect_process

@@ -1,4 +1,4 @@
-"""All that the files of one run, and Slurm, tell of it."""
+"""Everything that the files of one run, and Slurm, say about it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_details(path: Path) -> list[tuple[str, str]]:
     job = unfinished_jobs([summary]).get(summary.job or "")
     return [
         ("run", str(run_dir.path)),
-        ("state", f"{summary.state}, heard of {summary.age_text} ago"),
+        ("state", f"{summary.state}, last seen {summary.age_text} ago"),
         ("progress", f"{summary.progress_text}, start {summary.attempt}, world size {summary.world_size or '-'}"),
         *_computation(run_dir),
         *_metrics(run),
@@ -67,7 +67,7 @@ def _speed(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _end(summary: Summary, job: Job | None) -> list[tuple[str, str]]:
-    """The job, the error, and how to go on after a run that ended early."""
+    """The job, the error, and how to resume a run that ended early."""
     rows, run_dir = [], summary.run_dir
     if summary.job:
         rows.append(("Slurm", f"job {summary.job}" + (f", {job.state} {job.reason}" if job else "")))
@@ -76,5 +76,5 @@ def _end(summary: Summary, job: Job | None) -> list[tuple[str, str]]:
     active = is_waiting(job) or (job is not None and job.state == "RUNNING")
     if not summary.is_live and summary.state not in ("FINISHED", "NEW") and not active:
         alone = not summary.job and run_dir.read_provenance().get("num_nodes") == 1
-        rows.append(("to go on", resume_hint(run_dir, summary.world_size if alone else None)))
+        rows.append(("to resume", resume_hint(run_dir, summary.world_size if alone else None)))
     return rows

@@ -42,7 +42,7 @@ class TrainArguments:
                 raise ConfigError(f"--resume={folder} names the run already. Leave --run-name={self.run_name} out.")
             if not _holds_config(folder):
                 raise ConfigError(
-                    f"--resume={folder} has no config.yaml, so it is no run. Use auto, never or a run's folder."
+                    f"--resume={folder} has no config.yaml, so it is not a run. Use auto, never or a run directory."
                 )
             name = name or str(folder / "config.yaml")
         if name is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -86,7 +87,6 @@ def build_trainer(
     """
     components = build_components(config, world, splits)
     sampler, learning_rate, step = components.sampler, components.learning_rate, components.step
-    net = step.net
     total_steps = learning_rate.total_steps
     checkpoints = Checkpoints(
         run_dir,
@@ -95,30 +95,8 @@ def build_trainer(
         config.keep_every.to_steps(sampler.steps_per_epoch),
         on_first_save=scheduler.on_first_save,
     )
-    # Room for two checkpoints, each with the weights and optimizer state of twice their size.
-    size = sum(p.nbytes for p in net.parameters())
-    world.on_rank_zero(lambda: run_dir.check_room(6 * size))
-    state = checkpoints.restore_latest(step)
-    if state is None:
-        state = TrainState()
-        if start.init_from is not None:
-            load_weights(net, find_checkpoint(RunDir(start.init_from), "last"))
-
-    provenance = collect_provenance(world, sampler.plan, world.hosts()) | {"data": splits.description}
-    before = run_dir.read_provenance() if state.step else {}
-    provenance["data_identity"] = before.get("data_identity") or splits.identity
-    if world.is_rank_zero:
-        run_dir.record_resume(state.step, world.size)
-        report_start(config, run_dir, splits, sampler, net, state, total_steps, provenance)
-    # A resumed run keeps the mode that was chosen when it began.
-    step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
-    provenance["step_mode"] = step.mode
-    if world.is_rank_zero:
-        report_limits(step, provenance, before)
-        cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
-        if cut:
-            _log.info("%d metric lines after step %d set aside: they are written again", cut, state.step)
-        run_dir.write_provenance(provenance)
+    state = _restore(checkpoints, step, start)
+    provenance = _start_attempt(config, world, run_dir, splits, components, state)
     audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.note
     world.barrier()
@@ -155,3 +133,51 @@ def build_trainer(
         audit=audit,
         steps_per_epoch=sampler.steps_per_epoch,
     )
+
+
+def _restore(checkpoints: Checkpoints, step: Step, start: StartOptions) -> TrainState:
+    """Load the newest checkpoint, else the weights of `start.init_from`.
+
+    Collective: every rank must call this.
+    """
+    # Room for two checkpoints, each with the weights and optimizer state of twice their size.
+    size = sum(parameter.nbytes for parameter in step.net.parameters())
+    checkpoints.world.on_rank_zero(lambda: checkpoints.run_dir.check_room(6 * size))
+    state = checkpoints.restore_latest(step)
+    if state is None:
+        state = TrainState()
+        if start.init_from is not None:
+            load_weights(step.net, find_checkpoint(RunDir(start.init_from), "last"))
+    return state
+
+
+def _start_attempt(
+    config: Config,
+    world: World,
+    run_dir: RunDir,
+    splits: Splits,
+    components: Components,
+    state: TrainState,
+) -> dict[str, Any]:
+    """Warm the step up; on rank zero, report the start and record its provenance, which is returned.
+
+    Collective: every rank must call this.
+    """
+    step, sampler = components.step, components.sampler
+    provenance = collect_provenance(world, sampler.plan, world.hosts()) | {"data": splits.description}
+    before = run_dir.read_provenance() if state.step else {}
+    provenance["data_identity"] = before.get("data_identity") or splits.identity
+    if world.is_rank_zero:
+        run_dir.record_resume(state.step, world.size)
+        total_steps = components.learning_rate.total_steps
+        report_start(config, run_dir, splits, sampler, step.net, state, total_steps, provenance)
+    # A resumed run keeps the mode that was chosen when it began.
+    step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
+    provenance["step_mode"] = step.mode
+    if world.is_rank_zero:
+        report_limits(step, provenance, before)
+        cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
+        if cut:
+            _log.info("%d metric lines after step %d set aside: they are written again", cut, state.step)
+        run_dir.write_provenance(provenance)
+    return provenance

@@ -331,7 +331,7 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
         for number in ("5", "7", "97", "9" * 20)
     ),
     *(
-        (["train", "--resume", folder], "has no config.yaml, so it is no run")
+        (["train", "--resume", folder], "has no config.yaml, so it is not a run")
         for folder in ("nowhere", ".", "/", "/dev/null", LONG, "Never", "")
     ),
     (["train", "-c", "smoke", "--resume", "somewhere", "--run-name", "r"], "--run-name=r"),

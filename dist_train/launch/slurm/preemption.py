@@ -74,11 +74,12 @@ Decision = Literal["requeue", "ended", "failed"]
 
 
 def decide_requeue(
-    run_dir: RunDir, env: Mapping[str, str], max_requeues: int, *, told: bool = False
+    run_dir: RunDir, env: Mapping[str, str], max_requeues: int, *, stop_requested: bool = False
 ) -> tuple[Decision, str]:
     """Decide whether to requeue a job whose step has ended, and why, by the run's own state, not by exit codes.
 
-    `told`: the batch shell was asked to stop, by the time limit or by a user; the ranks may have started too late.
+    `stop_requested`: the batch shell was asked to stop, by the time limit or by a user, maybe before the ranks
+    could hear it.
     """
     status = run_dir.read_status()
     state, error = status.get("state"), run_dir.read_error()
@@ -91,7 +92,7 @@ def decide_requeue(
     if state is None or last_start != (slurm_job(env), restarts):
         state, why = "PREEMPTED", "asked to stop before training began"
         if not is_preempted(env):
-            if not told:
+            if not stop_requested:
                 return "failed", "this start ended before training began"
             unbegun = restarts - last_start[1] if last_start[0] == slurm_job(env) else restarts + 1
             if unbegun > _MAX_FRUITLESS:

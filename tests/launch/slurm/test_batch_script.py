@@ -214,7 +214,7 @@ def test_asked_to_stop_before_it_trained(state: str | None, tmp_path: Path) -> N
     run_dir = run_that(tmp_path / "run", state)  # written by start 2, or by none
     begun = 2 if state else -1
     decisions = {
-        start: decide_requeue(run_dir, JOB | {"SLURM_RESTART_COUNT": f"{start}"}, max_requeues=9, told=True)[0]
+        start: decide_requeue(run_dir, JOB | {"SLURM_RESTART_COUNT": f"{start}"}, 9, stop_requested=True)[0]
         for start in range(begun + 1, begun + 5)
     }
     assert [*decisions.values()] == ["requeue", "requeue", "failed", "failed"]
