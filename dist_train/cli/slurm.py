@@ -29,7 +29,7 @@ def _job_options(command: Any) -> Any:
     at_least_one = click.IntRange(min=1)
     for option in (
         click.option("--setup", multiple=True, metavar="LINE", help='First shell line, e.g. "module load cuda".'),
-        click.option("--sbatch", "options", multiple=True, metavar="OPTION", help="Another option: --sbatch=--qos=long."),
+        click.option("--sbatch", "options", multiple=True, metavar="OPTION", help="Another: --sbatch=--qos=long."),
         click.option("--max-requeues", default=100, show_default=True, type=click.IntRange(min=0)),
         click.option("--lead-s", default=120, show_default=True, type=at_least_one, help="Seconds left to save."),
         click.option("--log", default="%x-%j.out", show_default=True, metavar="FILE"),

@@ -171,7 +171,7 @@ def test_stop_accepts_queued_jobs(
     result = call("runs", "stop", run_dir.path)
     assert (result.exit_code, run_dir.stop_request_file.exists()) == (0 if holds else 1, holds)
     if holds:
-        assert result.output.startswith(f"Job 7 of {run_dir.path} is yet to begin: it stops after its first step")
+        assert result.output.startswith(f"Job 7 of {run_dir.path} has not begun: it stops after its first step")
 
 
 def test_tail_follows_to_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
