@@ -74,7 +74,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command line adds the current folder
     monkeypatch.setattr("dist_train.training.run.run_training", lambda *_: shell.started.append("training"))
-    monkeypatch.setattr("dist_train.launch.torchrun.start_ranks", lambda *_: shell.started.append("ranks"))
+    monkeypatch.setattr("dist_train.launch.jobs.start_ranks", lambda *_: shell.started.append("ranks"))
     return shell
 
 

@@ -13,7 +13,7 @@ from dist_train.cli import main
 from dist_train.config.loading import parse_config
 from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, LaunchError
-from dist_train.launch import torchrun as launch
+from dist_train.launch import jobs
 from dist_train.launch.torchrun import LaunchSpec
 from dist_train.runs import start_options as module
 from dist_train.runs.directory import RunDir
@@ -139,7 +139,7 @@ def test_what_a_failed_launch_leaves(
         raise LaunchError("failed")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "start_ranks", fail)
+    monkeypatch.setattr(jobs, "start_ranks", fail)
     assert CliRunner().invoke(main, ["launch", "--nproc=2", "-c", "smoke"]).exit_code == 1
     assert len(list((tmp_path / "runs").iterdir())) == stays
 
