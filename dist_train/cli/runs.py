@@ -120,9 +120,10 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
             click.echo(f"left out: {error}", err=True)
     if not found:
         raise RunDirError("None of these is a run directory.")
-    for file in write_comparison(found, files, axis):
-        click.echo(f"written: {file}")
-    if not files:
+    if files:
+        for file in write_comparison(found, files, axis):
+            click.echo(f"written: {file}")
+    else:
         for number, table in enumerate(tables_of(found)):
             if number:
                 click.echo(f"\n{table.title}")

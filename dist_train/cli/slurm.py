@@ -89,11 +89,11 @@ def submit(**options: Any) -> None:
         click.echo(f"{finished.path} is finished already: nothing to do.")
         return
     check_net_and_data(config)
-    jobs.check_job(script, config, start)
+    known = jobs.check_job(script, config, start)
     if options["dry_run"]:
         click.echo(script.render(), nl=False)
         return
-    job, run_dir = jobs.submit(script, config, start)
+    job, run_dir = jobs.submit(script, config, start, known)
     click.echo(f"job {job}, run directory {run_dir.path}")
 
 

@@ -45,7 +45,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # HUP: the terminal was closed. It stays ignored under nohup.
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, self.preempt_signal)
-        handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        handled = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
         self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
@@ -60,8 +60,9 @@ class StopRequest:
             reasons: dict[int, StopReason] = {signal.SIGTERM: "TERM", self.preempt_signal: "PREEMPTED"}
             self.request(reasons.get(number, "INTERRUPT"))
             return
-        at_terminal = number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
-        if at_terminal or now - self._first_at > ECHO_S:
+        in_script = self._on_repeat is not _end  # nothing there sends copies of a signal
+        at_terminal = in_script or (sys.stdin is not None and sys.stdin.isatty())
+        if (number == signal.SIGINT and at_terminal) or now - self._first_at > ECHO_S:
             self._on_repeat(number)
 
 

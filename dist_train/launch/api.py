@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from dist_train.distributed.signals import StopRequest
 from dist_train.errors import ConfigError, DistTrainError, LaunchError
 from dist_train.launch import jobs
 from dist_train.runs.directory import RunDir
-from dist_train.runs.start_options import StartOptions, check_run_name, find_run_dir, remove_if_not_started
+from dist_train.runs.start_options import StartOptions, check_run_name, remove_if_not_started, run_dir_by_time
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,9 +62,9 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
     """Train a run to its end, or continue it, and return what it has left.
 
     With one process it trains in the calling one, from any thread, and leaves default dtype, number of threads,
-    random generators, environment, logging and signal handlers as they were. The first Ctrl-C asks the run to save and
-    stop, a second one raises KeyboardInterrupt. With more, it starts `nproc` processes on this machine, as
-    `dist-train launch` does; these import the user's classes by name from the current folder.
+    random generators, environment, logging and Python's signal handlers as they were. In the main thread, the first
+    Ctrl-C asks the run to save and stop, a second one raises KeyboardInterrupt. With several, it starts them on this
+    machine, as `dist-train launch` does; they import the user's classes by name from the current folder.
 
     Args:
         config: The settings: `load_config("mnist", ["train_for=2 epochs"])`.
@@ -72,7 +73,8 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
             new one, named by the time.
 
     Raises:
-        DistTrainError: As `dist-train train` reports it: ConfigError, DataError, UserCodeError, TrainingDiverged, ...
+        DistTrainError: As `dist-train train` reports it: ConfigError, DataError, UserCodeError, TrainingDiverged, ...;
+            of a failed rank, with nproc > 1, LaunchError with its message.
     """
     place = detect_process(os.environ)
     if place.world_size > 1:
@@ -80,24 +82,31 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
             f"train() starts its processes itself, and this is rank {place.rank} of {place.world_size}. Call it in a "
             f"single process with nproc={place.world_size}, or start dist-train train under torchrun."
         )
+    if nproc < 1:
+        raise ConfigError(f"nproc={nproc} starts no process. Pass 1 or more.")
     if nproc > 1:
         _check_importable(config, nproc)
     BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
     if run_name is not None:
         check_run_name("run_name", run_name, runs_root(config.runs_dir))
-    asked = StartOptions(config_name=config.model.name.rpartition(":")[2], run_name=run_name)
-    run_dir = find_run_dir(config, asked, claim=True)
-    start = replace(asked, run_name=None, run_dir=run_dir.path)
+    if nproc == 1 and not _IN_USE.acquire(blocking=False):
+        raise LaunchError("Another thread of this process is training. Wait for it, or pass nproc=2.")
     try:
+        parent, name = runs_root(config.runs_dir), config.model.name.rpartition(":")[2]
+        run_dir = RunDir(parent / run_name) if run_name else run_dir_by_time(parent, name, claim=True)
+        start = StartOptions(config_name=name, run_dir=run_dir.path)
+        try:
+            _train_here(config, start) if nproc == 1 else _launch(config, start, nproc)
+        except DistTrainError:
+            if run_name is None:
+                remove_if_not_started(run_dir, replace(start, run_dir=None))
+            if run_name is None and nproc == 1 and not run_dir.status.exists():
+                shutil.rmtree(run_dir.path, ignore_errors=True)  # the error came before the run had a record
+            raise
+    finally:
         if nproc == 1:
-            _train_here(config, start)
-        else:
-            _launch(config, start, nproc)
-    except DistTrainError:
-        remove_if_not_started(run_dir, asked)
-        raise
-    status, result = run_dir.read_status(), run_dir.read_result()
-    return Result(run_dir.path, status.get("state", "INTERRUPT"), result)
+            _IN_USE.release()
+    return Result(run_dir.path, run_dir.read_status().get("state", "INTERRUPT"), run_dir.read_result())
 
 
 def _check_importable(config: Config, nproc: int) -> None:
@@ -113,16 +122,10 @@ def _train_here(config: Config, start: StartOptions) -> None:
     from dist_train.distributed import watchdog
     from dist_train.distributed.guest import as_guest
 
-    if not _IN_USE.acquire(blocking=False):
-        raise LaunchError("Another thread of this process is training. Wait for it, or pass nproc=2.")
-    try:
-        # Signal handlers belong to the main thread.
-        in_main = threading.current_thread() is threading.main_thread()
+    in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+    with as_guest(), watchdog.off():
         request = StopRequest(on_repeat=_interrupt)
-        with as_guest(), watchdog.off():
-            jobs.train_here(config, start, request, time.perf_counter(), handle_signals=in_main)
-    finally:
-        _IN_USE.release()
+        jobs.train_here(config, start, request, time.perf_counter(), handle_signals=in_main)
 
 
 def _interrupt(number: int) -> None:

@@ -120,13 +120,15 @@ def check_job(script: BatchScript, config: Config, start: StartOptions) -> RunDi
     return run_dir
 
 
-def submit(script: BatchScript, config: Config, start: StartOptions) -> tuple[str, RunDir]:
+def submit(script: BatchScript, config: Config, start: StartOptions, run_dir: RunDir | None) -> tuple[str, RunDir]:
     """Queue a job and record it in the run's directory; returns the job's id and that directory.
 
+    `run_dir`: as `check_job` returned it.
+
     Raises:
-        As `check_job`.
+        LaunchError: Slurm refuses the job.
+        RunDirError: The directory cannot be written.
     """
-    run_dir = check_job(script, config, start)
     text = script.render()
     job = commands.submit(text)
     if run_dir is None:

@@ -55,7 +55,12 @@ def find_run_dir(config: Config, start: StartOptions, *, claim: bool = False) ->
         name = former
     if name is not None:
         return RunDir(parent / name)
-    by_time = f"{own}-{datetime.now():%Y%m%d-%H%M%S}"
+    return run_dir_by_time(parent, own, claim=claim)
+
+
+def run_dir_by_time(parent: Path, config_name: str, *, claim: bool) -> RunDir:
+    """Return a new run directory that is named by the time; `claim` as in `find_run_dir`."""
+    by_time = f"{valid_run_name(config_name)}-{datetime.now():%Y%m%d-%H%M%S}"
     suffixes = itertools.chain([""], map("-{}".format, itertools.count(2)))  # for starts within one second
     candidates = (RunDir(parent / f"{by_time}{suffix}") for suffix in suffixes)
     return next(run_dir for run_dir in candidates if not claim or run_dir.create(new=True))

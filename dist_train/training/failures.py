@@ -45,6 +45,13 @@ class FailureHandler:
 
     def __exit__(self, _kind: object, raised: BaseException | None, _trace: object) -> None:
         watchdog.disarm()
+        try:
+            self._handle(raised)
+        finally:
+            if raised is not None and self.run_dir is not None:
+                self.run_dir.unlock()  # this process may go on, and start the run again
+
+    def _handle(self, raised: BaseException | None) -> None:
         if not isinstance(raised, Exception):
             return
         trace = traceback.format_exc()

@@ -64,6 +64,11 @@ class Tracker:
         if self._mirror is not None:
             self._mirror.finish(summary, pictures or {})
 
+    def abandon(self) -> None:
+        """Mark the run as failed in W&B, waiting for a moment at most."""
+        if self._mirror is not None:
+            self._mirror.abandon()
+
 
 class _Mirror:
     """A thread that owns the trackers."""
@@ -75,12 +80,18 @@ class _Mirror:
         self._timeout_s = config.tracking.timeout_s
         self._summary: Mapping[str, Any] = {}
         self._pictures: Mapping[str, bytes] = {}
+        self._failed = False
         self._thread = threading.Thread(target=self._run, args=(config, provenance), name="tracking", daemon=True)
         self._thread.start()
 
     def put(self, line: dict[str, Any]) -> None:
         if self._thread.is_alive():
             self._queue.put(line)
+
+    def abandon(self) -> None:
+        self._failed = True
+        self._queue.put(None)
+        self._thread.join(min(_SILENT_WAIT_S, self._timeout_s))
 
     def finish(self, summary: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
         self._summary, self._pictures = summary, pictures
@@ -114,13 +125,16 @@ class _Mirror:
                     _log.warning("%s failed: %s. The run continues without it.", type(sink).__name__, error)
                     sinks.remove(sink)
         for sink in sinks:
-            for part in (self._log_summary, self._log_artifact, self._log_pictures):
+            for part in () if self._failed else (self._log_summary, self._log_artifact, self._log_pictures):
                 try:
                     part(sink)
                 except Exception as error:
                     _log.warning("%s failed at the end: %s", type(sink).__name__, first_line(error))
             with suppress(Exception):
-                sink.finish()
+                if self._failed and isinstance(sink, _WandbSink):
+                    sink.run.finish(exit_code=1)
+                else:
+                    sink.finish()
 
     def _log_summary(self, sink: Sink) -> None:
         if isinstance(sink, _WandbSink):

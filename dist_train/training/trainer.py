@@ -64,9 +64,11 @@ class Trainer:
         self.recorder.screen.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.recorder.screen.__exit__(*error)
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self.recorder.screen.__exit__()
         self.checkpoints.close()
+        if error is not None and self.world.size == 1:  # otherwise other ranks wait for this one to end
+            self.recorder.tracker.abandon()
 
     @property
     def early_stopped(self) -> bool:

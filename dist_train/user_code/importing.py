@@ -37,7 +37,9 @@ def load_object(spec: str) -> Any:
             raise UserCodeError(_missing_module(spec, module_name, error.name)) from None
     if hasattr(module, name):
         return getattr(module, name)
-    raise UserCodeError(f"{spec}: {module.__file__ or module_name} has no {name}. {list_names(module, name)}")
+    raise UserCodeError(
+        f"{spec}: {getattr(module, '__file__', None) or module_name} has no {name}. {list_names(module, name)}"
+    )
 
 
 def check_object(spec: str) -> None:

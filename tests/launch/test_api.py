@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from accelerate.state import AcceleratorState
 from dist_train import Config, load_config, train
 from dist_train.atomic_files import read_json
 from dist_train.distributed.rng import generator_states
-from dist_train.errors import ConfigError, LaunchError, TrainingDiverged, UserCodeError
+from dist_train.errors import ConfigError, DataError, LaunchError, TrainingDiverged, UserCodeError
 from support.patience import PATIENCE_S, wait_until
 from support.run_files import train_losses
 from support.user_nets import OPEN
@@ -83,12 +84,43 @@ def test_a_finished_run_is_returned_as_it_is() -> None:
 
 @pytest.mark.usefixtures("as_found")
 def test_a_failure_leaves_the_process_as_it_was() -> None:
-    with pytest.raises(TrainingDiverged, match=r"Lower optimizer\.lr"):
-        train(settings("optimizer.lr=1e30"))
+    for _ in range(2):  # the first leaves the directory free
+        with pytest.raises(TrainingDiverged, match=r"Lower optimizer\.lr"):
+            train(settings("optimizer.lr=1e30"), run_name="diverged")
+    with pytest.raises(DataError):
+        train(settings("data.name=fashion_mnist", "data.root=nowhere/to/be/found"))
     with pytest.raises(UserCodeError, match="nobody"):
         train(settings("model.name=nobody:Net"))
-    assert not list(Path("runs").glob("Net-*"))  # it says no more than the error
+    with pytest.raises(ConfigError, match="nproc=0"):
+        train(settings(), nproc=0)
+    assert [path.name for path in Path("runs").iterdir()] == ["diverged"]  # the others say no more than the error
     assert train(settings()).state == "FINISHED"
+
+
+@pytest.mark.usefixtures("as_found")
+def test_a_new_run_is_named_by_time_also_in_a_job() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", "77")
+        assert train(settings()).run_dir != train(settings("seed=1")).run_dir
+
+
+@pytest.mark.usefixtures("as_found")
+def test_a_second_ctrl_c_raises_keyboard_interrupt() -> None:
+    timer = threading.Thread(target=_interrupt_once_it_trains, kwargs={"times": 2})
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        train(settings("model.name=support.user_nets:Gated", "model.args.slow_s=5.0"), run_name="r")
+    timer.join()
+
+
+@pytest.mark.usefixtures("as_found")
+def test_a_failed_run_does_not_stay_open_in_wandb() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        with pytest.raises(TrainingDiverged):
+            train(settings("optimizer.lr=1e30"), run_name="a")
+        train(settings(), run_name="b")
+    assert [len(list(Path(f"runs/{name}/wandb").glob("offline-run-*"))) for name in "ab"] == [1, 1]
 
 
 @pytest.mark.usefixtures("as_found")
@@ -130,10 +162,12 @@ def test_ctrl_c_saves_and_the_same_call_continues() -> None:
     assert train_losses(stopped.run_dir) == train_losses(whole.run_dir)
 
 
-def _interrupt_once_it_trains() -> None:
+def _interrupt_once_it_trains(times: int = 1) -> None:
     status_file = Path("runs/r/status.json")
     wait_until(lambda: status_file.exists() and read_json(status_file).get("step"), "first step")
-    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # signals that are pending together are one
     Path(OPEN).touch()
 
 
