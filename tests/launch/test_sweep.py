@@ -114,7 +114,7 @@ def test_a_sweep_resumes_with_the_missing_runs(sent: signal.Signals, tmp_path: P
     assert 1 <= len(before) < 4
     if sent == signal.SIGTERM:
         assert process.returncode == 0
-        assert "The same command goes on" in out
+        assert "The same command continues the others" in out
         assert "TRAINING" not in states(tmp_path).values()
     again = run(COMMAND, tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
