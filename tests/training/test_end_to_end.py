@@ -271,7 +271,7 @@ def test_diverged_runs_stop_and_save_only_finite_weights(tmp_path: Path) -> None
     assert done.returncode == 1
     message = json.loads((tmp_path / "runs/r/error.json").read_text())["message"]
     assert re.search(r"not finite between step (31 and 40|31 and 45)", message), message
-    assert "step_00000030" in message
+    assert re.search("step_000000[23]0", message), message  # that of step 30 may still be being written
     assert [path.name for path in (tmp_path / "runs/r/checkpoints").glob("step_*")] != []
     assert max((tmp_path / "runs/r/checkpoints").glob("step_*")).name == "step_00000030"
 
