@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 StopState = Literal["INTERRUPT", "PREEMPTED"]
 StopReason = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # TERM may mean either: Slurm sends it for both
@@ -20,6 +21,17 @@ SHUTDOWN_TIMEOUT_S = 60
 # Slurm and torchrun both deliver a signal, and torchrun twice if it receives two copies: a preemption without grace
 # time sends up to four TERMs within 20 ms. Signals within this time of the first are copies, not a second request.
 ECHO_S = 10.0
+
+
+def install_handler(
+    handler: Callable[[int, FrameType | None], object], numbers: Iterable[signal.Signals]
+) -> dict[signal.Signals, Any]:
+    """Handle those signals that are not ignored, and return their previous handlers. Only the main thread can: from
+    another one nothing is installed."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handled = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    return {number: signal.signal(number, handler) for number in handled}
 
 
 class StopRequest:
@@ -45,8 +57,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # HUP: the terminal was closed. It stays ignored under nohup.
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, self.preempt_signal)
-        handled = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-        self._before = {number: signal.signal(number, self._handle) for number in handled}
+        self._before = install_handler(self._handle, numbers)
         return self
 
     def __exit__(self, *_: object) -> None:

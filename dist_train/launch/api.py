@@ -122,10 +122,9 @@ def _train_here(config: Config, start: StartOptions) -> None:
     from dist_train.distributed import watchdog
     from dist_train.distributed.guest import as_guest
 
-    in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
     with as_guest(), watchdog.off():
         request = StopRequest(on_repeat=_interrupt)
-        jobs.train_here(config, start, request, time.perf_counter(), handle_signals=in_main)
+        jobs.train_here(config, start, request, time.perf_counter())
 
 
 def _interrupt(number: int) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,20 +28,17 @@ from dist_train.runs.summary import Summary, summarise, summarise_existing
 _QUEUED = ("PENDING", "CONFIGURING")  # states of a job, for the first time or requeued
 
 
-def train_here(
-    config: Config, start: StartOptions, request: StopRequest, started: float, *, handle_signals: bool = True
-) -> None:
+def train_here(config: Config, start: StartOptions, request: StopRequest, started: float) -> None:
     """Train in this process, which may be one rank of several.
 
-    `started`: time.perf_counter() when the process began; `handle_signals`: signals ask for a stop meanwhile, which
-    the main thread alone can arrange.
+    `started`: time.perf_counter() when the process began.
 
     Collective: every rank must call this.
     """
     from dist_train.training.run import run_training
 
     request.preempt_signal = signal.Signals[f"SIG{config.preempt_signal}"]
-    with request if handle_signals else nullcontext():
+    with request:
         run_training(config, start, request, started, Slurm(os.environ))
 
 

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from dist_train.distributed.process import (
     threads_per_process,
     without_torchrun_options,
 )
-from dist_train.distributed.signals import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S
+from dist_train.distributed.signals import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S, install_handler
 from dist_train.errors import LaunchError
 from dist_train.launch.diagnosis import diagnose_failure, log_sizes
 from dist_train.launch.machines import Nodes
@@ -127,10 +126,7 @@ class _Forwarding:
         self.requested: signal.Signals | None = None
 
     def __enter__(self) -> _Forwarding:
-        # Only the main thread can handle signals.
-        in_main = threading.current_thread() is threading.main_thread()
-        handled = [number for number in self.SIGNALS if in_main and signal.getsignal(number) != signal.SIG_IGN]
-        self.previous = {number: signal.signal(number, self._forward) for number in handled}
+        self.previous = install_handler(self._forward, self.SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
