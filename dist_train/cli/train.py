@@ -59,7 +59,7 @@ def _train_or_launch(
 ) -> None:
     from dist_train.config.batch_plan import BatchPlan
     from dist_train.config.loading import to_yaml
-    from dist_train.distributed.parent import watch_launcher
+    from dist_train.distributed.launcher_watch import watch_launcher
     from dist_train.distributed.process import LAUNCHER_PID, detect_process
     from dist_train.distributed.signals import StopRequest
     from dist_train.distributed.stdio import tolerate_closed_stdio

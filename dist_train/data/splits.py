@@ -12,10 +12,9 @@ from torch import Tensor
 
 from dist_train.config.paths import default_data_root
 from dist_train.config.schema import DataConfig
-from dist_train.data.child import run_in_child
-from dist_train.data.identity import Identity, identify
+from dist_train.data.child_process import run_in_child
+from dist_train.data.fingerprint import Identity, identify
 from dist_train.data.sets.bundle import load_dataset_bundle
-from dist_train.data.sets.checks import check_pixels, check_settings
 from dist_train.data.sets.image_folder import ImageFolder, check_folder, load_image_folder
 from dist_train.data.sets.image_set import (
     Examples,
@@ -26,8 +25,9 @@ from dist_train.data.sets.image_set import (
     subset_of,
     yields_pixels,
 )
-from dist_train.data.sets.named import load_named
-from dist_train.data.sets.user import check_map_style, load_user_sets
+from dist_train.data.sets.named_sets import load_named
+from dist_train.data.sets.settings_check import check_pixels, check_settings
+from dist_train.data.sets.user_sets import check_map_style, load_user_sets
 from dist_train.distributed.rng import derive_seed
 from dist_train.errors import ConfigError, DataError
 from dist_train.user_code.bundles import check_bundle

@@ -120,7 +120,7 @@ def _check_importable(config: Config, nproc: int) -> None:
 
 def _train_here(config: Config, start: StartOptions) -> None:
     from dist_train.distributed import watchdog
-    from dist_train.distributed.guest import as_guest
+    from dist_train.distributed.process_state import as_guest
 
     with as_guest(), watchdog.off():
         request = StopRequest(on_repeat=_interrupt)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config.paths import runs_root
-from dist_train.distributed.parent import is_alive
+from dist_train.distributed.launcher_watch import is_alive
 from dist_train.errors import RunDirError
 from dist_train.runs.directory import ENDS, RunDir
 

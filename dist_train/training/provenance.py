@@ -15,7 +15,7 @@ import torch
 
 from dist_train import __version__
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.data.identity import Identity, differences
+from dist_train.data.fingerprint import Identity, differences
 from dist_train.distributed.world import World
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")

@@ -13,7 +13,7 @@ from uuid import uuid4
 from dist_train.checkpoints.manifest import run_id_by_checkpoints
 from dist_train.config.loading import to_yaml
 from dist_train.config.schema import Config
-from dist_train.data.identity import differences
+from dist_train.data.fingerprint import differences
 from dist_train.data.splits import Splits, load_splits
 from dist_train.distributed import watchdog
 from dist_train.distributed.process import detect_process

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from dist_train.config.schema import AugmentConfig, DataConfig, Normalize
 from dist_train.data import splits as module
-from dist_train.data.sets.checks import check_settings
 from dist_train.data.sets.image_set import ImageSet, num_examples
+from dist_train.data.sets.settings_check import check_settings
 from dist_train.data.splits import Splits, load_splits
 from dist_train.errors import ConfigError
 

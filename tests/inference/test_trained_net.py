@@ -19,7 +19,7 @@ from dist_train.cli import main
 from dist_train.config.loading import parse_config
 from dist_train.config.paths import default_data_root
 from dist_train.data.sets.image_set import ImageSet
-from dist_train.data.sets.named import load_named
+from dist_train.data.sets.named_sets import load_named
 from dist_train.distributed.world import World
 from dist_train.inference.trained_net import TrainedNet
 from dist_train.models.tasks.confusion import Confusion, accuracy_by_class, class_names

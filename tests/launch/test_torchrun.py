@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from dist_train.cli import main
-from dist_train.distributed.parent import is_alive
+from dist_train.distributed.launcher_watch import is_alive
 from dist_train.errors import LaunchError
 from dist_train.launch.machines import Nodes
 from dist_train.launch.subprocesses import output_of

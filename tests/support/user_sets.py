@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dist_train.config.paths import default_data_root
 from dist_train.data.sets.image_set import ImageSet
-from dist_train.data.sets.named import load_named
+from dist_train.data.sets.named_sets import load_named
 
 
 def mnist_part(train: bool, length: int = 960) -> ImageSet:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_train.atomic_files import atomic_write, remove_leftovers
-from dist_train.data.sets.storage import disk_errors, locked
+from dist_train.data.sets.data_folder import disk_errors, locked
 from dist_train.errors import DataError
 
 _log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from typing import Any
 from dist_train.atomic_files import fsync
 from dist_train.data.sets.bundled_mnist import unpack_mnist
 from dist_train.data.sets.catalog import SETS, NamedSet, check_packages, fetch_command
+from dist_train.data.sets.data_folder import disk_errors, locked, unwritable
 from dist_train.data.sets.idx import read_idx_set
-from dist_train.data.sets.storage import disk_errors, locked, unwritable
 from dist_train.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dist_train.data.sets.available_memory import available_bytes
 from dist_train.data.sets.image_set import Examples, ImageSet
-from dist_train.data.sets.memory import available_bytes
 from dist_train.errors import DataError
 
 _log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from dist_train.data.batches import training_batches
 from dist_train.data.epoch_audit import ShardAudit
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import ImageSet
-from dist_train.data.sets.named import load_named
+from dist_train.data.sets.named_sets import load_named
 from dist_train.distributed import watchdog
 from dist_train.distributed.devices import peak_memory_gib
 from dist_train.distributed.signals import StopRequest

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.paths import default_data_root
-from dist_train.data.sets.named import load_named
+from dist_train.data.sets.named_sets import load_named
 from dist_train.distributed.devices import peak_memory_gib
 from dist_train.models.nets import MODELS
 

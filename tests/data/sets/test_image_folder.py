@@ -14,9 +14,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from dist_train.config.schema import DataConfig, Normalize
 from dist_train.data.sets import image_folder as module
+from dist_train.data.sets.available_memory import available_bytes
 from dist_train.data.sets.image_folder import ImageFolder, decode, load_image_folder
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
-from dist_train.data.sets.memory import available_bytes
 from dist_train.data.splits import load_splits
 from dist_train.errors import ConfigError, DataError
 from dist_train.torchvision_compat import import_torchvision

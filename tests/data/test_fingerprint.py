@@ -21,7 +21,7 @@ from dist_train.atomic_files import read_json, write_json
 from dist_train.checkpoints.manifest import digest, fingerprint
 from dist_train.config.schema import DataConfig
 from dist_train.data import identity as module
-from dist_train.data.identity import Difference, differences, identify
+from dist_train.data.fingerprint import Difference, differences, identify
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.data.splits import load_splits
@@ -204,7 +204,7 @@ def test_few_examples_are_made_and_fewer_of_slow_ones(monkeypatch: pytest.Monkey
     assert len(identify(large, 0)["examples"]) == 4
     assert large.asked == 8
     clock = count()
-    monkeypatch.setattr("dist_train.data.identity.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("dist_train.data.fingerprint.time.monotonic", lambda: next(clock))
     slow = Listed(range(10**5))
     assert list(identify(slow, 0)["examples"]) == ["0"]
     assert compare(slow, large) == []

@@ -29,7 +29,7 @@ from dist_train.config.schema import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS, available_sets
 from dist_train.data.sets.download import fetch
 from dist_train.data.sets.image_set import ImageSet
-from dist_train.data.sets.named import load_named
+from dist_train.data.sets.named_sets import load_named
 from dist_train.data.splits import load_splits
 from dist_train.errors import ConfigError, DataError
 from dist_train.torchvision_compat import import_torchvision

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from dist_train.data.sets.data_folder import locked
 from dist_train.data.sets.image_set import Examples
-from dist_train.data.sets.storage import locked
 from dist_train.errors import ConfigError
 from dist_train.user_code.importing import check_arguments, load_object, parameters_of, wrap_user_errors
 

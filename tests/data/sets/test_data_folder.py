@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.data.sets import storage
-from dist_train.data.sets.storage import LOCK_NAME, disk_errors, locked
+from dist_train.data.sets.data_folder import LOCK_NAME, disk_errors, locked
 from dist_train.errors import DataError
 
 
