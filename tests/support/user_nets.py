@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.data.sets.image_set import ImageSet
-from dist_train.distributed import parent
+from dist_train.distributed import launcher_watch
 from dist_train.models.nets import Bks, Mlp
 from support.user_sets import mnist_part
 
@@ -69,7 +69,7 @@ class Unhurried(Mlp):
 
     def __init__(self) -> None:
         super().__init__()
-        parent.ORPHAN_GRACE_S = 60.0
+        launcher_watch.ORPHAN_GRACE_S = 60.0
 
 
 class Masked(Mlp):

@@ -18,7 +18,7 @@ import pytest
 from dist_train.atomic_files import temporary_path
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets import bundled_mnist as module
-from dist_train.data.sets import named
+from dist_train.data.sets import named_sets
 from dist_train.data.sets.bundled_mnist import FILES, MARKER_NAME, unpack_mnist
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.data.splits import load_splits
@@ -251,7 +251,7 @@ def test_where_the_default_root_cannot_be_written_the_package_is_read(
             raise DataError(f"Cannot write to {root}")
         return unpack_mnist(root)
 
-    monkeypatch.setattr(named, "unpack_mnist", refuse)
+    monkeypatch.setattr(named_sets, "unpack_mnist", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "cache/dist_train"))
     with pytest.raises(DataError, match="Cannot write to"):  # the folder was chosen explicitly

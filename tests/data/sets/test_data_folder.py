@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.data.sets import storage
+from dist_train.data.sets import data_folder
 from dist_train.data.sets.data_folder import LOCK_NAME, disk_errors, locked
 from dist_train.errors import DataError
 
@@ -16,7 +16,7 @@ def test_a_lock_that_is_never_released_is_named(
 ) -> None:
     """The wait is logged before."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(storage, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(data_folder, "LOCK_TIMEOUT_S", 0.1)
     with (
         locked(tmp_path / "new"),
         pytest.raises(DataError, match=f"held {tmp_path}/new/{LOCK_NAME} for"),
