@@ -47,7 +47,7 @@ def manifests(run_dir: RunDir) -> dict[Path, dict[str, Any]]:
     return {folder: each for folder, each in by_folder.items() if each and not _mismatch(folder, each, run_id)}
 
 
-def run_id_by_checkpoints(run_dir: RunDir) -> str | None:
+def run_id_from_checkpoints(run_dir: RunDir) -> str | None:
     """Return the run id from the newest manifest that has one, for a run whose other files are lost."""
     return next(filter(None, (each.get("run") for each in manifests(run_dir).values())), None)
 

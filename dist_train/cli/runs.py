@@ -81,7 +81,7 @@ def tail(run: Path, count: int) -> None:
 
     trained = read_run(run)
     past = sum(describe(line, None) is not None for line in trained.lines)
-    for line in trained.summary.run_dir.metrics.follow(until=lambda: not summarise(run).goes_on):
+    for line in trained.summary.run_dir.metrics.follow(until=lambda: not summarise(run).may_be_running):
         text = describe(line, trained.summary.total_steps)
         if text is not None and past <= count:
             click.echo(text)

@@ -67,9 +67,9 @@ def _train_or_launch(
     from dist_train.launch.machines import find_nodes
 
     tolerate_closed_stdio()
-    place = detect_process(os.environ)
+    process = detect_process(os.environ)
     request = StopRequest()
-    if place.started_by in ("torchrun", "accelerate") or LAUNCHER_PID in os.environ:
+    if process.started_by in ("torchrun", "accelerate") or LAUNCHER_PID in os.environ:
         watch_launcher(lambda: request.request("INTERRUPT"))
     arguments = train_arguments(options)
     config, start = arguments.resolve(STARTED)
@@ -79,9 +79,9 @@ def _train_or_launch(
         for line in simulate(config, simulate_world_size):
             click.echo(line)
         return
-    if nproc is not None and place.world_size > 1:
-        raise ConfigError(f"--nproc={nproc} inside a world of {place.world_size} processes. Leave --nproc out.")
-    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or place.world_size)
+    if nproc is not None and process.world_size > 1:
+        raise ConfigError(f"--nproc={nproc} inside a world of {process.world_size} processes. Leave --nproc out.")
+    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or process.world_size)
     if dry_run:
         check_net_and_data(config)
         click.echo(f"{to_yaml(config)}# {plan}")

@@ -28,7 +28,7 @@ def verify(config_name: str | None, overrides: tuple[str, ...], settings: tuple[
         raise ConfigError(f"verify starts its processes itself, and this is one of {inside}. Start it by itself.")
     broken = 0
     for check in checks(load(config_name, (*overrides, *settings)), nproc):
-        click.echo(f"{'pass' if check.kept else 'FAIL'}  {check.promise}: {check.found}")
+        click.echo(f"{'pass' if check.kept else 'FAIL'}  {check.promise}: {check.result}")
         broken += not check.kept
     if broken:
         click.echo(f"{broken} promises broken.")

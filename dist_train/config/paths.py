@@ -21,10 +21,10 @@ def default_data_root() -> Path:
 
 def user_cache() -> Path:
     """Return the cache folder, for files that can be recreated: data sets, compiled code."""
-    return cache_stand_in() or _own_cache()
+    return temporary_cache() or _own_cache()
 
 
-def cache_stand_in() -> Path | None:
+def temporary_cache() -> Path | None:
     """Return a temporary folder if the default cache folder is not writable, else None. The first use logs a warning.
 
     With XDG_CACHE_HOME set it is None: the user chose that folder.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.loader import ExampleKey, LoadedBatch, loader_of, stream
+from dist_train.data.loader import ExampleKey, LoadedBatch, make_loader, stream
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import Examples, ImageSet, yields_pixels
 from dist_train.data.transforms import Augment, Pixels, change_each, to_default_dtype
@@ -117,7 +117,7 @@ class StreamingBatches:
         self._sampler = sampler
         self._augment = augment
         self._to_device = ToDevice(pixels, device)
-        self._open_loader = partial(loader_of, examples, num_workers=num_workers, device=device, seed=seed)
+        self._open_loader = partial(make_loader, examples, num_workers=num_workers, device=device, seed=seed)
         self._loaded: Iterator[LoadedBatch] = iter(())
         self._last: tuple[Position, Batch] | None = None
         self._next: Position | None = None  # position of the next batch in `_ready`, then in the stream

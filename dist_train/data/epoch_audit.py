@@ -45,7 +45,7 @@ class ShardAudit:
         self._hash = torch.full((), expected_hash if world.is_rank_zero else 0, dtype=torch.int64, device=world.device)
         self._gathered: list[Tensor] = []
 
-    def note(self, indices: Tensor) -> None:
+    def add(self, indices: Tensor) -> None:
         """Add the indices of a batch, int64 [B]. Does not wait for the device."""
         self._gathered.append(indices)
         if len(self._gathered) >= _CHUNK:

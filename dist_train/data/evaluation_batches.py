@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from dist_train.config.schema import Config
 from dist_train.data.batches import Batch, ToDevice, is_resident
-from dist_train.data.loader import loader_of, stream
+from dist_train.data.loader import make_loader, stream
 from dist_train.data.sampler import evaluation_shard
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples, yields_pixels
 from dist_train.data.transforms import Pixels
@@ -51,7 +51,7 @@ class EvaluationBatches:
         self._kept: dict[int, tuple[Batch, tuple[int, ...]]] = {}
         # One loader for all passes: its workers persist between them.
         keys = [[(0, index) for index in chunk.tolist()] for chunk in self._chunks]
-        self._loader = loader_of(examples, keys, num_workers, device, derive_seed(seed, "evaluation"))
+        self._loader = make_loader(examples, keys, num_workers, device, derive_seed(seed, "evaluation"))
 
     def __iter__(self) -> Iterator[Batch]:
         if self._resident is None:

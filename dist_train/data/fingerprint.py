@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dist_train.data.loader import Seeded
+from dist_train.data.loader import SeededExamples
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
 
-Identity = dict[str, Any]  # fingerprint of one split, JSON-serialisable
+Fingerprint = dict[str, Any]  # fingerprint of one split, JSON-serialisable
 
 READ_BYTES = 64 * 10**6  # upper bound for data in memory
 _NUM_SAMPLES = 4
@@ -25,14 +25,14 @@ _SAMPLING_LIMIT_S = 0.5  # time limit: fewer examples if they are slow
 _PARTS = 8  # of an example's floats
 
 
-def identify(examples: Examples, seed: int) -> Identity:
+def fingerprint_split(examples: Examples, seed: int) -> Fingerprint:
     """Return the number of examples, checksums of labels and file names where available, and of the content.
 
     Stored pixels are compared by their bytes. Of all other sets a few examples are made, as in a loader worker; their
     floats are compared within the rounding differences of other CPUs and libraries. A set that makes two different
     examples under one seed has no content fingerprint: `unsteady` is the index of such an example.
     """
-    found: Identity = {"count": num_examples(examples)}
+    found: Fingerprint = {"count": num_examples(examples)}
     labels = _labels(examples)
     if labels is not None:
         found["labels"] = _checksum(labels)
@@ -50,7 +50,7 @@ class Difference(NamedTuple):
     then: str
 
 
-def differences(now: Mapping[str, Identity], then: Mapping[str, Identity]) -> list[Difference]:
+def differences(now: Mapping[str, Fingerprint], then: Mapping[str, Fingerprint]) -> list[Difference]:
     """Return the splits whose examples differ, each with the first difference found.
 
     Parts that one side lacks are not compared: a folder may be in memory here and streamed there.
@@ -59,7 +59,7 @@ def differences(now: Mapping[str, Identity], then: Mapping[str, Identity]) -> li
     return [Difference(split, *found) for split, one, other in pairs if (found := _difference(one, other))]
 
 
-def _difference(now: Identity, then: Identity) -> tuple[str, str] | None:
+def _difference(now: Fingerprint, then: Fingerprint) -> tuple[str, str] | None:
     if now["count"] != then["count"]:
         return f"{now['count']} examples", f"{then['count']}"
     for part in ("labels", "names", "pixels"):
@@ -99,9 +99,9 @@ def _checksum(array: npt.NDArray[Any]) -> str:
 # --- sampled examples --------------------------------------------------------------------------------------------
 
 
-def _sample_examples(examples: Examples, seed: int, *, decoded: bool) -> Identity:
+def _sample_examples(examples: Examples, seed: int, *, decoded: bool) -> Fingerprint:
     """`decoded` marks images of our own decoder: deterministic, up to rounding between PIL versions."""
-    make = Seeded(examples, seed)
+    make = SeededExamples(examples, seed)
 
     def sketch_of(index: int) -> dict[str, Any]:
         _, example = make[0, index]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dist_train.data.sets.image_set import Examples, ImageSet, example_at, form_of, name_of, origin
+from dist_train.data.sets.image_set import Examples, ImageSet, describe_example, describe_value, example_at, locate
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.distributed.rng import derive_seed, seed_everything
 from dist_train.errors import DataError, DistTrainError, UserCodeError
@@ -27,7 +27,7 @@ ExampleKey = tuple[int, int]  # (epoch, index): what a loader worker needs to ma
 LoadedBatch = tuple[Any, Any, Tensor]  # inputs, targets and indices of a batch, on the CPU
 
 
-def loader_of(
+def make_loader(
     examples: Examples, keys: Iterable[list[ExampleKey]], num_workers: int, device: torch.device, seed: int
 ) -> DataLoader[Any]:
     """Return a DataLoader that prefetches the batches of `keys`, pinned for a GPU; iterate over it with `stream`."""
@@ -44,7 +44,7 @@ def loader_of(
     )
 
 
-class Seeded(Dataset[Any]):
+class SeededExamples(Dataset[Any]):
     """Makes each example with the generators seeded from (seed, epoch, index).
 
     Random transforms of user code thus give the same example for any number of workers and ranks and after any resume.
@@ -71,7 +71,7 @@ class _Batches(Dataset[Any]):
     raises by its traceback."""
 
     def __init__(self, examples: Examples, seed: int) -> None:
-        self._seeded = Seeded(examples, seed)
+        self._seeded = SeededExamples(examples, seed)
         self._collate = _Collate(examples)
 
     def __getitem__(self, keys: list[ExampleKey]) -> LoadedBatch | DistTrainError:
@@ -181,9 +181,11 @@ class _Collate:
     def _collate_error(self, error: Exception, indices: list[int], batch: list[Any]) -> UserCodeError:
         if self._own is not None:
             return user_code_error(f"{self._name}.collate failed on examples {self._positions(indices)}", error)
-        forms = [form_of(example) for example in batch]
+        forms = [describe_value(example) for example in batch]
         other = next((number for number, form in enumerate(forms) if form != forms[0]), 0)
-        shown = [f"{name_of(self._examples, indices[number])} is {forms[number]}" for number in sorted({0, other})]
+        shown = [
+            f"{describe_example(self._examples, indices[number])} is {forms[number]}" for number in sorted({0, other})
+        ]
         return UserCodeError(
             f"torch cannot collate these examples: {'; '.join(shown)} ({' '.join(str(error).split())}). Return "
             f"tensors of one shape from __getitem__, or give {self._name} a method collate(batch)."
@@ -191,10 +193,10 @@ class _Collate:
 
     @property
     def _name(self) -> str:
-        return type(origin(self._examples, 0)[0]).__name__
+        return type(locate(self._examples, 0)[0]).__name__
 
     def _positions(self, indices: list[int]) -> str:
-        positions = [str(origin(self._examples, index)[1]) for index in indices[:_NAMED]]
+        positions = [str(locate(self._examples, index)[1]) for index in indices[:_NAMED]]
         return ", ".join([*positions, *["..."] * (len(indices) > _NAMED)])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_train.config.paths import default_data_root
 from dist_train.config.schema import DataConfig
 from dist_train.data.child_process import run_in_child
-from dist_train.data.fingerprint import Identity, identify
+from dist_train.data.fingerprint import Fingerprint, fingerprint_split
 from dist_train.data.sets.bundle import load_dataset_bundle
 from dist_train.data.sets.image_folder import ImageFolder, check_folder, load_image_folder
 from dist_train.data.sets.image_set import (
@@ -41,7 +41,7 @@ class DataSummary:
     image_shape: tuple[int, int, int] | None  # [C, H, W] of the first training example, None if it is not an image
     num_classes: int | None  # None if the training set does not define it, as is `classes`
     classes: list[str] | None
-    identity: Mapping[str, Identity]  # by split
+    fingerprints: Mapping[str, Fingerprint]  # by split
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +77,9 @@ class Splits:
         return self.summary.num_classes
 
     @property
-    def identity(self) -> Mapping[str, Identity]:
+    def fingerprints(self) -> Mapping[str, Fingerprint]:
         """The fingerprint of each split."""
-        return self.summary.identity
+        return self.summary.fingerprints
 
 
 def check_data_exists(config: DataConfig) -> None:
@@ -115,18 +115,18 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     # If workers will be forked, a user's set stays unused here, even its length: using it may open a file.
     in_child = user_splits if config.num_workers else []
     summary = run_in_child(_summarise, found, seed) if in_child else _summarise(found, seed)
-    found |= {split: Subset(found[split], range(summary.identity[split]["count"])) for split in in_child}
+    found |= {split: Subset(found[split], range(summary.fingerprints[split]["count"])) for split in in_child}
     check_pixels(config, found["train"], summary.image_shape)
     return Splits(*_add_validation(config, seed, found), summary)
 
 
 def _summarise(found: Mapping[str, Examples], seed: int) -> DataSummary:
-    identity = {}
+    fingerprints = {}
     for split, examples in found.items():
         with wrap_user_errors(f"The {split} set", "cannot be read"):
             if not num_examples(examples):
                 raise DataError(f"The {split} set holds no examples.")
-            identity[split] = identify(examples, seed)
+            fingerprints[split] = fingerprint_split(examples, seed)
     train = found["train"]
     with wrap_user_errors("The train set", "cannot be read"):
         classes, num_classes = getattr(train, "classes", None), getattr(train, "num_classes", None)
@@ -135,7 +135,7 @@ def _summarise(found: Mapping[str, Examples], seed: int) -> DataSummary:
             image_shape=_image_shape(train),
             num_classes=num_classes if isinstance(num_classes, int) else counted,
             classes=list(map(str, classes)) if isinstance(classes, (list, tuple)) else None,
-            identity=identity,
+            fingerprints=fingerprints,
         )
 
 

@@ -16,7 +16,7 @@ from dist_train.distributed.process import ProcessInfo
 from dist_train.errors import ConfigError, LaunchError
 
 
-def choose_device(config: Config, place: ProcessInfo) -> str:
+def choose_device(config: Config, process: ProcessInfo) -> str:
     """Return the device type; `auto` is cuda if available, else mps for a single process, else cpu.
 
     Raises:
@@ -28,18 +28,18 @@ def choose_device(config: Config, place: ProcessInfo) -> str:
         if torch.cuda.is_available():
             wanted = "cuda"
         else:
-            fits_mps = place.world_size == 1 and config.dtype == "float32"  # mps has no float64
+            fits_mps = process.world_size == 1 and config.dtype == "float32"  # mps has no float64
             wanted = "mps" if torch.backends.mps.is_available() and fits_mps else "cpu"
     if wanted == "cuda":
         available = torch.cuda.device_count()
-        share_devices = place.started_by in ("torchrun", "accelerate")  # a task of srun may see only its own
-        if available == 0 or (share_devices and place.local_world_size > available):
+        share_devices = process.started_by in ("torchrun", "accelerate")  # a task of srun may see only its own
+        if available == 0 or (share_devices and process.local_world_size > available):
             raise LaunchError(
-                f"{place.local_world_size} processes on a machine with {available} CUDA devices. "
+                f"{process.local_world_size} processes on a machine with {available} CUDA devices. "
                 f"Start at most {available}, or set device=cpu."
             )
-    if wanted == "mps" and place.world_size > 1:
-        raise ConfigError(f"device=mps supports one process, not {place.world_size}. Set device=cpu.")
+    if wanted == "mps" and process.world_size > 1:
+        raise ConfigError(f"device=mps supports one process, not {process.world_size}. Set device=cpu.")
     return wanted
 
 

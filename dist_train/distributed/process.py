@@ -124,18 +124,18 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def export_rendezvous(place: ProcessInfo, env: MutableMapping[str, str]) -> None:
+def export_rendezvous(process: ProcessInfo, env: MutableMapping[str, str]) -> None:
     """Set the variables that torch.distributed and Accelerate read. An existing MASTER_ADDR or MASTER_PORT is kept."""
-    if place.world_size == 1:
+    if process.world_size == 1:
         return
-    if place.started_by == "srun":
-        one_node = place.local_world_size == place.world_size
+    if process.started_by == "srun":
+        one_node = process.local_world_size == process.world_size
         env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(env.get("SLURM_STEP_NODELIST", "")))
         # The port depends on job and step, so that jobs and steps that share a node use different ports.
         job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
         env.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 12000))
-    env["RANK"], env["WORLD_SIZE"] = str(place.rank), str(place.world_size)
-    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(place.local_rank), str(place.local_world_size)
+    env["RANK"], env["WORLD_SIZE"] = str(process.rank), str(process.world_size)
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(process.local_rank), str(process.local_world_size)
 
 
 def first_host(nodelist: str) -> str:

@@ -19,7 +19,7 @@ _LOGGERS = ("dist_train", "py.warnings")
 
 
 @contextmanager
-def as_guest() -> Iterator[None]:
+def preserve_process_state() -> Iterator[None]:
     """Leave what belongs to the process as it was: environment, sys.path, default dtype, threads, random generators,
     logging, and the state of Accelerate, which is new inside."""
     environment, path = dict(os.environ), list(sys.path)

@@ -34,17 +34,17 @@ class World:
     """The processes that train together, as seen by one of them."""
 
     accelerator: Accelerator
-    place: ProcessInfo
+    process: ProcessInfo
     mixed_precision: Precision
     num_threads: int
 
     @property
     def rank(self) -> int:
-        return self.place.rank
+        return self.process.rank
 
     @property
     def size(self) -> int:
-        return self.place.world_size
+        return self.process.world_size
 
     @property
     def is_rank_zero(self) -> bool:
@@ -66,19 +66,19 @@ class World:
             LaunchError: a partial launcher environment, an unexpected rank or world size, or missing ranks.
             ConfigError: a device or precision that is not available.
         """
-        place = detect_process(os.environ)
-        export_rendezvous(place, os.environ)
+        process = detect_process(os.environ)
+        export_rendezvous(process, os.environ)
         _check_accelerate(os.environ)
-        device = choose_device(config, place)
+        device = choose_device(config, process)
         precision = choose_precision(config, device, recorded_precision)
-        threads = threads_per_process(place.local_world_size, os.environ)
+        threads = threads_per_process(process.local_world_size, os.environ)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose one and warn
         torch.set_num_threads(threads)
         if device == "cpu":
             keep_freed_memory(os.environ)
-        if device == "cuda" and place.world_size > 1:
+        if device == "cuda" and process.world_size > 1:
             # Accelerate uses it as the device index, which is 0 for a task that sees only its own device.
-            os.environ["LOCAL_RANK"] = str(place.local_rank % torch.cuda.device_count())
+            os.environ["LOCAL_RANK"] = str(process.local_rank % torch.cuda.device_count())
         torch.set_default_dtype(getattr(torch, config.dtype))
 
         timeout = timedelta(seconds=config.setup_timeout_s)
@@ -88,8 +88,8 @@ class World:
             ),
             InitProcessGroupKwargs(timeout=timeout),
         ]
-        if place.world_size > place.local_world_size:
-            _log.info("waiting for %d processes to connect to %s", place.world_size, os.environ.get("MASTER_ADDR"))
+        if process.world_size > process.local_world_size:
+            _log.info("waiting for %d processes to connect to %s", process.world_size, os.environ.get("MASTER_ADDR"))
         try:
             # Without cpu=True, Accelerator() under torchrun on a machine without accelerator makes N worlds of one.
             accelerator = Accelerator(
@@ -106,16 +106,16 @@ class World:
             elif is_timeout(error):
                 why += f" If a rank takes longer to start, raise setup_timeout_s={config.setup_timeout_s:g}."
             raise LaunchError(
-                f"Rank {place.rank} of {place.world_size} could not connect to the other ranks at "
+                f"Rank {process.rank} of {process.world_size} could not connect to the other ranks at "
                 f"{os.environ.get('MASTER_ADDR')}:{port}: {why}"
             ) from error
-        if (accelerator.process_index, accelerator.num_processes) != (place.rank, place.world_size):
+        if (accelerator.process_index, accelerator.num_processes) != (process.rank, process.world_size):
             raise LaunchError(
-                f"Expected rank {place.rank} of {place.world_size} (started by {place.started_by}), got rank "
+                f"Expected rank {process.rank} of {process.world_size} (started by {process.started_by}), got rank "
                 f"{accelerator.process_index} of {accelerator.num_processes}. Start with dist-train launch --nproc "
-                f"{place.world_size}."
+                f"{process.world_size}."
             )
-        world = cls(accelerator, place, precision, threads)
+        world = cls(accelerator, process, precision, threads)
         if device == "cuda":
             world.check_exclusive_device(str(torch.cuda.get_device_properties(world.device).uuid))
         return world

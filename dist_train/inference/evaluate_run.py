@@ -38,7 +38,7 @@ class EvaluationResult:
     classes: list[str]  # [K]
 
 
-def find_trained(path: Path, which: str) -> tuple[Config, Path]:
+def open_checkpoint(path: Path, which: str) -> tuple[Config, Path]:
     """Return a run's settings and the folder of its checkpoint `which` (last, best or a step).
 
     Raises:
@@ -59,7 +59,7 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
         CheckpointError: the run or checkpoint does not exist.
         DataError: the data set has no such split.
     """
-    config, folder = find_trained(path, which)
+    config, folder = open_checkpoint(path, which)
     splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
     examples = splits.test if split == "test" else splits.val
     if examples is None:
@@ -70,7 +70,7 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     # Pass it as a setting, which overrides what a launcher exports.
     world = World.join(config.model_copy(update={"mixed_precision": precision}), precision)
     if world.is_rank_zero:
-        for change in changed_data(RunDir(path).read_provenance(), splits.identity):
+        for change in changed_data(RunDir(path).read_provenance(), splits.fingerprints):
             _log.warning("%s These metrics are not comparable with the run's own.", change)
     net = build_model(config.model, splits.input_spec, config.seed)
     load_weights(net, folder)

@@ -14,7 +14,7 @@ from dist_train.config.schema import Config
 from dist_train.data.splits import load_splits
 from dist_train.data.transforms import Pixels
 from dist_train.errors import DataError, UserCodeError
-from dist_train.inference.evaluate_run import find_trained
+from dist_train.inference.evaluate_run import open_checkpoint
 from dist_train.models.registry import build_model
 from dist_train.runs.directory import RunDir
 
@@ -40,7 +40,7 @@ class TrainedNet:
             CheckpointError: the run or checkpoint does not exist.
             DataError: the net was not trained on square images of a known size.
         """
-        config, folder = find_trained(path, which)
+        config, folder = open_checkpoint(path, which)
         # Runs of older versions did not record it.
         facts = RunDir(path).read_provenance().get("data") or load_splits(config.data, config.seed).description
         if not facts["pixels"] or facts["in_channels"] not in (1, 3) or not facts["image_size"]:

@@ -76,11 +76,11 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
         DistTrainError: As `dist-train train` reports it: ConfigError, DataError, UserCodeError, TrainingDiverged, ...;
             of a failed rank, with nproc > 1, LaunchError with its message.
     """
-    place = detect_process(os.environ)
-    if place.world_size > 1:
+    process = detect_process(os.environ)
+    if process.world_size > 1:
         raise LaunchError(
-            f"train() starts its processes itself, and this is rank {place.rank} of {place.world_size}. Call it in a "
-            f"single process with nproc={place.world_size}, or start dist-train train under torchrun."
+            f"train() starts its processes itself, and this is rank {process.rank} of {process.world_size}. Call it in "
+            f"a single process with nproc={process.world_size}, or start dist-train train under torchrun."
         )
     if nproc < 1:
         raise ConfigError(f"nproc={nproc} starts no process. Pass 1 or more.")
@@ -120,9 +120,9 @@ def _check_importable(config: Config, nproc: int) -> None:
 
 def _train_here(config: Config, start: StartOptions) -> None:
     from dist_train.distributed import watchdog
-    from dist_train.distributed.process_state import as_guest
+    from dist_train.distributed.process_state import preserve_process_state
 
-    with as_guest(), watchdog.off():
+    with preserve_process_state(), watchdog.off():
         request = StopRequest(on_repeat=_interrupt)
         jobs.train_here(config, start, request, time.perf_counter())
 

@@ -170,9 +170,9 @@ def request_stop(path: Path) -> str:
         RunDirError: It is not running and not queued, or its directory cannot be written.
     """
     summary = summarise_existing(path)
-    job = None if summary.goes_on else unfinished_jobs([summary]).get(summary.job or "")
+    job = None if summary.may_be_running else unfinished_jobs([summary]).get(summary.job or "")
     queued = is_waiting(job) or (job is not None and (job.state, summary.state) == ("RUNNING", "NEW"))
-    if not summary.goes_on and not queued:
+    if not summary.may_be_running and not queued:
         raise RunDirError(f"{path} is not running: {summary.state}.")
     try:
         summary.run_dir.stop_request_file.touch()

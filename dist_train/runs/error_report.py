@@ -27,7 +27,7 @@ def describe_error(report: Mapping[str, Any]) -> str:
     return f"{what}  [rank {report.get('rank', '?')} on {report.get('host', '?')}]"
 
 
-def note_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:
+def record_error(path: Path, error: BaseException, rank: int, exit_code: int, trace: str) -> bool:
     """Write `error.json` unless another rank did. Return True if this rank is the first to fail.
 
     The file is hard-linked into place, so that exactly one of several failing ranks is first: the others mostly report

@@ -65,7 +65,7 @@ class Sketch(TypedDict):
     floats: list[Annotated[list[Number], Field(min_length=1)]]  # one list for each array
 
 
-class SplitIdentity(TypedDict):
+class SplitFingerprint(TypedDict):
     """Fingerprint of the examples of a split."""
 
     count: Count
@@ -91,7 +91,7 @@ class Provenance(TypedDict, total=False):
     versions: dict[str, str | None]
     batch_plan: dict[str, Count]
     data: DataFacts
-    data_identity: dict[str, SplitIdentity]
+    data_identity: dict[str, SplitFingerprint]
 
 
 class Error(TypedDict, total=False):

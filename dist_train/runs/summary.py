@@ -48,7 +48,7 @@ class Summary:
         return self.state not in (*ENDS, "KILLED", "SILENT", "NEW")
 
     @property
-    def goes_on(self) -> bool:
+    def may_be_running(self) -> bool:
         """Whether the run may still be running: a silent one may be compiling."""
         return self.is_live or self.state == "SILENT"
 

@@ -98,7 +98,7 @@ def build_trainer(
     state = _restore(checkpoints, step, start)
     provenance = _start_attempt(config, world, run_dir, splits, components, state)
     audit = ShardAudit(sampler, world, state.step, state.audit)
-    step.eager.batches.on_gather = audit.note
+    step.eager.batches.on_gather = audit.add
     world.barrier()
     save_every = config.save_every
     return Trainer(
@@ -166,7 +166,7 @@ def _start_attempt(
     step, sampler = components.step, components.sampler
     provenance = collect_provenance(world, sampler.plan, world.hosts()) | {"data": splits.description}
     before = run_dir.read_provenance() if state.step else {}
-    provenance["data_identity"] = before.get("data_identity") or splits.identity
+    provenance["data_identity"] = before.get("data_identity") or splits.fingerprints
     if world.is_rank_zero:
         run_dir.record_resume(state.step, world.size)
         total_steps = components.learning_rate.total_steps

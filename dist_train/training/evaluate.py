@@ -152,5 +152,5 @@ class _Sums:
         if correct is not None and "accuracy" in own:
             _check_accuracy(own["accuracy"], int(correct) / len(indices))
         if self._confusion is not None and correct is not None:
-            self._confusion.note(output, targets, indices)
+            self._confusion.add(output, targets, indices)
         counts.add(loss, correct, len(indices), *own.values())

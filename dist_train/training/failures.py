@@ -19,7 +19,7 @@ from dist_train.distributed.process import ProcessInfo
 from dist_train.distributed.world import end_process
 from dist_train.errors import DistTrainError, OutOfMemory, PeerLost, UserCodeError
 from dist_train.runs.directory import RunDir
-from dist_train.runs.error_report import note_error
+from dist_train.runs.error_report import record_error
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ class FailureHandler:
     for them.
     """
 
-    def __init__(self, place: ProcessInfo, config: Config, run_dir: RunDir | None) -> None:
+    def __init__(self, process: ProcessInfo, config: Config, run_dir: RunDir | None) -> None:
         """`run_dir`: the launcher's, if there is one. The launcher prints the error that it finds there."""
-        self.place = place
+        self.process = process
         self.run_dir = run_dir  # None until this start owns one
         self.errors: TextIO = sys.stderr  # shared by all ranks
         self.waits = f"setup_timeout_s={config.setup_timeout_s:g}"  # the limit while waiting for other ranks
@@ -64,20 +64,20 @@ class FailureHandler:
         elif self.run_dir is not None and self.run_dir.read_status().get("state") == "FINISHED":
             first = False  # a rank was lost during the exit, after the run was complete
         elif self.run_dir is not None:
-            first = note_error(self.run_dir.error, error, self.place.rank, code, trace)
-            if self.place.rank == 0 and self.run_dir.attempt:
+            first = record_error(self.run_dir.error, error, self.process.rank, code, trace)
+            if self.process.rank == 0 and self.run_dir.attempt:
                 with suppress(DistTrainError, OSError):
                     self.run_dir.set_status(state="ERROR")
             if first and not self._launched and not is_self_explanatory(type(error).__name__):
-                single_node = self.place.world_size == self.place.local_world_size
-                error.add_note(resume_hint(self.run_dir, self.place.world_size if single_node else None))
-        if self.place.world_size > 1:
+                single_node = self.process.world_size == self.process.local_world_size
+                error.add_note(resume_hint(self.run_dir, self.process.world_size if single_node else None))
+        if self.process.world_size > 1:
             if first:
                 message = str(error) if isinstance(error, DistTrainError) else trace
                 text = "\n".join([message, *getattr(error, "__notes__", [])])
                 # A disk that rejects error.json also rejects the launcher's log.
                 unrecorded = self._launched and self.run_dir is not None and not self.run_dir.error.exists()
-                print(f"error [rank {self.place.rank}]: {text}", file=sys.stdout if unrecorded else self.errors)
+                print(f"error [rank {self.process.rank}]: {text}", file=sys.stdout if unrecorded else self.errors)
             end_process(code)
         if error is not raised:
             raise error from raised
@@ -98,7 +98,7 @@ class FailureHandler:
         return loader_error(error) or error
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
-        config, size = self._config, self.place.world_size
+        config, size = self._config, self.process.world_size
         plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, size)
         smaller = plan.with_smaller_forwards()
         if smaller is None:

@@ -15,7 +15,7 @@ import torch
 
 from dist_train import __version__
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.data.fingerprint import Identity, differences
+from dist_train.data.fingerprint import Fingerprint, differences
 from dist_train.distributed.world import World
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
@@ -29,7 +29,7 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _PACKAGES}},
         "git_commit": git_commit(Path.cwd()),
         "argv": sys.argv,
-        "started_by": world.place.started_by,
+        "started_by": world.process.started_by,
         "hosts": hosts,
         "world_size": world.size,
         "num_nodes": len(set(hosts)),
@@ -64,7 +64,7 @@ def _lookup(provenance: dict[str, Any], name: str) -> Any:
     return provenance.get(section, {}).get(key)
 
 
-def changed_data(before: dict[str, Any], now: Mapping[str, Identity]) -> list[str]:
+def changed_data(before: dict[str, Any], now: Mapping[str, Fingerprint]) -> list[str]:
     """Return the splits whose examples differ from those that the run began with, as one sentence each.
 
     Such as "The train set has 109 examples, but the run began with 101." Runs of older versions recorded no identity.

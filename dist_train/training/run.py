@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from dist_train.checkpoints.manifest import run_id_by_checkpoints
+from dist_train.checkpoints.manifest import run_id_from_checkpoints
 from dist_train.config.loading import to_yaml
 from dist_train.config.schema import Config
 from dist_train.data.fingerprint import differences
@@ -41,13 +41,13 @@ def run_training(
 
     Collective: every rank calls this with the same arguments.
     """
-    place = detect_process(os.environ)
+    process = detect_process(os.environ)
     launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
-    failure_handler = FailureHandler(place, config, launched_in)
-    log_to_screen(place.rank, start.verbosity)
+    failure_handler = FailureHandler(process, config, launched_in)
+    log_to_screen(process.rank, start.verbosity)
     with _remove_if_not_started(failure_handler, start), failure_handler:
         # Before the ranks join: a rank that waits for a lock or a download must not block others in a collective.
-        splits = load_splits(config.data, config.seed, place.local_world_size)
+        splits = load_splits(config.data, config.seed, process.local_world_size)
         watchdog.arm(config.setup_timeout_s)
         world = World.join(config, find_run_dir(config, start).precision)
         run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, start, claim=True).path))))
@@ -96,7 +96,7 @@ def _open(run_dir: RunDir, config: Config, splits: Splits, start: StartOptions, 
     """Begin an attempt and return its number, None if the run is finished. Rank zero only."""
     if check_start(run_dir, config, start):
         return None
-    changes = changed_data(run_dir.read_provenance(), splits.identity) if run_dir.holds_checkpoints else []
+    changes = changed_data(run_dir.read_provenance(), splits.fingerprints) if run_dir.holds_checkpoints else []
     if changes:
         raise DataError(
             f"{run_dir.path} was trained on different data:\n" + "\n".join(f"  {change}" for change in changes) + "\n"
@@ -107,7 +107,7 @@ def _open(run_dir: RunDir, config: Config, splits: Splits, start: StartOptions, 
         run_dir.unlock()
         return None
     # Without an id in its files, a run keeps that of its checkpoints: with another they would not count as its own.
-    wandb_id = run_id_by_checkpoints(run_dir) or uuid4().hex[:8]
+    wandb_id = run_id_from_checkpoints(run_dir) or uuid4().hex[:8]
     run_dir.begin_attempt(config, wandb_id=wandb_id, started=started, asked_at=start.asked_at)
     return run_dir.attempt
 
@@ -120,11 +120,11 @@ def _check_same_data(world: World, splits: Splits) -> None:
     Raises:
         DataError: on every rank, naming the first that differs from rank zero.
     """
-    theirs = world.from_rank_zero(splits.identity)
+    theirs = world.from_rank_zero(splits.fingerprints)
     said = [
         f"The {split} set of rank {world.rank} on {socket.gethostname()} has {here}; that of rank 0 has {there}. "
         f"Every rank must build the same set: from the same files, with random draws under a fixed seed."
-        for split, here, there in differences(splits.identity, theirs)
+        for split, here, there in differences(splits.fingerprints, theirs)
     ]
     for text in filter(None, world.gather("".join(said[:1]))):
         raise DataError(text)

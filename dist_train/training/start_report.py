@@ -52,12 +52,12 @@ def report_start(
             plan.per_rank_batch_size, plan.per_device_batch_size, config.per_device_batch_size,
             plan.per_rank_batch_size,
         )  # fmt: skip
-    for split, identity in splits.identity.items():
-        if "unsteady" in identity:
+    for split, fingerprint in splits.fingerprints.items():
+        if "unsteady" in fingerprint:
             _log.warning(
                 "the %s set is not fingerprinted: with the same seed its example %d differs each time, so no resume is "
                 "exact. Draw from the global generators of torch, numpy and Python, which are seeded for each example.",
-                split, identity["unsteady"],
+                split, fingerprint["unsteady"],
             )  # fmt: skip
     if state.step:
         _log.info("resumed at step %d of %d", state.step, total_steps)
@@ -65,11 +65,11 @@ def report_start(
 
 def report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]) -> None:
     """Log the limits of exactness for this net. `before`: the provenance of a resumed run, else {}."""
-    dependent = step.observed.world_size_dependent
+    dependent = step.effects.world_size_dependent
     rounding = [f"{provenance['mixed_precision']} rounding"] if provenance["mixed_precision"] != "no" else []
     for reason in dependent + rounding:
         _log.info("the result depends on the number of processes: %s", reason)
-    for name in step.observed.unsaved:
+    for name in step.effects.unsaved:
         _log.warning(
             "resume is not exact: each forward changes %s.%s, which is not in the checkpoint. Make it a buffer.",
             type(step.net).__name__, name,

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
 from dist_train.checkpoints.manifest import MODEL, best_checkpoint, manifests
-from dist_train.config.paths import cache_stand_in
+from dist_train.config.paths import temporary_cache
 from dist_train.config.schema import Config, TrackingConfig
 from dist_train.distributed.peer_failures import first_line
 from dist_train.errors import DistTrainError, RunDirError
@@ -227,7 +227,7 @@ def start_wandb(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) 
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
-    if (cache := cache_stand_in()) is not None:  # W&B prints its log if it cannot write it
+    if (cache := temporary_cache()) is not None:  # W&B prints its log if it cannot write it
         os.environ.setdefault("WANDB_CACHE_DIR", str(cache / "wandb"))
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's own telemetry, which may fail
     import wandb

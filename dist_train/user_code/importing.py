@@ -151,7 +151,7 @@ def _missing_module(spec: str, module_name: str, missing: str) -> str:
 
 @contextmanager
 def wrap_user_errors(
-    label: str, what: str, unless: Callable[[BaseException], bool] = lambda _: False
+    label: str, what: str, pass_through: Callable[[BaseException], bool] = lambda _: False
 ) -> Iterator[None]:
     """Turn an exception of user code into a UserCodeError that begins with `label` and names file and line.
 
@@ -162,7 +162,7 @@ def wrap_user_errors(
     except DistTrainError:
         raise
     except (Exception, SystemExit) as error:  # SystemExit: a script without `if __name__ == "__main__"`
-        if unless(error):
+        if pass_through(error):
             raise
         raise user_code_error(f"{label} {what}", error) from error
 

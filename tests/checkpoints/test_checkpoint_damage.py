@@ -19,7 +19,7 @@ from dist_train.checkpoints.manifest import (
     good_checkpoints,
     manifests,
     read_manifest,
-    run_id_by_checkpoints,
+    run_id_from_checkpoints,
 )
 from dist_train.config.loading import load_config, parse_config
 from dist_train.errors import CheckpointError, ConfigError, RunDirError
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: py
     assert "manifest.json belongs to run another, this is run mine" in caplog.messages[0]
     assert "manifest.json belongs to another checkpoint" in caplog.messages[1]
     run_dir.status.unlink()
-    assert run_id_by_checkpoints(RunDir(run_dir.path)) == "mine"
+    assert run_id_from_checkpoints(RunDir(run_dir.path)) == "mine"
     assert next(good_checkpoints(RunDir(run_dir.path))) == mine
 
 

@@ -30,12 +30,12 @@ def test_a_whole_epoch_and_the_next(world: World, began_at: int) -> None:
     sampler = sampler_of(1, 0)
     audit = ShardAudit(sampler, world, began_at)
     for step in range(began_at, 100):
-        audit.note(sampler.indices(step))
+        audit.add(sampler.indices(step))
     unaudited = {"audit/believed": 10 * began_at} if began_at else {}  # as if an older version saved no totals
     seen = {"audit/unique": 1000 - 10 * began_at, "audit/duplicate": 0, "audit/dropped": 3}
     assert audit.close_epoch(100) == seen | unaudited
     for step in range(100, 200):
-        audit.note(sampler.indices(step))
+        audit.add(sampler.indices(step))
     assert audit.close_epoch(200) == {"audit/unique": 1000, "audit/duplicate": 0, "audit/dropped": 3}
 
 
@@ -44,7 +44,7 @@ def test_streamed_indices_on_another_device(world: World) -> None:
     elsewhere = SimpleNamespace(device=torch.device("meta"), is_rank_zero=True)
     audit = ShardAudit(sampler_of(1, 0), elsewhere, 0)  # type: ignore[arg-type]
     for _ in range(300):
-        audit.note(torch.tensor([0]))
+        audit.add(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("batches", [1, 255, 256, 257, 600])
@@ -52,7 +52,7 @@ def test_added_up_in_chunks(world: World, batches: int) -> None:
     sampler = ShardSampler(1003, BatchPlan.fit(1, 1, 1), 0, seed=3)
     audit = ShardAudit(sampler, world, 0)
     for step in range(batches):
-        audit.note(sampler.indices(step))
+        audit.add(sampler.indices(step))
     assert audit.close_epoch(batches)["audit/unique"] == batches
     assert audit.close_epoch(batches)["audit/unique"] == batches  # the epoch is not over
 
@@ -63,9 +63,9 @@ def test_an_example_twice_or_never_is_an_error(instead: int | None, message: str
     audit = ShardAudit(sampler, world, 0)
     for step in range(100):
         if step != 70:
-            audit.note(sampler.indices(step))
+            audit.add(sampler.indices(step))
         elif instead is not None:
-            audit.note(sampler.indices(instead))
+            audit.add(sampler.indices(instead))
     with pytest.raises(DistTrainError, match=f"Epoch 1: the {message}"):
         audit.close_epoch(100)
 
@@ -75,19 +75,19 @@ def test_a_resume_continues_the_count(stopped_at: int, world: World) -> None:
     """The count also continues when the sharding differs before and after the resume."""
     first, then = ShardAudit(sampler_of(1, 0), world, 0), sampler_of(1, 0)
     for step in range(stopped_at):
-        first.note(torch.cat([sampler_of(2, rank).indices(step) for rank in (1, 0)]))
+        first.add(torch.cat([sampler_of(2, rank).indices(step) for rank in (1, 0)]))
         if step == 99:
             first.close_epoch(100)
     resumed = ShardAudit(then, world, stopped_at, first.totals())
     end = 200 if stopped_at > 99 else 100
     for step in range(stopped_at, end):
-        resumed.note(then.indices(step))
+        resumed.add(then.indices(step))
     assert resumed.close_epoch(end) == {"audit/unique": 1000, "audit/duplicate": 0, "audit/dropped": 3}
 
 
 def test_a_resume_after_other_examples_is_refused(world: World) -> None:
     audit = ShardAudit(sampler_of(1, 0), world, 0)
-    audit.note(torch.arange(10))
+    audit.add(torch.arange(10))
     with pytest.raises(CheckpointError, match=r"The 10 examples of epoch 1 .* are not the first 10 of its order"):
         ShardAudit(sampler_of(1, 0), world, 1, audit.totals())
     with pytest.raises(CheckpointError, match=r"The 10 examples of epoch 1 .* are not the first 20 of its order"):
@@ -98,10 +98,10 @@ def test_unaudited_examples_stay_unaudited(world: World) -> None:
     sampler = sampler_of(1, 0)
     first = ShardAudit(sampler, world, 30)
     for step in range(30, 57):
-        first.note(sampler.indices(step))
+        first.add(sampler.indices(step))
     second = ShardAudit(sampler, world, 57, first.totals())
     for step in range(57, 100):
-        second.note(sampler.indices(step))
+        second.add(sampler.indices(step))
     line = {"audit/unique": 700, "audit/duplicate": 0, "audit/believed": 300, "audit/dropped": 3}
     assert second.close_epoch(100) == line
     assert second.totals() == {"seen": 0, "hash": 0, "believed": 0}  # the next epoch begins
@@ -120,7 +120,7 @@ def _on_two_ranks(same: bool) -> None:
     sampler = sampler_of(2, 0 if same else world.rank)
     audit = ShardAudit(sampler, world, 0)
     for step in range(100):
-        audit.note(sampler.indices(step))
+        audit.add(sampler.indices(step))
     if same:
         with pytest.raises(DistTrainError, match="Epoch 1: the 1000 examples"):
             audit.close_epoch(100)

@@ -21,7 +21,7 @@ from dist_train.atomic_files import read_json, write_json
 from dist_train.checkpoints.manifest import digest, fingerprint
 from dist_train.config.schema import DataConfig
 from dist_train.data import fingerprint as module
-from dist_train.data.fingerprint import Difference, differences, identify
+from dist_train.data.fingerprint import Difference, differences, fingerprint_split
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.data.splits import load_splits
@@ -52,7 +52,8 @@ class Listed(Dataset[Any]):
 def compare(now: Examples, then: Examples) -> list[Difference]:
     """Compare as at a resume, where one fingerprint comes from a file."""
     return differences(
-        {"train": identify(now, 0)}, json.loads(json.dumps({"train": identify(then, 0)}, allow_nan=False))
+        {"train": fingerprint_split(now, 0)},
+        json.loads(json.dumps({"train": fingerprint_split(then, 0)}, allow_nan=False)),
     )
 
 
@@ -79,8 +80,8 @@ def test_every_byte_in_memory_counts() -> None:
         other.images.view(-1)[place] ^= 1
         [found] = texts(other, images())
         assert found.startswith("pixels with checksum ")
-        assert identify(other, 0)["pixels"] in found
-        assert identify(images(), 0)["pixels"] in found
+        assert fingerprint_split(other, 0)["pixels"] in found
+        assert fingerprint_split(images(), 0)["pixels"] in found
 
 
 def test_evenly_spaced_examples_of_a_large_set_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +95,10 @@ def test_evenly_spaced_examples_of_a_large_set_are_read(monkeypatch: pytest.Monk
 
 
 def test_a_missing_or_new_split() -> None:
-    whole, part = {"train": identify(images(), 0), "val": identify(images(7), 0)}, {"train": identify(images(), 0)}
+    whole, part = (
+        {"train": fingerprint_split(images(), 0), "val": fingerprint_split(images(7), 0)},
+        {"train": fingerprint_split(images(), 0)},
+    )
     assert differences(part, whole) == [("val", "0 examples", "7")]
     assert differences(whole, part) == [("val", "7 examples", "0")]
 
@@ -114,7 +118,7 @@ def test_stored_labels_are_compared(name: str, kind: Any) -> None:
 
 @pytest.mark.parametrize("labels", [["a", "b"], None, 7, [[1], [2, 3], [4]], [1.5, 2.5, 3.5], [torch.tensor(1)] * 3])
 def test_labels_of_other_types_are_ignored(labels: Any) -> None:
-    assert "labels" not in identify(Listed(range(3), labels=labels), 0)
+    assert "labels" not in fingerprint_split(Listed(range(3), labels=labels), 0)
 
 
 class ReadsAll(Listed):
@@ -125,7 +129,7 @@ class ReadsAll(Listed):
 
 def test_computed_labels_are_not_read() -> None:
     computed = ReadsAll(range(1000))
-    assert "labels" not in identify(computed, 0)
+    assert "labels" not in fingerprint_split(computed, 0)
     assert computed.asked == 8
 
 
@@ -193,20 +197,20 @@ def test_random_transforms_are_made_under_the_seeds_of_a_loader() -> None:
 
 def test_a_generator_of_its_own_is_named() -> None:
     numbers = count()
-    drawn = identify(Listed([lambda: next(numbers)] * 9), 0)
+    drawn = fingerprint_split(Listed([lambda: next(numbers)] * 9), 0)
     assert drawn == {"count": 9, "unsteady": 0}
-    assert differences({"train": drawn}, {"train": identify(Listed(range(9)), 0)}) == []
-    assert len(differences({"train": drawn}, {"train": identify(Listed(range(8)), 0)})) == 1
+    assert differences({"train": drawn}, {"train": fingerprint_split(Listed(range(9)), 0)}) == []
+    assert len(differences({"train": drawn}, {"train": fingerprint_split(Listed(range(8)), 0)})) == 1
 
 
 def test_few_examples_are_made_and_fewer_of_slow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     large = Listed(range(10**5))
-    assert len(identify(large, 0)["examples"]) == 4
+    assert len(fingerprint_split(large, 0)["examples"]) == 4
     assert large.asked == 8
     clock = count()
     monkeypatch.setattr("dist_train.data.fingerprint.time.monotonic", lambda: next(clock))
     slow = Listed(range(10**5))
-    assert list(identify(slow, 0)["examples"]) == ["0"]
+    assert list(fingerprint_split(slow, 0)["examples"]) == ["0"]
     assert compare(slow, large) == []
 
 
@@ -214,7 +218,7 @@ def test_a_failing_example_is_skipped() -> None:
     def fail() -> None:
         raise OSError("gone")
 
-    assert list(identify(Listed([0, 1, 2, fail]), 0)["examples"]) == ["0", "1", "2"]
+    assert list(fingerprint_split(Listed([0, 1, 2, fail]), 0)["examples"]) == ["0", "1", "2"]
 
 
 # --- image folders -----------------------------------------------------------------------------------------------
@@ -234,31 +238,31 @@ def test_pictures_in_memory_and_streamed_are_the_same_data(folder: Path) -> None
     streamed = ImageFolder(folder, 8)
     memory = streamed.in_memory()
     assert compare(memory, streamed) == compare(streamed, memory) == []
-    assert "pixels" not in identify(memory, 0)
+    assert "pixels" not in fingerprint_split(memory, 0)
 
 
 def test_a_shade_is_no_other_picture(folder: Path) -> None:
     memory = ImageFolder(folder, 8).in_memory()
-    before = identify(memory, 0)
+    before = fingerprint_split(memory, 0)
     memory.images.copy_((memory.images.int() + torch.randint(-2, 3, memory.images.shape)).clamp(0, 255))
-    assert differences({"train": identify(memory, 0)}, {"train": before}) == []
+    assert differences({"train": fingerprint_split(memory, 0)}, {"train": before}) == []
     memory.images[5] = memory.images[5].flip(-1)
-    assert len(differences({"train": identify(memory, 0)}, {"train": before})) == 1
+    assert len(differences({"train": fingerprint_split(memory, 0)}, {"train": before})) == 1
 
 
 def test_names_of_files(folder: Path) -> None:
-    before = identify(ImageFolder(folder, 8), 0)
+    before = fingerprint_split(ImageFolder(folder, 8), 0)
     (folder / "b/3.png").rename(folder / "b/4.png")
-    [found] = differences({"train": identify(ImageFolder(folder, 8), 0)}, {"train": before})
+    [found] = differences({"train": fingerprint_split(ImageFolder(folder, 8), 0)}, {"train": before})
     assert found.now.startswith("names with checksum ")
 
 
 def test_names_and_labels_touch_no_file(folder: Path) -> None:
     """A `stat` of each of a million files on NFS takes minutes."""
     pictures = ImageFolder(folder, 8)
-    before = identify(pictures, 0)
+    before = fingerprint_split(pictures, 0)
     shutil.rmtree(folder)
-    after = identify(pictures, 0)
+    after = fingerprint_split(pictures, 0)
     assert {**after, "examples": None} == {**before, "examples": None}
     assert after["examples"] == {}
 
@@ -347,7 +351,7 @@ def test_the_set_is_untouched(val_examples: int) -> None:
     in_child, in_parent = load("Lazy", 2, val_examples=val_examples), load("Lazy", 0, val_examples=val_examples)
     assert len(in_child.train) == len(in_parent.train) == 50 - val_examples
     assert in_child.input_spec == in_parent.input_spec == {"in_channels": 1, "num_classes": 2, "image_size": 8}
-    assert in_child.identity == in_parent.identity
+    assert in_child.fingerprints == in_parent.fingerprints
     opened = in_child.train
     while hasattr(opened, "whole"):
         opened = opened.whole

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dist_train.data.batches import ToDevice
-from dist_train.data.loader import LoadedBatch, loader_error, loader_of, stream
-from dist_train.data.sets.image_set import Examples, Subset, origin, subset_of
+from dist_train.data.loader import LoadedBatch, loader_error, make_loader, stream
+from dist_train.data.sets.image_set import Examples, Subset, locate, subset_of
 from dist_train.errors import DataError, UserCodeError
 from support.ranks import run_on_ranks
 
@@ -44,7 +44,7 @@ def fetch(examples: Examples, num_workers: int = 0, indices: list[int] | None = 
     """Load the examples in batches of four."""
     indices = list(range(20)) if indices is None else indices
     keys = [[(0, index) for index in indices[start : start + 4]] for start in range(0, len(indices), 4)]
-    return list(stream(loader_of(examples, keys, num_workers, CPU, seed=0)))
+    return list(stream(make_loader(examples, keys, num_workers, CPU, seed=0)))
 
 
 def error_of(examples: Examples, num_workers: int = 0, **more: Any) -> str:
@@ -72,7 +72,7 @@ def test_an_example_that_cannot_be_made_is_named(num_workers: int) -> None:
 
 def test_the_origin_of_a_nested_subset() -> None:
     inner = Subset([7, 8, 9, 10], torch.tensor([3, 2, 1]))
-    assert origin(Subset(inner, range(3)), 1) == ([7, 8, 9, 10], 2)
+    assert locate(Subset(inner, range(3)), 1) == ([7, 8, 9, 10], 2)
 
 
 def test_an_example_is_named_by_its_index_in_the_original_set() -> None:

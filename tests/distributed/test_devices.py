@@ -73,15 +73,15 @@ def count_page_faults(out: Path) -> None:
     ],
 )
 def test_processes_per_visible_device(
-    place: ProcessInfo, devices: int, rejected: bool, monkeypatch: pytest.MonkeyPatch
+    process: ProcessInfo, devices: int, rejected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     config = parse_config({"device": "cuda"})
     if rejected:
-        with pytest.raises(LaunchError, match=f"{place.local_world_size} processes on a machine with {devices} CUDA"):
-            choose_device(config, place)
+        with pytest.raises(LaunchError, match=f"{process.local_world_size} processes on a machine with {devices} CUDA"):
+            choose_device(config, process)
     else:
-        assert choose_device(config, place) == "cuda"
+        assert choose_device(config, process) == "cuda"
 
 
 def share_devices(devices: list[str], error: str) -> None:

@@ -169,7 +169,7 @@ def confusion_on_ranks() -> None:
     if world.rank < 2:  # one rank has no examples
         mine = torch.arange(world.rank, 6, 2)
         for rows in (mine[:1], mine[1:]):
-            confusion.note(logits[rows], labels[rows], rows)
+            confusion.add(logits[rows], labels[rows], rows)
     total = confusion.total(world)
     assert total is not None
     assert total.tolist() == [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
@@ -187,8 +187,8 @@ def test_labels_outside_the_classes(world: World) -> None:
     """Such labels occur with a net's own loss; labels of narrow integer types do not overflow."""
     confusion = Confusion(most_mistakes=9)
     logits = torch.eye(20)[[19, 18, 0, 0]]
-    confusion.note(logits, torch.tensor([19, 19, 200, 0], dtype=torch.uint8), torch.arange(4))
-    confusion.note(logits[:1], torch.tensor([-100]), torch.tensor([4]))
+    confusion.add(logits, torch.tensor([19, 19, 200, 0], dtype=torch.uint8), torch.arange(4))
+    confusion.add(logits[:1], torch.tensor([-100]), torch.tensor([4]))
     total = confusion.total(world)
     assert total is not None
     assert int(total.sum()) == 3
@@ -199,8 +199,8 @@ def test_labels_outside_the_classes(world: World) -> None:
 def test_outputs_without_one_prediction_per_example(world: World) -> None:
     """NaN outputs and several per example are counted, but not shown as mistakes."""
     confusion = Confusion(most_mistakes=1)
-    confusion.note(torch.tensor([[float("nan")] * 2, [0.0, 1.0]]), torch.tensor([1, 0]), torch.arange(2))
-    confusion.note(torch.eye(2), torch.tensor([1, 0]), torch.arange(1))
+    confusion.add(torch.tensor([[float("nan")] * 2, [0.0, 1.0]]), torch.tensor([1, 0]), torch.arange(2))
+    confusion.add(torch.eye(2), torch.tensor([1, 0]), torch.arange(1))
     assert [each.index for each in confusion.mistakes(world)] == [1]
 
 

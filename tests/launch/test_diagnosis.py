@@ -10,7 +10,7 @@ from dist_train.checkpoints.resume_hint import resume_hint
 from dist_train.errors import OutOfMemory, PeerLost
 from dist_train.launch.diagnosis import diagnose_failure, log_sizes
 from dist_train.runs.directory import RunDir
-from dist_train.runs.error_report import note_error
+from dist_train.runs.error_report import record_error
 from support.tiny_runs import write_at
 
 SUMMARY = """\
@@ -53,7 +53,7 @@ def test_the_rank_that_hung_is_named(failed: RunDir) -> None:
     for rank, log in enumerate([failed.launcher_log, failed.rank_log(1)]):
         before = log_sizes(failed)
         add(log, "\n" + DUMP)
-        note_error(failed.error, PeerLost("gone"), 1 - rank, 1, "")
+        record_error(failed.error, PeerLost("gone"), 1 - rank, 1, "")
         expected = 'hung in:\n  File "/code/net.py", line 7 in forward\n  File "/code/train.py", line 80 in train'
         cause = diagnose_failure(failed, before)
         assert cause.startswith(f"rank {rank} made no progress")
@@ -78,13 +78,13 @@ def test_a_ranks_own_error_comes_first(failed: RunDir) -> None:
     """The other ranks' stacks, and torchrun's kill of ranks that do not end, are consequences."""
     before = log_sizes(failed)
     add(failed.launcher_log, DUMP + SUMMARY.format(code=-9))
-    note_error(failed.error, OutOfMemory("no more memory"), 0, 1, "")
+    record_error(failed.error, OutOfMemory("no more memory"), 0, 1, "")
     assert diagnose_failure(failed, before).startswith("no more memory")
 
 
 def test_the_rank_that_was_killed_is_named(failed: RunDir) -> None:
     before = log_sizes(failed)
-    note_error(failed.error, PeerLost("gone"), 0, 1, "")
+    record_error(failed.error, PeerLost("gone"), 0, 1, "")
     add(failed.launcher_log, SUMMARY.format(code=-9))
     add(failed.rank_log(1), "its last words\n")
     cause = diagnose_failure(failed, before)
@@ -95,7 +95,7 @@ def test_the_rank_that_was_killed_is_named(failed: RunDir) -> None:
 
 def test_the_first_error_is_shown(failed: RunDir) -> None:
     before = log_sizes(failed)
-    note_error(failed.error, ValueError("no such digit"), 1, 1, "")
+    record_error(failed.error, ValueError("no such digit"), 1, 1, "")
     add(failed.launcher_log, SUMMARY.format(code=1))
     add(failed.rank_log(1), "its last words\n")
     cause = diagnose_failure(failed, before)

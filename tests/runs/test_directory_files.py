@@ -14,7 +14,7 @@ from dist_train.atomic_files import read_json, temporary_path
 from dist_train.config.loading import parse_config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.directory import RunDir
-from dist_train.runs.error_report import note_error
+from dist_train.runs.error_report import record_error
 from support.mounts import needs_mounts
 from support.run_files import contents
 
@@ -44,8 +44,8 @@ def test_unreadable_json_reads_as_an_empty_object(tmp_path: Path) -> None:
 
 def test_the_first_error_is_kept(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    assert note_error(run.error, ConfigError("mine"), rank=1, exit_code=2, trace="t")
-    assert not note_error(run.error, ValueError("theirs"), rank=0, exit_code=1, trace="t")
+    assert record_error(run.error, ConfigError("mine"), rank=1, exit_code=2, trace="t")
+    assert not record_error(run.error, ValueError("theirs"), rank=0, exit_code=1, trace="t")
     error = read_json(run.error)
     assert (error["rank"], error["kind"], error["message"], error["exit_code"]) == (1, "ConfigError", "mine", 2)
     assert [name for name in contents(run.path) if "error" in name] == ["error.json"]

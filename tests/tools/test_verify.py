@@ -27,7 +27,7 @@ def small(*settings: str) -> Config:
 
 
 def broken(checks: list[Check]) -> str:
-    return "\n".join(f"{check.promise}: {check.found}" for check in checks if not check.kept)
+    return "\n".join(f"{check.promise}: {check.result}" for check in checks if not check.kept)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_all_promises_are_kept_here(net: str, dtype: str, nproc: int, frozen: st
     for part in (f"losses of {nproc} processes", "at most once", "evaluated once", "as if never stopped",
                  f"resumed on {nproc - 1}", "a batch joined", "SIGKILL"):  # fmt: skip
         assert part in promises
-    assert checks[0].found == frozen
+    assert checks[0].result == frozen
 
 
 def test_what_depends_on_the_batch_division_is_frozen() -> None:

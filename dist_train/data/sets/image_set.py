@@ -30,9 +30,9 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise DataError(f"Images must be uint8 [N, C, H, W], got {form_of(self.images)}.")
+            raise DataError(f"Images must be uint8 [N, C, H, W], got {describe_value(self.images)}.")
         if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            raise DataError(f"Labels must be int64 [N], got {form_of(self.labels)}.")
+            raise DataError(f"Labels must be int64 [N], got {describe_value(self.labels)}.")
         if len(self.images) != len(self.labels):
             raise DataError(f"{len(self.images)} images but {len(self.labels)} labels; each image needs one.")
         if not len(self.images):
@@ -90,7 +90,7 @@ def subset_of(examples: Examples, indices: Tensor) -> Examples:
     return examples.subset(indices) if isinstance(examples, ImageSet) else Subset(examples, indices)
 
 
-def origin(examples: Examples, index: int) -> tuple[Any, int]:
+def locate(examples: Examples, index: int) -> tuple[Any, int]:
     """Return the original data set and the position of example `index` in it: validation may have been held out."""
     whole: Any = examples
     while isinstance(whole, Subset):
@@ -98,9 +98,9 @@ def origin(examples: Examples, index: int) -> tuple[Any, int]:
     return whole, index
 
 
-def name_of(examples: Examples, index: int) -> str:
+def describe_example(examples: Examples, index: int) -> str:
     """Return a name for messages: "Example 77 of Mine"."""
-    whole, position = origin(examples, index)
+    whole, position = locate(examples, index)
     return f"Example {position} of {type(whole).__name__}"
 
 
@@ -119,18 +119,18 @@ def example_at(examples: Examples, index: int) -> Any:
             raise
         hint = ""
         if isinstance(error, (IndexError, KeyError)):
-            hint = f" Its len() is {len(origin(examples, index)[0])}: is that too large?"
-        raise user_code_error(f"{name_of(examples, index)} cannot be made", error, hint) from error
+            hint = f" Its len() is {len(locate(examples, index)[0])}: is that too large?"
+        raise user_code_error(f"{describe_example(examples, index)} cannot be made", error, hint) from error
 
 
-def form_of(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Return a description for messages: "(float32 [1, 28, 28], int)"."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {form_of(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {describe_value(item)}' for key, item in value.items())}}}"
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(map(form_of, value[:_SHOWN]))}{', ...' * (len(value) > _SHOWN)})"
+        return f"({', '.join(map(describe_value, value[:_SHOWN]))}{', ...' * (len(value) > _SHOWN)})"
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 

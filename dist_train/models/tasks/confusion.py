@@ -33,7 +33,7 @@ class Confusion:
         self._mistakes: list[Mistake] = []  # this rank's
         self._counts: Tensor | None = None  # int64 [K, K], this rank's
 
-    def note(self, output: Tensor, targets: Tensor, indices: Tensor) -> None:
+    def add(self, output: Tensor, targets: Tensor, indices: Tensor) -> None:
         """Add a batch: logits [B, K], labels [B] and indices in the split [B]."""
         classes = output.shape[1]
         if classes > _MAX_CLASSES:

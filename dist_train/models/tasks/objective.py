@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.data.loader import loader_error
-from dist_train.data.sets.image_set import Examples, form_of, name_of
+from dist_train.data.sets.image_set import Examples, describe_example, describe_value
 from dist_train.data.transforms import change_each
 from dist_train.distributed.devices import is_device_assert, is_out_of_memory
 from dist_train.distributed.peer_failures import is_peer_failure
@@ -45,9 +45,11 @@ class ErrorContext(AbstractContextManager[None]):
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, TargetMismatch) and error.row is not None:
-            raise UserCodeError(f"{name_of(self._examples, int(self._indices[error.row]))} has {error}") from error
+            raise UserCodeError(
+                f"{describe_example(self._examples, int(self._indices[error.row]))} has {error}"
+            ) from error
         if error is not None:
-            with wrap_user_errors(type(self._net).__name__, f"failed {self._when}", unless=_is_not_of_the_net):
+            with wrap_user_errors(type(self._net).__name__, f"failed {self._when}", pass_through=_is_not_of_the_net):
                 raise error
 
 
@@ -118,16 +120,16 @@ class Objective:
         fix = f"give {self._name} a method loss(output, target)"
         if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[1] < 2:
             raise TargetMismatch(
-                f"{self._name} returns {form_of(output)}, but cross-entropy needs logits [B, K > 1]. Return only the "
-                f"logits, or {fix}."
+                f"{self._name} returns {describe_value(output)}, but cross-entropy needs logits [B, K > 1]. Return "
+                f"only the logits, or {fix}."
             )
         if isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == output.shape:
             return  # class probabilities
         shape = [len(output), *output.shape[2:]]
         if not isinstance(targets, Tensor) or targets.dtype not in _LABEL_DTYPES or list(targets.shape) != shape:
             raise TargetMismatch(
-                f"The targets are {form_of(targets)}, but cross-entropy of {form_of(output)} needs labels, int64 "
-                f"{shape}. Make them whole numbers in the data set, or {fix}."
+                f"The targets are {describe_value(targets)}, but cross-entropy of {describe_value(output)} needs "
+                f"labels, int64 {shape}. Make them whole numbers in the data set, or {fix}."
             )
         self.check_labels(output, targets)
 

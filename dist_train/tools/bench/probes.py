@@ -182,7 +182,7 @@ def guards(contestant: str) -> dict[str, float]:
 
         def block(first: int, *, guarded: bool) -> float:
             eager.batches.at(first, 0)  # a streamed set reopens its loader where the second block starts
-            eager.batches.on_gather = audit.note if guarded else no_audit
+            eager.batches.on_gather = audit.add if guarded else no_audit
             eager.error_context = error_context if guarded else lambda *_: no_context  # type: ignore[method-assign, assignment]
             world.synchronize()
             started = time.perf_counter()

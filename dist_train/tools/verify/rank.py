@@ -63,7 +63,7 @@ def run(trial: Trial) -> Outcome:
     world = World.join(config)
     outcome = Outcome(on_cpu=world.device.type == "cpu")
     components = build_components(
-        config, world, splits, change=lambda net: outcome.held_still.extend(freeze_for_comparison(net))
+        config, world, splits, change=lambda net: outcome.frozen.extend(freeze_for_comparison(net))
     )
     step, state, total = components.step, TrainState(), components.learning_rate.total_steps
     if total < trial.steps:
@@ -93,7 +93,7 @@ def run(trial: Trial) -> Outcome:
         batches = evaluation_batches(splits.val, step.net, world, config)
         counts = _counted([batch.indices for batch in batches], num_examples(splits.val), world)
         outcome.evaluated = int((counts == 1).sum()), len(counts)
-    outcome.doubled = _doubled(step, step.eager.batches.at(0, 0))
+    outcome.joined_batch_error = _doubled(step, step.eager.batches.at(0, 0))
     if world.is_rank_zero:
         print(json.dumps(asdict(outcome)), flush=True)
     world.leave()

@@ -26,7 +26,7 @@ PROGRAM = "dist_train.tools.verify.rank"
 @dataclass(frozen=True)
 class Check:
     promise: str
-    found: str
+    result: str
     kept: bool
 
 
@@ -43,7 +43,7 @@ def verify(config: Config, nproc: int) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         trials = _Trials(Path(folder), config)
         alone = trials.run(1)
-        yield Check("frozen for these checks", ", ".join(alone.held_still) or "nothing", True)
+        yield Check("frozen for these checks", ", ".join(alone.frozen) or "nothing", True)
         outcomes = {1: alone}
         for size in sizes[1:]:
             outcomes[size] = trials.run(size)
@@ -52,8 +52,14 @@ def verify(config: Config, nproc: int) -> Iterator[Check]:
             yield Check(promise, f"{worst:.1e}", worst <= bound)
         for size, outcome in outcomes.items():
             yield from _counts(size, outcome)
-        doubled = max(o.doubled if math.isfinite(o.doubled) else math.inf for o in outcomes.values())
-        yield Check("a batch joined to itself has the same loss, within 1e-05", f"{doubled:.1e}", doubled <= 1e-5)
+        joined_batch_error = max(
+            o.joined_batch_error if math.isfinite(o.joined_batch_error) else math.inf for o in outcomes.values()
+        )
+        yield Check(
+            "a batch joined to itself has the same loss, within 1e-05",
+            f"{joined_batch_error:.1e}",
+            joined_batch_error <= 1e-5,
+        )
         yield from _resume(trials, sizes, bound)
         yield _killed_while_saving(trials)
 
@@ -96,8 +102,8 @@ def _killed_while_saving(trials: _Trials) -> Check:
         with suppress(LaunchError):
             trials.run(1, folder=folder, kill_after_s=0.05 + 0.037 * kill)
         began.append(trials.run(1, folder=folder, steps=0).began_at)
-    found = f"after {KILLS} kills it resumed from steps {', '.join(map(str, began))}"
-    return Check("SIGKILL during saves leaves a checkpoint to resume from", found, min(began) > 0)
+    result = f"after {KILLS} kills it resumed from steps {', '.join(map(str, began))}"
+    return Check("SIGKILL during saves leaves a checkpoint to resume from", result, min(began) > 0)
 
 
 def _worst(ours: list[float], theirs: list[float]) -> float:

@@ -22,8 +22,8 @@ class Outcome:
     losses: list[float] = field(default_factory=list)  # one per update
     on_cpu: bool = True  # where a run resumed on as many processes is bit-identical
     weights: str = ""  # digest
-    held_still: list[str] = field(default_factory=list)  # what was frozen
+    frozen: list[str] = field(default_factory=list)  # what was frozen
     duplicates: int = 0  # examples that all ranks together train on more than once, in these steps or in the epoch
     epoch: tuple[int, int, int] = (0, 0, 0)  # examples seen once, dropped, in the set
     evaluated: tuple[int, int] = (0, 0)  # examples counted exactly once, in the split
-    doubled: float = 0.0  # relative difference between the loss of a batch and of the batch joined to itself
+    joined_batch_error: float = 0.0  # relative difference between the loss of a batch and of the batch joined to itself

@@ -24,7 +24,7 @@ _LOSS_TOLERANCE = 1e-4  # relative, between the loss over a micro-batch and over
 _STATE_TOLERANCE = 1e-5  # relative, between the state that two passes leave; bit-identical on a CPU
 
 
-class Observation:
+class ForwardEffects:
     """Records what a forward pass changes, over repeated passes on one batch with one seed."""
 
     def __init__(self, net: nn.Module) -> None:

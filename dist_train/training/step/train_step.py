@@ -20,7 +20,7 @@ from dist_train.errors import UserCodeError
 from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.averaging import AveragedNet
 from dist_train.training.step.eager import EagerUpdate
-from dist_train.training.step.forward_effects import Observation, first_of
+from dist_train.training.step.forward_effects import ForwardEffects, first_of
 from dist_train.training.step.fused import prepare, unsupported_reason
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import Update, mode_to_try, try_update
@@ -60,7 +60,7 @@ class Step:
         self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate)
         self.window = self.eager.window
         self._update: Update = self.eager
-        self.observed = Observation(net)  # filled by `warm_up`
+        self.effects = ForwardEffects(net)  # filled by `warm_up`
         self._restored_norm: float | None = None  # until this attempt takes a step
 
     @property
@@ -97,14 +97,14 @@ class Step:
             # User code may modify its arguments, and the first step gets the same ones.
             inputs, targets = deepcopy((batch.inputs, batch.targets))
             eager.seed_forward(step, 0)
-            with eager.error_context("on its first batch", batch), self.observed.watch_pass():
+            with eager.error_context("on its first batch", batch), self.effects.watch_pass():
                 output = eager.objective.forward(eager.model, inputs)
                 eager.objective.check(output, targets)
                 eager.objective.loss(output, targets).backward()
             self.world.synchronize()
             pass_s = time.perf_counter() - started
             self._check_gradients()
-        self.observed.check_loss(eager.objective, output, batch.targets, len(batch))
+        self.effects.check_loss(eager.objective, output, batch.targets, len(batch))
         if isinstance(eager.batches, ResidentBatches):  # all of them: a captured or compiled step cannot check
             labels = eager.batches.labels
             with eager.error_context("on its data", Batch(None, labels, torch.arange(len(labels)))):

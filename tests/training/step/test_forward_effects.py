@@ -174,10 +174,10 @@ def test_what_is_named(make: Callable[[], nn.Module], dependent: list[str], unsa
     step = new_step(world, 0, make_net=make)
     buffers = [(name, buffer, buffer.clone()) for name, buffer in step.net.named_buffers()]
     step.warm_up(0)
-    causes = step.observed.world_size_dependent
+    causes = step.effects.world_size_dependent
     assert len(causes) == len(dependent)
     assert all(one.startswith(beginning) for one, beginning in zip(causes, dependent, strict=True)), causes
-    assert step.observed.unsaved == unsaved
+    assert step.effects.unsaved == unsaved
     for name, buffer, value in buffers:
         assert step.net.get_buffer(name) is buffer
         assert torch.equal(buffer, value)
