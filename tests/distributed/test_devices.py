@@ -63,7 +63,7 @@ def count_page_faults(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "devices", "rejected"),
+    ("process", "devices", "rejected"),
     [
         (ProcessInfo(0, 0, 4, 4, "torchrun"), 2, True),  # all ranks see the same devices
         (ProcessInfo(3, 3, 4, 4, "torchrun"), 4, False),

@@ -233,7 +233,7 @@ def test_objects_that_are_not_data_sets_are_refused() -> None:
 def test_the_first_example_defines_the_shape() -> None:
     with pytest.raises(
         UserCodeError,
-        match=r"Example 0 of BadFirst cannot be made: .*test_user\.py:\d+: RuntimeError: no such image",
+        match=r"Example 0 of BadFirst cannot be made: .*test_user_sets\.py:\d+: RuntimeError: no such image",
     ):
         _ = load("BadFirst").in_channels
     splits = load("NoImages")
