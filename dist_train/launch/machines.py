@@ -14,11 +14,11 @@ from dist_train.atomic_files import write_atomically
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, LaunchError
+from dist_train.runs import heartbeat
 from dist_train.runs.directory import ENDS, RunDir
 
 _PORT = 29_400  # torchrun's default
 _REJOIN_REQUEST = "PREEMPTED\n"  # written to STOP by a machine that joins
-_SILENT_S = 30.0  # a run whose heartbeat (every 5 s) has not changed for this long is not running
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def stop_run_to_rejoin(run_dir: RunDir) -> None:
     torchrun itself can admit a machine while its ranks run, but then its agents often wait for each other (torch 2.13).
     """
     seen, seen_at = run_dir.read_status().get("heartbeat"), time.monotonic()
-    while time.monotonic() - seen_at < _SILENT_S:  # detects changes only: the clocks of two machines may differ
+    while time.monotonic() - seen_at < heartbeat.GONE_S:  # detects changes only: the clocks of two machines may differ
         status = run_dir.read_status()
         if status.get("state") in (None, *ENDS):
             break

@@ -24,6 +24,7 @@ from dist_train.config.loading import load_config, to_yaml
 from dist_train.config.schema import Config
 from dist_train.distributed.process import REQUEUED, slurm_job
 from dist_train.errors import ConfigError, RunDirError
+from dist_train.runs import heartbeat
 from dist_train.runs.metrics_log import MetricsFile
 from dist_train.runs.records import Error, Provenance, Result, Status, Submission, read_record
 from dist_train.runs.time_accounting import TimeAccounting, Use
@@ -31,8 +32,6 @@ from dist_train.runs.time_accounting import TimeAccounting, Use
 CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
 ENDS = (*CLEAN_ENDS, "ERROR")
 _USES: dict[str | None, Use] = {"TRAINING": "train", "EVALUATING": "evaluate", "EVALUATED": "train", "SAVING": "save"}
-
-_STATUS_S = 1.0  # between writes; one takes a third of a millisecond, as much as half a small step
 
 _log = logging.getLogger(__name__)
 
@@ -263,7 +262,7 @@ class RunDir:
         self._fields |= fields
         if "step" in fields:
             self.time_accounting.record_step(fields["step"], fields.get("data_wait_s", 0.0))
-        if "state" not in fields and time.monotonic() - self._status_written < _STATUS_S:
+        if "state" not in fields and time.monotonic() - self._status_written < heartbeat.AT_MOST_EVERY_S:
             return
         self._status_written = time.monotonic()
         self.check_not_superseded()

@@ -15,11 +15,8 @@ from typing import Any
 from dist_train.config.paths import runs_root
 from dist_train.distributed.launcher_watch import is_alive
 from dist_train.errors import RunDirError
+from dist_train.runs import heartbeat
 from dist_train.runs.directory import ENDS, RunDir
-
-# A live run writes a heartbeat every few seconds, except while it compiles its step or waits for a data set.
-SILENT_S = 120.0
-_BEAT_S = 10.0  # longer than the gap between two heartbeats of a run that trains
 
 
 @dataclass(frozen=True)
@@ -181,9 +178,9 @@ def _state_of(status: Mapping[str, Any]) -> str:
     silent_s = time.time() - status.get("heartbeat", 0.0)
     # A container may share this machine's name but not its process ids.
     is_local = status.get("host") == socket.gethostname() and "pid" in status
-    if silent_s > _BEAT_S and is_local and not is_alive(status["pid"]):
+    if silent_s > heartbeat.LATE_S and is_local and not is_alive(status["pid"]):
         return "KILLED"
-    return "SILENT" if silent_s > SILENT_S else state
+    return "SILENT" if silent_s > heartbeat.SILENT_S else state
 
 
 def _job_of(status: Mapping[str, Any], submitted: Mapping[str, Any]) -> str | None:

@@ -11,12 +11,12 @@ import torch
 from dist_train.distributed.scheduler import Scheduler
 from dist_train.distributed.signals import StopReason, StopRequest, StopState
 from dist_train.errors import DistTrainError
+from dist_train.runs import heartbeat
 from dist_train.runs.directory import RunDir
 
 if TYPE_CHECKING:
     from dist_train.distributed.world import World
 
-HEARTBEAT_S = 5.0
 _STOP_REASONS: tuple[StopReason | None, ...] = (None, "TERM", "INTERRUPT", "PREEMPTED")
 
 
@@ -110,7 +110,7 @@ class Agreement:
         by_timer = 0 < self._save_every_s <= now - self._last_save
         if self._run_dir is None:
             return by_timer
-        if now - self._last_beat >= HEARTBEAT_S:
+        if now - self._last_beat >= heartbeat.EVERY_S:
             self._run_dir.set_status()
             self._last_beat = now
         if self._scheduler.stop_file is not None and self._scheduler.stop_file.exists():

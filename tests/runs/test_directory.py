@@ -16,8 +16,8 @@ from dist_train.config.loading import parse_config
 from dist_train.distributed.process import REQUEUED
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.launch.machines import stop_run_to_rejoin
-from dist_train.runs import directory as module
-from dist_train.runs.directory import RunDir
+from dist_train.runs import heartbeat
+from dist_train.runs.directory import CLEAN_ENDS, RunDir
 from support.run_files import contents
 
 CONFIG = parse_config({})
@@ -116,12 +116,12 @@ def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> No
 
 def test_status_is_written_once_a_second(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fields set in between are kept; a new state is written at once."""
-    monkeypatch.setattr(module, "_STATUS_S", 1000.0)
+    monkeypatch.setattr(heartbeat, "AT_MOST_EVERY_S", 1000.0)
     run.begin_attempt(CONFIG, "id")
     run.set_status(state="TRAINING", step=1)
     run.set_status(step=2, metrics={"train/loss": 0.5})
     assert run.read_status()["step"] == 1
-    monkeypatch.setattr(module, "_STATUS_S", 0.0)
+    monkeypatch.setattr(heartbeat, "AT_MOST_EVERY_S", 0.0)
     run.set_status()
     assert (run.read_status()["step"], run.read_status()["metrics"]) == (2, {"train/loss": 0.5})
 
@@ -305,7 +305,7 @@ def test_the_constructor_does_no_io(tmp_path: Path) -> None:
     RunDir(tmp_path / "run").check_config(CONFIG)
     assert RunDir(tmp_path / "run").read_status() == {}
     assert list(tmp_path.iterdir()) == []
-    assert set(module.CLEAN_ENDS) == {"FINISHED", "INTERRUPT", "PREEMPTED"}
+    assert set(CLEAN_ENDS) == {"FINISHED", "INTERRUPT", "PREEMPTED"}
 
 
 @pytest.mark.parametrize("garbage", ["garbage{\n", "\0\0\0\n", '{"no step": 1}\n', '{"step": 3, "train'])
