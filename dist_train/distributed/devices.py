@@ -6,7 +6,8 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -41,6 +42,17 @@ def choose_device(config: Config, process: ProcessInfo) -> str:
     if wanted == "mps" and process.world_size > 1:
         raise ConfigError(f"device=mps supports one process, not {process.world_size}. Set device=cpu.")
     return wanted
+
+
+@contextmanager
+def default_dtype(config: Config) -> Iterator[None]:
+    """Build what is in this block in the run's dtype, as its ranks do, and leave the process as it was."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def choose_precision(config: Config, device: str, recorded_precision: str | None = None) -> Precision:

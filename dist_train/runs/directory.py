@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -351,19 +350,6 @@ class RunDir:
 
     def read_submission(self) -> dict[str, Any]:
         return read_record(self.slurm_json, Submission)
-
-    def check_room(self, needed_bytes: int) -> None:
-        """Check that a first checkpoint fits on the disk.
-
-        Raises:
-            RunDirError: names the needed and the free space.
-        """
-        free = shutil.disk_usage(self.path).free
-        if free < needed_bytes:
-            raise RunDirError(
-                f"A checkpoint needs {needed_bytes / 2**20:.1f} MiB and {self.path} has {free / 2**20:.1f} MiB free. "
-                f"Make room, or choose another location with runs_dir or DIST_TRAIN_RUNS_DIR."
-            )
 
 
 def step_of(folder: Path) -> int | None:

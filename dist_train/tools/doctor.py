@@ -17,11 +17,12 @@ import torch
 from filelock import FileLock
 
 from dist_train.atomic_files import write_atomically
+from dist_train.checkpoints.room import AT_ONCE, CheckpointSize
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
-from dist_train.distributed.devices import choose_device
+from dist_train.distributed.devices import choose_device, default_dtype
 from dist_train.distributed.process import available_cores, detect_process, threads_per_process
 from dist_train.distributed.world import World, backends
 from dist_train.errors import DistTrainError, LaunchError
@@ -58,22 +59,22 @@ def examine(config: Config, runs_dir: Path) -> Iterator[Diagnosis]:
     yield _device(config)
     yield _threads()
     yield _versions()
-    checkpoint_bytes = 0
+    size = CheckpointSize(0, 0)
     try:
         splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
         yield Diagnosis(
             "data", f"{config.data.bundle or config.data.name}: {num_examples(splits.train):,} training examples"
         )
-        net = build_model(config.model, splits.input_spec, config.seed)
-        # Weights and optimizer state of twice their size.
-        checkpoint_bytes = 3 * sum(parameter.nbytes for parameter in net.parameters())
+        with default_dtype(config):
+            net = build_model(config.model, splits.input_spec, config.seed)
+        size = CheckpointSize.of(net, config)
         parameters = f"{sum(p.numel() for p in net.parameters()):,} parameters"
         name = config.model.bundle or config.model.name
-        yield Diagnosis("net", f"{name}: {parameters}, a checkpoint takes {checkpoint_bytes / _MIB:.1f} MiB")
+        yield Diagnosis("net", f"{name}: {parameters}, a checkpoint takes {size}")
     except DistTrainError as error:
         yield Diagnosis("data and net", "not available as configured", str(error))
     yield _port()
-    yield from _folder(runs_dir, needed_bytes=2 * checkpoint_bytes)
+    yield from _folder(runs_dir, size)
     yield _wandb(config)
     yield _slurm()
 
@@ -196,7 +197,7 @@ def _port() -> Diagnosis:
     return Diagnosis("port", f"MASTER_PORT={wanted} is free; it is set in this shell, and srun will use it")
 
 
-def _folder(runs_dir: Path, needed_bytes: int) -> Iterator[Diagnosis]:
+def _folder(runs_dir: Path, size: CheckpointSize) -> Iterator[Diagnosis]:
     """Check free space, and what saving relies on: syncing a file, renaming it over another, locking."""
     name, other = "runs_dir", "Choose another folder with runs_dir or DIST_TRAIN_RUNS_DIR."
     probe = runs_dir / f".doctor_{socket.gethostname()}_{os.getpid()}"
@@ -223,8 +224,8 @@ def _folder(runs_dir: Path, needed_bytes: int) -> Iterator[Diagnosis]:
     free = stats.f_bavail * stats.f_frsize
     full = stats.f_files > 0 and stats.f_favail < 1000  # some file systems do not count inodes
     result = f"{free / 2**30:.1f} GiB" + (f" and {stats.f_favail:,} inodes" if stats.f_files else "") + " free"
-    fix = f"Two checkpoints at once take {needed_bytes / _MIB:.1f} MiB and some files: free some space. {other}"
-    yield Diagnosis("room", result, fix if full or free < needed_bytes else "")
+    fix = f"Checkpoints need {size.times(AT_ONCE)} and some files: free some space. {other}"
+    yield Diagnosis("room", result, fix if full or free < AT_ONCE * size.total else "")
 
 
 def _wandb(config: Config) -> Diagnosis:

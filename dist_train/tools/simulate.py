@@ -7,16 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dist_train.checkpoints.room import CheckpointSize
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.sampler import ShardSampler, count_into, evaluation_shard
 from dist_train.data.sets.image_set import ImageSet, num_examples
 from dist_train.data.splits import load_splits
+from dist_train.distributed.devices import default_dtype
 from dist_train.errors import DistTrainError
 from dist_train.models.registry import build_model
-
-# How many state tensors of a parameter's size an optimizer keeps per parameter.
-_STATE = {"adam": 2, "adamw": 2, "sgd": 0, "adadelta": 2, "rmsprop": 1}
 
 
 def simulate(config: Config, world_size: int) -> Iterator[str]:
@@ -49,11 +48,11 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
             sizes = sorted({len(shard) for shard in shards})
             assert torch.equal(torch.cat(shards).sort().values, torch.arange(total))
             yield f"{name}: {total} examples, each on one process, {' or '.join(map(str, sizes))} per process"
-    weights = sum(
-        parameter.nbytes for parameter in build_model(config.model, splits.input_spec, config.seed).parameters()
-    )
-    copies = 2 + _STATE[config.optimizer.name] + bool(config.optimizer.momentum) + bool(config.ema_decay)
-    needed = weights * copies
+    with default_dtype(config):
+        net = build_model(config.model, splits.input_spec, config.seed)
+    size = CheckpointSize.of(net, config)
+    gradients = sum(parameter.nbytes for parameter in net.parameters() if parameter.requires_grad)
+    needed = size.weights * (2 if config.ema_decay else 1) + gradients + size.optimizer
     data = splits.train.images.nbytes if isinstance(splits.train, ImageSet) else 0
     yield (
         f"memory per process: {needed / 2**20:.1f} MiB of weights, gradients, optimizer state and averages, "

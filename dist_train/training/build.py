@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_train.checkpoints.manager import Checkpoints
 from dist_train.checkpoints.manifest import find_checkpoint
+from dist_train.checkpoints.room import CheckpointSize, check_room
 from dist_train.checkpoints.storage import load_weights
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.batch_plan import BatchPlan
@@ -95,7 +96,7 @@ def build_trainer(
         config.keep_every.to_steps(sampler.steps_per_epoch),
         on_first_save=scheduler.on_first_save,
     )
-    state = _restore(checkpoints, step, start)
+    state = _restore(config, checkpoints, step, start)
     provenance = _start_attempt(config, world, run_dir, splits, components, state)
     audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.add
@@ -135,14 +136,13 @@ def build_trainer(
     )
 
 
-def _restore(checkpoints: Checkpoints, step: Step, start: StartOptions) -> TrainState:
+def _restore(config: Config, checkpoints: Checkpoints, step: Step, start: StartOptions) -> TrainState:
     """Load the newest checkpoint, else the weights of `start.init_from`.
 
     Collective: every rank must call this.
     """
-    # Room for two checkpoints, each with the weights and optimizer state of twice their size.
-    size = sum(parameter.nbytes for parameter in step.net.parameters())
-    checkpoints.world.on_rank_zero(lambda: checkpoints.run_dir.check_room(6 * size))
+    size = CheckpointSize.of(step.net, config)
+    checkpoints.world.on_rank_zero(lambda: check_room(checkpoints.run_dir, size))
     state = checkpoints.restore_latest(step)
     if state is None:
         state = TrainState()

@@ -56,15 +56,16 @@ def test_the_first_error_is_kept(tmp_path: Path) -> None:
 ON_DISKS = """
 import sys
 from pathlib import Path
+from dist_train.atomic_files import write_atomically
+from dist_train.checkpoints.room import CheckpointSize, check_room
 from dist_train.errors import RunDirError
 from dist_train.runs.directory import RunDir
-from dist_train.atomic_files import write_atomically
 for path in sys.argv[1:]:
     run = RunDir(Path(path) / "run")
     try:
         run.create()
-        run.check_room(100_000)
-        run.check_room(4 << 20)
+        check_room(run, CheckpointSize(20_000, 40_000))
+        check_room(run, CheckpointSize(1 << 20, 1 << 20))
     except RunDirError as error:
         print(error)
 try:
@@ -86,7 +87,8 @@ def test_read_only_and_full_disks_give_one_line(tmp_path: Path) -> None:
     argv = ["unshare", "-m", "sh", "-euc", script, sys.executable, *paths, ON_DISKS]
     out = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
     assert out[0].startswith(f"Run directory {paths[0]}/run cannot be written: Read-only file system. Choose another ")
-    assert out[1].startswith(f"A checkpoint needs 4.0 MiB and {paths[1]}/run has 2.0 MiB free. Make room, or ")
+    assert out[1].startswith("Checkpoints need 2 x 2.0 MiB (1.0 weights + 1.0 optimizer state) = 4.0 MiB, ")
+    assert f"{paths[1]}/run has 2.0 MiB free. Make room, or " in out[1]
     assert out[2:] == ["No space left on device ['logs']"]
 
 
