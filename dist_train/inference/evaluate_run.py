@@ -11,19 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_train.checkpoints.manifest import find_checkpoint, read_manifest
+from dist_train.checkpoints.manifest import read_manifest
+from dist_train.checkpoints.saved_net import SavedNet
 from dist_train.checkpoints.storage import load_weights
-from dist_train.config.loading import load_config
-from dist_train.config.schema import Config
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.splits import load_splits
 from dist_train.distributed.process import detect_process
 from dist_train.distributed.world import World
-from dist_train.errors import CheckpointError, DataError
+from dist_train.errors import DataError
 from dist_train.models.registry import build_model
 from dist_train.models.tasks.confusion import Confusion, class_names
 from dist_train.models.tasks.objective import Objective
-from dist_train.runs.directory import RunDir
 from dist_train.training.evaluate import evaluate
 from dist_train.training.provenance import changed_data
 
@@ -38,18 +36,6 @@ class EvaluationResult:
     classes: list[str]  # [K]
 
 
-def open_checkpoint(path: Path, which: str) -> tuple[Config, Path]:
-    """Return a run's settings and the folder of its checkpoint `which` (last, best or a step).
-
-    Raises:
-        CheckpointError: the run or checkpoint does not exist.
-    """
-    run_dir = RunDir(path)
-    if not run_dir.config.is_file():
-        raise CheckpointError(f"{path} has no config.yaml, so it is not a run. Give a run directory.")
-    return load_config(str(run_dir.config)), find_checkpoint(run_dir, which)
-
-
 def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     """Evaluate checkpoint `which` (last, best or a step) on `split` (val or test); None on ranks other than zero.
 
@@ -59,18 +45,19 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
         CheckpointError: the run or checkpoint does not exist.
         DataError: the data set has no such split.
     """
-    config, folder = open_checkpoint(path, which)
+    saved = SavedNet.find(path, which)
+    config, run_dir, folder = saved.config, saved.run_dir, saved.folder
     splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
     examples = splits.test if split == "test" else splits.val
     if examples is None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")
-    precision = RunDir(path).precision
+    precision = run_dir.precision
     if precision == "fp16" and not torch.cuda.is_available():
         precision = "no"  # allow evaluation of fp16 runs without a GPU
     # Pass it as a setting, which overrides what a launcher exports.
     world = World.join(config.model_copy(update={"mixed_precision": precision}), precision)
     if world.is_rank_zero:
-        for change in changed_data(RunDir(path).read_provenance(), splits.fingerprints):
+        for change in changed_data(run_dir.read_provenance(), splits.fingerprints):
             _log.warning("%s These metrics are not comparable with the run's own.", change)
     net = build_model(config.model, splits.input_spec, config.seed)
     load_weights(net, folder)

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.checkpoints.storage import load_weights
+from dist_train.checkpoints.saved_net import SavedNet
 from dist_train.config.schema import Config
-from dist_train.data.splits import load_splits
 from dist_train.data.transforms import Pixels
+from dist_train.distributed.devices import default_dtype
 from dist_train.errors import DataError, UserCodeError
-from dist_train.inference.evaluate_run import open_checkpoint
-from dist_train.models.registry import build_model
-from dist_train.runs.directory import RunDir
 
 _CPU = torch.device("cpu")
 
@@ -40,24 +37,21 @@ class TrainedNet:
             CheckpointError: the run or checkpoint does not exist.
             DataError: the net was not trained on square images of a known size.
         """
-        config, folder = open_checkpoint(path, which)
-        # Runs of older versions did not record it.
-        facts = RunDir(path).read_provenance().get("data") or load_splits(config.data, config.seed).description
-        if not facts["pixels"] or facts["in_channels"] not in (1, 3) or not facts["image_size"]:
+        saved = SavedNet.find(path, which)
+        config, data = saved.config, saved.data
+        if not data["pixels"] or data["in_channels"] not in (1, 3) or not data["image_size"]:
             raise DataError(
                 f"{path} was trained on {config.data.bundle or config.data.name}, whose inputs are not pixels "
                 f"or not square images. Only nets for square images with 1 or 3 channels can be used without the data."
             )
-        net = build_model(config.model, {name: facts[name] for name in ("in_channels", "num_classes", "image_size")}, 0)
-        load_weights(net, folder)
-        classes = facts["classes"]
-        return cls(config, folder, net.eval(), facts["in_channels"], facts["image_size"],
-                   tuple(classes) if classes else None)  # fmt: skip
+        classes = tuple(data["classes"]) if data["classes"] else None
+        return cls(config, saved.folder, saved.build(), data["in_channels"], data["image_size"], classes)
 
     @property
     def on_pixels(self) -> nn.Module:
         """The net with its normalisation, for uint8 images [B, C, S, S]."""
-        return _OnPixels(self.net, Pixels(self.config.data.normalize, _CPU)).eval()
+        with default_dtype(self.config):
+            return _OnPixels(self.net, Pixels(self.config.data.normalize, _CPU)).eval()
 
 
 @torch.no_grad()

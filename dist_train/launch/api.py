@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.loading import load_config, to_yaml
+from dist_train.config.loading import to_yaml
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.distributed.process import detect_process
@@ -42,20 +42,9 @@ class Result:
     @cached_property
     def net(self) -> nn.Module:
         """The trained net of the last checkpoint (averaged weights if the run keeps them), on the CPU in eval mode."""
-        import torch
+        from dist_train.checkpoints.saved_net import SavedNet
 
-        from dist_train.checkpoints.manifest import find_checkpoint
-        from dist_train.checkpoints.storage import load_weights
-        from dist_train.data.splits import load_splits
-        from dist_train.models.registry import build_model
-
-        run_dir = RunDir(self.run_dir)
-        config = load_config(str(run_dir.config))
-        spec = run_dir.read_provenance().get("data") or load_splits(config.data, config.seed).description
-        net = build_model(config.model, {name: spec[name] for name in ("in_channels", "num_classes", "image_size")}, 0)
-        net.to(getattr(torch, config.dtype))
-        load_weights(net, find_checkpoint(run_dir, "last"))
-        return net.eval()
+        return SavedNet.find(self.run_dir, "last").build()
 
 
 def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Result:

@@ -149,7 +149,7 @@ def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest
     write_json(trained / "run.json", {name: value for name, value in facts.items() if name != "data"})
     try:
         assert TrainedNet.open(trained, "last").classes == saved.classes
-        monkeypatch.setattr("dist_train.inference.trained_net.load_splits", None)
+        monkeypatch.setattr("dist_train.checkpoints.saved_net.load_splits", None)
         with pytest.raises(TypeError):
             TrainedNet.open(trained, "last")
     finally:

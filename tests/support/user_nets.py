@@ -78,6 +78,19 @@ class Masked(Mlp):
         self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
 
 
+class Projecting(Mlp):
+    """Draws in its constructor what no checkpoint holds: the seed has to draw it again."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(()), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.scale * images)
+
+
 class OwnLoss(Mlp):
     """Has a loss with its own weights and another value in training."""
 
