@@ -112,11 +112,12 @@ def world(_no_traces: None) -> Iterator[World]:
 def run_dir(tmp_path: Path) -> RunDir:
     """The directory of a run during its first attempt."""
     from dist_train.config.loading import parse_config
+    from dist_train.runs.attempt import begin_attempt
     from dist_train.runs.directory import RunDir
 
     made = RunDir(tmp_path / "run")
     made.create()
-    made.begin_attempt(parse_config({}), "id")
+    begin_attempt(made, parse_config({}), "id")
     return made
 
 

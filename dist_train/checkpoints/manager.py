@@ -122,7 +122,7 @@ class Checkpoints:
         """Wait for a write and record its result."""
         self._pending = None
         try:
-            self.run_dir.set_status(save_s=write.result())
+            self.run_dir.status.update(save_s=write.result())
             self._failure = ""
         except (OSError, CheckpointError) as error:
             self._fail(error)
@@ -148,9 +148,11 @@ class Checkpoints:
     def _commit(self, snapshot: Snapshot, started: float) -> float:
         """Write a checkpoint. Return the seconds from the request at `started` until all of it was on disk."""
         run_dir = self.run_dir
-        run_dir.check_not_superseded()
+        run_dir.status.check_not_superseded()
         folder = folder_of(run_dir, snapshot.state.step)
-        write(snapshot, folder, run_dir.attempt, run_dir.run_id, before_rename=run_dir.check_not_superseded)
+        write(
+            snapshot, folder, run_dir.status.attempt, run_dir.run_id, before_rename=run_dir.status.check_not_superseded
+        )
         self.prune()
         self._link()
         save_s = round(time.perf_counter() - started, 3)

@@ -111,7 +111,7 @@ def status(runs: tuple[Path, ...]) -> None:
     states = commands.jobs(found.values())
     rows = []
     for run, job in found.items():
-        own = RunDir(run).read_status()
+        own = RunDir(run).status.read()
         steps = f"{own['step']}/{own.get('total_steps', '?')}" if "step" in own else "-"
         rows.append(
             (run.name, job, states[job].state, states[job].reason or "-", own.get("state", "-"), steps,

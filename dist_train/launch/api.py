@@ -89,13 +89,13 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
         except DistTrainError:
             if run_name is None:
                 remove_if_not_started(run_dir, replace(start, run_dir=None))
-            if run_name is None and nproc == 1 and not run_dir.status.exists():
+            if run_name is None and nproc == 1 and not run_dir.status.path.exists():
                 shutil.rmtree(run_dir.path, ignore_errors=True)  # the error came before the run had a record
             raise
     finally:
         if nproc == 1:
             _IN_USE.release()
-    return Result(run_dir.path, run_dir.read_status().get("state", "INTERRUPT"), run_dir.read_result())
+    return Result(run_dir.path, run_dir.status.read().get("state", "INTERRUPT"), run_dir.read_result())
 
 
 def _check_importable(config: Config, nproc: int) -> None:

@@ -111,7 +111,7 @@ def check_job(script: BatchScript, config: Config, start: StartOptions) -> RunDi
         ConfigError, DataError, LaunchError, RunDirError: It cannot.
     """
     run_dir = _named(config, start)
-    check_submission(script, config, run_dir.read_status().get("save_s", 0.0) if run_dir is not None else 0.0)
+    check_submission(script, config, run_dir.status.read().get("save_s", 0.0) if run_dir is not None else 0.0)
     check_partition(script, commands.partitions())
     return run_dir
 

@@ -15,7 +15,8 @@ from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, LaunchError
 from dist_train.runs import heartbeat
-from dist_train.runs.directory import ENDS, RunDir
+from dist_train.runs.directory import RunDir
+from dist_train.runs.status_file import ENDS
 
 _PORT = 29_400  # torchrun's default
 _REJOIN_REQUEST = "PREEMPTED\n"  # written to STOP by a machine that joins
@@ -54,7 +55,7 @@ class Nodes:
 
     def options(self, run_dir: RunDir) -> list[str]:
         """Return torchrun's options. The rendezvous id names the next attempt: late machines must not join this one."""
-        attempt = run_dir.read_status().get("attempt", 0) + 1
+        attempt = run_dir.status.read().get("attempt", 0) + 1
         number = f"{self.at_least}" if self.at_least == self.at_most else f"{self.at_least}:{self.at_most}"
         return [
             f"--nnodes={number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
@@ -101,9 +102,9 @@ def stop_run_to_rejoin(run_dir: RunDir) -> None:
 
     torchrun itself can admit a machine while its ranks run, but then its agents often wait for each other (torch 2.13).
     """
-    seen, seen_at = run_dir.read_status().get("heartbeat"), time.monotonic()
+    seen, seen_at = run_dir.status.read().get("heartbeat"), time.monotonic()
     while time.monotonic() - seen_at < heartbeat.GONE_S:  # detects changes only: the clocks of two machines may differ
-        status = run_dir.read_status()
+        status = run_dir.status.read()
         if status.get("state") in (None, *ENDS):
             break
         if status.get("heartbeat") != seen:

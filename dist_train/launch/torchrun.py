@@ -24,7 +24,8 @@ from dist_train.distributed.signals import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S, 
 from dist_train.errors import LaunchError
 from dist_train.launch.diagnosis import diagnose_failure, log_sizes
 from dist_train.launch.machines import Nodes
-from dist_train.runs.directory import CLEAN_ENDS, RunDir
+from dist_train.runs.directory import RunDir
+from dist_train.runs.status_file import CLEAN_ENDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def start_ranks(spec: LaunchSpec) -> int:
     Only rank zero writes to the terminal; stderr of torchrun and the libraries goes to logs/launcher.log. After a
     failure, the error of the rank that failed first is shown.
     """
-    attempt_before = spec.run_dir.read_status().get("attempt", 0)
+    attempt_before = spec.run_dir.status.read().get("attempt", 0)
     logs_before = log_sizes(spec.run_dir)
     if spec.nodes is None:  # otherwise another machine may not have read it yet
         spec.run_dir.error.unlink(missing_ok=True)
@@ -85,7 +86,7 @@ def start_ranks(spec: LaunchSpec) -> int:
     with _Forwarding(agent) as forwarding:
         agent.wait()
 
-    status = spec.run_dir.read_status()
+    status = spec.run_dir.status.read()
     if status.get("attempt", 0) > attempt_before and status.get("state") in CLEAN_ENDS:
         return 0  # torchrun exits with 1 after a signal, even if all ranks ended cleanly
     if agent.returncode == 0:

@@ -1,4 +1,4 @@
-"""The run directory: its file names, its lock, its attempts and status.json.
+"""The run directory: its file names, its lock, and its small files.
 
 It holds everything that a run records; W&B mirrors it. Only rank zero writes, except for the per-rank logs.
 """
@@ -6,31 +6,23 @@ It holds everything that a run records; W&B mirrors it. Only rank zero writes, e
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import socket
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dist_train.atomic_files import remove_leftovers, write_atomically, write_json
+from dist_train.atomic_files import write_atomically, write_json
 from dist_train.config.loading import load_config, to_yaml
 from dist_train.config.schema import Config
-from dist_train.distributed.process import REQUEUED, slurm_job
 from dist_train.errors import ConfigError, RunDirError
-from dist_train.runs import heartbeat
+from dist_train.runs.disk_errors import DiskErrors
 from dist_train.runs.metrics_log import MetricsFile
-from dist_train.runs.records import Error, Provenance, Result, Status, Submission, read_record
-from dist_train.runs.time_accounting import TimeAccounting, Use
-
-CLEAN_ENDS = ("FINISHED", "INTERRUPT", "PREEMPTED")
-ENDS = (*CLEAN_ENDS, "ERROR")
-_USES: dict[str | None, Use] = {"TRAINING": "train", "EVALUATING": "evaluate", "EVALUATED": "train", "SAVING": "save"}
+from dist_train.runs.records import Error, Provenance, Result, Submission, read_record
+from dist_train.runs.status_file import StatusFile, is_of_earlier_start
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +34,8 @@ class RunDir:
         self.path = path.absolute()
         self.config = self.path / "config.yaml"
         self.run_json = self.path / "run.json"
-        self.status = self.path / "status.json"
+        self._disk_errors = DiskErrors()
+        self.status = StatusFile(self.path / "status.json", self._disk_errors)
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
@@ -53,11 +46,6 @@ class RunDir:
         # Created by users, from any shell.
         self.stop_request_file, self.save_request_file = self.path / "STOP", self.path / "SAVE"
         self.slurm_json = self.path / "slurm.json"  # written by `slurm submit`
-        self.attempt = 0  # this and the next are set by begin_attempt
-        self.time_accounting = TimeAccounting({}, 0.0, 0, 0.0)
-        self._fields: dict[str, Any] = {}
-        self._status_written = -math.inf  # time.monotonic()
-        self._unwritable: set[Path] = set()
         self._lock = FileLock(self.path / ".lock", timeout=0)
 
     def rank_log(self, rank: int) -> Path:
@@ -94,7 +82,7 @@ class RunDir:
     @property
     def run_id(self) -> str | None:
         """The id that all attempts and all copies of the directory share. None if no file records it."""
-        status = self._fields or self.read_status()
+        status = self.status.fields or self.status.read()
         return status.get("wandb_id") or self.read_provenance().get("wandb_id")
 
     def step_folders(self) -> list[Path]:
@@ -150,8 +138,8 @@ class RunDir:
         try:
             self._lock.acquire()
         except (Timeout, OSError):
-            status = self.read_status()
-            if _is_earlier_start(status, os.environ):
+            status = self.status.read()
+            if is_of_earlier_start(status, os.environ):
                 return
             raise RunDirError(
                 f"{self.path} is in use by process {status.get('pid')} on {status.get('host')} "
@@ -162,119 +150,9 @@ class RunDir:
     def unlock(self) -> None:
         self._lock.release()
 
-    def begin_attempt(
-        self, config: Config, wandb_id: str, started: float | None = None, asked_at: float | None = None
-    ) -> None:
-        """Number this attempt and write config.yaml. Needs the lock. `wandb_id` is used by the first attempt only.
-
-        `started`: time.perf_counter() when the process started; `asked_at`: when the command was given.
-        """
-        started = time.perf_counter() if started is None else started
-        # status.json, or a part of it, may be lost to a power cut; run.json is older, but synced.
-        before = self.read_provenance() | self.read_status()
-        self.attempt = before.get("attempt", 0) + 1
-        if self._belongs_to_other_config(config):
-            before = {}
-        last_seen = before.get("heartbeat") or self.read_submission().get("submitted") or time.time()
-        reached = max(before.get("reached", 0), before.get("step", 0))  # of all attempts: one may die in its set-up
-        self.time_accounting = TimeAccounting(
-            before.get("seconds", {}),
-            down_s=time.time() - (time.perf_counter() - started) - last_seen,
-            reached=reached,
-            started=started,
-        )
-        self._fields = {
-            "attempt": self.attempt,
-            "reached": reached,
-            "wandb_id": before.get("wandb_id") or wandb_id,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "slurm_job_id": slurm_job(os.environ),
-            "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
-            **{name: before[name] for name in ("resumed_at", "fruitless_starts") if name in before},
-        }
-        for stale in (self.error, self.result):
-            stale.unlink(missing_ok=True)
-        with self._tolerate_write_error(self.config, required=True):
-            write_atomically(self.config, to_yaml(config))
-        self._remove_stale_requests(started if asked_at is None else asked_at)
-        self.set_status(state="STARTING")
-        self._remove_leftovers()
-
-    def _remove_stale_requests(self, asked_at: float) -> None:
-        """Remove a STOP and a SAVE file that were meant for an earlier start. config.yaml has just been written.
-
-        A file is meant for this start if it is newer than the command; for a job, newer than its submission; for a
-        requeued or restarted run, newer than its last status. Uses file modification times.
-        """
-        if _is_earlier_start(self.read_status(), os.environ) or REQUEUED in os.environ:
-            since = self.status.stat().st_mtime if self.status.exists() else 0.0
-        elif slurm_job(os.environ) is not None and self.read_submission().get("job") == slurm_job(os.environ):
-            since = self.slurm_json.stat().st_mtime
-        else:
-            since = self.config.stat().st_mtime - (time.perf_counter() - asked_at)
-        for request_file in (self.stop_request_file, self.save_request_file):
-            with suppress(OSError):
-                if request_file.stat().st_mtime < since:
-                    request_file.unlink()
-
-    def _belongs_to_other_config(self, config: Config) -> bool:
-        """Whether the directory is of a run with other settings that left no checkpoint (see `check_config`)."""
-        if self.holds_checkpoints:
-            return False
-        try:
-            return bool(self.config.exists() and load_config(str(self.config)).result_diff(config))
-        except ConfigError:  # damaged
-            return True
-
-    def _remove_leftovers(self) -> None:
-        """Remove incomplete files of starts that were killed."""
-        remove_leftovers(self.path)
-        for stale in (*self.path.glob(".probe_*"), *self.path.glob(".token_*")):
-            stale.unlink(missing_ok=True)
-
-    def record_resume(self, step: int, world_size: int) -> None:
-        """Record the step that this attempt starts at, and how many attempts in a row started there without a save."""
-        fruitless = self._fields.get("fruitless_starts", 0) + 1 if self._fields.get("resumed_at") == step else 0
-        self.set_status(state="SETUP", world_size=world_size, resumed_at=step, fruitless_starts=fruitless)
-
-    def check_not_superseded(self) -> None:
-        """Check that this attempt may write. A later attempt owns the directory from its first status on.
-
-        Raises:
-            RunDirError: this attempt was superseded.
-        """
-        if self.is_superseded():
-            current = self.read_status().get("attempt")
-            raise RunDirError(f"{self.path}: attempt {self.attempt} was superseded by attempt {current}.")
-
-    def is_superseded(self) -> bool:
-        newest: int = self.read_status().get("attempt", 0)
-        return 0 < self.attempt < newest
-
-    def set_status(self, **fields: Any) -> None:
-        """Update status.json and its heartbeat. Without a new state it is written at most once a second.
-
-        Raises:
-            RunDirError: this attempt was superseded, or STARTING or a clean end cannot be written: others act on it.
-        """
-        self._fields |= fields
-        if "step" in fields:
-            self.time_accounting.record_step(fields["step"], fields.get("data_wait_s", 0.0))
-        if "state" not in fields and time.monotonic() - self._status_written < heartbeat.AT_MOST_EVERY_S:
-            return
-        self._status_written = time.monotonic()
-        self.check_not_superseded()
-        state = self._fields.get("state")
-        if use := _USES.get(fields.get("state")):
-            self.time_accounting.switch_to(use)
-        now = {"seconds": self.time_accounting.totals(), "heartbeat": round(time.time(), 3)}
-        with self._tolerate_write_error(self.status, required=state in (*CLEAN_ENDS, "STARTING")):
-            write_json(self.status, self._fields | now, durable=False)
-
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        self.check_not_superseded()
-        with self._tolerate_write_error(self.metrics.path):
+        self.status.check_not_superseded()
+        with self._disk_errors.tolerated(self.metrics.path):
             self.metrics.append(line)
 
     def cut_metrics(self, step: int, *, evaluation_pending: bool) -> int:
@@ -283,13 +161,22 @@ class RunDir:
         Raises:
             RunDirError: the file cannot be written, on a full disk for example.
         """
-        with self._tolerate_write_error(self.metrics.path, required=True):
+        with self._disk_errors.tolerated(self.metrics.path, required=True):
             return self.metrics.cut(step, evaluation_pending=evaluation_pending)
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml.
+
+        Raises:
+            RunDirError: the file cannot be written.
+        """
+        with self._disk_errors.tolerated(self.config, required=True):
+            write_atomically(self.config, to_yaml(config))
 
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
         """Write run.json: what determines the results, and what must survive a power cut that loses status.json."""
-        kept = {name: self._fields[name] for name in ("attempt", "wandb_id")}
-        with self._tolerate_write_error(self.run_json, required=True):
+        kept = {name: self.status.fields[name] for name in ("attempt", "wandb_id")}
+        with self._disk_errors.tolerated(self.run_json, required=True):
             write_json(self.run_json, {**provenance, **kept})
 
     def write_result(self, results: Mapping[str, Any]) -> None:
@@ -298,7 +185,7 @@ class RunDir:
         Raises:
             RunDirError: the file cannot be written.
         """
-        with self._tolerate_write_error(self.result, required=True):
+        with self._disk_errors.tolerated(self.result, required=True):
             write_json(self.result, results)
 
     def write_pictures(self, pictures: Mapping[str, bytes]) -> None:
@@ -311,22 +198,6 @@ class RunDir:
             except OSError as error:
                 _log.warning("%s cannot be written: %s", path, error.strerror)
 
-    @contextmanager
-    def _tolerate_write_error(self, path: Path, *, required: bool = False) -> Iterator[None]:
-        """Report a full or read-only disk once instead of ending the training. The next write tries again."""
-        try:
-            yield
-        except OSError as error:
-            if required:
-                raise RunDirError(f"{path} cannot be written: {error.strerror}. Make room, then start again.") from None
-            if path not in self._unwritable:
-                _log.warning(
-                    "%s cannot be written: %s. Training continues; the next write tries again.", path, error.strerror
-                )
-            self._unwritable.add(path)
-        else:
-            self._unwritable.discard(path)
-
     def take_request(self, path: Path) -> str | None:
         """Remove a request file and return its content. None if there is no such file."""
         try:
@@ -335,9 +206,6 @@ class RunDir:
         except OSError:
             return None
         return content.decode(errors="replace")
-
-    def read_status(self) -> dict[str, Any]:
-        return read_record(self.status, Status)
 
     def read_provenance(self) -> dict[str, Any]:
         return read_record(self.run_json, Provenance)
@@ -356,10 +224,3 @@ def step_of(folder: Path) -> int | None:
     """Return the step in a checkpoint folder's name, also of a damaged or replaced one. None for any other name."""
     match = re.fullmatch(r"(?:damaged_|\.replaced_)?step_([0-9]{8}|[1-9][0-9]{8,})", folder.name)
     return int(match[1]) if match else None
-
-
-def _is_earlier_start(status: Mapping[str, Any], env: Mapping[str, str]) -> bool:
-    """Whether `status` was written by an earlier start of this Slurm job."""
-    job, restarts = slurm_job(env), int(env.get("SLURM_RESTART_COUNT") or 0)
-    former = int(status.get("slurm_restart_count") or 0)
-    return job is not None and status.get("slurm_job_id") == job and former < restarts

@@ -97,7 +97,7 @@ def check_start(run_dir: RunDir, config: Config, start: StartOptions, *, create:
             f"{run_dir.path} holds checkpoints and --resume=never forbids resuming from them. Choose another "
             f"--run-name, or omit --resume."
         )
-    if run_dir.read_status().get("state") == "FINISHED":
+    if run_dir.status.read().get("state") == "FINISHED":
         return True
     if create:
         run_dir.create()
@@ -110,7 +110,7 @@ def remove_if_not_started(run_dir: RunDir, start: StartOptions) -> None:
     A directory with a chosen name stays: a batch script, `launch/restart.sh` or a sweep reads its error.json.
     """
     named = start.run_name or start.run_dir or persistent_run_name(start.config_name, os.environ)
-    status, kind = run_dir.read_status(), run_dir.read_error().get("kind")
+    status, kind = run_dir.status.read(), run_dir.read_error().get("kind")
     begun = "resumed_at" in status or status.get("attempt", 1) > 1 or run_dir.holds_checkpoints
     if not named and kind in _SETUP_ERRORS and not begun:
         shutil.rmtree(run_dir.path, ignore_errors=True)

@@ -16,7 +16,8 @@ from dist_train.config.paths import runs_root
 from dist_train.distributed.launcher_watch import is_alive
 from dist_train.errors import RunDirError
 from dist_train.runs import heartbeat
-from dist_train.runs.directory import ENDS, RunDir
+from dist_train.runs.directory import RunDir
+from dist_train.runs.status_file import ENDS
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Summary:
     @property
     def seconds(self) -> Mapping[str, float]:
         """Wall seconds by use, over all attempts."""
-        seconds: dict[str, float] = self.run_dir.read_status().get("seconds", {})
+        seconds: dict[str, float] = self.run_dir.status.read().get("seconds", {})
         return seconds
 
     @property
@@ -97,7 +98,7 @@ class Summary:
 def summarise(path: Path) -> Summary:
     """Summarise the run in `path`, which need not exist yet."""
     run_dir = RunDir(path)
-    status = run_dir.read_status()
+    status = run_dir.status.read()
     return Summary(
         run_dir=run_dir,
         state=_state_of(status),

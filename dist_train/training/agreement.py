@@ -111,7 +111,7 @@ class Agreement:
         if self._run_dir is None:
             return by_timer
         if now - self._last_beat >= heartbeat.EVERY_S:
-            self._run_dir.set_status()
+            self._run_dir.status.update()
             self._last_beat = now
         if self._scheduler.stop_file is not None and self._scheduler.stop_file.exists():
             self._request.request("PREEMPTED")

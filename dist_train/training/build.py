@@ -168,7 +168,7 @@ def _start_attempt(
     before = run_dir.read_provenance() if state.step else {}
     provenance["data_identity"] = before.get("data_identity") or splits.fingerprints
     if world.is_rank_zero:
-        run_dir.record_resume(state.step, world.size)
+        run_dir.status.record_resume(state.step, world.size)
         total_steps = components.learning_rate.total_steps
         report_start(config, run_dir, splits, sampler, step.net, state, total_steps, provenance)
     # A resumed run keeps the mode that was chosen when it began.

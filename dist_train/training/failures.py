@@ -59,15 +59,15 @@ class FailureHandler:
         error = self._explain(raised)
         code = error.exit_code if isinstance(error, DistTrainError) else 1
         first = True
-        if self.run_dir is not None and self.run_dir.is_superseded():
+        if self.run_dir is not None and self.run_dir.status.is_superseded():
             code = 0  # the old srun kills a failed step by number, and a later start now uses that number
-        elif self.run_dir is not None and self.run_dir.read_status().get("state") == "FINISHED":
+        elif self.run_dir is not None and self.run_dir.status.read().get("state") == "FINISHED":
             first = False  # a rank was lost during the exit, after the run was complete
         elif self.run_dir is not None:
             first = record_error(self.run_dir.error, error, self.process.rank, code, trace)
-            if self.process.rank == 0 and self.run_dir.attempt:
+            if self.process.rank == 0 and self.run_dir.status.attempt:
                 with suppress(DistTrainError, OSError):
-                    self.run_dir.set_status(state="ERROR")
+                    self.run_dir.status.update(state="ERROR")
             if first and not self._launched and not is_self_explanatory(type(error).__name__):
                 single_node = self.process.world_size == self.process.local_world_size
                 error.add_note(resume_hint(self.run_dir, self.process.world_size if single_node else None))

@@ -116,14 +116,14 @@ class RunRecorder:
         """Return the content of result.json."""
         state, world = self.state, self.world
         samples = state.step * self.config.global_batch_size
-        seconds = self.run_dir.time_accounting.totals()  # wall time during and between all attempts
+        seconds = self.run_dir.status.time_accounting.totals()  # wall time during and between all attempts
         if world.is_rank_zero:
             _log.debug("seconds by use: %s", ", ".join(f"{use} {spent:.1f}" for use, spent in seconds.items()))
         return {
             "state": "FINISHED",
             "step": state.step,
             "epoch": state.step / self.steps_per_epoch,
-            "attempt": self.run_dir.attempt,
+            "attempt": self.run_dir.status.attempt,
             "world_size": world.size,
             "global_batch_size": self.config.global_batch_size,
             "mixed_precision": world.mixed_precision,
@@ -146,7 +146,7 @@ class RunRecorder:
             "step": step,
             "epoch": step / self.steps_per_epoch,
             "samples": step * self.config.global_batch_size,
-            "attempt": self.run_dir.attempt,
+            "attempt": self.run_dir.status.attempt,
             "time": round(time.time(), 3),
         }
 
@@ -157,7 +157,7 @@ class RunRecorder:
     def _set_status(self, **fields: Any) -> None:
         if self.world.is_rank_zero:
             epoch = self.state.step / self.steps_per_epoch
-            self.run_dir.set_status(
+            self.run_dir.status.update(
                 step=self.state.step, total_steps=self.total_steps, epoch=epoch,
                 data_wait_s=round(self.step.data_wait_s, 3), best=self.state.best, **fields,
             )  # fmt: skip

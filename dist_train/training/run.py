@@ -22,6 +22,7 @@ from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.stdio import redirect_output
 from dist_train.distributed.world import World
 from dist_train.errors import DataError, DistTrainError
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import log_to_file, log_to_screen
 from dist_train.runs.records import State
@@ -57,7 +58,7 @@ def run_training(
                 print(f"{run_dir.path} is finished already: nothing to do.")
             world.leave()
             return "FINISHED"
-        run_dir.attempt = attempt
+        run_dir.status.attempt = attempt
         failure_handler.run_dir = run_dir
         world.check_shared(run_dir.path)
         world.check_same("config", to_yaml(config))
@@ -108,8 +109,8 @@ def _open(run_dir: RunDir, config: Config, splits: Splits, start: StartOptions, 
         return None
     # Without an id in its files, a run keeps that of its checkpoints: with another they would not count as its own.
     wandb_id = run_id_from_checkpoints(run_dir) or uuid4().hex[:8]
-    run_dir.begin_attempt(config, wandb_id=wandb_id, started=started, asked_at=start.asked_at)
-    return run_dir.attempt
+    begin_attempt(run_dir, config, wandb_id=wandb_id, started=started, asked_at=start.asked_at)
+    return run_dir.status.attempt
 
 
 def _check_same_data(world: World, splits: Splits) -> None:

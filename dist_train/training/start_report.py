@@ -31,7 +31,7 @@ def report_start(
     """Log a summary of the run before it starts."""
     plan = sampler.plan
     data = config.data.bundle or config.data.name
-    _log.info("run directory %s, attempt %d", run_dir.path, run_dir.attempt)
+    _log.info("run directory %s, attempt %d", run_dir.path, run_dir.status.attempt)
     _log.info(
         "data %s: %d training examples, validation on %s; %d steps per epoch, %d examples dropped per epoch",
         data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, sampler.num_dropped,
@@ -85,9 +85,9 @@ def report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]
 def report_results(run_dir: RunDir) -> None:
     result = run_dir.read_result()
     seconds = f"{result['train_s']:.1f} s in training steps, {result['total_s']:.1f} s in all"
-    if run_dir.attempt > 1:
+    if run_dir.status.attempt > 1:
         ratio = 100 * result["effective_training_time"]
-        seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.attempt} starts went into new steps"
+        seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.status.attempt} starts went into new steps"
     _log.info("finished: %d steps, %s", result["step"], seconds)
     # Without classes, the accuracy is the net's own metric, which may not be a share of the examples.
     counted = any(f"{split}/accuracy_by_class" in result for split in ("val", "test"))

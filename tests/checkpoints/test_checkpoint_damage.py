@@ -23,6 +23,7 @@ from dist_train.checkpoints.manifest import (
 )
 from dist_train.config.loading import load_config, parse_config
 from dist_train.errors import CheckpointError, ConfigError, RunDirError
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_options import StartOptions, check_start
 from support import damages
@@ -156,7 +157,7 @@ def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: py
     other = RunDir(run_dir.path.with_name("other"))
     for each, name in ((run_dir, "mine"), (other, "another")):
         each.create()
-        each.begin_attempt(parse_config({}), wandb_id=name)
+        begin_attempt(each, parse_config({}), wandb_id=name)
     shutil.copytree(write_at(other, 9, accuracy=0.99), folder_of(run_dir, 9))
     assert [*manifests(run_dir)] == [newest, folder_of(run_dir, 1)]
     mine = write_at(run_dir, 3)
@@ -172,7 +173,7 @@ def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: py
     )
     assert "manifest.json belongs to run another, this is run mine" in caplog.messages[0]
     assert "manifest.json belongs to another checkpoint" in caplog.messages[1]
-    run_dir.status.unlink()
+    run_dir.status.path.unlink()
     assert run_id_from_checkpoints(RunDir(run_dir.path)) == "mine"
     assert next(good_checkpoints(RunDir(run_dir.path))) == mine
 

@@ -17,6 +17,7 @@ from dist_train.checkpoints.manifest import folder_of, good_checkpoints
 from dist_train.checkpoints.train_state import TrainState
 from dist_train.distributed.world import World
 from dist_train.errors import CheckpointError, RunDirError
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from support.mounts import needs_mounts
 from support.patience import wait_until
@@ -152,7 +153,7 @@ def test_if_the_last_save_failed_the_run_fails(
 
 
 def test_a_superseded_attempt_commits_nothing(world: World, run_dir: RunDir) -> None:
-    RunDir(run_dir.path).begin_attempt(CONFIG, "id")
+    begin_attempt(RunDir(run_dir.path), CONFIG, "id")
     checkpoints = checkpoints_of(run_dir, world)
     checkpoints.save(TrainState(step=1), new_step(world, 0))
     with pytest.raises(RunDirError, match="attempt 1 was superseded by attempt 2"):

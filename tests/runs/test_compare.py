@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from dist_train.atomic_files import write_json
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.reports.compare import differing_settings, group_seeds, read_run, run_table, seed_table
 from dist_train.runs.summary import find_runs, summarise
@@ -32,14 +33,14 @@ def make_run(path: Path, settings: dict[str, Any] | None = None, *, upto: int = 
     run_dir = RunDir(path)
     run_dir.create()
     config = parse_config({"train_for": f"{STEPS} steps", **(settings or {})})
-    run_dir.begin_attempt(config, wandb_id="id")
+    begin_attempt(run_dir, config, wandb_id="id")
     best = {}
     for step in range(10, upto + 1, 10):
         line = {
             "step": step,
             "epoch": step / 20,
             "samples": 64 * step,
-            "attempt": run_dir.attempt,
+            "attempt": run_dir.status.attempt,
             "time": 1000.0 + step,
         }
         run_dir.append_metrics(
@@ -48,17 +49,17 @@ def make_run(path: Path, settings: dict[str, Any] | None = None, *, upto: int = 
         val = {"val/loss": 2 / step - gain, "val/accuracy": 0.8 + step / 1000 + gain, "val/seen": 100}
         run_dir.append_metrics(line | val | {"epoch_s": 1.0})
         best = val | {"step": step}
-    run_dir.set_status(state="TRAINING", step=upto, total_steps=STEPS, epoch=upto / 20, best=best, world_size=2)
+    run_dir.status.update(state="TRAINING", step=upto, total_steps=STEPS, epoch=upto / 20, best=best, world_size=2)
     if upto == STEPS:
         run_dir.write_result(
             {"state": "FINISHED", "test/accuracy": 0.8 + gain, "train_s": 2.0, "samples_per_s": 5000.0}
         )
-        run_dir.set_status(state="FINISHED")
+        run_dir.status.update(state="FINISHED")
     return run_dir
 
 
 def mark(run_dir: RunDir, **fields: Any) -> None:
-    run_dir.status.write_text(json.dumps(run_dir.read_status() | fields))
+    run_dir.status.path.write_text(json.dumps(run_dir.status.read() | fields))
 
 
 def call(*arguments: object) -> Result:
@@ -77,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
     half = make_run(tmp_path / "half", upto=20)
     half.config.write_text("optimizer: {lr: ")
     half.metrics.path.write_text(half.metrics.path.read_text()[:-30])
-    half.status.write_text("{")
+    half.status.path.write_text("{")
     (tmp_path / "queued").mkdir()
     (tmp_path / "queued/slurm.json").write_text('{"job": "7"}')
     (tmp_path / "foreign").mkdir()
@@ -167,7 +168,7 @@ def test_stop_accepts_queued_jobs(
     monkeypatch.setattr("dist_train.launch.slurm.commands.ask", lambda *_, **__: f"7|{of_job}|(Priority)|0:00\n")
     write_json(run_dir.slurm_json, {"job": "7", "submitted": time.time()})
     if state is not None:
-        write_json(run_dir.status, {"state": state, "slurm_job_id": "7", "heartbeat": time.time()})
+        write_json(run_dir.status.path, {"state": state, "slurm_job_id": "7", "heartbeat": time.time()})
     result = call("runs", "stop", run_dir.path)
     assert (result.exit_code, run_dir.stop_request_file.exists()) == (0 if holds else 1, holds)
     if holds:
@@ -238,7 +239,7 @@ def test_seeds_are_one_experiment(folder: Path) -> None:
 
 def test_time_between_attempts_does_not_count(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", upto=20)
-    run_dir.begin_attempt(parse_config({}), wandb_id="id")
+    begin_attempt(run_dir, parse_config({}), wandb_id="id")
     for step, at in ((30, 9000.0), (40, 9005.0)):
         run_dir.append_metrics({"step": step, "samples": step, "attempt": 2, "time": at, "train/loss": 1.0})
     assert read_run(tmp_path / "run").curve("train/loss", "seconds")[0] == [0.0, 10.0, 10.0, 15.0]

@@ -17,7 +17,9 @@ from dist_train.distributed.process import REQUEUED
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.launch.machines import stop_run_to_rejoin
 from dist_train.runs import heartbeat
-from dist_train.runs.directory import CLEAN_ENDS, RunDir
+from dist_train.runs.attempt import begin_attempt
+from dist_train.runs.directory import RunDir
+from dist_train.runs.status_file import CLEAN_ENDS
 from support.run_files import contents
 
 CONFIG = parse_config({})
@@ -30,9 +32,9 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def begin_attempt(path: Path) -> RunDir:
+def begin_next_attempt(path: Path) -> RunDir:
     run = RunDir(path)
-    run.begin_attempt(CONFIG, wandb_id="second")
+    begin_attempt(run, CONFIG, wandb_id="second")
     return run
 
 
@@ -43,10 +45,11 @@ import sys
 import time
 from pathlib import Path
 from dist_train.config.loading import parse_config
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 run = RunDir(Path(sys.argv[1]))
 run.lock()
-run.begin_attempt(parse_config({}), "x")
+begin_attempt(run, parse_config({}), "x")
 print("held", flush=True)
 sys.stdin.readline()
 """
@@ -86,50 +89,50 @@ def test_a_requeued_job_takes_over_from_its_earlier_start(
                 run.lock()
         else:
             run.lock()
-            run.begin_attempt(CONFIG, wandb_id="x")
-            assert run.attempt == 2
+            begin_attempt(run, CONFIG, wandb_id="x")
+            assert run.status.attempt == 2
         holder.kill()
 
 
 def test_an_older_attempt_writes_no_metrics(run: RunDir) -> None:
-    run.begin_attempt(CONFIG, wandb_id="x")
+    begin_attempt(run, CONFIG, wandb_id="x")
     run.append_metrics({"step": 1})
-    begin_attempt(run.path)
+    begin_next_attempt(run.path)
     with pytest.raises(RunDirError, match="superseded"):
         run.append_metrics({"step": 2})
     assert list(run.metrics.read()) == [{"step": 1}]
 
 
 def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> None:
-    run.begin_attempt(CONFIG, wandb_id="first")
-    run.set_status(state="TRAINING", step=3)
-    later = begin_attempt(run.path)
-    assert (run.attempt, later.attempt) == (1, 2)
-    status = later.read_status()
+    begin_attempt(run, CONFIG, wandb_id="first")
+    run.status.update(state="TRAINING", step=3)
+    later = begin_next_attempt(run.path)
+    assert (run.status.attempt, later.status.attempt) == (1, 2)
+    status = later.status.read()
     assert (status["attempt"], status["wandb_id"], status["state"]) == (2, "first", "STARTING")
     with pytest.raises(RunDirError, match="attempt 1 was superseded by attempt 2"):
-        run.set_status(state="FINISHED")
-    assert run.read_status() == status
-    later.set_status(state="TRAINING")
-    assert later.read_status()["heartbeat"] >= status["heartbeat"]
+        run.status.update(state="FINISHED")
+    assert run.status.read() == status
+    later.status.update(state="TRAINING")
+    assert later.status.read()["heartbeat"] >= status["heartbeat"]
 
 
 def test_status_is_written_once_a_second(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fields set in between are kept; a new state is written at once."""
     monkeypatch.setattr(heartbeat, "AT_MOST_EVERY_S", 1000.0)
-    run.begin_attempt(CONFIG, "id")
-    run.set_status(state="TRAINING", step=1)
-    run.set_status(step=2, metrics={"train/loss": 0.5})
-    assert run.read_status()["step"] == 1
+    begin_attempt(run, CONFIG, "id")
+    run.status.update(state="TRAINING", step=1)
+    run.status.update(step=2, metrics={"train/loss": 0.5})
+    assert run.status.read()["step"] == 1
     monkeypatch.setattr(heartbeat, "AT_MOST_EVERY_S", 0.0)
-    run.set_status()
-    assert (run.read_status()["step"], run.read_status()["metrics"]) == (2, {"train/loss": 0.5})
+    run.status.update()
+    assert (run.status.read()["step"], run.status.read()["metrics"]) == (2, {"train/loss": 0.5})
 
 
 def test_an_attempt_removes_error_and_result_of_the_previous_one(run: RunDir) -> None:
     for stale in (run.error, run.result):
         write_json(stale, {})
-    run.begin_attempt(CONFIG, wandb_id="x")
+    begin_attempt(run, CONFIG, wandb_id="x")
     assert not run.error.exists()
     assert not run.result.exists()
 
@@ -146,7 +149,7 @@ def request_stop(run: RunDir, age_s: float) -> None:
 def begin_a_minute_after_the_command(path: Path) -> RunDir:
     """As a start does that waits for a lock, a data set or other ranks before its attempt."""
     run = RunDir(path)
-    run.begin_attempt(CONFIG, wandb_id="x", asked_at=time.perf_counter() - 60)
+    begin_attempt(run, CONFIG, wandb_id="x", asked_at=time.perf_counter() - 60)
     return run
 
 
@@ -167,9 +170,9 @@ def test_a_stop_holds_from_before_the_command(
     if how == "submitted":
         write_json(run.slurm_json, {"job": "7"})
     else:
-        run.begin_attempt(CONFIG, wandb_id="x")
+        begin_attempt(run, CONFIG, wandb_id="x")
         monkeypatch.setenv("SLURM_RESTART_COUNT" if how == "queued again" else REQUEUED, "1")
-    for path in (run.slurm_json, run.status):
+    for path in (run.slurm_json, run.status.path):
         if path.exists():
             os.utime(path, (path.stat().st_mtime - 600,) * 2)
     request_stop(run, age_s)
@@ -184,7 +187,7 @@ def test_a_stop_that_is_no_text_is_a_stop(run: RunDir) -> None:
 
 @pytest.mark.parametrize(("text", "stays"), [("", True), ("INTERRUPT", True), ("PREEMPTED\n", False)])
 def test_a_joining_machine_removes_only_its_own_stop(text: str, stays: bool, run: RunDir) -> None:
-    write_json(run.status, {"state": "PREEMPTED"})
+    write_json(run.status.path, {"state": "PREEMPTED"})
     run.stop_request_file.write_text(text)
     stop_run_to_rejoin(run)
     assert run.stop_request_file.exists() == stays
@@ -195,17 +198,17 @@ def test_a_joining_machine_removes_only_its_own_stop(text: str, stays: bool, run
 
 def test_a_folder_without_checkpoints_is_free_for_another_run(run: RunDir) -> None:
     """It starts from zero with its own id: W&B would append it to the other run and drop steps before its last one."""
-    run.begin_attempt(CONFIG, wandb_id="first")
-    run.set_status(state="TRAINING", step=7)
+    begin_attempt(run, CONFIG, wandb_id="first")
+    run.status.update(state="TRAINING", step=7)
     for settings, wandb_id in (({}, "first"), ({"seed": 1}, "second")):
         later = RunDir(run.path)
-        later.begin_attempt(parse_config(settings), wandb_id="second")
-        status = later.read_status()
+        begin_attempt(later, parse_config(settings), wandb_id="second")
+        status = later.status.read()
         assert (status["wandb_id"], status["reached"]) == (wandb_id, 7 if wandb_id == "first" else 0)
 
 
 def test_another_config_is_refused_and_nothing_is_written(run: RunDir) -> None:
-    run.begin_attempt(CONFIG, wandb_id="x")
+    begin_attempt(run, CONFIG, wandb_id="x")
     (run.checkpoints / "step_00000001").mkdir(parents=True)
     before = contents(run.path)
     other = parse_config({"optimizer": {"lr": 0.5}, "seed": 7, "device": "cpu"})
@@ -219,7 +222,7 @@ def test_another_config_is_refused_and_nothing_is_written(run: RunDir) -> None:
 
 def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> None:
     """A launcher chose it and the settings do not set it. Another precision is refused."""
-    run.begin_attempt(CONFIG, wandb_id="x")
+    begin_attempt(run, CONFIG, wandb_id="x")
     assert run.precision is None  # no checkpoint yet
     (run.checkpoints / "step_00000001").mkdir(parents=True)
     write_json(run.run_json, {"mixed_precision": "bf16"})
@@ -231,11 +234,11 @@ def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> No
 
 def test_a_resume_without_a_precision_setting_is_the_same_run(run: RunDir) -> None:
     bf16 = parse_config({"mixed_precision": "bf16", "device": "cpu"})
-    run.begin_attempt(bf16, wandb_id="x")
+    begin_attempt(run, bf16, wandb_id="x")
     (run.checkpoints / "step_00000001").mkdir(parents=True)
-    run.set_status(state="TRAINING", step=7)
-    run.begin_attempt(CONFIG, wandb_id="y")
-    status = run.read_status()
+    run.status.update(state="TRAINING", step=7)
+    begin_attempt(run, CONFIG, wandb_id="y")
+    status = run.status.read()
     assert (status["wandb_id"], status["reached"], status["attempt"]) == ("x", 7, 2)
 
 
@@ -303,7 +306,7 @@ def test_json_is_strict(value: float, run: RunDir) -> None:
 
 def test_the_constructor_does_no_io(tmp_path: Path) -> None:
     RunDir(tmp_path / "run").check_config(CONFIG)
-    assert RunDir(tmp_path / "run").read_status() == {}
+    assert RunDir(tmp_path / "run").status.read() == {}
     assert list(tmp_path.iterdir()) == []
     assert set(CLEAN_ENDS) == {"FINISHED", "INTERRUPT", "PREEMPTED"}
 

@@ -13,6 +13,7 @@ import pytest
 from dist_train.atomic_files import read_json, temporary_path
 from dist_train.config.loading import parse_config
 from dist_train.errors import ConfigError, RunDirError
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import record_error
 from support.mounts import needs_mounts
@@ -21,9 +22,9 @@ from support.run_files import contents
 
 def test_the_next_start_removes_leftovers_of_killed_starts(run_dir: RunDir) -> None:
     before = {path.name for path in run_dir.path.iterdir()}
-    for name in (".probe_host_7", ".token_ab12", temporary_path(run_dir.status).name, ".mine"):
+    for name in (".probe_host_7", ".token_ab12", temporary_path(run_dir.status.path).name, ".mine"):
         (run_dir.path / name).touch()
-    run_dir.begin_attempt(parse_config({}), "id")
+    begin_attempt(run_dir, parse_config({}), "id")
     assert {path.name for path in run_dir.path.iterdir()} == before | {".mine"}
 
 

@@ -20,6 +20,7 @@ from dist_train.cli import main
 from dist_train.config.loading import parse_config
 from dist_train.launch.diagnosis import diagnose_failure
 from dist_train.launch.slurm.preemption import decide_requeue
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.summary import summarise
 from dist_train.training.provenance import changed_data
@@ -41,7 +42,7 @@ def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(run_dir: RunDir) -> dict[Path, dict[str, Any]]:
     """Write the records of Slurm job 7, which trained until an error. Return all their entries by file."""
     records: dict[Path, dict[str, Any]] = {
-        run_dir.status: {
+        run_dir.status.path: {
             "state": "TRAINING", "attempt": 4, "step": 30, "total_steps": 90, "epoch": 1.5, "reached": 40,
             "resumed_at": 20, "fruitless_starts": 0, "world_size": 2, "heartbeat": 1e9, "host": "h", "pid": 7,
             "slurm_job_id": "7", "slurm_restart_count": "1", "wandb_id": "mine", "seconds": {"train": 3.0},
@@ -76,7 +77,7 @@ def use(path: Path) -> RunDir:
     assert diagnose_failure(run_dir, {})
     assert resume_hint(run_dir) == "There is no checkpoint yet."
     assert decide_requeue(run_dir, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, 9)[1]
-    run_dir.begin_attempt(CONFIG, wandb_id="new")
+    begin_attempt(run_dir, CONFIG, wandb_id="new")
     return run_dir
 
 
@@ -86,21 +87,22 @@ def test_an_entry_of_another_type_costs_itself_alone(
 ) -> None:
     path = run_dir.path / name
     read = {
-        run_dir.status: RunDir.read_status, run_dir.run_json: RunDir.read_provenance, run_dir.error: RunDir.read_error,
-        run_dir.result: RunDir.read_result, run_dir.slurm_json: RunDir.read_submission,
+        run_dir.status.path: run_dir.status.read, run_dir.run_json: run_dir.read_provenance,
+        run_dir.error: run_dir.read_error, run_dir.result: run_dir.read_result,
+        run_dir.slurm_json: run_dir.read_submission,
     }[path]  # fmt: skip
     entries = write(run_dir)[path]
-    assert read(run_dir) == entries
+    assert read() == entries
     for entry in entries:
         for text in ENTRIES:
             write(run_dir)
             others = {other: value for other, value in entries.items() if other != entry}
             path.write_text(f'{json.dumps(others)[:-1]}, "{entry}": {text}}}')
-            actual = read(run_dir)
+            actual = read()
             assert {other: value for other, value in actual.items() if other != entry} == others, (entry, text)
             if text in USED:
-                assert use(run_dir.path).attempt == 5
-                assert entry == "wandb_id" or run_dir.read_status()["wandb_id"] == "mine"
+                assert use(run_dir.path).status.attempt == 5
+                assert entry == "wandb_id" or run_dir.status.read()["wandb_id"] == "mine"
 
 
 @pytest.mark.parametrize("text", FILES, ids=lambda text: repr(text[:9]))
@@ -109,17 +111,19 @@ def test_a_file_that_is_none_is_named_once(text: str, run_dir: RunDir, caplog: p
         write(run_dir)
         path.write_bytes(text.encode(errors="surrogateescape"))
         with caplog.at_level(logging.WARNING):
-            assert use(run_dir.path).attempt == 5
+            assert use(run_dir.path).status.attempt == 5
         (message,) = caplog.messages
         assert message.startswith(f"{path} is damaged: ")
         caplog.clear()
 
 
 def test_a_damaged_entry_is_reported_with_its_value(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
-    run_dir.status.write_text('{"state": "TRAINING", "attempt": null, "step": "x", "of a later version": null}')
+    run_dir.status.path.write_text('{"state": "TRAINING", "attempt": null, "step": "x", "of a later version": null}')
     for _ in range(2):
-        assert run_dir.read_status() == {"state": "TRAINING", "of a later version": None}
-    assert caplog.messages == [f"{run_dir.status} is damaged: attempt=None, step='x'. Continuing without that part."]
+        assert run_dir.status.read() == {"state": "TRAINING", "of a later version": None}
+    assert caplog.messages == [
+        f"{run_dir.status.path} is damaged: attempt=None, step='x'. Continuing without that part."
+    ]
 
 
 def key_paths(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
@@ -153,5 +157,5 @@ def test_a_data_identity_is_read_whole_or_not_at_all(tmp_path: Path, caplog: pyt
 
 def test_a_missing_file_is_not_reported_as_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = RunDir(tmp_path / "none")
-    assert run_dir.read_status() == run_dir.read_provenance() == run_dir.read_error() == {}
+    assert run_dir.status.read() == run_dir.read_provenance() == run_dir.read_error() == {}
     assert caplog.messages == []

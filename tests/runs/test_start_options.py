@@ -134,7 +134,7 @@ def test_what_a_failed_launch_leaves(
     kind: str, reached: dict[str, int], stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(spec: LaunchSpec) -> int:
-        write_json(spec.run_dir.status, {"attempt": 1, "state": "ERROR", **reached})
+        write_json(spec.run_dir.status.path, {"attempt": 1, "state": "ERROR", **reached})
         write_json(spec.run_dir.error, {"kind": kind, "message": "", "rank": 1, "host": "n1"})
         raise LaunchError("failed")
 

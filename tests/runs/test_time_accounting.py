@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.config.loading import parse_config
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.time_accounting import TimeAccounting, effective_ratio
 from support.clock import Clock
@@ -75,13 +76,13 @@ def test_no_time_is_lost_between_attempts(tmp_path: Path, clock: Clock) -> None:
     for number in range(3):
         run_dir = RunDir(tmp_path)
         run_dir.logs.mkdir(exist_ok=True)
-        run_dir.begin_attempt(parse_config({}), "id")
+        begin_attempt(run_dir, parse_config({}), "id")
         clock.now += 1
-        run_dir.set_status(state="TRAINING", step=10 * number)
+        run_dir.status.update(state="TRAINING", step=10 * number)
         clock.now += 2
-        run_dir.set_status(state="TRAINING", step=10 * number + 5)
+        run_dir.status.update(state="TRAINING", step=10 * number + 5)
         clock.now += 4  # killed, then down
-    status = json.loads(run_dir.status.read_text())
+    status = json.loads(run_dir.status.path.read_text())
     assert status["attempt"] == 3
     assert (status["seconds"]["start"], status["seconds"]["train"], status["seconds"]["down"]) == (3, 6, 8)
     assert sum(status["seconds"].values()) == status["heartbeat"] - 100
@@ -92,21 +93,21 @@ def test_short_attempts_keep_the_highest_step(tmp_path: Path, clock: Clock) -> N
     for reached in (1000, None, None):
         run_dir = RunDir(tmp_path)
         run_dir.logs.mkdir(exist_ok=True)
-        run_dir.begin_attempt(parse_config({}), "id")
+        begin_attempt(run_dir, parse_config({}), "id")
         if reached:
-            run_dir.set_status(state="TRAINING", step=reached)
-    run_dir.set_status(state="TRAINING", step=500)
+            run_dir.status.update(state="TRAINING", step=reached)
+    run_dir.status.update(state="TRAINING", step=500)
     clock.now += 5
-    run_dir.set_status(state="SAVING", step=900)
-    assert run_dir.read_status()["seconds"]["again"] == 5
+    run_dir.status.update(state="SAVING", step=900)
+    assert run_dir.status.read()["seconds"]["again"] == 5
 
 
 def test_queue_time_counts_as_down(tmp_path: Path, clock: Clock) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.logs.mkdir()
     run_dir.slurm_json.write_text(json.dumps({"job": "1", "submitted": clock.now - 60}))
-    run_dir.begin_attempt(parse_config({}), "id")
-    assert run_dir.read_status()["seconds"]["down"] == 60
+    begin_attempt(run_dir, parse_config({}), "id")
+    assert run_dir.status.read()["seconds"]["down"] == 60
 
 
 def test_one_interruption_every_three_hours() -> None:

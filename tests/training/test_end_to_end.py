@@ -243,7 +243,7 @@ def finish_before_the_lock(run_dir: Path) -> None:
     lock = RunDir.lock
 
     def finish_then_lock(self: RunDir) -> None:
-        write_json(self.status, {"state": "FINISHED", "attempt": 1})
+        write_json(self.status.path, {"state": "FINISHED", "attempt": 1})
         write_json(self.result, {"step": 7})
         lock(self)
 
@@ -253,7 +253,7 @@ def finish_before_the_lock(run_dir: Path) -> None:
 
 def test_a_run_that_another_start_has_just_finished_stays_so(tmp_path: Path) -> None:
     run_on_ranks(finish_before_the_lock, tmp_path, world_size=1)
-    assert RunDir(tmp_path).read_status() == {"state": "FINISHED", "attempt": 1}
+    assert RunDir(tmp_path).status.read() == {"state": "FINISHED", "attempt": 1}
     assert RunDir(tmp_path).read_result() == {"step": 7}
 
 

@@ -9,6 +9,7 @@ from dist_train.config.loading import parse_config
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.distributed.process import detect_process
 from dist_train.errors import DataError, OutOfMemory, PeerLost, UserCodeError
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.training.failures import FailureHandler
 
@@ -59,12 +60,12 @@ def test_out_of_memory_on_a_cpu() -> None:
 @pytest.mark.parametrize("state", ["TRAINING", "FINISHED"])
 def test_a_finished_run_has_no_error(state: str, run_dir: RunDir) -> None:
     """A rank that is lost during the exit does not affect the results."""
-    run_dir.begin_attempt(parse_config({}), "id")
-    run_dir.set_status(state=state)
+    begin_attempt(run_dir, parse_config({}), "id")
+    run_dir.status.update(state=state)
     failure_handler = FailureHandler(detect_process({}), parse_config({}), None)
     failure_handler.run_dir = run_dir
     with pytest.raises(PeerLost), failure_handler:
         raise PeerLost("gone")
     finished = state == "FINISHED"
     assert run_dir.error.exists() != finished
-    assert run_dir.read_status()["state"] == ("FINISHED" if finished else "ERROR")
+    assert run_dir.status.read()["state"] == ("FINISHED" if finished else "ERROR")

@@ -14,6 +14,7 @@ import pytest
 
 from dist_train.config.loading import parse_config
 from dist_train.distributed.world import World
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.training.tracking import Tracker
 from support.patience import wait_until
@@ -36,7 +37,7 @@ def log_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     run_dir = RunDir(path)
     join_group("wandb")
     world = World.join(CONFIG)  # Accelerate's trackers need its state
-    run_dir.begin_attempt(CONFIG, wandb_id="of this attempt")
+    begin_attempt(run_dir, CONFIG, wandb_id="of this attempt")
     tracker = Tracker(
         run_dir, CONFIG, {"world_size": world.size, "device": "cpu", "mixed_precision": "no"}, enabled=True
     )
@@ -73,7 +74,7 @@ def without_own(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir) -> None:
-    run_dir.begin_attempt(CONFIG, wandb_id="id")
+    begin_attempt(run_dir, CONFIG, wandb_id="id")
     history = []
     for records in (attempt(run_dir, FIRST), attempt(run_dir, SECOND)):
         run = of_kind(records, "run")[0]

@@ -81,7 +81,7 @@ def decide_requeue(
     `stop_requested`: the batch shell was asked to stop, by the time limit or by a user, maybe before the ranks
     could hear it.
     """
-    status = run_dir.read_status()
+    status = run_dir.status.read()
     state, error = status.get("state"), run_dir.read_error()
     restarts = int(env.get("SLURM_RESTART_COUNT") or 0)
     if state == "FINISHED":

@@ -33,6 +33,7 @@ from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
 from dist_train.models.registry import build_model
 from dist_train.models.tasks.objective import count_correct
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.training.agreement import Agreement
 from dist_train.training.step.lr_schedule import LearningRate
@@ -97,7 +98,7 @@ def _checkpoints(config: Config, world: World) -> Iterator[Checkpoints]:
     with tempfile.TemporaryDirectory(dir=os.environ.get("DIST_TRAIN_RUNS_DIR")) as folder:
         run_dir = RunDir(Path(folder))
         run_dir.create()
-        run_dir.begin_attempt(config, "id")
+        begin_attempt(run_dir, config, "id")
         checkpoints = Checkpoints(run_dir, world, config, keep_every_steps=0)
         yield checkpoints
         checkpoints.close()
@@ -191,8 +192,8 @@ def guards(contestant: str) -> dict[str, float]:
                 if guarded:
                     agreement.tick()
                     if is_due(number + 1, 100, 10**6):
-                        run_dir.check_not_superseded()  # as before a metrics line
-                        run_dir.set_status(step=number)
+                        run_dir.status.check_not_superseded()  # as before a metrics line
+                        run_dir.status.update(step=number)
             world.synchronize()
             return 1000 * (time.perf_counter() - started) / _BLOCK_STEPS
 

@@ -31,6 +31,7 @@ from dist_train.distributed.process import detect_process
 from dist_train.distributed.world import World, end_process
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.models.invariance import drop_rates
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.tools.verify.trial import Outcome, Trial
 from dist_train.training.build import build_components
@@ -108,7 +109,7 @@ def _checkpoints(trial: Trial, world: World, config: Config) -> Iterator[Checkpo
     run_dir = RunDir(Path(trial.folder))
     if world.is_rank_zero:
         run_dir.create()
-        run_dir.begin_attempt(config, wandb_id="verify")
+        begin_attempt(run_dir, config, wandb_id="verify")
     world.barrier()
     checkpoints = Checkpoints(run_dir, world, config, keep_every_steps=0)
     try:

@@ -208,7 +208,7 @@ _WATCHED: dict[str, Callable[[ModuleType], None]] = {
     "torch": _torch,
     "dist_train.checkpoints.storage": _checkpoint,
     "dist_train.runs.metrics_log": _metrics_file,
-    "dist_train.runs.directory": lambda module: _watch(module.RunDir, "begin_attempt"),
+    "dist_train.runs.attempt": lambda module: _watch(module, "begin_attempt"),
     "dist_train.training.agreement": _agreement,
     "dist_train.training.step.train_step": _step,
     "dist_train.training.recorder": _recorder,

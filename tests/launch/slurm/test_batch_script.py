@@ -19,6 +19,7 @@ from dist_train.launch.slurm.batch_script import BUNDLED, BatchScript
 from dist_train.launch.slurm.commands import Partition
 from dist_train.launch.slurm.preemption import Slurm, decide_requeue
 from dist_train.launch.slurm.preflight import check_partition, check_submission, seconds_of
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from support.processes import ROOT
 
@@ -163,7 +164,7 @@ def run_that(path: Path, state: str | None, error: dict[str, str] | None = None)
     run_dir = RunDir(path)
     run_dir.create()
     if state:
-        run_dir.status.write_text(json.dumps({"state": state, "slurm_job_id": "7", "slurm_restart_count": "2"}))
+        run_dir.status.path.write_text(json.dumps({"state": state, "slurm_job_id": "7", "slurm_restart_count": "2"}))
     if error:
         run_dir.error.write_text(json.dumps({"rank": 1, "host": "n2"} | error))
     return run_dir
@@ -234,8 +235,8 @@ def test_a_run_that_is_lost_repeatedly_is_not_requeued(tmp_path: Path) -> None:
     for step in (0, 0, 50, 50, 50, 50):
         run_dir = RunDir(tmp_path / "run")
         run_dir.create()
-        run_dir.begin_attempt(parse_config({}), wandb_id="id")
-        run_dir.record_resume(step, world_size=2)
+        begin_attempt(run_dir, parse_config({}), wandb_id="id")
+        run_dir.status.record_resume(step, world_size=2)
         decisions.append(decide_requeue(run_dir, {}, max_requeues=100)[0])
     assert decisions == ["requeue"] * 4 + ["failed"] * 2
 
