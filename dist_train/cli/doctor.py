@@ -38,7 +38,7 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
         click.echo(json.dumps(rows) if as_json else _table(rows))
     wrong = any(row["fix"] for row in rows or ())
     if in_world:
-        from dist_train.distributed.world import end_process
+        from dist_train.distributed.process_end import end_process
 
         end_process(0 if RANKS_OF_OURS in os.environ else int(wrong))
     sys.exit(wrong)

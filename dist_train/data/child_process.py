@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_train.distributed.world import end_process
+from dist_train.distributed.process_end import end_process
 from dist_train.errors import DistTrainError, UserCodeError
 
 T = TypeVar("T")

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
-import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
 from dist_train.config.schema import Config, Precision
-from dist_train.distributed.devices import choose_device, choose_precision, keep_freed_memory
-from dist_train.distributed.peer_failures import first_line, is_timeout
-from dist_train.distributed.process import ProcessInfo, detect_process, export_rendezvous, threads_per_process
+from dist_train.distributed.devices import choose_device, choose_precision
+from dist_train.distributed.joining import connect, override_accelerate_config, set_up_process
+from dist_train.distributed.process import ProcessInfo, detect_process, export_rendezvous
+from dist_train.distributed.process_end import keep_alive
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,54 +65,11 @@ class World:
         """
         process = detect_process(os.environ)
         export_rendezvous(process, os.environ)
-        _check_accelerate(os.environ)
+        override_accelerate_config(os.environ)
         device = choose_device(config, process)
         precision = choose_precision(config, device, recorded_precision)
-        threads = threads_per_process(process.local_world_size, os.environ)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose one and warn
-        torch.set_num_threads(threads)
-        if device == "cpu":
-            keep_freed_memory(os.environ)
-        if device == "cuda" and process.world_size > 1:
-            # Accelerate uses it as the device index, which is 0 for a task that sees only its own device.
-            os.environ["LOCAL_RANK"] = str(process.local_rank % torch.cuda.device_count())
-        torch.set_default_dtype(getattr(torch, config.dtype))
-
-        timeout = timedelta(seconds=config.setup_timeout_s)
-        handlers = [
-            DistributedDataParallelKwargs(
-                find_unused_parameters=config.ddp.find_unused_parameters, gradient_as_bucket_view=True
-            ),
-            InitProcessGroupKwargs(timeout=timeout),
-        ]
-        if process.world_size > process.local_world_size:
-            _log.info("waiting for %d processes to connect to %s", process.world_size, os.environ.get("MASTER_ADDR"))
-        try:
-            # Without cpu=True, Accelerator() under torchrun on a machine without accelerator makes N worlds of one.
-            accelerator = Accelerator(
-                cpu=device == "cpu",
-                mixed_precision=precision,
-                gradient_accumulation_steps=1,  # the training step accumulates by itself
-                kwargs_handlers=handlers,
-            )
-        except (RuntimeError, ValueError, dist.DistError) as error:
-            port = os.environ.get("MASTER_PORT")
-            why = first_line(error)
-            if "EADDRINUSE" in str(error):
-                why = f"MASTER_PORT={port} is in use on {socket.gethostname()}. Unset it, or set another for this job."
-            elif is_timeout(error):
-                why += f" If a rank takes longer to start, raise setup_timeout_s={config.setup_timeout_s:g}."
-            raise LaunchError(
-                f"Rank {process.rank} of {process.world_size} could not connect to the other ranks at "
-                f"{os.environ.get('MASTER_ADDR')}:{port}: {why}"
-            ) from error
-        if (accelerator.process_index, accelerator.num_processes) != (process.rank, process.world_size):
-            raise LaunchError(
-                f"Expected rank {process.rank} of {process.world_size} (started by {process.started_by}), got rank "
-                f"{accelerator.process_index} of {accelerator.num_processes}. Start with dist-train launch --nproc "
-                f"{process.world_size}."
-            )
-        world = cls(accelerator, process, precision, threads)
+        threads = set_up_process(config, process, device)
+        world = cls(connect(config, process, device, precision), process, precision, threads)
         if device == "cuda":
             world.check_exclusive_device(str(torch.cuda.get_device_properties(world.device).uuid))
         return world
@@ -284,38 +238,11 @@ class World:
         Collective: every rank must call this.
         """
         if dist.is_initialized():
-            _kept_alive.append(dist.group.WORLD)
+            keep_alive(dist.group.WORLD)
         self.barrier()
         self.accelerator.end_training()
-
-
-# gloo's destructor joins its threads while it holds the GIL, for which one of them may still wait: in 3 of about 250
-# finished trainings a rank hung there for ever. So no group is destroyed before its process ends.
-_kept_alive: list[Any] = []
-
-
-def end_process(code: int) -> NoReturn:
-    """End this process without the interpreter's clean-up, which would destroy the process group (see above)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def backends() -> list[str]:
     """Return the communication backends of this build of torch."""
     return [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()]
-
-
-def _check_accelerate(env: MutableMapping[str, str]) -> None:
-    """Reject or override what an accelerate config file of the user would change silently."""
-    unsupported = [
-        name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-        if env.get(name, "false").lower() in ("true", "1")
-    ]  # fmt: skip
-    if unsupported:
-        raise LaunchError(
-            f"{', '.join(unsupported)} is set, by an accelerate config file: dist_train supports only DDP. "
-            f"Use launch/accelerate.sh, which uses a config file of this project."
-        )
-    env["ACCELERATE_DYNAMO_BACKEND"] = "NO"  # a compiled model would prefix the names of its weights
-    env["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # another value would divide the loss a second time

@@ -28,7 +28,8 @@ from dist_train.data.sampler import ShardSampler, count_into
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
 from dist_train.distributed.process import detect_process
-from dist_train.distributed.world import World, end_process
+from dist_train.distributed.process_end import end_process
+from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.models.invariance import drop_rates
 from dist_train.runs.attempt import begin_attempt
