@@ -65,19 +65,7 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
         DistTrainError: As `dist-train train` reports it: ConfigError, DataError, UserCodeError, TrainingDiverged, ...;
             of a failed rank, with nproc > 1, LaunchError with its message.
     """
-    process = detect_process(os.environ)
-    if process.world_size > 1:
-        raise LaunchError(
-            f"train() starts its processes itself, and this is rank {process.rank} of {process.world_size}. Call it in "
-            f"a single process with nproc={process.world_size}, or start dist-train train under torchrun."
-        )
-    if nproc < 1:
-        raise ConfigError(f"nproc={nproc} starts no process. Pass 1 or more.")
-    if nproc > 1:
-        _check_importable(config, nproc)
-    BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
-    if run_name is not None:
-        check_run_name("run_name", run_name, runs_root(config.runs_dir))
+    _check_arguments(config, nproc, run_name)
     if nproc == 1 and not _IN_USE.acquire(blocking=False):
         raise LaunchError("Another thread of this process is training. Wait for it, or pass nproc=2.")
     try:
@@ -96,6 +84,23 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
         if nproc == 1:
             _IN_USE.release()
     return Result(run_dir.path, run_dir.status.read().get("state", "INTERRUPT"), run_dir.read_result())
+
+
+def _check_arguments(config: Config, nproc: int, run_name: str | None) -> None:
+    """Refuse what cannot be trained here, before anything is written."""
+    process = detect_process(os.environ)
+    if process.world_size > 1:
+        raise LaunchError(
+            f"train() starts its processes itself, and this is rank {process.rank} of {process.world_size}. Call it in "
+            f"a single process with nproc={process.world_size}, or start dist-train train under torchrun."
+        )
+    if nproc < 1:
+        raise ConfigError(f"nproc={nproc} starts no process. Pass 1 or more.")
+    if nproc > 1:
+        _check_importable(config, nproc)
+    BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
+    if run_name is not None:
+        check_run_name("run_name", run_name, runs_root(config.runs_dir))
 
 
 def _check_importable(config: Config, nproc: int) -> None:

@@ -67,14 +67,20 @@ def evaluate(
                     return None
     finally:
         net.train(was_training)
+    return _means_over_ranks(sums.counted(), batches.num_examples, world)
 
-    counts = sums.counted()
+
+def _means_over_ranks(counts: Counts | None, num_examples: int, world: World) -> dict[str, float]:
+    """Add up the sums of all ranks (None: a rank without examples), and divide last.
+
+    Collective: every rank must call this.
+    """
     # A rank without examples knows neither the net's own metrics nor whether it classifies. Rank zero always has some.
     names, classifies = world.from_rank_zero((counts.names, counts.classifies) if counts else ((), True))
     totals = (counts or Counts(world.device, names[3:])).totals(world)
     seen = round(totals["seen"])
-    if seen != batches.num_examples:
-        raise DistTrainError(f"Evaluation counted {seen} examples of {batches.num_examples}. This is a bug: report it.")
+    if seen != num_examples:
+        raise DistTrainError(f"Evaluation counted {seen} examples of {num_examples}. This is a bug: report it.")
     means = {name: totals[name] / seen for name in names if name not in ("correct", "seen")}
     if not math.isfinite(means["loss"]):
         raise TrainingDiverged(f"The loss over {seen} examples is not finite. Lower optimizer.lr or set max_grad_norm.")
