@@ -115,6 +115,19 @@ def test_ls_filters_and_sorts(folder: Path) -> None:
     assert next(row for row in rows if row["run"].endswith("killed"))["step"] == 30
 
 
+@pytest.mark.parametrize("options", [[], ["--json"], ["first"]], ids=["alone", "json", "named"])
+def test_ls_before_the_first_run(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIST_TRAIN_RUNS_DIR", raising=False)
+    expected = "There are no runs in {} yet. Train one: dist-train train -c mnist\n"
+    (tmp_path / "other").mkdir()
+    for chosen, named in ([], "runs"), (["--in", "other"], "other"):
+        listed = call("runs", "ls", *chosen, *options)
+        assert (listed.exit_code, listed.stdout, listed.stderr) == (0, "", expected.format(named))
+    mistyped = call("runs", "ls", "--in", "nothing", *options)  # as of ls and git: chosen, and not there
+    assert (mistyped.exit_code, mistyped.output) == (1, "error: --in=nothing: there is no such folder.\n")
+
+
 def test_show_says_how_to_resume(folder: Path) -> None:
     output = call("runs", "show", folder / "killed").output
     assert "KILLED" in output
