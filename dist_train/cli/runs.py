@@ -134,14 +134,16 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
 
 
 def _cells(run: Summary) -> list[str]:
-    accuracies = ["-" if value is None else f"{value:.2%}" for value in (run.accuracy, run.test_accuracy)]
+    from dist_train.runs.accuracy import accuracy_text
+
     speed = f"{run.samples_per_s:,.0f}" if run.samples_per_s else "-"
     return [
         run.name,
         run.state,
         run.progress_text,
         run.age_text,
-        *accuracies,
+        accuracy_text(run.best, "val") or "-",
+        accuracy_text(run.result, "test") or "-",
         speed,
         str(run.world_size or "-"),
         str(run.attempt),

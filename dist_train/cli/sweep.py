@@ -57,11 +57,13 @@ def sweep(
 
 
 def _show(run: Summary, ended: bool) -> None:
+    from dist_train.runs.accuracy import accuracy_text
+
     if not ended:
         click.echo(f"{run.name}: begins" if not run.attempt else f"{run.name}: goes on")
     elif run.state == "FINISHED":
-        accuracy = "" if run.test_accuracy is None else f", {run.test_accuracy:.2%} on test"
-        click.echo(f"{run.name}: finished{accuracy}")
+        accuracy = accuracy_text(run.result, "test")
+        click.echo(f"{run.name}: finished" + (f", {accuracy} on test" if accuracy else ""))
     else:
         click.echo(f"{run.name}: {_why(run)}")
 

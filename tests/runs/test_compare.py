@@ -128,6 +128,21 @@ def test_ls_before_the_first_run(options: list[str], tmp_path: Path, monkeypatch
     assert (mistyped.exit_code, mistyped.output) == (1, "error: --in=nothing: there is no such folder.\n")
 
 
+def test_an_accuracy_that_is_no_share(tmp_path: Path) -> None:
+    """As of a net that calls another metric so: a number, also beside runs that count correct examples."""
+    for name, own in (("counted", {}), ("own", {"val/accuracy_is_own": 1})):
+        run_dir = make_run(tmp_path / name, {"model": {"name": name}}, upto=30, gain=2.0 if own else 0.0)
+        lines = [line | (own if "val/accuracy" in line else {}) for line in metrics(run_dir.path)]
+        run_dir.metrics.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        mark(run_dir, state="INTERRUPT", best=run_dir.read_status()["best"] | own)
+    listed = {line.split()[0]: line for line in call("runs", "ls", "--in", tmp_path).output.splitlines()}
+    assert "83.00%" in listed["counted"].split()
+    assert "2.83" in listed["own"].split()
+    assert "accuracy 2.81  epoch" in call("runs", "tail", tmp_path / "own").output
+    for paths, shown in ((["counted"], "83.00%"), (["own"], "2.83"), (["counted", "own"], "0.83")):
+        assert shown in call("runs", "compare", *(tmp_path / path for path in paths)).output.split()
+
+
 def test_show_says_how_to_resume(folder: Path) -> None:
     output = call("runs", "show", folder / "killed").output
     assert "KILLED" in output
