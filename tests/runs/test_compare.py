@@ -181,6 +181,7 @@ def test_stop_accepts_only_running_runs(folder: Path) -> None:
         (None, "CONFIGURING", True),
         (None, "RUNNING", True),  # has not written its first status yet
         ("PREEMPTED", "PENDING", True),
+        ("PREEMPTED", "RUNNING", True),  # requeued, or its batch script is about to requeue it
         ("INTERRUPT", "PENDING", True),  # submitted again
         (None, "CANCELLED", False),
         ("INTERRUPT", "RUNNING", False),  # its batch script ends
