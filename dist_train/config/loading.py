@@ -204,10 +204,11 @@ def _explain(item: Any) -> str:
         for part in location[:-1]:
             section = section_of(section.model_fields[part].annotation) if section else None
         legal, prefix = list(section.model_fields) if section else [], ".".join(location[:-1])
-        hint = _suggest(location[-1], legal, prefix)
         if prefix:
+            hint = _suggest(location[-1], legal, prefix)
             return f"Unknown setting {key}.{hint} Settings of {prefix}: {', '.join(legal)}."
-        return f"Unknown setting {key}.{hint or _in_a_section(key)} dist-train config reference explains all."
+        hint = _in_a_section(key) or _suggest(key, legal)
+        return f"Unknown setting {key}.{hint} dist-train config reference explains all."
     reason = str(item["msg"]).removeprefix("Value error, ").rstrip(".")
     if item["type"] in ("value_error",) and isinstance(item["input"], dict):
         return f"{key or 'The config'}: {reason}."
