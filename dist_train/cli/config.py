@@ -54,12 +54,13 @@ def config_validate(config_name: str, overrides: tuple[str, ...], settings: tupl
 @click.argument("second")
 def config_diff(first: str, second: str) -> None:
     """Print the settings in which two configs (files, bundled names or run directories) differ."""
+    from dist_train.config.loading import differences
+
     mine, theirs = (
         load(str(Path(name) / "config.yaml") if Path(name).is_dir() else name).flat() for name in (first, second)
     )
-    for key in mine | theirs:  # a section that is not set has one entry, its own name
-        if mine.get(key) != theirs.get(key):
-            click.echo(f"{key}: {mine.get(key, '-')} | {theirs.get(key, '-')}")
+    for key, (here, there) in differences(mine, theirs).items():
+        click.echo(f"{key}: {here} | {there}")
 
 
 @config.command("reference")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,8 @@ from dist_train.cli.options import load, settings_options
 
 if TYPE_CHECKING:
     from dist_train.tools.doctor import Row
+
+_RANKS_OF_OURS = "DIST_TRAIN_DOCTOR"  # set for ranks that `doctor --nproc` starts: it reports what they found
 
 
 @click.command()
@@ -25,14 +28,15 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
     Under torchrun or srun it checks every rank and the network between them.
     """
     from dist_train.distributed.process import detect_process
-    from dist_train.tools.doctor import RANKS_OF_OURS, examine_ranks, start_and_examine
 
     changes = (*options["overrides"], *options["settings"])
     in_world = detect_process(os.environ).world_size > 1
     rows: list[Row] | None
     if nproc > 1 and not in_world:
-        rows = start_and_examine(nproc, config_name or "mnist", changes)
+        rows = _start_and_examine(nproc, config_name or "mnist", changes)
     else:
+        from dist_train.tools.doctor import examine_ranks
+
         rows = examine_ranks(load(config_name or "mnist", changes))
     if rows is not None:
         click.echo(json.dumps(rows) if as_json else _table(rows))
@@ -40,8 +44,24 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
     if in_world:
         from dist_train.distributed.process_end import end_process
 
-        end_process(0 if RANKS_OF_OURS in os.environ else int(wrong))
+        end_process(0 if _RANKS_OF_OURS in os.environ else int(wrong))
     sys.exit(wrong)
+
+
+def _start_and_examine(nproc: int, config_name: str, overrides: Sequence[str]) -> list[Row]:
+    """Return what `nproc` ranks find that are started for it; this process imports no torch.
+
+    Raises:
+        LaunchError: They cannot be started.
+    """
+    from dist_train.distributed.process import threads_per_process
+    from dist_train.launch.subprocesses import output_of_ranks
+
+    arguments = ["-c", config_name, *(f"-o{override}" for override in overrides), "--json"]
+    environment = {"OMP_NUM_THREADS": str(threads_per_process(nproc, os.environ)), _RANKS_OF_OURS: "1"}
+    printed = output_of_ranks(nproc, "dist_train", "doctor", *arguments, environment=environment)
+    rows: list[Row] = json.loads(printed.splitlines()[-1])
+    return rows
 
 
 def _table(rows: list[Row]) -> str:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.errors import ConfigError
-
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.runs.train_arguments import TrainArguments
@@ -71,10 +69,10 @@ def train_arguments(options: dict[str, Any]) -> TrainArguments:
 
 
 def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
-    from dist_train.config.loading import load_config
+    from dist_train.config.loading import load_config, missing_config
 
     if name is None:
-        raise ConfigError("No config. Name one with -c, for example -c mnist.")
+        raise missing_config(overrides)
     return load_config(name, overrides)
 
 

@@ -37,14 +37,17 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
     """List runs. NAME may contain * and ?."""
     from dist_train.config.paths import runs_root
     from dist_train.launch.jobs import unfinished_jobs
-    from dist_train.runs.summary import select_runs
+    from dist_train.runs.summary import find_runs, select_runs
 
+    if folder is not None and not folder.is_dir():  # a typo; the default one is created by the first run
+        raise RunDirError(f"--in={folder}: there is no such folder.")
     folder = folder or runs_root()
-    if not folder.is_dir():
-        raise RunDirError(f"There is no folder {folder}. Name one with --in, or set DIST_TRAIN_RUNS_DIR.")
     found = select_runs(folder, [Path(name).name for name in names], states, sort)  # paths are taken too
     if not found:
-        click.echo(f"No such run in {folder}.", err=True)
+        empty = next(find_runs(folder), None) is None
+        said = "There are no runs in {} yet. Train one: dist-train train -c mnist" if empty else "No such run in {}."
+        click.echo(said.format(folder), err=True)
+        return
     if as_json:
         for run in found:
             click.echo(json.dumps(_plain(run)))
@@ -131,14 +134,16 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
 
 
 def _cells(run: Summary) -> list[str]:
-    accuracies = ["-" if value is None else f"{value:.2%}" for value in (run.accuracy, run.test_accuracy)]
+    from dist_train.runs.accuracy import accuracy_text
+
     speed = f"{run.samples_per_s:,.0f}" if run.samples_per_s else "-"
     return [
         run.name,
         run.state,
         run.progress_text,
         run.age_text,
-        *accuracies,
+        accuracy_text(run.best, "val") or "-",
+        accuracy_text(run.result, "test") or "-",
         speed,
         str(run.world_size or "-"),
         str(run.attempt),

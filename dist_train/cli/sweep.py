@@ -28,13 +28,15 @@ def sweep(
 
     The same command again continues the missing runs. At the end the runs are compared.
     """
+    from dist_train.config.loading import missing_config
     from dist_train.config.paths import runs_root
     from dist_train.launch.sweep import Grid, Sweep
     from dist_train.runs.reports.compare import compare, read_run
     from dist_train.runs.start_options import valid_run_name
 
+    if config_name is None:
+        raise missing_config((*overrides, *settings))
     load(config_name)
-    assert config_name is not None
     name = name or valid_run_name(f"{Path(config_name).stem}-sweep")
     grid = Grid.of(name, config_name, [*overrides, *settings])
     if lines:
@@ -55,11 +57,13 @@ def sweep(
 
 
 def _show(run: Summary, ended: bool) -> None:
+    from dist_train.runs.accuracy import accuracy_text
+
     if not ended:
         click.echo(f"{run.name}: begins" if not run.attempt else f"{run.name}: goes on")
     elif run.state == "FINISHED":
-        accuracy = "" if run.test_accuracy is None else f", {run.test_accuracy:.2%} on test"
-        click.echo(f"{run.name}: finished{accuracy}")
+        accuracy = accuracy_text(run.result, "test")
+        click.echo(f"{run.name}: finished" + (f", {accuracy} on test" if accuracy else ""))
     else:
         click.echo(f"{run.name}: {_why(run)}")
 

@@ -59,6 +59,7 @@ def _train_or_launch(
 ) -> None:
     from dist_train.config.batch_plan import BatchPlan
     from dist_train.config.loading import to_yaml
+    from dist_train.distributed.gpu_driver import check_gpu_driver
     from dist_train.distributed.launcher_watch import watch_launcher
     from dist_train.distributed.process import LAUNCHER_PID, detect_process
     from dist_train.distributed.signals import StopRequest
@@ -81,6 +82,7 @@ def _train_or_launch(
         return
     if nproc is not None and process.world_size > 1:
         raise ConfigError(f"--nproc={nproc} inside a world of {process.world_size} processes. Leave --nproc out.")
+    check_gpu_driver(config.device)
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or process.world_size)
     if dry_run:
         check_net_and_data(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from dist_train.config.schema import Config, section_of
 from dist_train.errors import ConfigError, did_you_mean
+
+# What other programs call a setting.
+_SYNONYMS = {
+    "learning_rate": "lr", "batch_size": "global_batch_size", "epochs": "train_for", "precision": "mixed_precision",
+}  # fmt: skip
 
 
 class _Numbers(yaml.resolver.Resolver):
@@ -72,6 +79,19 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return both values, as YAML, of each flat setting that differs: "not set" where its section is not set."""
+    keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    return {key: (_value_text(mine, key), _value_text(theirs, key)) for key in keys}
+
+
+def _value_text(settings: Mapping[str, Any], key: str) -> str:
+    if key not in settings:
+        return "not set"
+    text = yaml.dump(settings[key], Dumper=_Dumper, default_flow_style=True, width=math.inf, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")  # the end of a document that is a single value
+
+
 def bundled_configs() -> dict[str, Path]:
     """Return the bundled configs by name, without sweep.yaml, which is a W&B sweep and not a training."""
     package = Path(__file__).resolve().parents[1]
@@ -95,6 +115,25 @@ def find_config(name: str) -> Path:
     raise ConfigError(
         f"No config file {name}.{_suggest(path.stem, list(bundled))} Bundled configs: {', '.join(bundled)}."
     )
+
+
+def missing_config(overrides: Sequence[str]) -> ConfigError:
+    """Return the error of a command that was given overrides, but no config."""
+    hint = next((f" {named}" for override in overrides if (named := _as_config(override))), "")
+    return ConfigError(
+        f"No config.{hint or ' Name one, for example -c mnist.'} dist-train config ls lists the bundled ones."
+    )
+
+
+def _as_config(override: str) -> str:
+    """Return "Did you mean -c NAME?" if an override is, or is nearly, the name of a config, else ""."""
+    if "=" in override:
+        return ""
+    try:
+        find_config(override)
+    except ConfigError:
+        return did_you_mean(override, bundled_configs(), "-c ").strip()
+    return f"Did you mean -c {override}?"
 
 
 def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
@@ -131,7 +170,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f'"{override}" is not a setting. Write it as key=value, for example optimizer.lr=3e-4.')
+        fix = _as_config(override) or "Write it as key=value, for example optimizer.lr=3e-4."
+        raise ConfigError(f'"{override}" is not a setting. {fix}')
     try:
         value = _read_yaml(text) if text else None
     except yaml.YAMLError:
@@ -163,14 +203,24 @@ def _explain(item: Any) -> str:
         section: type[BaseModel] | None = Config
         for part in location[:-1]:
             section = section_of(section.model_fields[part].annotation) if section else None
-        legal = list(section.model_fields) if section else []
-        where = f"Settings of {'.'.join(location[:-1])}" if location[:-1] else "Settings"
-        hint = _suggest(location[-1], legal, ".".join(location[:-1]))
-        return f"Unknown setting {key}.{hint} {where}: {', '.join(legal)}."
+        legal, prefix = list(section.model_fields) if section else [], ".".join(location[:-1])
+        if prefix:
+            hint = _suggest(location[-1], legal, prefix)
+            return f"Unknown setting {key}.{hint} Settings of {prefix}: {', '.join(legal)}."
+        hint = _in_a_section(key) or _suggest(key, legal)
+        return f"Unknown setting {key}.{hint} dist-train config reference explains all."
     reason = str(item["msg"]).removeprefix("Value error, ").rstrip(".")
     if item["type"] in ("value_error",) and isinstance(item["input"], dict):
         return f"{key or 'The config'}: {reason}."
     return f"{key}={_short(item['input'])}: {reason[:1].lower()}{reason[1:]}."
+
+
+def _in_a_section(name: str) -> str:
+    """Return " Did you mean SECTION.NAME?" if exactly one section has such a setting, else ""."""
+    name = _SYNONYMS.get(name, name)
+    sections = {key: section_of(field.annotation) for key, field in Config.model_fields.items()}
+    found = [key for key, section in sections.items() if section and name in section.model_fields]
+    return f" Did you mean {found[0]}.{name}?" if len(found) == 1 else ""
 
 
 def _short(value: object) -> str:
@@ -183,13 +233,7 @@ def _short(value: object) -> str:
 
 def _suggest(word: str, legal: list[str], prefix: str = "") -> str:
     prefix = f"{prefix}." if prefix else ""
-    synonyms = {
-        "learning_rate": "lr",
-        "batch_size": "global_batch_size",
-        "epochs": "train_for",
-        "precision": "mixed_precision",
-    }
-    if synonyms.get(word) in legal:
-        return did_you_mean(synonyms[word], legal, prefix)
+    if _SYNONYMS.get(word) in legal:
+        return did_you_mean(_SYNONYMS[word], legal, prefix)
     sharing_a_word = [name for name in legal if name in word.split("_") or word in name.split("_")][:1]
     return did_you_mean(word, legal, prefix) or "".join(did_you_mean(name, legal, prefix) for name in sharing_a_word)

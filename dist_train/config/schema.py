@@ -260,11 +260,6 @@ class Config(_Settings):
         """All settings by dotted name: {"optimizer.lr": 0.001, ...}."""
         return dict(_flatten(self.model_dump(mode="json")))
 
-    def result_diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """The settings that differ and can change the result: {name: (mine, other's)}."""
-        mine, theirs = self.result_settings(), other.result_settings()
-        return {key: (mine.get(key), theirs.get(key)) for key in mine | theirs if mine.get(key) != theirs.get(key)}
-
     def result_settings(self) -> dict[str, Any]:
         """The settings of `flat` that can change the result."""
         return {key: value for key, value in self.flat().items() if not _is_free(key)}

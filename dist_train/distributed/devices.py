@@ -13,6 +13,7 @@ from typing import cast
 import torch
 
 from dist_train.config.schema import Config, Precision
+from dist_train.distributed.gpu_driver import not_available
 from dist_train.distributed.process import ProcessInfo
 from dist_train.errors import ConfigError, LaunchError
 
@@ -22,7 +23,7 @@ def choose_device(config: Config, process: ProcessInfo) -> str:
 
     Raises:
         LaunchError: more processes than CUDA devices on this machine.
-        ConfigError: mps with several processes.
+        ConfigError: no such device on this machine, or mps with several processes.
     """
     wanted = config.device
     if wanted == "auto":
@@ -33,12 +34,17 @@ def choose_device(config: Config, process: ProcessInfo) -> str:
             wanted = "mps" if torch.backends.mps.is_available() and fits_mps else "cpu"
     if wanted == "cuda":
         available = torch.cuda.device_count()
+        if available == 0:
+            built_for_cpus = torch.version.cuda is None and torch.version.hip is None
+            raise not_available("cuda", f"torch {torch.__version__} is built without CUDA" if built_for_cpus else "")
         share_devices = process.started_by in ("torchrun", "accelerate")  # a task of srun may see only its own
-        if available == 0 or (share_devices and process.local_world_size > available):
+        if share_devices and process.local_world_size > available:
             raise LaunchError(
                 f"{process.local_world_size} processes on a machine with {available} CUDA devices. "
                 f"Start at most {available}, or set device=cpu."
             )
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise not_available("mps")
     if wanted == "mps" and process.world_size > 1:
         raise ConfigError(f"device=mps supports one process, not {process.world_size}. Set device=cpu.")
     return wanted

@@ -18,6 +18,7 @@ from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.loading import to_yaml
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
+from dist_train.distributed.gpu_driver import check_gpu_driver
 from dist_train.distributed.process import detect_process
 from dist_train.distributed.signals import StopRequest
 from dist_train.errors import ConfigError, DistTrainError, LaunchError
@@ -98,6 +99,7 @@ def _check_arguments(config: Config, nproc: int, run_name: str | None) -> None:
         raise ConfigError(f"nproc={nproc} starts no process. Pass 1 or more.")
     if nproc > 1:
         _check_importable(config, nproc)
+    check_gpu_driver(config.device)
     BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
     if run_name is not None:
         check_run_name("run_name", run_name, runs_root(config.runs_dir))

@@ -26,6 +26,7 @@ from dist_train.runs.start_options import StartOptions, check_start, find_run_di
 from dist_train.runs.summary import Summary, summarise, summarise_existing
 
 _QUEUED = ("PENDING", "CONFIGURING")  # states of a job, for the first time or requeued
+_NOT_STARTED = ("NEW", "PREEMPTED")  # states of a run, until the job that is to start or to continue it does so
 
 
 def train_here(config: Config, start: StartOptions, request: StopRequest, started: float) -> None:
@@ -171,7 +172,8 @@ def request_stop(path: Path) -> str:
     """
     summary = summarise_existing(path)
     job = None if summary.may_be_running else unfinished_jobs([summary]).get(summary.job or "")
-    queued = is_waiting(job) or (job is not None and (job.state, summary.state) == ("RUNNING", "NEW"))
+    starting = job is not None and job.state == "RUNNING" and summary.state in _NOT_STARTED
+    queued = is_waiting(job) or starting
     if not summary.may_be_running and not queued:
         raise RunDirError(f"{path} is not running: {summary.state}.")
     try:

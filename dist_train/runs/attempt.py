@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any
 
 from dist_train.atomic_files import remove_leftovers
-from dist_train.config.loading import load_config
 from dist_train.config.schema import Config
 from dist_train.distributed.process import REQUEUED, slurm_job
 from dist_train.errors import ConfigError
@@ -63,7 +62,7 @@ def _belongs_to_other_config(run_dir: RunDir, config: Config) -> bool:
     if run_dir.holds_checkpoints:
         return False
     try:
-        return bool(run_dir.config.exists() and load_config(str(run_dir.config)).result_diff(config))
+        return run_dir.config.exists() and bool(run_dir.differences_to(config))
     except ConfigError:  # damaged
         return True
 

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dist_train.atomic_files import write_atomically, write_json
-from dist_train.config.loading import load_config, to_yaml
+from dist_train.config.loading import differences, load_config, to_yaml
 from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.disk_errors import DiskErrors
@@ -108,7 +108,7 @@ class RunDir:
             raise self._not_writable(error) from None
         if not exists or not self.holds_checkpoints:
             return  # nothing of another run could be lost: a start that was refused does not reserve its name
-        difference = load_config(str(self.config)).result_diff(config)
+        difference = self.differences_to(config)
         if config.mixed_precision in (None, self.precision):  # unset: the run keeps its precision
             difference.pop("mixed_precision", None)
         if difference:
@@ -117,6 +117,10 @@ class RunDir:
                 f"{self.path} belongs to a run with other settings:\n" + "\n".join(lines) + "\n"
                 "Choose another --run-name for the new run, or undo the change."
             )
+
+    def differences_to(self, config: Config) -> dict[str, tuple[str, str]]:
+        """Return the settings that may change results and differ, as YAML: {name: (of the run, of `config`)}."""
+        return differences(load_config(str(self.config)).result_settings(), config.result_settings())
 
     @property
     def precision(self) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_train.runs.accuracy import accuracy_text
 from dist_train.runs.directory import RunDir
 
 _log = logging.getLogger(__name__)
@@ -120,8 +121,8 @@ class Screen:
     def _row(self, line: dict[str, Any]) -> str:
         cells = [f"{line['epoch']:.2f}", f"{line['step']}"]
         for source, split in ((self._last_train_line, "train"), (line, "val")):
-            loss, accuracy = source.get(f"{split}/loss"), source.get(f"{split}/accuracy")
-            cells += ["-" if loss is None else f"{loss:.4f}", "-" if accuracy is None else f"{accuracy:.2%}"]
+            loss = source.get(f"{split}/loss")
+            cells += ["-" if loss is None else f"{loss:.4f}", accuracy_text(source, split) or "-"]
         return _ROW.format(*cells, f"{line['epoch_s']:.1f}")
 
 
@@ -131,9 +132,10 @@ def _print(text: str) -> None:
 
 
 def _short_numbers(line: dict[str, Any]) -> str:
-    accuracy = f"  {line['train/accuracy']:.2%}" if "train/accuracy" in line else ""
+    accuracy = accuracy_text(line, "train")
+    shown = f"  {accuracy}" if accuracy else ""
     speed = f"  {line['perf/samples_per_s']:,.0f}/s" if "perf/samples_per_s" in line else ""
-    return f"loss {line['train/loss']:.4f}{accuracy}  lr {line['train/lr']:.1e}{speed}"
+    return f"loss {line['train/loss']:.4f}{shown}  lr {line['train/lr']:.1e}{speed}"
 
 
 def describe(line: dict[str, Any], total_steps: int | None) -> str | None:
@@ -149,8 +151,8 @@ def describe(line: dict[str, Any], total_steps: int | None) -> str | None:
 
 def _numbers(line: dict[str, Any], split: str) -> str:
     parts = [f"loss {line[f'{split}/loss']:.4f}"]
-    if f"{split}/accuracy" in line:
-        parts.append(f"accuracy {100 * line[f'{split}/accuracy']:.2f} %")
+    if accuracy := accuracy_text(line, split, unit=" %"):
+        parts.append(f"accuracy {accuracy}")
     if "train/lr" in line:
         parts.append(f"lr {line['train/lr']:.2e}")
     if "perf/samples_per_s" in line:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -104,13 +105,21 @@ def check_start(run_dir: RunDir, config: Config, start: StartOptions, *, create:
     return False
 
 
-def remove_if_not_started(run_dir: RunDir, start: StartOptions) -> None:
-    """After a failure, remove a directory that is named by time if its only start failed before the set-up.
+def is_not_worth_keeping(run_dir: RunDir, start: StartOptions) -> bool:
+    """Whether a directory that is named by time holds only a start that failed before the set-up.
 
-    A directory with a chosen name stays: a batch script, `launch/restart.sh` or a sweep reads its error.json.
+    One with a chosen name stays: a batch script, `launch/restart.sh` or a sweep reads its error.json.
     """
     named = start.run_name or start.run_dir or persistent_run_name(start.config_name, os.environ)
     status, kind = run_dir.status.read(), run_dir.read_error().get("kind")
     begun = "resumed_at" in status or status.get("attempt", 1) > 1 or run_dir.holds_checkpoints
-    if not named and kind in _SETUP_ERRORS and not begun:
-        shutil.rmtree(run_dir.path, ignore_errors=True)
+    return not named and kind in _SETUP_ERRORS and not begun
+
+
+def remove_if_not_started(run_dir: RunDir, start: StartOptions) -> None:
+    """After a failure, remove a directory that `is_not_worth_keeping`."""
+    if is_not_worth_keeping(run_dir, start):
+        doomed = run_dir.path.with_name(f".{run_dir.path.name}.removed")
+        with suppress(OSError):
+            run_dir.path.rename(doomed)  # at once: another rank may be about to write there
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -129,7 +129,9 @@ def summarise_existing(path: Path) -> Summary:
 
 
 def find_runs(folder: Path) -> Iterator[Summary]:
-    """Yield the runs of a folder, sorted by name."""
+    """Yield the runs of a folder, sorted by name. A folder that does not exist has none."""
+    if not folder.is_dir():
+        return
     with os.scandir(folder) as entries:
         paths = sorted(entry.path for entry in entries if entry.is_dir())
     yield from (summarise(path) for path in map(Path, paths) if is_run(path))

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train.config.loading import load_config
+from dist_train.config.loading import load_config, missing_config
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.distributed.process import ASKED_AT, RUN_DIR
@@ -46,7 +46,7 @@ class TrainArguments:
                 )
             name = name or str(folder / "config.yaml")
         if name is None:
-            raise ConfigError("No config. Name one, for example -c mnist; dist-train config ls lists the bundled ones.")
+            raise missing_config(self.overrides)
         config = load_config(name, [*self.overrides, *(_FAST_DEV_RUN if self.fast_dev_run else ())])
         if self.run_name is not None:
             check_run_name("--run-name", self.run_name, runs_root(config.runs_dir))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from dist_train.distributed.process import available_cores, detect_process, thre
 from dist_train.distributed.world import World, backends
 from dist_train.errors import DistTrainError, LaunchError
 from dist_train.launch.slurm.commands import installed_version
-from dist_train.launch.subprocesses import output_of_ranks
 from dist_train.models.registry import build_model
 from dist_train.training.provenance import cpu_model, version_of
 from dist_train.training.tracking import wandb_mode
@@ -39,7 +37,6 @@ _SLOW_S = 1.0  # for a file to be written and synced
 
 Row = dict[str, str]  # what, said, fix: as `dist-train doctor --json` prints them
 
-RANKS_OF_OURS = "DIST_TRAIN_DOCTOR"  # set for ranks that `doctor --nproc` starts: it reports what they found
 _MEET_S = 60  # ranks that do not meet within so long do not meet
 
 
@@ -100,19 +97,6 @@ def examine_ranks(config: Config) -> list[Row] | None:
     ]  # fmt: skip
     world.leave()
     return [*of_all[0], *wrong] if world.is_rank_zero else None
-
-
-def start_and_examine(nproc: int, config_name: str, overrides: Sequence[str]) -> list[Row]:
-    """The same on `nproc` ranks that are started for it.
-
-    Raises:
-        LaunchError: They cannot be started.
-    """
-    arguments = ["-c", config_name, *(f"-o{override}" for override in overrides), "--json"]
-    environment = {"OMP_NUM_THREADS": str(threads_per_process(nproc, os.environ)), RANKS_OF_OURS: "1"}
-    printed = output_of_ranks(nproc, "dist_train", "doctor", *arguments, environment=environment)
-    rows: list[Row] = json.loads(printed.splitlines()[-1])
-    return rows
 
 
 def exchange(world: World) -> Diagnosis:

@@ -16,6 +16,7 @@ from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.models.invariance import seeding_for
 from dist_train.models.tasks.confusion import Confusion
 from dist_train.models.tasks.objective import ErrorContext, Objective, count_correct
+from dist_train.runs.accuracy import IS_OWN
 from dist_train.training.agreement import Agreement
 from dist_train.training.step.counts import Counts
 
@@ -36,6 +37,7 @@ def evaluate(
     """Return mean loss (nats), accuracy (0..1), `seen` and the net's own metrics, each example counted once.
 
     A metric of the net's own that is not finite is logged by name; callers omit it from files, as JSON has no NaN.
+    Where there are no classes to count, `accuracy` may be such a metric; `IS_OWN` then stands beside it.
     `confusion` receives each batch that is classified.
     Returns None if the ranks agreed to stop before the end. `net` is the bare module, not the one wrapped by DDP:
     shards differ by one example, and a wrapped forward is a collective.
@@ -87,8 +89,11 @@ def _means_over_ranks(counts: Counts | None, num_examples: int, world: World) ->
     undefined = [name for name, mean in means.items() if not math.isfinite(mean)]
     if undefined:
         _log.warning("metrics omitted, not finite over %d examples: %s", seen, ", ".join(undefined))
-    accuracy = {"accuracy": totals["correct"] / seen} if classifies else {}
-    return means | accuracy | {"seen": seen}
+    if classifies:
+        means["accuracy"] = totals["correct"] / seen
+    elif math.isfinite(means.get("accuracy", math.nan)):
+        means[IS_OWN] = 1
+    return means | {"seen": seen}
 
 
 def _check_accuracy(theirs: float, ours: float) -> None:

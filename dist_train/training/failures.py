@@ -20,6 +20,7 @@ from dist_train.distributed.process_end import end_process
 from dist_train.errors import DistTrainError, OutOfMemory, PeerLost, UserCodeError
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import record_error
+from dist_train.runs.start_options import StartOptions, is_not_worth_keeping, remove_if_not_started
 
 _log = logging.getLogger(__name__)
 
@@ -28,17 +29,18 @@ class FailureHandler:
     """Writes an error to error.json (the first of all ranks) and to the rank's log, and sets the state ERROR.
 
     With several ranks the process exits immediately: the others wait in a collective, and a clean exit would wait
-    for them.
+    for them. The directory of a run that did not start is removed, by our launcher if there is one.
     """
 
-    def __init__(self, process: ProcessInfo, config: Config, run_dir: RunDir | None) -> None:
-        """`run_dir`: the launcher's, if there is one. The launcher prints the error that it finds there."""
+    def __init__(self, process: ProcessInfo, config: Config, start: StartOptions) -> None:
         self.process = process
-        self.run_dir = run_dir  # None until this start owns one
+        # None until this start owns one. Our launcher names its own, and prints the error that it finds there.
+        self.run_dir = RunDir(start.run_dir) if start.launched and start.run_dir else None
         self.errors: TextIO = sys.stderr  # shared by all ranks
-        self.waits = f"setup_timeout_s={config.setup_timeout_s:g}"  # the limit while waiting for other ranks
+        self.in_setup = True
         self._config = config
-        self._launched = run_dir is not None
+        self._start = start
+        self._launched = self.run_dir is not None
 
     def __enter__(self) -> FailureHandler:
         return self
@@ -65,19 +67,24 @@ class FailureHandler:
             first = False  # a rank was lost during the exit, after the run was complete
         elif self.run_dir is not None:
             first = record_error(self.run_dir.error, error, self.process.rank, code, trace)
-            if self.process.rank == 0 and self.run_dir.status.attempt:
+            doomed = self.in_setup and is_not_worth_keeping(self.run_dir, self._start)
+            if self.in_setup and not self.run_dir.path.exists():
+                first = False  # the rank that was has removed it
+            elif self.process.rank == 0 and self.run_dir.status.attempt and not doomed:
                 with suppress(DistTrainError, OSError):
                     self.run_dir.status.update(state="ERROR")
             if first and not self._launched and not is_self_explanatory(type(error).__name__):
                 single_node = self.process.world_size == self.process.local_world_size
                 error.add_note(resume_hint(self.run_dir, self.process.world_size if single_node else None))
+        if first and self.process.world_size > 1:
+            message = str(error) if isinstance(error, DistTrainError) else trace
+            text = "\n".join([message, *getattr(error, "__notes__", [])])
+            # A disk that rejects error.json also rejects the launcher's log.
+            unrecorded = self._launched and self.run_dir is not None and not self.run_dir.error.exists()
+            print(f"error [rank {self.process.rank}]: {text}", file=sys.stdout if unrecorded else self.errors)
+        if first and self.in_setup and self.run_dir is not None:
+            remove_if_not_started(self.run_dir, self._start)
         if self.process.world_size > 1:
-            if first:
-                message = str(error) if isinstance(error, DistTrainError) else trace
-                text = "\n".join([message, *getattr(error, "__notes__", [])])
-                # A disk that rejects error.json also rejects the launcher's log.
-                unrecorded = self._launched and self.run_dir is not None and not self.run_dir.error.exists()
-                print(f"error [rank {self.process.rank}]: {text}", file=sys.stdout if unrecorded else self.errors)
             end_process(code)
         if error is not raised:
             raise error from raised
@@ -88,7 +95,9 @@ class FailureHandler:
             return self._out_of_memory(error)
         if is_peer_failure(error):
             if is_timeout(error):
-                return PeerLost(f"Another rank did not answer within {self.waits}: it hangs or is much slower.")
+                name = "setup_timeout_s" if self.in_setup else "stall_timeout_s"
+                limit = f"{name}={getattr(self._config, name):g}"
+                return PeerLost(f"Another rank did not answer within {limit}: it hangs or is much slower.")
             return PeerLost("Another rank is gone and left no error: it was probably killed, or its node failed.")
         if is_device_assert(error):
             return UserCodeError(

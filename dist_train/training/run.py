@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,12 +19,12 @@ from dist_train.distributed.scheduler import Scheduler
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.stdio import redirect_output
 from dist_train.distributed.world import World
-from dist_train.errors import DataError, DistTrainError
+from dist_train.errors import DataError
 from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import log_to_file, log_to_screen
 from dist_train.runs.records import State
-from dist_train.runs.start_options import StartOptions, check_start, find_run_dir, remove_if_not_started
+from dist_train.runs.start_options import StartOptions, check_start, find_run_dir
 from dist_train.training.build import build_trainer
 from dist_train.training.failures import FailureHandler
 from dist_train.training.provenance import changed_data
@@ -43,10 +41,9 @@ def run_training(
     Collective: every rank calls this with the same arguments.
     """
     process = detect_process(os.environ)
-    launched_in = RunDir(start.run_dir) if start.launched and start.run_dir else None
-    failure_handler = FailureHandler(process, config, launched_in)
+    failure_handler = FailureHandler(process, config, start)
     log_to_screen(process.rank, start.verbosity)
-    with _remove_if_not_started(failure_handler, start), failure_handler:
+    with failure_handler:
         # Before the ranks join: a rank that waits for a lock or a download must not block others in a collective.
         splits = load_splits(config.data, config.seed, process.local_world_size)
         watchdog.arm(config.setup_timeout_s)
@@ -72,7 +69,7 @@ def run_training(
             # The set-up is over: compiling may take long, a step must not.
             world.set_timeout(config.stall_timeout_s)
             watchdog.arm(config.stall_timeout_s)
-            failure_handler.waits = f"stall_timeout_s={config.stall_timeout_s:g}"
+            failure_handler.in_setup = False
             state = trainer.train()
     if world.is_rank_zero:
         run_dir.unlock()
@@ -80,17 +77,6 @@ def run_training(
             report_results(run_dir)
     world.leave()
     return state
-
-
-@contextmanager
-def _remove_if_not_started(failure_handler: FailureHandler, start: StartOptions) -> Iterator[None]:
-    """Remove the directory of a run that did not start. With several ranks the launcher does it in the end."""
-    try:
-        yield
-    except DistTrainError:
-        if failure_handler.run_dir is not None:
-            remove_if_not_started(failure_handler.run_dir, start)
-        raise
 
 
 def _open(run_dir: RunDir, config: Config, splits: Splits, start: StartOptions, started: float) -> int | None:

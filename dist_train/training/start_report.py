@@ -11,6 +11,7 @@ from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.schema import Config
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.splits import Splits
+from dist_train.runs.accuracy import accuracy_text, is_share
 from dist_train.runs.directory import RunDir
 from dist_train.training.provenance import DIVISION_FACTORS, changed_determinism_factors
 from dist_train.training.step.train_step import Step
@@ -89,11 +90,10 @@ def report_results(run_dir: RunDir) -> None:
         ratio = 100 * result["effective_training_time"]
         seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.status.attempt} starts went into new steps"
     _log.info("finished: %d steps, %s", result["step"], seconds)
-    # Without classes, the accuracy is the net's own metric, which may not be a share of the examples.
-    counted = any(f"{split}/accuracy_by_class" in result for split in ("val", "test"))
     for split in ("train", "val", "test"):
-        if f"{split}/accuracy" in result:
-            seen, accuracy = result[f"{split}/seen"], result[f"{split}/accuracy"]
-            share = f"{100 * accuracy:.2f} % ({round(accuracy * seen)} / {seen})"
-            _log.info("%s accuracy %s", split, share if counted else f"{accuracy:g}")
+        accuracy = accuracy_text(result, split, unit=" %")
+        if accuracy is not None:
+            seen = result[f"{split}/seen"]
+            counts = f" ({round(result[f'{split}/accuracy'] * seen)} / {seen})" if is_share(result, split) else ""
+            _log.info("%s accuracy %s%s", split, accuracy, counts)
     _log.info("all files are in %s", run_dir.path)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from dist_train.cli import main
 from dist_train.config.durations import Duration
-from dist_train.config.loading import bundled_configs, find_config, load_config, parse_config, to_yaml
+from dist_train.config.loading import bundled_configs, differences, find_config, load_config, parse_config, to_yaml
 from dist_train.config.paths import default_data_root, user_cache
 from dist_train.errors import ConfigError
 from support.settings import DEFAULT, load, put
@@ -103,6 +105,30 @@ def test_an_unknown_config_gets_a_suggestion() -> None:
         load_config("x" * 300)
 
 
+@pytest.mark.parametrize("command", ["train", "launch --nproc=2", "sweep", "verify", "config show", "slurm render"])
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("mnist lr=3", "mnist"),
+        ("lr=3 configs/mnist.yaml", "configs/mnist.yaml"),
+        ("mnst", "mnist"),
+        ("", None),
+        ("lr=3", None),
+    ],
+)
+def test_a_config_without_its_option(command: str, given: str, meant: str | None) -> None:
+    refused = CliRunner().invoke(main, [*command.split(), *given.split()])
+    fix = f"Did you mean -c {meant}?" if meant else "Name one, for example -c mnist."
+    assert (refused.exit_code, refused.output) == (
+        2, f"error: No config. {fix} dist-train config ls lists the bundled ones.\n"
+    )  # fmt: skip
+
+
+def test_a_second_config_without_its_option() -> None:
+    with pytest.raises(ConfigError, match=r'^"mnist_mlp" is not a setting\. Did you mean -c mnist_mlp\?$'):
+        load_config("mnist", ["mnist_mlp"])
+
+
 @pytest.mark.parametrize(
     ("env", "expected"),
     [({"DIST_TRAIN_DATA_DIR": "/d", "XDG_CACHE_HOME": "/c"}, "/d"), ({"XDG_CACHE_HOME": "/c"}, "/c/dist_train")],
@@ -168,12 +194,34 @@ BOUND = {
 
 
 @pytest.mark.parametrize("key", [*FREE, *BOUND])
-def test_result_diff_has_only_settings_that_can_change_the_result(key: str) -> None:
+def test_result_settings_are_those_that_can_change_the_result(key: str) -> None:
     tree: dict[Any, Any] = {}
     put(tree, key, (FREE | BOUND)[key])
     other = parse_config(tree)
-    diff = DEFAULT.result_diff(other)
+    diff = differences(DEFAULT.result_settings(), other.result_settings())
     assert other != DEFAULT
     assert (diff == {}) == (key in FREE)
     assert {name.split(".")[0] for name in diff} <= {key.split(".")[0]}
-    assert diff == {name: (old, new) for name, (new, old) in other.result_diff(DEFAULT).items()}
+    back = differences(other.result_settings(), DEFAULT.result_settings())
+    assert diff == {name: (old, new) for name, (new, old) in back.items()}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("ema_decay=null", "ema_decay: 0.99 | null"),
+        ("data.normalize=null", "data.normalize.std: [0.3081] | not set"),
+        ("tracking.pictures=false", "tracking.pictures: true | false"),
+        ("data.root='1'", "data.root: null | '1'"),
+        ("tracking.tags=[a, '1']", "tracking.tags: [] | [a, '1']"),
+        ("model.args={b: {c: no}, a: 1e-3}", "model.args: {} | {b: {c: false}, a: 0.001}"),
+    ],
+)
+def test_config_diff_shows_values_as_yaml(override: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(to_yaml(load_config("mnist", [override])))
+    shown = CliRunner().invoke(main, ["config", "diff", "mnist", str(tmp_path / "other.yaml")])
+    assert shown.exit_code == 0
+    assert line in shown.output.splitlines()
+    assert {each.split(":")[0].split(".")[0] for each in shown.output.splitlines()} == {
+        line.split(":")[0].split(".")[0]
+    }

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from dist_train.cli import main
 from dist_train.config.loading import parse_config
 from dist_train.distributed.devices import choose_device, choose_precision
 from dist_train.distributed.process import ProcessInfo
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, LaunchError
+from dist_train.launch import jobs
 from support.ranks import join_group, run_on_ranks
 
 PAGES = 12_288  # 48 MiB: more than malloc keeps by default
@@ -69,7 +72,6 @@ def count_page_faults(out: Path) -> None:
         (ProcessInfo(3, 3, 4, 4, "torchrun"), 4, False),
         (ProcessInfo(3, 3, 4, 4, "srun"), 1, False),  # --gpus-per-task=1: sees only its own device, as index 0
         (ProcessInfo(3, 3, 4, 4, "the environment"), 1, False),
-        (ProcessInfo(0, 0, 1, 1, "python"), 0, True),
     ],
 )
 def test_processes_per_visible_device(
@@ -82,6 +84,30 @@ def test_processes_per_visible_device(
             choose_device(config, process)
     else:
         assert choose_device(config, process) == "cuda"
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_device_that_is_not_there(device: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    place = ProcessInfo(0, 0, world_size, world_size, "torchrun" if world_size > 1 else "python")
+    expected = rf"^device={device}, but no {device.upper()} device is available .* Set device=auto, .* or device=cpu\.$"
+    with pytest.raises(ConfigError, match=expected):
+        choose_device(parse_config({"device": device}), place)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("command", [["train"], ["launch", "--nproc=2"]], ids=" ".join)
+def test_no_process_starts_for_a_device_that_is_not_there(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "start_ranks", lambda spec: pytest.fail("processes were started"))
+    refused = CliRunner().invoke(main, [*command, "-c", "smoke", "device=cuda"])
+    assert refused.exit_code == 2
+    assert refused.output.startswith("error: device=cuda, but no CUDA device is available")
+    assert not (tmp_path / "runs").exists()
 
 
 def share_devices(devices: list[str], error: str) -> None:

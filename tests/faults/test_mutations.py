@@ -300,7 +300,7 @@ FLAGS = sorted(
 )
 COMMAND_LINES: list[tuple[list[str], str]] = [
     (["train"], "No config."),
-    (["train", "smoke"], "No config."),
+    (["train", "smoke"], "No config. Did you mean -c smoke?"),
     (["trian", "-c", "smoke"], "No such command 'trian'"),
     (["train", "-c"], "'-c'"),
     (["train", "-c", "smoke", "-o"], "'-o'"),

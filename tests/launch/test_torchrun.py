@@ -253,9 +253,17 @@ def test_machines_that_are_asked_for_from_outside(command: list[str], monkeypatc
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])
 def test_scripts_for_one_machine_say_so(script: str, tmp_path: Path) -> None:
-    done = run([str(ROOT / "launch" / script), "-c", "smoke"], tmp_path, PET_NNODES="2")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: PET_NNODES=2: this is for one machine.")
+    for launcher in ("torchrun", "accelerate-launch"):
+        (tmp_path / launcher).write_text("#!/bin/sh\necho started\n")
+        (tmp_path / launcher).chmod(0o755)
+    for machines in ("1", "1:1", "", "2", "1:2", "2:2", "11"):
+        env = {"PET_NNODES": machines, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        done = run([str(ROOT / "launch" / script), "-c", "smoke"], tmp_path, **env)
+        if machines in ("1", "1:1", ""):
+            assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
+        else:
+            assert (done.returncode, done.stdout) == (2, "")
+            assert done.stderr.startswith(f"error: PET_NNODES={machines}: this is for one machine.")
 
 
 def test_torchrun_gets_no_options_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

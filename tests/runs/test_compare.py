@@ -116,6 +116,34 @@ def test_ls_filters_and_sorts(folder: Path) -> None:
     assert next(row for row in rows if row["run"].endswith("killed"))["step"] == 30
 
 
+@pytest.mark.parametrize("options", [[], ["--json"], ["first"]], ids=["alone", "json", "named"])
+def test_ls_before_the_first_run(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIST_TRAIN_RUNS_DIR", raising=False)
+    expected = "There are no runs in {} yet. Train one: dist-train train -c mnist\n"
+    (tmp_path / "other").mkdir()
+    for chosen, named in ([], "runs"), (["--in", "other"], "other"):
+        listed = call("runs", "ls", *chosen, *options)
+        assert (listed.exit_code, listed.stdout, listed.stderr) == (0, "", expected.format(named))
+    mistyped = call("runs", "ls", "--in", "nothing", *options)  # as of ls and git: chosen, and not there
+    assert (mistyped.exit_code, mistyped.output) == (1, "error: --in=nothing: there is no such folder.\n")
+
+
+def test_an_accuracy_that_is_no_share(tmp_path: Path) -> None:
+    """As of a net that calls another metric so: a number, also beside runs that count correct examples."""
+    for name, own in (("counted", {}), ("own", {"val/accuracy_is_own": 1})):
+        run_dir = make_run(tmp_path / name, {"model": {"name": name}}, upto=30, gain=2.0 if own else 0.0)
+        lines = [line | (own if "val/accuracy" in line else {}) for line in metrics(run_dir.path)]
+        run_dir.metrics.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        mark(run_dir, state="INTERRUPT", best=run_dir.status.read()["best"] | own)
+    listed = {line.split()[0]: line for line in call("runs", "ls", "--in", tmp_path).output.splitlines()}
+    assert "83.00%" in listed["counted"].split()
+    assert "2.83" in listed["own"].split()
+    assert "accuracy 2.81  epoch" in call("runs", "tail", tmp_path / "own").output
+    for paths, shown in ((["counted"], "83.00%"), (["own"], "2.83"), (["counted", "own"], "0.83")):
+        assert shown in call("runs", "compare", *(tmp_path / path for path in paths)).output.split()
+
+
 def test_show_says_how_to_resume(folder: Path) -> None:
     output = call("runs", "show", folder / "killed").output
     assert "KILLED" in output
@@ -154,6 +182,7 @@ def test_stop_accepts_only_running_runs(folder: Path) -> None:
         (None, "CONFIGURING", True),
         (None, "RUNNING", True),  # has not written its first status yet
         ("PREEMPTED", "PENDING", True),
+        ("PREEMPTED", "RUNNING", True),  # requeued, or its batch script is about to requeue it
         ("INTERRUPT", "PENDING", True),  # submitted again
         (None, "CANCELLED", False),
         ("INTERRUPT", "RUNNING", False),  # its batch script ends

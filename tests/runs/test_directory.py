@@ -228,7 +228,7 @@ def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> No
     write_json(run.run_json, {"mixed_precision": "bf16"})
     assert run.precision == "bf16"
     run.check_config(parse_config({"mixed_precision": "bf16"}))
-    with pytest.raises(ConfigError, match="mixed_precision: None in the run, no now"):
+    with pytest.raises(ConfigError, match="mixed_precision: null in the run, 'no' now"):
         run.check_config(parse_config({"mixed_precision": "no"}))
 
 

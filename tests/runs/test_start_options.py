@@ -95,10 +95,16 @@ def test_a_config_may_have_any_name(config: Config) -> None:
 # --- a start that failed early -----------------------------------------------------------------------------------
 
 NETS = """
+import os
 from torch import nn
 class Broken(nn.Module):
     def __init__(self):
         raise ValueError("no such size")
+class BrokenOnOne(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 10))
+        if os.environ["RANK"] == "1":
+            raise ValueError("no such size")
 class Late(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(784, 10))
@@ -123,6 +129,26 @@ def test_what_a_failed_start_leaves(settings: list[str], stays: bool, tmp_path: 
     done = run_forked([*DIST_TRAIN, "train", *SETTINGS, *settings], tmp_path)
     assert done.returncode in (1, 2)
     assert "error: " in done.stderr
+    left = list((tmp_path / "runs").iterdir())
+    assert len(left) == stays
+    assert all(read_json(path / "error.json") for path in left)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stays"),
+    [
+        (["model.name=nets:Broken"], False),
+        (["model.name=nets:BrokenOnOne"], False),
+        (["model.name=nets:Broken", "--run-name=r"], True),
+        (["model.name=nets:Late"], True),
+    ],
+    ids=["constructor", "constructor of one rank", "named", "its first batch"],
+)
+def test_what_failed_ranks_leave(settings: list[str], stays: bool, tmp_path: Path) -> None:
+    """Of ranks that another launcher than ours started."""
+    (tmp_path / "nets.py").write_text(NETS)
+    done = run_forked([*DIST_TRAIN, "train", *SETTINGS, *settings], tmp_path, world_size=2)
+    assert done.returncode == 1
     left = list((tmp_path / "runs").iterdir())
     assert len(left) == stays
     assert all(read_json(path / "error.json") for path in left)

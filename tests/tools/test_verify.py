@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,21 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
     assert "2 ranks, 16 MiB in" in found["all-reduce"]["said"]
     assert "60,000 training examples" in found["data"]["said"]
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_what_starts_the_ranks_imports_no_torch() -> None:
+    code = """if True:
+        import sys
+        from dist_train.cli import main
+        from dist_train.launch import subprocesses
+        subprocesses.output_of_ranks = lambda nproc, *command, environment: '[]'
+        try:
+            main(["doctor", "--nproc=2", "--json"])
+        finally:
+            print(sorted({"torch", "accelerate", "pydantic"} & {*sys.modules}))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n[]\n"
 
 
 def test_every_problem_is_named_with_its_fix(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from dist_train.atomic_files import to_json
 from dist_train.checkpoints import manager as checkpoints
 from dist_train.checkpoints.storage import Stateful
 from dist_train.checkpoints.train_state import TrainState
+from dist_train.cli import main
 from dist_train.training import trainer as train
 from support.once import made_once
 from support.processes import DIST_TRAIN
@@ -38,8 +41,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_accuracy_that_is_sometimes_undefined(tmp_path: Path) -> None:
-    """It is neither the best nor a gain, and never makes the loss decide. No correct examples are reported for an
-    accuracy of the net's own."""
+    """It is neither the best nor a gain, and never makes the loss decide. An accuracy of the net's own is nowhere shown
+    as a share of correct examples."""
     own = {
         "data": {"name": "support.user_sets:mnist_part"}, "model": {"name": "support.user_nets:Scoring"},
         "eval_every": "2 steps", "early_stop": {"patience": 3}, "final_train_eval": False,
@@ -50,7 +53,11 @@ def test_an_accuracy_that_is_sometimes_undefined(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "r/result.json").read_text())
     assert (result["early_stopped"], result["best/step"], result["best/accuracy"]) == (True, 4, 0.5)
     assert (tmp_path / "r/checkpoints/best").resolve().name == "step_00000004"
-    assert "test accuracy 0.166667\n" in (tmp_path / "r/logs/rank_00000.log").read_text()
+    log = (tmp_path / "r/logs/rank_00000.log").read_text()
+    assert re.findall(r"accuracy ([^ \n]*)", log) == ["0.5", "0.25", "0.2", "0.2", "0.166667"]
+    for command in (["ls", "--in", str(tmp_path)], ["compare", str(tmp_path / "r")]):
+        row = CliRunner().invoke(main, ["runs", *command]).output.splitlines()[1].split()
+        assert {"0.5", "0.166667"} <= {*row}, row
     done = run_forked([*DIST_TRAIN, "evaluate", "r", "--json"], tmp_path)
     assert json.loads(done.stdout).keys() == {"step", "loss", "seen"}
 

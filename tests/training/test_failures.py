@@ -11,21 +11,24 @@ from dist_train.distributed.process import detect_process
 from dist_train.errors import DataError, OutOfMemory, PeerLost, UserCodeError
 from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
+from dist_train.runs.start_options import StartOptions
 from dist_train.training.failures import FailureHandler
+
+START = StartOptions("smoke")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...\nmore")])
 def test_out_of_memory(error: Exception) -> None:
     config = parse_config({"global_batch_size": 96, "per_device_batch_size": 64})
     expected = r"per_device_batch_size=48 .* per_device_batch_size=32 needs less .*: 32 x 3 micro-steps x 1 processes"
-    with pytest.raises(OutOfMemory, match=expected) as raised, FailureHandler(detect_process({}), config, None):
+    with pytest.raises(OutOfMemory, match=expected) as raised, FailureHandler(detect_process({}), config, START):
         raise error
     assert not str(raised.value).endswith("more")
 
 
 def test_out_of_memory_with_one_example() -> None:
     config = parse_config({"global_batch_size": 7, "per_device_batch_size": 1})
-    with pytest.raises(OutOfMemory, match="only one example"), FailureHandler(detect_process({}), config, None):
+    with pytest.raises(OutOfMemory, match="only one example"), FailureHandler(detect_process({}), config, START):
         raise MemoryError
 
 
@@ -33,7 +36,7 @@ def test_out_of_memory_with_one_example() -> None:
 def test_other_errors_are_not_out_of_memory(message: str) -> None:
     assert not is_out_of_memory(RuntimeError(message))
     first = message.split()[0]
-    with pytest.raises(RuntimeError, match=first), FailureHandler(detect_process({}), parse_config({}), None):
+    with pytest.raises(RuntimeError, match=first), FailureHandler(detect_process({}), parse_config({}), START):
         raise RuntimeError(message)
 
 
@@ -46,7 +49,7 @@ def test_other_errors_are_not_out_of_memory(message: str) -> None:
 )
 def test_errors_without_a_useful_traceback(message: str, kind: type[Exception], expected: str) -> None:
     """Raised by a kernel launched long before, or in a signal handler."""
-    with pytest.raises(kind, match=expected) as raised, FailureHandler(detect_process({}), parse_config({}), None):
+    with pytest.raises(kind, match=expected) as raised, FailureHandler(detect_process({}), parse_config({}), START):
         raise RuntimeError(message)
     assert "\n" not in str(raised.value)
 
@@ -62,7 +65,7 @@ def test_a_finished_run_has_no_error(state: str, run_dir: RunDir) -> None:
     """A rank that is lost during the exit does not affect the results."""
     begin_attempt(run_dir, parse_config({}), "id")
     run_dir.status.update(state=state)
-    failure_handler = FailureHandler(detect_process({}), parse_config({}), None)
+    failure_handler = FailureHandler(detect_process({}), parse_config({}), START)
     failure_handler.run_dir = run_dir
     with pytest.raises(PeerLost), failure_handler:
         raise PeerLost("gone")

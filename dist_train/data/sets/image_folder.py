@@ -6,6 +6,7 @@ Each image, as a viewer shows it, is converted to RGB, resized to a shorter side
 from __future__ import annotations
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +41,7 @@ class ImageFolder(Dataset[Any]):
     yields_pixels = True  # uint8, normalised on the device
 
     def __init__(self, folder: Path, image_size: int) -> None:
-        class_folders = _sorted(path for path in _entries(folder) if path.is_dir())
+        class_folders = [folder / entry.name for entry in _entries(folder) if _is_folder(entry)]
         if not class_folders:
             raise DataError(f"{folder} has no class folders. Put the images into {folder}/CLASS/.")
         self.classes = tuple(path.name for path in class_folders)
@@ -48,13 +49,13 @@ class ImageFolder(Dataset[Any]):
         self.paths: list[Path] = []
         labels: list[int] = []
         for label, class_folder in enumerate(class_folders):
-            files = _sorted(_entries(class_folder))
+            files = _entries(class_folder)
             if not files:
                 raise DataError(f"{class_folder} contains no images. Fill it, or remove it from every split.")
-            nested = next((path for path in files if path.is_dir()), None)
+            nested = next((entry for entry in files if _is_folder(entry)), None)
             if nested:
-                raise DataError(f"{nested} is a folder. Images must be directly in {class_folder}.")
-            self.paths += files
+                raise DataError(f"{nested.path} is a folder. Images must be directly in {class_folder}.")
+            self.paths += [class_folder / entry.name for entry in files]
             labels += [label] * len(files)
         self.labels = torch.tensor(labels)  # int64 [N]
 
@@ -175,10 +176,13 @@ def _check_classes(folder: Path, classes: tuple[str, ...], expected: tuple[str, 
         raise DataError(f"{folder} {' and '.join(differences)}. All splits need the same class folders as train.")
 
 
-def _entries(folder: Path) -> list[Path]:
-    """Return the entries of a folder without hidden files such as .DS_Store."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder, sorted by name, without hidden files such as .DS_Store."""
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(shown, key=lambda entry: entry.name)  # independent of the locale and of the order on disk
 
 
-def _sorted(paths: Any) -> list[Path]:
-    return sorted(paths, key=lambda path: path.name)  # independent of the locale and of the order on disk
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a folder or a link to one. Only a link costs a round trip to a network file system."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry).is_dir())

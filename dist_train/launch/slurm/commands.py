@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_train.errors import LaunchError
@@ -15,6 +16,19 @@ _SET_BY_SCRIPT = (
     "SBATCH_SIGNAL", "SBATCH_TIMELIMIT",
 )  # fmt: skip
 _ANSWER_S = 30.0  # a busy controller may take this long
+# By the last line that a command prints: the lines before it tell of each attempt to find or reach the controller.
+_NO_CONTROLLER = (
+    (
+        r"configuration (source|file)",
+        "finds no cluster",
+        "Run this on a submit host of the cluster, or set SLURM_CONF to the cluster's slurm.conf.",
+    ),
+    (
+        r"contact slurm controller|[Cc]onnect(ion)? (failure|refused|timed out)|Socket timed out",
+        "gets no answer from Slurm's controller",
+        "Try again later; scontrol ping tells whether it is up.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,14 @@ def ask(
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{command[0]} did not answer within {timeout_s:.0f} s. Try again later.") from None
     if done.returncode:
-        message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise LaunchError(f"{command[0]}: {message.removeprefix(f'{command[0]}: ')}")
+        raise _failure(command[0], done.stderr.splitlines() or [f"exit code {done.returncode}"])
     return done.stdout
+
+
+def _failure(name: str, said: Sequence[str]) -> LaunchError:
+    """Return the error of a command that failed. `said`: the lines that it printed."""
+    lines = [" ".join(re.sub(rf"^{name}: (error: |fatal: )?", "", line).split()) for line in said]
+    for pattern, problem, fix in _NO_CONTROLLER:
+        if re.search(pattern, lines[-1]):
+            return LaunchError(f"{name} {problem}: {lines[-1]}. {fix}")
+    return LaunchError(f"{name}: {' '.join(lines)}")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from dist_train.config.loading import load_config
 from dist_train.config.schema import Config
 from dist_train.errors import DistTrainError
+from dist_train.runs.accuracy import is_share
 from dist_train.runs.summary import Summary, summarise_existing
 
 Axis = Literal["step", "samples", "seconds"]
@@ -74,6 +75,10 @@ class LoadedRun:
     def best_accuracy(self) -> float | None:
         return max((line["val/accuracy"] for line in self.lines if "val/accuracy" in line), default=None)
 
+    @property
+    def accuracy_is_share(self) -> bool:
+        return is_share(self.summary.result, "test") and all(is_share(line, "val") for line in self.lines)
+
     def curve(self, key: str, axis: Axis) -> tuple[list[float], list[float]]:
         """Return the positions on the axis and the values there."""
         positions = self._seconds if axis == "seconds" else [line.get(axis) for line in self.lines]
@@ -95,9 +100,10 @@ class LoadedRun:
         return result
 
 
+_SHARE = ".2%"  # the form of an accuracy, unless a net calls another metric so
 METRICS = (
-    Metric("test accuracy", lambda run: run.summary.test_accuracy, ".2%", max),
-    Metric("best val accuracy", lambda run: run.best_accuracy, ".2%", max),
+    Metric("test accuracy", lambda run: run.summary.test_accuracy, _SHARE, max),
+    Metric("best val accuracy", lambda run: run.best_accuracy, _SHARE, max),
     Metric("val loss", lambda run: run.last("val/loss"), ".4f", min),
     Metric("train loss", lambda run: run.last("train/loss"), ".4f", min),
     Metric("steps", lambda run: run.summary.step, ".0f"),
@@ -170,7 +176,7 @@ def run_table(runs: Sequence[LoadedRun]) -> Table:
     for number, run in enumerate(runs):
         own = [values[number] for values in settings.values()]
         rows.append([run.name, run.summary.state, *own, *(metric.of(run) for metric in METRICS)])
-    return _table("runs", ["run", "state", *settings, *(metric.name for metric in METRICS)], rows)
+    return _table("runs", ["run", "state", *settings, *(metric.name for metric in METRICS)], rows, runs)
 
 
 def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
@@ -193,11 +199,13 @@ def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
             row.append(Mean(statistics.mean(results), deviation) if results else None)
         rows.append(row)
     columns += [metric.name for metric in metrics]
-    return _table("seeds of one experiment: mean ± standard deviation", columns, rows)
+    return _table("seeds of one experiment: mean ± standard deviation", columns, rows, finished)
 
 
-def _table(title: str, columns: list[str], rows: list[list[Cell]]) -> Table:
+def _table(title: str, columns: list[str], rows: list[list[Cell]], runs: Sequence[LoadedRun]) -> Table:
     forms = {metric.name: metric.form for metric in METRICS}
+    if not all(run.accuracy_is_share for run in runs):
+        forms = {name: "g" if form == _SHARE else form for name, form in forms.items()}
     best: dict[str, float] = {}
     for metric in METRICS:
         if metric.best and metric.name in columns and len(rows) > 1:

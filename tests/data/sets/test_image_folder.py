@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,39 @@ def test_a_folder_inside_a_class(root: Path) -> None:
     (root / "train/dog/more").mkdir()
     with pytest.raises(DataError, match="dog/more is a folder"):
         load(root)
+
+
+def test_links_count_as_what_they_lead_to(root: Path) -> None:
+    (root / "train/cow").symlink_to(root / "train/dog")
+    (root / "train/gone").symlink_to(root / "nothing")
+    (root / "train/loop").symlink_to(root / "train/loop")
+    for name, target in (("0.png", "train/cat/10.png"), ("gone.png", "nothing"), ("loop.png", "train/cat/loop.png")):
+        (root / "train/cat" / name).symlink_to(root / target)
+    found = ImageFolder(root / "train", 8)
+    cat, dog = ["0.png", "10.png", "9.bmp", "gone.png", "loop.png"], ["a.jpg", "b.png"]
+    assert found.classes == ("cat", "cow", "dog")
+    assert found.paths == [root / "train" / each / file for each, files in (("cat", cat), ("cow", dog), ("dog", dog))
+                           for file in files]  # fmt: skip
+    (root / "train/cat/more").symlink_to(root / "train/dog")
+    with pytest.raises(DataError, match="more is a folder"):
+        ImageFolder(root / "train", 8)
+
+
+def test_no_file_is_asked_for_its_kind(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network file system each question is a round trip; a listing already has the answer."""
+    asked: list[str] = []
+    real = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        asked.append(str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert not Path(root / "nothing").exists()
+    assert asked  # pathlib asks through os.stat
+    asked.clear()
+    ImageFolder(root / "train", 8)
+    assert asked == []
 
 
 def test_classes_that_differ_between_splits(root: Path) -> None:
