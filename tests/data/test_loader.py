@@ -137,7 +137,7 @@ def test_collate_that_drops_examples_is_refused(targets: Callable[[Tensor], Any]
 
 
 def test_dummy_targets_are_refused_with_fix() -> None:
-    """A training without targets is tested by `test_a_net_that_needs_no_targets`."""
+    """A training without targets is tested by `test_net_trains_without_targets`."""
     message = error_of(Collated(lambda batch: (default_collate(batch)[0], torch.zeros(1))))
     assert message.startswith("Collated.collate made 1 targets of 4 examples (0, 1, 2, 3).")
     assert message.endswith("For a net that needs no targets, return None as targets.")

@@ -93,7 +93,7 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_and_resumed(end: signal.Signals, tmp_path: Path) -> None:
+def test_stopped_or_killed_run_resumes_with_same_id(end: signal.Signals, tmp_path: Path) -> None:
     """Same id. After an agreed stop no gaps and no repeats; after a kill repeated steps have the same values."""
     run_dir = tmp_path / "runs/r"
     command = train("save_every=200 steps", "log_every=1", "model.args.slow_s=1")
