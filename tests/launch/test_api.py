@@ -66,7 +66,7 @@ def as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("as_found")
-def test_a_script_trains_twice_with_other_numbers() -> None:
+def test_two_runs_with_different_dtypes() -> None:
     first = train(settings("mixed_precision=bf16"), run_name="first")
     assert (first.state, first.run_dir) == ("FINISHED", Path("runs/first").absolute())
     assert first.metrics["mixed_precision"] == "bf16"
@@ -77,7 +77,7 @@ def test_a_script_trains_twice_with_other_numbers() -> None:
 
 
 @pytest.mark.usefixtures("as_found")
-def test_a_finished_run_is_returned_as_it_is() -> None:
+def test_finished_run_is_returned_unchanged() -> None:
     first = train(settings(), run_name="r")
     again = train(settings(), run_name="r")
     assert (again.state, again.metrics) == (first.state, first.metrics)
@@ -86,7 +86,7 @@ def test_a_finished_run_is_returned_as_it_is() -> None:
 
 
 @pytest.mark.usefixtures("as_found")
-def test_a_failure_leaves_the_process_as_it_was() -> None:
+def test_failure_leaves_process_unchanged() -> None:
     kept = []  # as a notebook keeps the last traceback, and with it all that the run has made
     for _ in range(2):
         with pytest.raises(TrainingDiverged, match=r"Lower optimizer\.lr") as found:
@@ -103,14 +103,14 @@ def test_a_failure_leaves_the_process_as_it_was() -> None:
 
 
 @pytest.mark.usefixtures("as_found")
-def test_a_new_run_is_named_by_time_also_in_a_job() -> None:
+def test_new_run_in_job_is_named_by_time() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_JOB_ID", "77")
         assert train(settings()).run_dir != train(settings("seed=1")).run_dir
 
 
 @pytest.mark.usefixtures("as_found")
-def test_a_second_ctrl_c_raises_keyboard_interrupt() -> None:
+def test_second_ctrl_c_raises_keyboard_interrupt() -> None:
     timer = threading.Thread(target=_interrupt_once_it_trains, kwargs={"times": 2})
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -119,7 +119,7 @@ def test_a_second_ctrl_c_raises_keyboard_interrupt() -> None:
 
 
 @pytest.mark.usefixtures("as_found")
-def test_a_failed_run_does_not_stay_open_in_wandb() -> None:
+def test_failed_run_is_closed_in_wandb() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         with pytest.raises(TrainingDiverged):
@@ -129,7 +129,7 @@ def test_a_failed_run_does_not_stay_open_in_wandb() -> None:
 
 
 @pytest.mark.usefixtures("as_found")
-def test_a_thread_trains_and_a_second_one_is_refused() -> None:
+def test_second_training_thread_is_refused() -> None:
     config, found = settings("model.name=support.user_nets:Gated"), []
     thread = threading.Thread(target=lambda: found.append(train(config, run_name="r")))
     thread.start()
@@ -142,7 +142,7 @@ def test_a_thread_trains_and_a_second_one_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("as_found")
-def test_what_the_script_has_armed_and_made_stays(tmp_path: Path) -> None:
+def test_timer_and_accelerator_of_script_are_kept(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     with (tmp_path / "stacks").open("w") as file:
         faulthandler.dump_traceback_later(0.2, repeat=True, file=file)
@@ -155,7 +155,7 @@ def test_what_the_script_has_armed_and_made_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_found")
-def test_ctrl_c_saves_and_the_same_call_continues() -> None:
+def test_ctrl_c_saves_and_same_call_resumes() -> None:
     config = settings("model.name=support.user_nets:Gated", "train_for=12 steps", "log_every=1")
     timer = threading.Thread(target=_interrupt_once_it_trains)
     timer.start()
@@ -188,14 +188,14 @@ def test_several_processes() -> None:
     assert [path.name for path in Path("runs").iterdir()] == ["two"]
 
 
-def test_inside_a_world_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_inside_distributed_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "h", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(LaunchError, match="this is rank 1 of 2"):
         train(settings())
 
 
-def test_importing_the_package_imports_nothing_else() -> None:
+def test_importing_package_imports_nothing_heavy() -> None:
     code = "import sys, dist_train; print({'torch', 'click', 'pydantic', 'dist_train.launch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
