@@ -189,7 +189,7 @@ def try_all(resumes: Resumes, inject: Callable[[list[Path], random.Random], Any]
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_checkpoint_is_never_loaded(
+def test_damaged_checkpoint_is_never_loaded(
     what: str, resumes: Resumes, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     damage, full = DAMAGES[what]
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_never_loaded(
     row(what, count(full), outcome)
 
 
-def test_files_swapped_between_two_checkpoints(
+def test_swapped_checkpoint_files_are_never_loaded(
     resumes: Resumes, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     what = "1 or 2 files swapped between two checkpoints"
@@ -207,7 +207,7 @@ def test_files_swapped_between_two_checkpoints(
 # --- end to end, as a user restarts a run ----------------------------------------------------------------------------
 
 
-def test_resumed_after_a_damage_as_if_nothing_had_been(
+def test_resume_after_damage_equals_undisturbed_run(
     stopped: Path, undisturbed: Path, tmp_path: Path, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     damages = [flip_bits, truncate, manifest_of_another, delete, zero_a_block]
@@ -229,7 +229,7 @@ def test_resumed_after_a_damage_as_if_nothing_had_been(
     row("`dist-train train` started again after one of these", count(len(damages)), "weights and metrics to the bit")
 
 
-def test_resumed_beside_all_that_is_no_checkpoint_and_with_files_damaged(
+def test_resume_with_foreign_folders_and_damaged_records(
     stopped: Path, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     """The run was copied with links followed, has a user's copy of a checkpoint, and two damaged record files."""

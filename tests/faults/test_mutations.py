@@ -168,7 +168,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
 }  # fmt: skip
 
 
-def test_every_setting_has_its_mutations() -> None:
+def test_every_setting_is_mutated() -> None:
     mutated = {key for keys, _ in KINDS.values() for key in keys}
     assert sorted(set(leaves()) - mutated) == []
 
@@ -188,7 +188,7 @@ def random_start_options(chance: random.Random) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_wrong_values_are_refused_by_name(
+def test_invalid_values_are_refused(
     kind: str, shell: Shell, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     keys, values = KINDS[kind]
@@ -264,7 +264,7 @@ WHOLE_FILES: list[str | bytes] = [
 ]  # fmt: skip
 
 
-def test_files_that_are_no_configs_are_refused(
+def test_files_that_are_not_configs_are_refused(
     shell: Shell, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     contents = [text.encode() if isinstance(text, str) else text for text in WHOLE_FILES]
@@ -347,7 +347,7 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
 ]  # fmt: skip
 
 
-def test_wrong_command_lines_are_refused(shell: Shell, count: Callable[[int], int], row: Callable[..., None]) -> None:
+def test_invalid_command_lines_are_refused(shell: Shell, count: Callable[[int], int], row: Callable[..., None]) -> None:
     lines = [*COMMAND_LINES]
     for number in range(40):
         chance = random.Random(f"flag {number}")
@@ -405,9 +405,7 @@ def anything(how_many: int) -> Callable[..., Any]:
     return settings(max_examples=how_many, suppress_health_check=list(HealthCheck))
 
 
-def test_any_change_of_a_file_is_a_config_or_refused(
-    shell: Shell, count: Callable[[int], int], row: Callable[..., None]
-) -> None:
+def test_edited_config_is_valid_or_refused(shell: Shell, count: Callable[[int], int], row: Callable[..., None]) -> None:
     codes = []
 
     @anything(count(400))
@@ -430,7 +428,7 @@ def test_any_change_of_a_file_is_a_config_or_refused(
     )
 
 
-def test_any_command_line_is_understood_or_refused(
+def test_random_command_line_is_valid_or_refused(
     shell: Shell, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     shell.write("seed: 3\n")
@@ -451,7 +449,9 @@ def test_any_command_line_is_understood_or_refused(
 # --- in separate processes -------------------------------------------------------------------------------------------
 
 
-def test_the_real_command(tmp_path: Path, count: Callable[[int], int], row: Callable[..., None]) -> None:
+def test_invalid_input_in_separate_processes(
+    tmp_path: Path, count: Callable[[int], int], row: Callable[..., None]
+) -> None:
     (tmp_path / "garbage.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "tabs.yaml").write_text("optimizer:\n\tlr: 1\n")
     lines = [

@@ -77,7 +77,7 @@ def _fill(file: IO[bytes], over: threading.Event) -> None:
 
 
 @needs_mounts
-def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_disk_full_temporarily(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """Saves fail, lines of metrics are kept and training continues; once there is room again, nothing is missing."""
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
@@ -100,7 +100,7 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
 
 
 @needs_mounts
-def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """The last state cannot be saved: exit 1 with the fix. With room again it resumes from the last good checkpoint."""
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
@@ -119,7 +119,7 @@ def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..
 
 
 @needs_mounts
-def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """As ext4 does after an error: even open files can no longer be written."""
     runs, image = tmp_path / "runs", tmp_path / "image"
     with image.open("wb") as file:
@@ -156,7 +156,7 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
 
 
 @pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
-def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
     """It hangs in C and holds the GIL, so no Python code of that rank runs any more."""
     net = ["model.name=support.user_nets:Hanging", "model.args.call=15", f"model.args.rank={rank}"]
     with started(train(*net, "stall_timeout_s=20", nproc=nproc), tmp_path) as process:
@@ -177,7 +177,7 @@ def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., 
     )  # fmt: skip
 
 
-def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
+def test_rank_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     """It cannot end itself, and the other ranks do not wait for it."""
     with started(train("stall_timeout_s=20"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
         wait_until(lambda: step_of(tmp_path / "runs/r") >= 8, "training")
@@ -193,7 +193,7 @@ def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     row("rank 1 of 2 is frozen (SIGSTOP)", "exit 1; torchrun kills it", f"{seconds:.0f}", "no process left")
 
 
-def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_clock_jumps(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """Timed saves, agreements and time accounting use a monotonic clock."""
     path = os.pathsep.join([str(CLOCK), os.environ["PYTHONPATH"]])
     with started(train("save_every=1 s", "model.args.slow_s=0.05"), tmp_path, PYTHONPATH=path) as process:

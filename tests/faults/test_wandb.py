@@ -46,7 +46,7 @@ def same_history(server: WandbServer, run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("manner", AT_THE_START)
-def test_wandb_does_not_answer(
+def test_wandb_unreachable_at_start(
     manner: Manner | None, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     with WandbServer(manner or "answers") as server:
@@ -71,7 +71,7 @@ def is_tracked(server: WandbServer, run_dir: Path) -> bool:
     return bool(server.runs) and step_of(run_dir) > 0
 
 
-def test_wandb_goes_away_in_mid_run(
+def test_wandb_fails_mid_run(
     count: Callable[[int], int], undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     for number, manner in enumerate(IN_MID_RUN[: count(len(IN_MID_RUN))]):
@@ -96,7 +96,7 @@ def test_wandb_goes_away_in_mid_run(
         row(what, "ends as always, waits 60 s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
 
 
-def test_wandb_receives_a_resumed_run_once(tmp_path: Path) -> None:
+def test_wandb_receives_resumed_run_once(tmp_path: Path) -> None:
     """Online, stopped and resumed: one W&B run, and each line once."""
     with WandbServer() as server:
         with started(train(), tmp_path, None, **server.env) as process:
