@@ -29,7 +29,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield made
 
 
-def test_one_is_powered_off_and_comes_back(
+def test_host_powered_off_and_back(
     hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Callable[..., None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,7 +81,7 @@ def test_one_is_powered_off_and_comes_back(
 
 
 @pytest.mark.full
-def test_three_start_at_once_and_are_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_hosts_start_together_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may meet at once, or stop and restart with the late one. No start removes the STOP file."""
     monkeypatch.chdir(tmp_path)
     names = ["node1", "node2", "node3"]

@@ -57,7 +57,7 @@ def end_as_undisturbed(cluster: Cluster, job: str, run_dir: Path, as_undisturbed
 
 
 @pytest.mark.parametrize(("rank", "script"), [(0, "train"), full(3, "train"), full(2, "train_srun")])
-def test_a_rank_is_killed(
+def test_rank_killed(
     rank: int, script: str, cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     job, run_dir = train(cluster, tmp_path, script=script)
@@ -71,7 +71,7 @@ def test_a_rank_is_killed(
     )  # fmt: skip
 
 
-def test_a_node_crashes(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_node_crashes(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
     job, run_dir = train(cluster, tmp_path, script="train_srun")
     _first, second = cluster.nodes_of(job)
     with cluster.noticing_losses():
@@ -85,7 +85,7 @@ def test_a_node_crashes(cluster: Cluster, as_undisturbed: Check, tmp_path: Path,
     )  # fmt: skip
 
 
-def test_a_node_is_cut_off_and_healed(
+def test_node_disconnected_and_reconnected(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     """The node of rank zero, whose old process runs on alongside the new one and sees the same files."""
@@ -109,7 +109,7 @@ def test_a_node_is_cut_off_and_healed(
     )  # fmt: skip
 
 
-def test_an_old_attempt_that_trains_on(
+def test_old_attempt_keeps_training(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All four ranks are on the node that is cut off: they train on and write where the new ones write."""
@@ -135,9 +135,7 @@ def test_an_old_attempt_that_trains_on(
     )  # fmt: skip
 
 
-def test_the_controller_is_away(
-    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
-) -> None:
+def test_controller_down(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
     """The controller is down from before the job stops until after its first requeue request."""
     job, run_dir = train(cluster, tmp_path, script="train_srun")
     cluster.stop_controller()
@@ -156,7 +154,7 @@ def test_the_controller_is_away(
     )  # fmt: skip
 
 
-def test_the_shared_folder_is_slow(
+def test_slow_shared_folder(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fsync takes four seconds, so a save takes longer than a preemption allows: a warning, and no harm done."""

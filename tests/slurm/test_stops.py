@@ -38,7 +38,7 @@ def preempt(cluster: Cluster, _job: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["train_srun", full("train")])
-def test_preempted(
+def test_preemption_with_grace_time(
     script: str,
     cluster: Cluster,
     as_undisturbed: Check,
@@ -56,7 +56,7 @@ def test_preempted(
 
 
 @pytest.mark.parametrize("script", ["train", full("train_srun")])
-def test_preempted_without_grace(
+def test_preemption_without_grace_time(
     script: str,
     cluster: Cluster,
     as_undisturbed: Check,
@@ -75,7 +75,7 @@ def test_preempted_without_grace(
 
 
 @pytest.mark.cluster(minutes=4)
-def test_the_time_limit(
+def test_time_limit(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
 ) -> None:
     """A real limit of two minutes. Slurm checks every 30 s, and signals half a minute earlier than requested.
@@ -110,7 +110,7 @@ def request_stop(cluster: Cluster, job: str) -> None:
 
 
 @pytest.mark.parametrize("disturb", [full(preempt), request_stop])
-def test_stopped_before_it_trains(
+def test_stop_before_training(
     disturb: Callable[[Cluster, str], None], cluster: Cluster, as_undisturbed: Check, tmp_path: Path
 ) -> None:
     """Nothing can be saved yet, and the job ends within its grace time: it must still be requeued."""
@@ -124,7 +124,7 @@ def test_stopped_before_it_trains(
 
 
 @pytest.mark.parametrize("script", ["train", full("train_srun"), full("train_accelerate")])
-def test_cancelled_is_not_queued_again(
+def test_cancelled_job_is_not_requeued(
     script: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(cluster.env, "NPROC", "2" if script == "train" else "1")
@@ -136,7 +136,7 @@ def test_cancelled_is_not_queued_again(
     assert status_of(run_dir)["step"] == int((run_dir / "checkpoints/last").resolve().name.removeprefix("step_"))
 
 
-def test_told_by_a_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_stop_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
     """SAVE and STOP, from a shell that sees only the run directory. Submitted again, the run resumes."""
     job, run_dir = submit_long(cluster, tmp_path, script="train_srun")
     wait_until(lambda: is_training(run_dir), "training")
@@ -152,7 +152,7 @@ def test_told_by_a_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path,
     row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "submitted again: to the bit")
 
 
-def test_a_stop_for_a_job_that_waits(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_request_for_pending_job(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The STOP file is older than any process of the run, and still applies."""
     monkeypatch.chdir(tmp_path)
     ours = [sys.executable, "-m", "dist_train", "slurm", "submit", "--launcher=srun", "--nproc=1", "--time=30"]
@@ -164,7 +164,7 @@ def test_a_stop_for_a_job_that_waits(cluster: Cluster, tmp_path: Path, monkeypat
     assert (status_of(run_dir)["state"], status_of(run_dir)["step"]) == ("INTERRUPT", 1), log_of(run_dir)
 
 
-def test_one_member_of_an_array(
+def test_time_limit_of_array_member(
     cluster: Cluster, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each member trains its own line. The one that runs out of time is requeued while the others train on."""
