@@ -57,7 +57,7 @@ def folder_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def test_the_top_is_these_folders_and_files() -> None:
+def test_package_has_exactly_these_folders_and_files() -> None:
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == {*FOLDERS}
     assert {path.stem for path in PACKAGE.glob("*.py")} == FILES
 
@@ -71,7 +71,7 @@ def test_imports_point_down(module: str) -> None:
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["of modules", "of inner folders"])
-def test_no_circle(inner: bool) -> None:
+def test_no_import_cycles(inner: bool) -> None:
     """Raises CycleError, which shows it, where one is."""
     graph: dict[str, set[str]] = {}
     for module, path in PATHS.items():
@@ -84,14 +84,14 @@ def test_no_circle(inner: bool) -> None:
 @pytest.mark.parametrize(
     "folder", sorted(path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*/__init__.py"))
 )
-def test_a_folder_says_what_it_is_for_and_imports_nothing(folder: str) -> None:
+def test_folder_has_docstring_and_imports_nothing(folder: str) -> None:
     tree = ast.parse((PACKAGE / folder / "__init__.py").read_text())
     assert ast.get_docstring(tree)
     assert len(tree.body) == 1 or folder == "cli"
 
 
 @pytest.mark.parametrize("module", [name for name in PATHS if not name.startswith(PEERS)])
-def test_each_dangerous_door_is_opened_in_one_place(module: str) -> None:
+def test_restricted_modules_are_imported_in_one_place(module: str) -> None:
     names = set(imports(PATHS[module]))
     doors = {door for door in ONLY_DOOR for name in names if name == door or name.startswith(f"{door}.")}
     assert {door for door in doors if module not in ONLY_DOOR[door]} == set()
@@ -126,7 +126,7 @@ def private_names(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_test_uses_what_is_public(path: Path) -> None:
+def test_tests_use_only_public_names(path: Path) -> None:
     """What several tests share is in tests/support, and a private name may change without a test being changed."""
     assert [name for name in imports(path) if name.rpartition(".")[2].startswith("test_")] == []
     assert set(private_names(path)) - PRIVATE_ELSEWHERE == set()
