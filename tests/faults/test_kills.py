@@ -21,7 +21,7 @@ from support.ranks import run_forked
 from support.run_files import assert_bit_identical
 
 TABLE = "kills"
-COLUMNS = ("phase", "point, occurrence", "killed", "processes", "all gone after")
+COLUMNS = ("phase", "point, occurrence", "killed", "processes", "last process gone after")
 
 KILLER = Path(__file__).parent / "killer"
 # Averages, micro-steps, dropout, a streamed set with random transforms: everything that a checkpoint has to restore.

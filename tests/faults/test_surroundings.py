@@ -1,4 +1,4 @@
-"""Failures around a training: the disk, the memory, the clock, one of its ranks. Uses real mounts."""
+"""Faults in the environment of a training: disk, memory, clock, a rank. Uses real mounts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.run_files import assert_bit_identical, metrics, step_of
 from support.trainings import let_go, train
 
 CLOCK = Path(__file__).parent / "clock"
-TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
+TABLE, COLUMNS = "environment faults", ("fault", "outcome", "seconds until exit", "verified")
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def test_disk_full_temporarily(undisturbed: Path, tmp_path: Path, row: Callable[
         assert "Traceback" not in out + err
         assert_bit_identical(runs / "r", undisturbed)
         assert json.loads((runs / "r/result.json").read_text())["attempt"] == 1
-    row("the disk is full for a while, in the middle of saves", "goes on, warns, tries again", "-", "to the bit")
+    row("the disk is full temporarily, during saves", "continues, warns, retries", "-", "to the bit")
 
 
 @needs_mounts
@@ -115,7 +115,10 @@ def test_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..., N
         again = run(train(), tmp_path)
         assert again.returncode == 0, again.stderr
         assert_bit_identical(runs / "r", undisturbed)
-    row("the disk is full to the end", "exit 1, `Make room there`; goes on after it", "-", "to the bit, resumed")
+    row(
+        "the disk stays full until the end", "exit 1, `Make room there`; the next start resumes", "-",
+        "to the bit, resumed",
+    )  # fmt: skip
 
 
 @needs_mounts
@@ -147,7 +150,8 @@ def test_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[.
         assert again.returncode == 0, again.stderr
         assert_bit_identical(runs / "r", undisturbed)
     row(
-        "the run directory turns read-only", "trains to the end, exit 1 as nothing could be saved; goes on after it",
+        "the run directory turns read-only (ext4, as after an error)",
+        "trains to the end, exit 1 because nothing could be saved; the next start resumes",
         f"{seconds:.0f}", "to the bit, resumed",
     )  # fmt: skip
 
@@ -172,8 +176,8 @@ def test_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., No
     assert f"dist-train train --resume {tmp_path}/runs/r" in err
     assert not alive(tmp_path)
     row(
-        f"rank {rank} of {nproc} hangs (stall_timeout_s=20)", "exit 1, its stack, the command to resume",
-        f"{seconds:.0f}", "no process left",
+        f"rank {rank} of {nproc} hangs in C code that holds the GIL (stall_timeout_s=20)",
+        "exit 1, prints its stack and the command to resume", f"{seconds:.0f}", "no process left",
     )  # fmt: skip
 
 
@@ -190,7 +194,10 @@ def test_rank_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     assert process.returncode == 1
     assert "did not answer within stall_timeout_s=20" in err or "rank 1 was killed by SIGKILL" in err
     assert not alive(tmp_path)
-    row("rank 1 of 2 is frozen (SIGSTOP)", "exit 1; torchrun kills it", f"{seconds:.0f}", "no process left")
+    row(
+        "rank 1 of 2 is frozen (SIGSTOP; stall_timeout_s=20)", "exit 1; torchrun kills the rank",
+        f"{seconds:.0f}", "no process left",
+    )  # fmt: skip
 
 
 def test_clock_jumps(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
@@ -209,7 +216,10 @@ def test_clock_jumps(undisturbed: Path, tmp_path: Path, row: Callable[..., None]
     last_but_one = sorted((tmp_path / "runs/r/checkpoints").glob("step_*"))[-2]
     set_back = next(line for line, later in pairwise(lines) if later["time"] < line["time"])
     assert int(last_but_one.name.removeprefix("step_")) > set_back["step"], "no timed save after the clock was set back"
-    row("the clock is set a year ahead, then a day back", "ends as always", "-", "to the bit")
+    row(
+        "the clock is set a year ahead, then a day back (Python's clock, in every process)", "finishes normally", "-",
+        "to the bit",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -224,4 +234,4 @@ def test_memory_runs_out(nproc: int, tmp_path: Path, row: Callable[..., None]) -
     assert f"Out of memory with per_device_batch_size={2 * smaller}" in done.stderr
     assert f"per_device_batch_size={smaller} needs less" in done.stderr
     assert "Traceback" not in done.stderr
-    row(f"memory runs out, {nproc} processes", f"exit 1, names per_device_batch_size={smaller}", "-", "-")
+    row(f"memory runs out, nproc={nproc}", f"exit 1, names per_device_batch_size={smaller}", "-", "-")

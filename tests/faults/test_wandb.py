@@ -14,11 +14,11 @@ from support.patience import wait_until
 from support.processes import DIST_TRAIN, run, started
 from support.run_files import assert_bit_identical, metrics, step_of
 from support.trainings import STEPS, let_go, train
-from support.wandb_server import Manner, WandbServer
+from support.wandb_server import Behaviour, WandbServer
 
-TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
-AT_THE_START: list[Manner | None] = [None, "hangs", "refuses the key"]
-IN_MID_RUN: list[Manner | None] = [None, "hangs", "fails"]  # None: the server stops listening
+TABLE, COLUMNS = "environment faults", ("fault", "outcome", "seconds until exit", "verified")
+AT_START: list[Behaviour | None] = [None, "hangs", "rejects the API key"]
+MID_RUN: list[Behaviour | None] = [None, "hangs", "answers with 500"]  # None: the server stops listening
 
 
 def sync(folder: Path, history_of: Path, *, cut_off: bool = False) -> None:
@@ -27,7 +27,7 @@ def sync(folder: Path, history_of: Path, *, cut_off: bool = False) -> None:
     For a run that was `cut_off` while online, W&B confirms the delivery only sometimes.
     """
     command = [*DIST_TRAIN, "wandb", "sync", "runs/r"]
-    with WandbServer("refuses the key") as server:
+    with WandbServer("rejects the API key") as server:
         refused = run(command, folder, **server.env)
         assert refused.returncode == 1
         assert "has not confirmed" in refused.stderr
@@ -45,12 +45,12 @@ def same_history(server: WandbServer, run_dir: Path) -> None:
     assert delivered == list(expected.values())
 
 
-@pytest.mark.parametrize("manner", AT_THE_START)
+@pytest.mark.parametrize("behaviour", AT_START)
 def test_wandb_unreachable_at_start(
-    manner: Manner | None, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+    behaviour: Behaviour | None, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    with WandbServer(manner or "answers") as server:
-        if manner is None:
+    with WandbServer(behaviour or "answers") as server:
+        if behaviour is None:
             server.die()
         began = time.monotonic()
         with started(train("tracking.timeout_s=20", "model.args.slow_s=1"), tmp_path, None, **server.env) as process:
@@ -63,8 +63,8 @@ def test_wandb_unreachable_at_start(
     assert "W&B cannot be reached" in out
     assert_bit_identical(tmp_path / "runs/r", undisturbed)
     sync(tmp_path, tmp_path / "runs/r")
-    what = f"W&B {manner}" if manner else "nobody listens at W&B's port"
-    row(what, "ends as always, recorded offline, delivered later", f"{seconds:.0f}", "to the bit")
+    what = f"W&B {behaviour}" if behaviour else "W&B's port refuses connections"
+    row(what, "finishes normally, recorded offline, delivered later", f"{seconds:.0f}", "to the bit")
 
 
 def is_tracked(server: WandbServer, run_dir: Path) -> bool:
@@ -74,16 +74,16 @@ def is_tracked(server: WandbServer, run_dir: Path) -> bool:
 def test_wandb_fails_mid_run(
     count: Callable[[int], int], undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    for number, manner in enumerate(IN_MID_RUN[: count(len(IN_MID_RUN))]):
+    for number, behaviour in enumerate(MID_RUN[: count(len(MID_RUN))]):
         folder = tmp_path / str(number)
         folder.mkdir()
         with WandbServer() as server, started(train(), folder, None, **server.env) as process:
             began = time.monotonic()
             wait_until(partial(is_tracked, server, folder / "runs/r"), "training")
-            if manner is None:
+            if behaviour is None:
                 server.die()
             else:
-                server.manner = manner
+                server.behaviour = behaviour
             let_go(folder)
             out, err = process.communicate()
             seconds = time.monotonic() - began
@@ -92,8 +92,8 @@ def test_wandb_fails_mid_run(
         assert f"dist-train wandb sync {folder / 'runs/r'}" in out
         assert_bit_identical(folder / "runs/r", undisturbed)
         sync(folder, folder / "runs/r", cut_off=True)
-        what = f"W&B {manner} from mid-run on" if manner else "W&B's server dies in mid-run"
-        row(what, "ends as always, waits 60 s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
+        what = f"W&B {behaviour} from mid-run on" if behaviour else "W&B's server stops mid-run"
+        row(what, "finishes normally, waits 60 s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
 
 
 def test_wandb_receives_resumed_run_once(tmp_path: Path) -> None:
