@@ -122,7 +122,7 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 # --- the tables of docs/cluster.md and docs/faults.md, printed at the end of a session --------------------------------
 
-_TABLE = "outcome of the runs"
+_TABLE = "cluster runs"
 _COLUMNS = ("fault", "outcome", "seconds", "steps lost", "verified")
 
 

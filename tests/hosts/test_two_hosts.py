@@ -74,10 +74,9 @@ def test_host_powered_off_and_back(
     assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-8)
     exact = "float64 losses of one process within 1e-8, on 2, 1 and 2 hosts"
     off = "one of two hosts without Slurm is powered off (`launch/restart.sh`, stall_timeout_s=30)"
-    row(off, "the other goes on alone", f"trains {off_s:.0f}", lost, exact)
-    row(
-        "the host is there again", "the run is asked to save and stop; all meet anew", f"train {back_s:.0f}", "0", exact
-    )
+    row(off, "the other host continues alone", f"trains {off_s:.0f}", lost, exact)
+    back = "the run saves and stops on request; both hosts restart it together"
+    row("the host comes back", back, f"trains {back_s:.0f}", "0", exact)
 
 
 @pytest.mark.full

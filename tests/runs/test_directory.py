@@ -157,7 +157,7 @@ def test_stop_request_holds_from_start_of_command(age_s: float, holds: bool, run
 
 
 @pytest.mark.parametrize(("age_s", "holds"), [(300, True), (900, False)])
-@pytest.mark.parametrize("how", ["queued again", "submitted", "restart.sh"])
+@pytest.mark.parametrize("how", ["requeued", "submitted", "restart.sh"])
 def test_stop_request_before_command_holds_for_restarts(
     how: str, age_s: float, holds: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +168,7 @@ def test_stop_request_before_command_holds_for_restarts(
         write_json(run.slurm_json, {"job": "7"})
     else:
         run.begin_attempt(CONFIG, wandb_id="x")
-        monkeypatch.setenv("SLURM_RESTART_COUNT" if how == "queued again" else REQUEUED, "1")
+        monkeypatch.setenv("SLURM_RESTART_COUNT" if how == "requeued" else REQUEUED, "1")
     for path in (run.slurm_json, run.status):
         if path.exists():
             os.utime(path, (path.stat().st_mtime - 600,) * 2)

@@ -188,9 +188,9 @@ def test_jobs_on_shared_nodes_do_not_interfere(
     assert len({tuple(train_losses(run_dir)) for run_dir in began.values()}) == number
     assert {status_of(run_dir)["attempt"] for run_dir in began.values()} == {1}
     row(
-        f"{number} jobs at once, four at a time on the same two nodes",
+        f"{number} concurrent jobs, four at a time on the same two nodes",
         "all finish",
         f"{seconds:.0f}",
         "0",
-        f"{number} runs, each its own",
+        f"{number} separate runs",
     )

@@ -66,7 +66,7 @@ def test_rank_killed(
     noticed_s, again_s, lost = come_back(cluster, job, run_dir)
     end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
     row(
-        f"rank {rank} is killed (`{script}.sbatch`)", "queued again by the script",
+        f"rank {rank} is killed (`{script}.sbatch`)", "requeued by the script",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_node_crashes(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, r
         assert second not in cluster.nodes_of(job)
         end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
     row(
-        f"a node crashes (SlurmdTimeout={LOST_S})", "queued again by Slurm, on another node",
+        f"a node crashes (SlurmdTimeout={LOST_S})", "requeued by Slurm on another node",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_node_crashes(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, r
 def test_node_disconnected_and_reconnected(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    """The node of rank zero, whose old process runs on alongside the new one and sees the same files."""
+    """The node of rank zero, whose old process keeps running beside the new one and sees the same files."""
     job, run_dir = train(cluster, tmp_path)
     first, _second = cluster.nodes_of(job)
     with cluster.noticing_losses():
@@ -102,8 +102,9 @@ def test_node_disconnected_and_reconnected(
         # Three if the old srun gets through again: it ends the new step, which has the same number.
         end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2, 3)
     row(
-        f"the node of rank 0 is cut off (SlurmdTimeout={LOST_S}), and healed while the run goes on elsewhere",
-        f"queued again by Slurm, on another node; the old processes were gone {gone_s:.0f} s after the healing",
+        f"the node of rank 0 loses its network (SlurmdTimeout={LOST_S}), "
+        "and regains it while the run continues elsewhere",
+        f"requeued by Slurm on another node; the old processes were gone {gone_s:.0f} s after the reconnection",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost,
         "weights and metrics to the bit: the old attempt wrote nothing",
     )  # fmt: skip
@@ -112,7 +113,7 @@ def test_node_disconnected_and_reconnected(
 def test_old_attempt_keeps_training(
     cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All four ranks are on the node that is cut off: they train on and write where the new ones write."""
+    """All four ranks are on the node that loses its network: they keep training and write where the new ones write."""
     monkeypatch.setitem(cluster.env, "NPROC", "4")
     job, run_dir = train(cluster, tmp_path, "--nodes=1", "--cpus-per-task=4")
     (node,) = cluster.nodes_of(job)
@@ -129,8 +130,8 @@ def test_old_attempt_keeps_training(
         cluster.heal(node)
         end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2, 3)  # as above
     row(
-        "the only node of a job is cut off, and its ranks train on beside those of the requeued job",
-        f"they notice that they are superseded and end after {gone_s:.0f} s",
+        "the only node of a job loses its network, and its ranks keep training beside those of the requeued job",
+        f"the old ranks notice that they are superseded and exit after {gone_s:.0f} s",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip
 
@@ -149,7 +150,7 @@ def test_controller_down(cluster: Cluster, as_undisturbed: Check, tmp_path: Path
     again_s = time.monotonic() - began
     end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
     row(
-        "the controller is killed, and away while the job stops", "the script asks again until it is queued",
+        "the controller is killed, and down while the job stops", "the script retries until the job is requeued",
         f"trains {again_s:.0f}", "0", "weights and metrics to the bit",
     )  # fmt: skip
 
@@ -172,6 +173,6 @@ def test_slow_shared_folder(
     end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
     row(
         f"the shared folder takes 4 s for each fsync, and a preemption leaves {KILL_WAIT_S} s",
-        "warned that a save takes longer; killed while it saved, queued again by Slurm",
+        "warned that a save takes longer; killed during the save, requeued by Slurm",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip

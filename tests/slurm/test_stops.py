@@ -50,7 +50,7 @@ def test_preemption_with_grace_time(
     as_undisturbed(disturb_each(cluster, tmp_path, times, partial(preempt, cluster), script=script))
     row(
         f"preempted, {times} x, GraceTime={GRACE_S} (`{script}.sbatch`)",
-        "saved at the first TERM, PREEMPTED, queued again by the script", "-", "0",
+        "saved at the first TERM, PREEMPTED, requeued by the script", "-", "0",
         "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_preemption_without_grace_time(
     as_undisturbed(run_dir)
     row(
         f"preempted, {times} x, GraceTime=0, KillWait={KILL_WAIT_S} (`{script}.sbatch`)",
-        "saved at the TERM, queued again by Slurm", "-", "0", "weights and metrics to the bit; one W&B run",
+        "saved at the TERM, requeued by Slurm", "-", "0", "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
 
@@ -92,8 +92,8 @@ def test_time_limit(
     end_well(cluster, job, run_dir, *range(times + 1, 20))  # more on a slower machine
     as_undisturbed(run_dir)
     row(
-        f"ran into its time limit (2 minutes), {times} x at least",
-        "saved at the announcement, PREEMPTED, queued again by the script", "-", "0",
+        f"reached its time limit (2 minutes), at least {times} x",
+        "saved at the advance signal, PREEMPTED, requeued by the script", "-", "0",
         "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_stop_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row:
     again = submit(cluster, f"--chdir={tmp_path}", "--ntasks=3", *same)
     end_well(cluster, again, run_dir, 2)
     as_undisturbed(run_dir)
-    row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "submitted again: to the bit")
+    row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "resubmitted: to the bit")
 
 
 def test_stop_request_for_pending_job(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +189,8 @@ def test_time_limit_of_array_member(
     assert "seed: 3" in (runs[f"{array}_3"] / "config.yaml").read_text()
     row(
         "the time limit of one member of an array",
-        "it alone is queued again",
+        "only that member is requeued",
         "-",
         "0",
-        "three runs, each its own settings",
+        "three runs, each with its own settings",
     )
