@@ -70,7 +70,7 @@ class Versioned(nn.Linear):
 def test_net_loads_state_with_its_version(
     kind: str, world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the trained weights, their average, and weights loaded without a training."""
+    """This holds for trained weights, their average, and weights loaded without a training."""
 
     def make() -> nn.Module:
         return nn.Sequential(Versioned())

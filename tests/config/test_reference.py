@@ -1,4 +1,4 @@
-"""docs/settings.md is the schema as it stands."""
+"""docs/settings.md matches the schema."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_page_equals_command_output() -> None:
-    fix = "docs/settings.md is not up to date; write it anew: dist-train config reference > docs/settings.md"
+    fix = "docs/settings.md is not up to date. Regenerate it: dist-train config reference > docs/settings.md"
     assert (ROOT / "docs/settings.md").read_text() == to_markdown(), fix
 
 

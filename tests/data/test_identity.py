@@ -302,7 +302,7 @@ def test_ranks_with_different_data_are_refused_before_first_step(
     assert status(tmp_path) == "ERROR"
 
 
-def forget_the_data(run_dir: Path) -> None:
+def remove_data_records(run_dir: Path) -> None:
     """Make the run look like one of an older version, which recorded neither fingerprints nor audit totals."""
     facts = read_json(run_dir / "run.json")
     del facts["data_identity"]
@@ -320,7 +320,7 @@ def forget_the_data(run_dir: Path) -> None:
 def test_resume_records_missing_data_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_on_ranks(SETTINGS, tmp_path, stop_after=3)
     record = read_json(tmp_path / "run.json")["data_identity"]
-    forget_the_data(tmp_path)
+    remove_data_records(tmp_path)
     train_on_ranks(SETTINGS, tmp_path, stop_after=6)
     assert read_json(tmp_path / "run.json")["data_identity"] == record
     train_on_ranks(SETTINGS, tmp_path)

@@ -39,7 +39,7 @@ def launcher_store() -> Any:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
-def begin_late(port: int) -> None:
+def join_late(port: int) -> None:
     world = join(port, LATE_S, PATIENCE_S)
     if world.rank == 0:
         time.sleep(LATE_S)
@@ -50,10 +50,10 @@ def begin_late(port: int) -> None:
 def test_late_rank_is_waited_for() -> None:
     """It is later than stall_timeout_s: first to join the group, then in its set-up."""
     store = launcher_store()
-    run_on_ranks(begin_late, store.port, world_size=2)
+    run_on_ranks(join_late, store.port, world_size=2)
 
 
-def miss_one(port: int, over: Path) -> None:
+def wait_for_missing_rank(port: int, over: Path) -> None:
     if os.environ["RANK"] == "1":
         wait_until(over.exists, "end of the wait")
         return
@@ -66,7 +66,7 @@ def miss_one(port: int, over: Path) -> None:
 
 def test_missing_rank_times_out(tmp_path: Path) -> None:
     store = launcher_store()
-    run_on_ranks(miss_one, store.port, tmp_path / "over", world_size=2)
+    run_on_ranks(wait_for_missing_rank, store.port, tmp_path / "over", world_size=2)
 
 
 def stall_after_set_up(over: Path) -> None:

@@ -21,7 +21,7 @@ from support.mounts import needs_mounts
 from support.patience import wait_until
 from support.processes import alive, run, started
 from support.run_files import assert_bit_identical, metrics, step_of
-from support.trainings import let_go, train
+from support.trainings import release, train
 
 CLOCK = Path(__file__).parent / "clock"
 TABLE, COLUMNS = "environment faults", ("fault", "outcome", "seconds until exit", "verified")
@@ -85,7 +85,7 @@ def test_disk_full_temporarily(undisturbed: Path, tmp_path: Path, row: Callable[
             wait_until(lambda: step_of(runs / "r") >= 8, "training")
             with full(runs):
                 out = read_up_to(process, "A checkpoint could not be written", "metrics.jsonl cannot be written")
-            let_go(tmp_path)
+            release(tmp_path)
             assert process.stdout is not None
             assert process.stderr is not None
             out, err = out + process.stdout.read(), process.stderr.read()
@@ -107,7 +107,7 @@ def test_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..., N
         with started(train(), tmp_path) as process:
             wait_until(lambda: step_of(runs / "r") >= 8, "training")
             with full(runs):
-                let_go(tmp_path)
+                release(tmp_path)
                 out, err = process.communicate()
         assert process.returncode == 1, out + err
         assert re.search(r"error \[rank 0\]: .*could not be written.*Make room there", out), out
@@ -132,7 +132,7 @@ def test_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[.
         with started(train(), tmp_path) as process:
             wait_until(lambda: step_of(runs / "r") >= 8, "training")
             subprocess.run(["mount", "-o", "remount,abort", str(runs)], check=True)
-            let_go(tmp_path)
+            release(tmp_path)
             began = time.monotonic()
             out, err = process.communicate()
             seconds = time.monotonic() - began
@@ -161,10 +161,10 @@ def test_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[.
 
 @pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
-    """It hangs in C and holds the GIL, so no Python code of that rank runs any more."""
+    """The rank hangs in C code that holds the GIL, so none of its Python code runs."""
     net = ["model.name=support.user_nets:Hanging", "model.args.call=15", f"model.args.rank={rank}"]
     with started(train(*net, "stall_timeout_s=20", nproc=nproc), tmp_path) as process:
-        written = tmp_path / "runs/r/metrics.jsonl"  # status.json lags by a second, and stays so
+        written = tmp_path / "runs/r/metrics.jsonl"  # status.json lags by a second
         wait_until(lambda: written.exists() and '"step": 12,' in written.read_text(), "training")
         began = time.monotonic()
         _out, err = process.communicate()
@@ -182,7 +182,7 @@ def test_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., No
 
 
 def test_rank_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
-    """It cannot end itself, and the other ranks do not wait for it."""
+    """The frozen rank cannot exit by itself, and the others do not wait for it."""
     with started(train("stall_timeout_s=20"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
         wait_until(lambda: step_of(tmp_path / "runs/r") >= 8, "training")
         (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()

@@ -13,7 +13,7 @@ import pytest
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, run, started
 from support.run_files import assert_bit_identical, metrics, step_of
-from support.trainings import STEPS, let_go, train
+from support.trainings import STEPS, release, train
 from support.wandb_server import Behaviour, WandbServer
 
 TABLE, COLUMNS = "environment faults", ("fault", "outcome", "seconds until exit", "verified")
@@ -55,7 +55,7 @@ def test_wandb_unreachable_at_start(
         began = time.monotonic()
         with started(train("tracking.timeout_s=20", "model.args.slow_s=1"), tmp_path, None, **server.env) as process:
             wait_until(lambda: any((tmp_path / "runs/r/wandb").glob("offline-run-*")), "record offline")
-            let_go(tmp_path)
+            release(tmp_path)
             out, err = process.communicate()
         seconds = time.monotonic() - began
     assert process.returncode == 0, err
@@ -84,7 +84,7 @@ def test_wandb_fails_mid_run(
                 server.die()
             else:
                 server.behaviour = behaviour
-            let_go(folder)
+            release(folder)
             out, err = process.communicate()
             seconds = time.monotonic() - began
         assert process.returncode == 0, err
@@ -104,7 +104,7 @@ def test_wandb_receives_resumed_run_once(tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             process.communicate()
         half = len(server.history)
-        let_go(tmp_path)
+        release(tmp_path)
         done = run(train(), tmp_path, **server.env)
         assert done.returncode == 0, done.stderr
         assert half < STEPS // 4  # lines

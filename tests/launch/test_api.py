@@ -1,4 +1,4 @@
-"""`from dist_train import train`: runs of a script or notebook, in its own process, which stays as it was."""
+"""`from dist_train import train`: runs of a script or notebook, in its own process, whose state is restored."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def state_of_the_process() -> dict[str, Any]:
 
 
 @pytest.fixture
-def as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process after the test is the one before it."""
+def unchanged_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Check that the test leaves the process unchanged."""
     monkeypatch.chdir(tmp_path)
     before = state_of_the_process()
     yield
@@ -65,7 +65,7 @@ def as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert state_of_the_process() == before
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_two_runs_with_different_dtypes() -> None:
     first = train(settings("mixed_precision=bf16"), run_name="first")
     assert (first.state, first.run_dir) == ("FINISHED", Path("runs/first").absolute())
@@ -76,7 +76,7 @@ def test_two_runs_with_different_dtypes() -> None:
     assert not second.net.training
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_finished_run_is_returned_unchanged() -> None:
     first = train(settings(), run_name="r")
     again = train(settings(), run_name="r")
@@ -85,9 +85,9 @@ def test_finished_run_is_returned_unchanged() -> None:
         train(settings("seed=1"), run_name="r")
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_failure_leaves_process_unchanged() -> None:
-    kept = []  # as a notebook keeps the last traceback, and with it all that the run has made
+    kept = []  # as a notebook keeps the last traceback, and with it all objects of the run
     for _ in range(2):
         with pytest.raises(TrainingDiverged, match=r"Lower optimizer\.lr") as found:
             train(settings("optimizer.lr=1e30"), run_name="diverged")
@@ -98,18 +98,20 @@ def test_failure_leaves_process_unchanged() -> None:
         train(settings("model.name=nobody:Net"))
     with pytest.raises(ConfigError, match="nproc=0"):
         train(settings(), nproc=0)
-    assert [path.name for path in Path("runs").iterdir()] == ["diverged"]  # the others say no more than the error
+    assert [path.name for path in Path("runs").iterdir()] == [
+        "diverged"
+    ]  # the other directories would hold nothing but the error
     assert train(settings()).state == "FINISHED"
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_new_run_in_job_is_named_by_time() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_JOB_ID", "77")
         assert train(settings()).run_dir != train(settings("seed=1")).run_dir
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_second_ctrl_c_raises_keyboard_interrupt() -> None:
     timer = threading.Thread(target=_interrupt_once_it_trains, kwargs={"times": 2})
     timer.start()
@@ -118,7 +120,7 @@ def test_second_ctrl_c_raises_keyboard_interrupt() -> None:
     timer.join()
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_failed_run_is_closed_in_wandb() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
@@ -128,7 +130,7 @@ def test_failed_run_is_closed_in_wandb() -> None:
     assert [len(list(Path(f"runs/{name}/wandb").glob("offline-run-*"))) for name in "ab"] == [1, 1]
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_second_training_thread_is_refused() -> None:
     config, found = settings("model.name=support.user_nets:Gated"), []
     thread = threading.Thread(target=lambda: found.append(train(config, run_name="r")))
@@ -141,7 +143,7 @@ def test_second_training_thread_is_refused() -> None:
     assert found[0].state == "FINISHED"
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_timer_and_accelerator_of_script_are_kept(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     with (tmp_path / "stacks").open("w") as file:
@@ -154,7 +156,7 @@ def test_timer_and_accelerator_of_script_are_kept(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_ctrl_c_saves_and_same_call_resumes() -> None:
     config = settings("model.name=support.user_nets:Gated", "train_for=12 steps", "log_every=1")
     timer = threading.Thread(target=_interrupt_once_it_trains)
@@ -176,7 +178,7 @@ def _interrupt_once_it_trains(times: int = 1) -> None:
     Path(OPEN).touch()
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_several_processes() -> None:
     result = train(settings(), nproc=2, run_name="two")
     assert (result.state, result.metrics["world_size"]) == ("FINISHED", 2)

@@ -19,7 +19,7 @@ from dist_train.launch.subprocesses import begin_train
 from dist_train.launch.sweep import Grid, Sweep
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, run, started
-from support.trainings import let_go
+from support.trainings import release
 from support.wandb_server import WandbServer
 
 SETTINGS = shlex.split("-c smoke -o log_every=10 -o eval_every=0 -o final_train_eval=false -o 'train_for=400 steps'")
@@ -109,7 +109,7 @@ def test_sweep_resumes_with_missing_runs(sent: signal.Signals, tmp_path: Path) -
         os.kill(process.pid, sent)
         out, _err = process.communicate()
         wait_until(lambda: not alive(tmp_path), "end of its runs")  # they do not outlive it
-    let_go(tmp_path)
+    release(tmp_path)
     before = results(tmp_path)
     assert 1 <= len(before) < 4
     if sent == signal.SIGTERM:

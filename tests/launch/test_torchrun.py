@@ -25,7 +25,7 @@ from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, ranks_of, run, started
 from support.ranks import run_forked
 from support.run_files import assert_bit_identical, metrics, status, step_of, train_losses
-from support.trainings import SETTINGS, let_go
+from support.trainings import SETTINGS, release
 
 LAUNCH_METHODS = {
     "python": [sys.executable, "-m", "dist_train", "train"],
@@ -84,7 +84,7 @@ def test_resume_after_sigterm_in_mid_epoch(tmp_path: Path) -> None:
     step = step_of(stopped)
     assert 10 <= step < 600
     assert alive(tmp_path) == []
-    let_go(tmp_path)
+    release(tmp_path)
     done = run([*command, "--run-name", "stopped"], tmp_path)
     assert done.returncode == 0, done.stderr
     uninterrupted = run_forked([*DIST_TRAIN, "train", *command[2:], "--run-name", "uninterrupted"], tmp_path, 2)
@@ -166,7 +166,7 @@ def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> N
         "accelerate": [str(ROOT / "launch/accelerate.sh")],
     }[launcher]
     run_dir = tmp_path / "runs/orphans"
-    settings = [*SETTINGS, "-o", "train_for=100 epochs", "-o", "model.name=support.user_nets:Unhurried"]
+    settings = [*SETTINGS, "-o", "train_for=100 epochs", "-o", "model.name=support.user_nets:LongOrphanGrace"]
     with started([*command, *settings, "--run-name", "orphans"], tmp_path, NPROC="2") as process:
         wait_until(lambda: step_of(run_dir) >= 20, "the first steps")
         process.kill()

@@ -113,7 +113,7 @@ LOGITS, LABELS = torch.zeros(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     ids=["tuple", "one output", "no batch", "floats", "int32", "a column", "dict", "label", "two labels", "pixels"],
 )
 def test_mismatched_output_and_targets_are_shown(output: Any, targets: Any, expected: str) -> None:
-    """By the check before the first step, and by the loss if it fails."""
+    """The check before the first step shows it, and the loss if it fails."""
     objective = Objective(Plain())
     examples: Any = []
     indices = torch.tensor([3, 5, 7, 11, 13, 17])
@@ -133,7 +133,7 @@ def test_valid_output_and_targets_are_accepted() -> None:
 
 
 def test_labels_are_checked_on_host() -> None:
-    """Before a GPU kernel reads them: after a device-side assert nothing can be read any more."""
+    """A GPU kernel must not read them first: after a device-side assert nothing can be read."""
     with pytest.raises(UserCodeError, match="label 4"):
         Objective(Plain()).check_labels(LOGITS, LABELS + 1)
     Objective(Plain()).check_labels(LOGITS, None)

@@ -21,7 +21,7 @@ from dist_train.config.loading import parse_config
 from dist_train.runs.directory import RunDir
 from dist_train.runs.reports.compare import differing_settings, group_seeds, read_run, run_table, seed_table
 from dist_train.runs.summary import find_runs, summarise
-from support.browser import look_at, needs_browser
+from support.browser import needs_browser, render_page
 from support.run_files import metrics
 
 STEPS = 40
@@ -67,7 +67,7 @@ def call(*arguments: object) -> Result:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two settings with two seeds each, and one of each other thing that a runs folder may hold."""
+    """Two settings with two seeds each, and one of each other kind of folder that may be beside runs."""
     for lr in (0.01, 0.1):
         for seed in (0, 1):
             make_run(tmp_path / f"lr{lr}-s{seed}", {"optimizer": {"lr": lr}, "seed": seed}, gain=lr + seed / 100)
@@ -273,7 +273,7 @@ def test_page_in_browser_without_network(folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     result = call("runs", "compare", *(folder / name for name in names), f"--out={page}")
     assert result.exit_code == 0, result.output
-    shown = look_at(page, tmp_path)
+    shown = render_page(page, tmp_path)
     runs, seeds = shown["tables"]
     for name, row in zip(names, runs["rows"], strict=True):
         cells = dict(zip(runs["columns"], row, strict=True))

@@ -110,6 +110,6 @@ def test_queue_time_counts_as_down(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_effective_ratio_with_interruptions_every_three_hours() -> None:
-    """As Llama 3 met it on 16 384 GPUs: 10 s for a restart, and on average half of save_every=30 s repeated."""
+    """As reported for Llama 3 on 16 384 GPUs: 10 s for a restart, and on average half of save_every=30 s repeated."""
     interval, restart, repeated = 3 * 3600.0, 10.0, 15.0
     assert effective_ratio({"train": interval - restart - repeated, "start": restart, "again": repeated}) >= 0.997

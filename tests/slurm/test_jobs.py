@@ -33,7 +33,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_srun_without_batch_script(
     cluster: Cluster, one_process: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two tasks on one node and one on the other, which the totals do not tell; the job id names the run."""
+    """Two tasks on one node and one on the other, which the totals do not show; the job id names the run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS")
     cluster.ask("srun", "--nodes=2", "--ntasks=3", sys.executable, "-m", "dist_train", "train", *EXACT)

@@ -169,7 +169,7 @@ def test_stop_file_of_batch_shell_is_not_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step_s", [0.0001, 0.01, 0.3, 3.0])
 def test_request_is_noticed_within_about_one_second_or_step(step_s: float, clock: Clock) -> None:
-    """At any speed of the steps; and fast steps agree rarely."""
+    """This holds for any step time; fast steps agree rarely."""
     request = StopRequest()
     agreed = list[float]()
     agreement = agreement_of(request, on_agreed=lambda: agreed.append(clock.now))

@@ -1,4 +1,4 @@
-"""An early stopped run has all its metric lines, each once, also if it was interrupted before."""
+"""An early stopped run has all its metric lines, each once, even if it was interrupted before."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_accuracy_undefined_in_some_evaluations(tmp_path: Path) -> None:
-    """It is neither the best nor a gain, and never makes the loss decide. No correct examples are reported for an
-    accuracy of the net's own."""
+    """It is neither the best nor an improvement, and the loss never decides instead.
+
+    For an accuracy of the net's own, no number of correct examples is reported.
+    """
     own = {
         "data": {"name": "support.user_sets:mnist_part"}, "model": {"name": "support.user_nets:Scoring"},
         "eval_every": "2 steps", "early_stop": {"patience": 3}, "final_train_eval": False,

@@ -238,7 +238,7 @@ def test_nets_and_labels_that_cannot_be_trained_are_rejected(
         train_on_ranks(own(**settings), tmp_path / "r")
 
 
-def finish_before_the_lock(run_dir: Path) -> None:
+def finish_before_lock(run_dir: Path) -> None:
     """Finish the run between the check of the state and the lock."""
     lock = RunDir.lock
 
@@ -252,7 +252,7 @@ def finish_before_the_lock(run_dir: Path) -> None:
 
 
 def test_run_finished_by_another_start_is_not_changed(tmp_path: Path) -> None:
-    run_on_ranks(finish_before_the_lock, tmp_path, world_size=1)
+    run_on_ranks(finish_before_lock, tmp_path, world_size=1)
     assert RunDir(tmp_path).read_status() == {"state": "FINISHED", "attempt": 1}
     assert RunDir(tmp_path).read_result() == {"step": 7}
 

@@ -107,7 +107,7 @@ def test_every_example_counts_once(world_size: int, length: int, resident: bool,
     assert metrics[0] == pytest.approx(expected, rel=1e-6)
 
 
-def evaluate_a_wrong_shard(folder: Path) -> None:
+def evaluate_wrong_shard(folder: Path) -> None:
     join_group("wrong")
     world = World.join(parse_config({"device": "cpu"}))
     made = batches(images(), world, left_out=3 if world.rank == 1 else 0)
@@ -121,7 +121,7 @@ def evaluate_a_wrong_shard(folder: Path) -> None:
 
 
 def test_wrong_shard_raises_on_every_rank(tmp_path: Path) -> None:
-    run_on_ranks(evaluate_a_wrong_shard, tmp_path, world_size=2)
+    run_on_ranks(evaluate_wrong_shard, tmp_path, world_size=2)
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -20,7 +20,7 @@ from support.patience import wait_until
 from support.processes import alive, command_of, run, started
 from support.ranks import join_group, run_on_ranks
 from support.run_files import metrics
-from support.trainings import let_go, save, train
+from support.trainings import release, save, train
 
 CONFIG = parse_config({"optimizer": {"lr": 0.125}, "tracking": {"project": "test", "tags": ["a"]}})
 FIRST: list[dict[str, Any]] = [
@@ -115,7 +115,7 @@ def test_stopped_or_killed_run_resumes_with_same_id(end: signal.Signals, tmp_pat
                     os.kill(pid, end)
         process.communicate()
         wait_until(lambda: not alive(tmp_path), "end of W&B's own process, which writes what it has")
-    let_go(tmp_path)
+    release(tmp_path)
     assert run(command, tmp_path, WANDB_MODE="offline").returncode == 0
     segments = sorted(run_dir.glob("wandb/offline-run-*"))
     assert len({path.name.rpartition("-")[2] for path in segments}) == 1
