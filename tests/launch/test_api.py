@@ -98,9 +98,7 @@ def test_failure_leaves_process_unchanged() -> None:
         train(settings("model.name=nobody:Net"))
     with pytest.raises(ConfigError, match="nproc=0"):
         train(settings(), nproc=0)
-    assert [path.name for path in Path("runs").iterdir()] == [
-        "diverged"
-    ]  # the other directories would hold nothing but the error
+    assert [path.name for path in Path("runs").iterdir()] == ["diverged"]  # the others would hold only the error
     assert train(settings()).state == "FINISHED"
 
 
