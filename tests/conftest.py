@@ -72,7 +72,7 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 
 @pytest.fixture(autouse=True)
-def _no_traces() -> Iterator[None]:
+def _restored_environment() -> Iterator[None]:
     """Fail a test that does not restore environment variables and the current folder."""
     environment, folder = dict(os.environ), Path.cwd()
     yield
@@ -93,7 +93,7 @@ def count(request: pytest.FixtureRequest) -> Callable[..., int]:
 
 
 @pytest.fixture
-def world(_no_traces: None) -> Iterator[World]:
+def world(_restored_environment: None) -> Iterator[World]:
     """A world of one process, this one."""
     from accelerate.state import AcceleratorState, GradientState
 
@@ -123,7 +123,7 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 # --- the tables of docs/cluster.md and docs/faults.md, printed at the end of a session --------------------------------
 
-_TABLE = "outcome of the runs"
+_TABLE = "cluster runs"
 _COLUMNS = ("fault", "outcome", "seconds", "steps lost", "verified")
 
 

@@ -1,4 +1,4 @@
-"""The architecture as tests: imports point down, and each dangerous door is opened in one place."""
+"""The architecture: imports point down, and restricted modules are imported in one place."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FOLDERS = [
     "config", "user_code", "distributed", "data", "models", "runs", "checkpoints", "training", "launch", "tools",
     "inference", "cli",
 ]  # fmt: skip
-FILES = {"__init__", "__main__", "errors", "atomic_files", "torchvision_compat"}  # of the top, which all may import
+FILES = {"__init__", "__main__", "errors", "atomic_files", "torchvision_compat"}  # at the top; all may import them
 # What runs before processes start, and `--help`, must not wait for torch.
 TORCH_FREE = {"errors", "atomic_files", "config", "runs", "launch", "cli"}
-PEERS = "tools.bench.peers."  # what people write without us: they come through any door
-ONLY_DOOR = {
+PEERS = "tools.bench.peers."  # training loops without this package: they may import anything
+RESTRICTED = {  # module: where it may be imported
     "wandb": {"training.tracking"},
     "subprocess": {"launch.torchrun", "launch.subprocesses", "launch.slurm.commands"},
     "torch.distributed": {"distributed.world", "distributed.peer_failures"},
@@ -37,8 +37,10 @@ PATHS = {
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Modules that the file imports, also inside functions and for types alone; of torch and of ours, also names that
-    may be modules."""
+    """Yield the modules that the file imports, also inside functions and for types only.
+
+    For torch and this package, also yield imported names, which may be modules.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -49,7 +51,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def ours(path: Path) -> set[str]:
-    """Modules of this package that the file imports."""
+    """Return the modules of this package that the file imports."""
     return {found for name in imports(path) if (found := name.removeprefix("dist_train.")) != name and found in PATHS}
 
 
@@ -57,7 +59,7 @@ def folder_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def test_the_top_is_these_folders_and_files() -> None:
+def test_package_has_exactly_these_folders_and_files() -> None:
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == {*FOLDERS}
     assert {path.stem for path in PACKAGE.glob("*.py")} == FILES
 
@@ -70,31 +72,31 @@ def test_imports_point_down(module: str) -> None:
     assert [name for name in ours(PATHS[module]) if folder_of(name) not in allowed] == []
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["of modules", "of inner folders"])
-def test_no_circle(inner: bool) -> None:
-    """Raises CycleError, which shows it, where one is."""
+@pytest.mark.parametrize("inner", [False, True], ids=["modules", "inner folders"])
+def test_no_import_cycles(inner: bool) -> None:
+    """Raises CycleError, which shows the cycle."""
     graph: dict[str, set[str]] = {}
     for module, path in PATHS.items():
         mine, *names = (name.rpartition(".")[0] if inner else name for name in [module, *ours(path)])
         graph.setdefault(mine, set()).update(set(names) - {mine, ""})
-    graph.pop("", None)  # the files of the top: the test above
+    graph.pop("", None)  # the files at the top: see the test above
     assert list(TopologicalSorter(graph).static_order())
 
 
 @pytest.mark.parametrize(
     "folder", sorted(path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*/__init__.py"))
 )
-def test_a_folder_says_what_it_is_for_and_imports_nothing(folder: str) -> None:
+def test_folder_has_docstring_and_imports_nothing(folder: str) -> None:
     tree = ast.parse((PACKAGE / folder / "__init__.py").read_text())
     assert ast.get_docstring(tree)
     assert len(tree.body) == 1 or folder == "cli"
 
 
 @pytest.mark.parametrize("module", [name for name in PATHS if not name.startswith(PEERS)])
-def test_each_dangerous_door_is_opened_in_one_place(module: str) -> None:
+def test_restricted_modules_are_imported_in_one_place(module: str) -> None:
     names = set(imports(PATHS[module]))
-    doors = {door for door in ONLY_DOOR for name in names if name == door or name.startswith(f"{door}.")}
-    assert {door for door in doors if module not in ONLY_DOOR[door]} == set()
+    found = {each for each in RESTRICTED for name in names if name == each or name.startswith(f"{each}.")}
+    assert {each for each in found if module not in RESTRICTED[each]} == set()
 
 
 def test_torch_free_at_import() -> None:
@@ -108,12 +110,12 @@ def test_torch_free_at_import() -> None:
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PRIVATE = re.compile(r"_[a-z]\w*")
-# Not ours; and Accelerate has no other way to leave a world.
+# Private names of other libraries: Accelerate has no other way to leave a world.
 PRIVATE_ELSEWHERE = {"_exit", "_load_from_state_dict", "_reset_state", "_shared_state", "_version"}
 
 
 def private_names(path: Path) -> Iterator[str]:
-    """Of dist_train's that are read, imported or named in a text, as monkeypatch wants them."""
+    """Yield the private names of dist_train that are read, imported or named in a string, as for monkeypatch."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dist_train"):
             yield from (alias.name for alias in node.names if PRIVATE.fullmatch(alias.name))
@@ -126,7 +128,7 @@ def private_names(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_test_uses_what_is_public(path: Path) -> None:
-    """What several tests share is in tests/support, and a private name may change without a test being changed."""
+def test_tests_use_only_public_names(path: Path) -> None:
+    """Shared code is in tests/support, and a private name may change without changing a test."""
     assert [name for name in imports(path) if name.rpartition(".")[2].startswith("test_")] == []
     assert set(private_names(path)) - PRIVATE_ELSEWHERE == set()

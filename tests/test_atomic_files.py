@@ -25,7 +25,7 @@ def make(path: Path, kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_the_target_appears_when_it_is_complete(kind: str, tmp_path: Path) -> None:
+def test_target_appears_only_when_complete(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "it"
     with atomic_write(target) as temporary:
         make(temporary, kind, "new")
@@ -33,7 +33,7 @@ def test_the_target_appears_when_it_is_complete(kind: str, tmp_path: Path) -> No
     assert [*contents(tmp_path).values()] == [b"new"]
 
 
-def test_a_file_replaces_the_old_one(tmp_path: Path) -> None:
+def test_new_file_replaces_old_file(tmp_path: Path) -> None:
     (tmp_path / "it").write_text("old")
     with atomic_write(tmp_path / "it") as temporary:
         temporary.write_text("new")
@@ -43,7 +43,7 @@ def test_a_file_replaces_the_old_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["replace", "fsync", "body", "before_rename"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_failure_keeps_the_old_content_and_leaves_nothing_else(
+def test_failure_keeps_old_content_and_leaves_nothing_else(
     broken: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -65,7 +65,7 @@ def test_a_failure_keeps_the_old_content_and_leaves_nothing_else(
     assert contents(tmp_path) == before
 
 
-def test_a_folder_that_is_not_empty_is_not_replaced(tmp_path: Path) -> None:
+def test_nonempty_folder_is_not_replaced(tmp_path: Path) -> None:
     """If several processes create the same folder, the first one wins."""
     make(tmp_path / "it", "folder", "first")
     with pytest.raises(OSError, match="not empty"), atomic_write(tmp_path / "it") as temporary:
@@ -73,7 +73,7 @@ def test_a_folder_that_is_not_empty_is_not_replaced(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"it/sub/file": b"first"}
 
 
-def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
+def test_file_modes_follow_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         with atomic_write(tmp_path / "file") as temporary:
@@ -138,7 +138,7 @@ def code(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("made_by", [result, line_cut, checkpoint, code])
-def test_all_is_on_the_disk_before_the_rename_and_the_rename_after_it(
+def test_contents_are_synced_before_rename_and_folder_after_it(
     made_by: Callable[[Path], Path], tmp_path: Path, trace: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path))

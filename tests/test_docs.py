@@ -32,6 +32,6 @@ def test_each_row_names_its_test(page: str) -> None:
     assert [row for row, tests in tests_of_rows if not tests or set(tests) - known] == []
 
 
-def test_rows_of_a_table() -> None:
+def test_rows_of_table() -> None:
     (first,) = tables("| what | test |\n|---|---|\n| a | `test_a` |\n| b | - |\n")
     assert first == [{"what": "a", "test": "`test_a`"}, {"what": "b", "test": "-"}]

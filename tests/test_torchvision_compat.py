@@ -24,7 +24,7 @@ def fake_torchvision(folder: Path, source: str) -> None:
     (folder / "torchvision" / "__init__.py").write_text(source)
 
 
-def test_the_installed_pair_works_afterwards(tmp_path: Path) -> None:
+def test_installed_pair_works(tmp_path: Path) -> None:
     code = """
 from dist_train.torchvision_compat import import_torchvision
 first = import_torchvision()
@@ -37,7 +37,7 @@ print(sum(weight.numel() for weight in torchvision.models.squeezenet1_1().parame
     assert run_python(code, tmp_path).split("\n") == ["[[[2, 1]]] MNIST", "1235496"]
 
 
-def test_missing_operators_are_declared_after_a_failed_import_by_someone_else(tmp_path: Path) -> None:
+def test_missing_operators_are_declared_after_failed_import_elsewhere(tmp_path: Path) -> None:
     # Simulates a CPU torch with a CUDA torchvision on any machine; some submodules stay in sys.modules.
     fake_torchvision(
         tmp_path,
@@ -58,7 +58,7 @@ print(import_torchvision().__name__)
     assert run_python(code, tmp_path).split("\n") == ["operator torchvision::nms does not exist", "torchvision"]
 
 
-def test_a_matching_pair_is_imported_unchanged(tmp_path: Path) -> None:
+def test_matching_pair_is_imported_unchanged(tmp_path: Path) -> None:
     fake_torchvision(tmp_path, "loaded = True\n")
     code = """
 import sys
@@ -76,7 +76,7 @@ print(import_torchvision().loaded, "torch" in sys.modules)
         ("raise OSError('libcudart')", "torchvision cannot be imported: OSError: libcudart. Reinstall torch and"),
     ],
 )
-def test_other_failures_name_the_fix(tmp_path: Path, source: str | None, expected: str) -> None:
+def test_other_failures_name_fix(tmp_path: Path, source: str | None, expected: str) -> None:
     hide = "sys.modules['torchvision'] = None" if source is None else ""
     if source is not None:
         fake_torchvision(tmp_path, source)

@@ -67,10 +67,10 @@ class Versioned(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", ["of today", "of an older library", "of older dist_train"])
-def test_a_net_is_told_the_version_of_its_state(
+def test_net_loads_state_with_its_version(
     kind: str, world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the trained weights, their average, and weights loaded without a training."""
+    """This holds for trained weights, their average, and weights loaded without a training."""
 
     def make() -> nn.Module:
         return nn.Sequential(Versioned())
@@ -97,7 +97,7 @@ def test_a_net_is_told_the_version_of_its_state(
     checkpoints.close()
 
 
-def test_training_continues_while_a_snapshot_is_written(
+def test_training_continues_while_snapshot_is_written(
     world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
@@ -147,7 +147,7 @@ def test_loading_executes_no_code(world: World, run_dir: RunDir, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", [MODEL, TRAINING, STATE])
-def test_an_unreadable_file_is_a_checkpoint_error(name: str, world: World, run_dir: RunDir) -> None:
+def test_unreadable_file_raises_checkpoint_error(name: str, world: World, run_dir: RunDir) -> None:
     folder = write_at(run_dir, 1)
     (folder / name).write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="step_00000001 cannot be read: "):
@@ -179,7 +179,7 @@ def test_last_best_and_periodic_checkpoints_are_kept(world: World, run_dir: RunD
     checkpoints.close()
 
 
-def test_a_copy_of_a_checkpoint_takes_the_place_of_none(world: World, run_dir: RunDir) -> None:
+def test_copied_checkpoint_does_not_count(world: World, run_dir: RunDir) -> None:
     """Under any name: only a folder whose name agrees with its manifest counts when pruning."""
     config = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 1, "keep_best": 0})
     checkpoints, step = checkpoints_of(run_dir, world, config=config), new_step(world, 0)
@@ -196,7 +196,7 @@ def test_a_copy_of_a_checkpoint_takes_the_place_of_none(world: World, run_dir: R
 
 
 @pytest.mark.parametrize("linking", ["it is a folder", "no links here"])
-def test_a_link_that_cannot_be_made_is_no_failed_save(
+def test_failed_link_does_not_fail_save(
     linking: str,
     world: World,
     run_dir: RunDir,
@@ -224,7 +224,7 @@ def test_a_link_that_cannot_be_made_is_no_failed_save(
 
 
 @pytest.mark.parametrize("poison", ["weight", "buffer", "window"])
-def test_a_state_that_is_not_finite_is_never_saved(poison: str, world: World, run_dir: RunDir) -> None:
+def test_nonfinite_state_is_never_saved(poison: str, world: World, run_dir: RunDir) -> None:
     checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
     checkpoints.save(TrainState(step=1), step)
     checkpoints.finish()

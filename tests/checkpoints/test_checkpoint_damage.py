@@ -77,7 +77,7 @@ CASES = [(damage, seed) for damage, number in REPETITIONS.items() for seed in ra
 
 
 @pytest.mark.parametrize(("damage", "seed"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_damage_is_detected_and_the_previous_checkpoint_is_used(
+def test_damage_is_detected_and_previous_checkpoint_is_used(
     damage: damages.Damage, seed: int, run_dir: RunDir, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest, previous = folder_of(run_dir, 2), folder_of(run_dir, 1)
@@ -96,7 +96,7 @@ def test_damage_is_detected_and_the_previous_checkpoint_is_used(
     assert list(good_checkpoints(run_dir)) == [previous]
 
 
-def test_if_all_are_damaged_none_is_good(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_good_checkpoint_if_all_are_damaged(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2):
         (folder_of(run_dir, step) / MODEL).write_bytes(b"")
     assert list(good_checkpoints(run_dir, set_aside=True)) == []
@@ -108,7 +108,7 @@ def test_if_all_are_damaged_none_is_good(run_dir: RunDir, caplog: pytest.LogCapt
         find_checkpoint(run_dir, "last")
 
 
-def test_a_checkpoint_renamed_to_another_step_is_damaged(run_dir: RunDir) -> None:
+def test_checkpoint_renamed_to_another_step_is_damaged(run_dir: RunDir) -> None:
     moved = folder_of(run_dir, 2).rename(folder_of(run_dir, 9))
     assert find_damage(moved) == f"{MANIFEST} belongs to another checkpoint"
 
@@ -117,7 +117,7 @@ STRANGE = ["step_backup", "step_7", "step_00000002.bak", "step_0000000002", "of 
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_a_strange_folder_is_named_and_left_alone(name: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_folder_is_reported_and_kept(name: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     """A user's copy of the newest checkpoint, for example: it is not resumed from and does not count when pruning."""
     newest, previous = folder_of(run_dir, 2), folder_of(run_dir, 1)
     strange = shutil.copytree(newest, run_dir.checkpoints / name)
@@ -128,7 +128,7 @@ def test_a_strange_folder_is_named_and_left_alone(name: str, run_dir: RunDir, ca
     assert find_checkpoint(run_dir, "best") == newest
 
 
-def test_only_checkpoint_folders_reserve_a_run_name(run_dir: RunDir) -> None:
+def test_only_checkpoint_folders_reserve_run_name(run_dir: RunDir) -> None:
     run_dir.config.write_text("seed: 1")
     config = parse_config({})
     for folder in run_dir.step_folders():
@@ -144,14 +144,14 @@ def test_only_checkpoint_folders_reserve_a_run_name(run_dir: RunDir) -> None:
         (run_dir.checkpoints / name).rmdir()
 
 
-def test_steps_are_numbers(run_dir: RunDir) -> None:
+def test_checkpoints_sort_by_step_number(run_dir: RunDir) -> None:
     """Sorted as text, step_100000000 would come before step_99999999."""
     late = [write_at(run_dir, step) for step in (99_999_999, 100_000_000, 2_000_000_000)]
     assert list(good_checkpoints(run_dir))[:3] == late[::-1]
     assert find_checkpoint(run_dir, "last") == late[-1]
 
 
-def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoint_of_another_run_does_not_count(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     """It is not resumed from and does not count when pruning. If either of the two names no run, it is accepted."""
     newest = folder_of(run_dir, 2)  # written before the run had an id, as by an older version
     other = RunDir(run_dir.path.with_name("other"))
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_another_run_is_none_of_this(run_dir: RunDir, caplog: py
     assert next(good_checkpoints(RunDir(run_dir.path))) == mine
 
 
-def test_reading_moves_nothing(run_dir: RunDir) -> None:
+def test_reading_sets_nothing_aside(run_dir: RunDir) -> None:
     """`evaluate` and messages read checkpoints while another process may be training there."""
     (folder_of(run_dir, 2) / MODEL).write_bytes(b"")
     assert list(good_checkpoints(run_dir)) == [folder_of(run_dir, 1)]

@@ -30,7 +30,7 @@ FAILURES = ["save_file", "save", "write_json", "fingerprint", "digest", "fsync",
     ("point", "again"),
     [*itertools.product(FAILURES, [False, True]), ("rename", True)],  # again: the same step
 )
-def test_a_failed_write_leaves_the_older_checkpoint_and_no_leftovers(
+def test_failed_write_keeps_older_checkpoint_and_no_leftovers(
     point: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDir(tmp_path)
@@ -48,7 +48,7 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_leftovers(
     assert names(run) == [older.name]
 
 
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_between_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that resumes at its last checkpoint and stops before its first step saves the same step again."""
     run = RunDir(tmp_path)
     write_at(run, 1)
@@ -70,7 +70,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
     assert names(run) == ["step_00000001"]
 
 
-def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_kill_are_removed(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for leftover in (".writing_step_00000001_1", temporary_path(folder_of(run, 1)).name, ".removing_step_00000001"):
         (run.checkpoints / leftover / "half").mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     assert names(run) == ["step_00000002"]
 
 
-def test_leftovers_of_a_kill_during_pruning_are_removed(
+def test_leftovers_of_kill_during_pruning_are_removed(
     world: World, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
@@ -109,7 +109,7 @@ def test_leftovers_of_a_kill_during_pruning_are_removed(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), RuntimeError("full"), CheckpointError("full")], ids=repr)
-def test_a_failed_save_is_a_warning_and_the_next_one_succeeds(
+def test_failed_save_warns_and_next_one_succeeds(
     error: Exception,
     world: World,
     run_dir: RunDir,
@@ -137,7 +137,7 @@ def test_a_failed_save_is_a_warning_and_the_next_one_succeeds(
     checkpoints.close()
 
 
-def test_if_the_last_save_failed_the_run_fails(
+def test_failed_last_save_fails_run(
     world: World,
     run_dir: RunDir,
     monkeypatch: pytest.MonkeyPatch,
@@ -152,7 +152,7 @@ def test_if_the_last_save_failed_the_run_fails(
     checkpoints.close()
 
 
-def test_a_superseded_attempt_commits_nothing(world: World, run_dir: RunDir) -> None:
+def test_superseded_attempt_commits_nothing(world: World, run_dir: RunDir) -> None:
     begin_attempt(RunDir(run_dir.path), CONFIG, "id")
     checkpoints = checkpoints_of(run_dir, world)
     checkpoints.save(TrainState(step=1), new_step(world, 0))
@@ -188,7 +188,7 @@ print([path.name for path in good_checkpoints(run)])
 
 
 @needs_mounts
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_full_disk_keeps_good_checkpoint(tmp_path: Path) -> None:
     argv = ["unshare", "-m", "sh", "-euc", 'mount -t tmpfs -o size=2m tmpfs "$1"; exec "$0" -c "$2" "$1"']
     done = subprocess.run([*argv, sys.executable, str(tmp_path), FULL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`config validate` and `--dry-run` look net and data set up; no code is run where its source shows the name."""
+"""`config validate` and `--dry-run` look up net and data set, without running code whose source defines the name."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ COMMANDS = [["config", "validate"], ["train", "--dry-run"]]
     ids=" ".join,
 )  # fmt: skip
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_what_is_there(command: list[str], settings: list[str]) -> None:
-    said = CliRunner().invoke(main, [*command, "-c", "smoke", *settings])
-    assert said.exit_code == 0, said.output
+def test_existing_names_are_valid(command: list[str], settings: list[str]) -> None:
+    result = CliRunner().invoke(main, [*command, "-c", "smoke", *settings])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("model.name=mlpp", "Did you mean mlp?"),
         ("model.name=nothing:Net", "no module nothing"),
@@ -66,14 +66,14 @@ def test_what_is_there(command: list[str], settings: list[str]) -> None:
     ],
 )
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_what_is_not_there(command: list[str], setting: str, said: str) -> None:
+def test_missing_names_are_reported(command: list[str], setting: str, message: str) -> None:
     found = CliRunner().invoke(main, [*command, "-c", "smoke", *setting.split()])
     assert found.exit_code in (1, 2)
-    assert said in found.output
+    assert message in found.output
     assert "is fine" not in found.output
 
 
-def test_a_trial_writes_no_wandb_run(tmp_path: Path) -> None:
+def test_fast_dev_run_writes_no_wandb_run(tmp_path: Path) -> None:
     command = [*DIST_TRAIN, "train", "-c", "smoke", "--fast-dev-run", "--run-name=r", "-q"]
     assert run_forked(command, tmp_path, WANDB_MODE="offline").returncode == 0
     assert not (tmp_path / "runs/r/wandb").exists()

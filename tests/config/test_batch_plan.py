@@ -15,7 +15,7 @@ sizes = st.integers(1, 4096)
 
 
 @given(share=st.integers(1, 600), bound=sizes, world_size=st.integers(1, 64))
-def test_plan_fits_exactly_with_the_largest_forward(share: int, bound: int, world_size: int) -> None:
+def test_plan_fits_exactly_with_largest_forward(share: int, bound: int, world_size: int) -> None:
     plan = BatchPlan.fit(share * world_size, bound, world_size)
     assert plan.per_device_batch_size * plan.grad_accum_steps * plan.world_size == share * world_size
     assert (plan.per_rank_batch_size, plan.global_batch_size, plan.world_size) == (
@@ -29,7 +29,7 @@ def test_plan_fits_exactly_with_the_largest_forward(share: int, bound: int, worl
 
 
 @given(global_batch=sizes, world_size=sizes)
-def test_the_error_names_world_sizes_that_fit(global_batch: int, world_size: int) -> None:
+def test_error_names_world_sizes_that_fit(global_batch: int, world_size: int) -> None:
     assume(global_batch % world_size)
     with pytest.raises(ConfigError) as caught:
         BatchPlan.fit(global_batch, 64, world_size)
@@ -47,7 +47,7 @@ def test_the_error_names_world_sizes_that_fit(global_batch: int, world_size: int
     assert abs(nearest - world_size) in {abs(size - world_size) for size in offered}
 
 
-def test_the_error_shows_the_arithmetic() -> None:
+def test_error_shows_arithmetic() -> None:
     with pytest.raises(ConfigError, match=r"\(3 x 33 = 99\)\. World sizes that fit: 1, 2, 4, 5, 10, 20\."):
         BatchPlan.fit(100, 64, 3)
 

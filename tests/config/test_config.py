@@ -30,7 +30,7 @@ def test_numbers_and_booleans_in_yaml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["train_for", "save_every", "global_batch_size", "seed"])
-def test_a_time_of_day_is_not_a_number(setting: str, tmp_path: Path) -> None:
+def test_time_of_day_is_not_parsed_as_number(setting: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{setting}=12:30:00: "):
         load(f"{setting}: 12:30:00", folder=tmp_path)
     with pytest.raises(ConfigError, match=f"{setting}=0:30: "):
@@ -53,7 +53,7 @@ def test_later_overrides_win(tmp_path: Path) -> None:
     "override",
     ["lr", "=3", "optimizer..lr=3", ".lr=3", "seed=[", "seed=2020-13-45", "seed=!!bool x", "model.args={a: 1, a: 2}"],
 )
-def test_the_error_quotes_an_invalid_override(override: str, tmp_path: Path) -> None:
+def test_error_quotes_invalid_override(override: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load("", override, folder=tmp_path)
     assert override in str(caught.value)
@@ -63,13 +63,13 @@ def test_the_error_quotes_an_invalid_override(override: str, tmp_path: Path) -> 
     "text",
     ["- 1", "just words", "a: [", "\0", "seed: 2020-13-45", "[" * 3000, "seed: !!int ''", "seed: 0x" + 4000 * "f"],
 )
-def test_the_error_names_a_file_that_is_not_a_config(text: str, tmp_path: Path) -> None:
+def test_error_names_file_that_is_not_config(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml "):
         load(text, folder=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["seed: 1\nmodel: {}\nseed: 1", "optimizer:\n  lr: 1\n  lr: 1"])
-def test_a_duplicate_key_is_rejected(text: str, tmp_path: Path) -> None:
+def test_duplicate_key_is_rejected(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml is not YAML: duplicate key (seed|lr) in .* line [13], "):
         load(text, folder=tmp_path)
     merged = "data: {args: {a: &a {x: 1, y: 1}, b: &b {<<: *a, x: 2}, c: {<<: [*b, *a], y: 3}}}"
@@ -96,7 +96,7 @@ def test_bundled_configs_load_from_any_folder_and_round_trip(tmp_path: Path, mon
     assert load_config("smoke").seed == 7
 
 
-def test_an_unknown_config_gets_a_suggestion() -> None:
+def test_unknown_config_gets_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"No config file smok\. Did you mean smoke\? Bundled configs: .*smoke"):
         load_config("smok")
     with pytest.raises(ConfigError, match="No config file elsewhere/smoke"):
@@ -140,7 +140,7 @@ def test_default_data_root(env: dict[str, str], expected: str, monkeypatch: pyte
     assert default_data_root() == Path(expected)
 
 
-def test_a_home_that_cannot_be_written(
+def test_unwritable_home_uses_temporary_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Caches are then temporary, with one warning, unless XDG_CACHE_HOME is set; existing data are still read."""
@@ -164,7 +164,7 @@ def test_a_home_that_cannot_be_written(
     assert user_cache() == tmp_path / "chosen/dist_train"
 
 
-def test_the_temporary_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name is predictable, so a link that another user has placed there is not followed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME")

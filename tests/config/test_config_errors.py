@@ -43,7 +43,7 @@ def refusal(tree: dict[str, Any]) -> str:
         ({"early_stop": {"patience": 1, "patiense": 1}}, "Did you mean early_stop.patience?"),
     ],
 )  # fmt: skip
-def test_unknown_settings_get_a_suggestion(tree: dict[str, Any], expected: str) -> None:
+def test_unknown_settings_get_suggestion(tree: dict[str, Any], expected: str) -> None:
     assert expected in refusal(tree)
 
 
@@ -70,7 +70,7 @@ def test_unknown_settings_get_a_suggestion(tree: dict[str, Any], expected: str) 
         ({"tracking": {"wandb": "on"}}, "tracking.wandb=on: input should be 'auto', 'online', "),
     ],
 )  # fmt: skip
-def test_the_error_names_the_setting_its_value_and_what_is_allowed(tree: dict[str, Any], expected: str) -> None:
+def test_error_names_setting_value_and_allowed_values(tree: dict[str, Any], expected: str) -> None:
     assert expected in refusal(tree)
 
 
@@ -126,7 +126,7 @@ values = st.recursive(
 
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=8), values), min_size=1, max_size=3))
-def test_any_tree_is_a_config_or_rejected(mutations: list[tuple[str, Any]]) -> None:
+def test_random_tree_is_valid_or_rejected(mutations: list[tuple[str, Any]]) -> None:
     tree: dict[Any, Any] = {}
     for key, value in mutations:
         put(tree, key, value)
@@ -139,7 +139,7 @@ def test_any_tree_is_a_config_or_rejected(mutations: list[tuple[str, Any]]) -> N
 @given(st.sampled_from(KEYS), words | st.text(max_size=12) | values.map(str))
 @example("seed", "&a [*a]")
 @example("model.args", "&a {x: *a}")
-def test_any_override_is_a_config_or_rejected(key: str, text: str) -> None:
+def test_random_override_is_valid_or_rejected(key: str, text: str) -> None:
     for override in (f"{key}={text}", text):
         with contextlib.suppress(ConfigError):
             config = load_config("smoke", [override])

@@ -23,7 +23,7 @@ durations = st.one_of(
 
 
 @given(durations)
-def test_a_duration_round_trips_through_text(duration: Duration) -> None:
+def test_duration_round_trips_through_text(duration: Duration) -> None:
     """A resumed run reads its own config.yaml: a digit lost in printing would change the length of the run."""
     assert Duration.parse(str(duration)) == duration
     assert "e" not in str(duration).split()[0]
@@ -45,19 +45,19 @@ def test_a_duration_round_trips_through_text(duration: Duration) -> None:
         (Duration(2), Duration(2)),
     ],
 )
-def test_spellings(text: object, expected: Duration) -> None:
+def test_accepted_spellings(text: object, expected: Duration) -> None:
     assert Duration.parse(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["", "3 weeks", "-1 steps", "epochs", "3 epochs 2", "1e3 steps", None, True, [3], "nan"]
 )
-def test_the_error_of_an_invalid_duration_shows_the_valid_forms(text: object) -> None:
+def test_error_of_invalid_duration_shows_valid_forms(text: object) -> None:
     with pytest.raises(ValueError, match='"3 epochs", "600 steps" or "30 s"'):
         Duration.parse(text)
 
 
-def test_fractions_of_a_step_and_infinite_durations_are_rejected() -> None:
+def test_fractions_of_step_and_infinite_durations_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"2\.5 steps is not a whole number"):
         Duration.parse("2.5 steps")
     for unit in UNITS:
@@ -80,7 +80,7 @@ def test_seconds_cannot_be_converted_to_steps() -> None:
 
 
 @given(st.integers(0, 50), st.integers(1, 100))
-def test_due_periodically_and_once_at_the_end(every: int, total: int) -> None:
+def test_due_periodically_and_once_at_end(every: int, total: int) -> None:
     due = [step for step in range(1, total + 1) if is_due(step, every, total)]
     regular = list(range(every, total + 1, every)) if every else []
     assert due == sorted({*regular, total})
@@ -120,7 +120,7 @@ def test_cosine_and_linear_equal_torch(total: int, final: float) -> None:
 
 
 @pytest.mark.parametrize("warmup", [2, 5, 40])
-def test_the_schedule_begins_after_a_linear_warmup(warmup: int) -> None:
+def test_schedule_begins_after_linear_warmup(warmup: int) -> None:
     rise = torch_rates(lr_scheduler.LinearLR, warmup, 0.3, start_factor=1 / warmup, total_iters=warmup - 1)
     fall = torch_rates(lr_scheduler.CosineAnnealingLR, 60, 0.3, T_max=60)
     assert ours(60 + warmup, "constant", warmup=warmup) == pytest.approx(rise + [0.3] * 60, rel=1e-9)
@@ -129,7 +129,7 @@ def test_the_schedule_begins_after_a_linear_warmup(warmup: int) -> None:
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear", "one_cycle"])
 @pytest.mark.parametrize("warmup", [0, 1, 7, 50, 80])
-def test_the_rate_is_a_pure_function_of_the_step(name: ScheduleName, warmup: int) -> None:
+def test_rate_is_pure_function_of_step(name: ScheduleName, warmup: int) -> None:
     """Steps in any order give the same rates: positive, finite, at most the peak, however long the warm-up."""
     in_order = ours(50, name, warmup=warmup)
     schedule = LearningRate(0.3, 50, name, warmup)

@@ -1,4 +1,4 @@
-"""docs/settings.md is the schema as it stands."""
+"""docs/settings.md matches the schema."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def rows() -> dict[str, list[str]]:
     return {name.strip("`"): cells for _, name, *cells, _ in lines}
 
 
-def test_the_page_is_what_the_command_prints() -> None:
-    fix = "docs/settings.md is not up to date; write it anew: dist-train config reference > docs/settings.md"
+def test_page_equals_command_output() -> None:
+    fix = "docs/settings.md is not up to date. Regenerate it: dist-train config reference > docs/settings.md"
     assert (ROOT / "docs/settings.md").read_text() == to_markdown(), fix
 
 
-def test_every_setting_is_in_it() -> None:
+def test_every_setting_is_listed() -> None:
     names = set(rows())
     assert names >= set(parse_config({}).flat()) | set(parse_config(OPTIONAL).flat())
 
 
-def test_what_a_resume_may_change() -> None:
+def test_settings_that_may_change_on_resume() -> None:
     config = parse_config(OPTIONAL)
     free = {name for name, (_, _, resume, _) in rows().items() if resume == "yes"}
     assert free == set(config.flat()) - set(config.result_settings())

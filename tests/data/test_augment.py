@@ -54,7 +54,7 @@ def by_example(images: ImageSet, plan: BatchPlan, step: int, **settings: object)
     ],
     ids=["two", "three-micro", "streamed-micro", "workers"],
 )
-def test_images_are_the_same_for_any_division(plan: BatchPlan, settings: dict[str, object], images: ImageSet) -> None:
+def test_images_are_equal_for_any_division(plan: BatchPlan, settings: dict[str, object], images: ImageSet) -> None:
     for step in (0, 3, 4, 9):  # four steps per epoch
         whole, divided = by_example(images, BatchPlan(GLOBAL, 1, 1), step), by_example(images, plan, step, **settings)
         assert len(whole) == GLOBAL
@@ -62,7 +62,7 @@ def test_images_are_the_same_for_any_division(plan: BatchPlan, settings: dict[st
         assert all(torch.equal(whole[index], divided[index]) for index in whole)
 
 
-def test_a_reference_loop_gives_the_same_images(images: ImageSet) -> None:
+def test_images_equal_reference_loop(images: ImageSet) -> None:
     augment = Augment(AugmentConfig(shift=2, flip=True), BatchPlan(GLOBAL, 1, 1), 0, 5, CPU)
     corners, flips = augment.draw(0, 0)
     made = augment(images.images[:GLOBAL], corners, flips)
@@ -76,7 +76,7 @@ def test_a_reference_loop_gives_the_same_images(images: ImageSet) -> None:
         assert torch.equal(made[number], expected.flip(-1) if flips[number] else expected)
 
 
-def test_every_shift_and_both_sides_are_drawn() -> None:
+def test_shifts_and_flips_are_uniform() -> None:
     """Uniform draws: 500 steps of 24, five positions per axis; a count is off by more than 5 sigma once in 10^5."""
     augment = Augment(AugmentConfig(shift=2, flip=True), BatchPlan(GLOBAL, 1, 1), 0, 5, CPU)
     drawn = [augment.draw(step, 0) for step in range(500)]
@@ -89,7 +89,7 @@ def test_every_shift_and_both_sides_are_drawn() -> None:
     assert abs(int(flips.sum()) - total / 2) < 5 * (total / 4) ** 0.5
 
 
-def test_a_shift_of_zero_changes_nothing(images: ImageSet) -> None:
+def test_shift_of_zero_changes_nothing(images: ImageSet) -> None:
     plan = BatchPlan(GLOBAL, 1, 1)
     plain, off = batches(images, plan, 0, augment=None), batches(images, plan, 0, augment={"shift": 0})
     assert torch.equal(plain.at(0, 0).inputs, off.at(0, 0).inputs)

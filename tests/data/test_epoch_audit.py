@@ -26,7 +26,7 @@ def sampler_of(world_size: int, rank: int) -> ShardSampler:
 
 
 @pytest.mark.parametrize("began_at", [0, 1, 57, 99])
-def test_a_whole_epoch_and_the_next(world: World, began_at: int) -> None:
+def test_totals_of_consecutive_epochs(world: World, began_at: int) -> None:
     sampler = sampler_of(1, 0)
     audit = ShardAudit(sampler, world, began_at)
     for step in range(began_at, 100):
@@ -48,7 +48,7 @@ def test_streamed_indices_on_another_device(world: World) -> None:
 
 
 @pytest.mark.parametrize("batches", [1, 255, 256, 257, 600])
-def test_added_up_in_chunks(world: World, batches: int) -> None:
+def test_totals_are_summed_in_chunks(world: World, batches: int) -> None:
     sampler = ShardSampler(1003, BatchPlan.fit(1, 1, 1), 0, seed=3)
     audit = ShardAudit(sampler, world, 0)
     for step in range(batches):
@@ -58,7 +58,7 @@ def test_added_up_in_chunks(world: World, batches: int) -> None:
 
 
 @pytest.mark.parametrize(("instead", "message"), [(10, "1000 examples .* not the first 1000"), (None, "990 examples ")])
-def test_an_example_twice_or_never_is_an_error(instead: int | None, message: str, world: World) -> None:
+def test_repeated_or_missing_example_raises(instead: int | None, message: str, world: World) -> None:
     sampler = sampler_of(1, 0)
     audit = ShardAudit(sampler, world, 0)
     for step in range(100):
@@ -71,7 +71,7 @@ def test_an_example_twice_or_never_is_an_error(instead: int | None, message: str
 
 
 @pytest.mark.parametrize("stopped_at", [1, 57, 100, 157])
-def test_a_resume_continues_the_count(stopped_at: int, world: World) -> None:
+def test_resume_continues_count(stopped_at: int, world: World) -> None:
     """The count also continues when the sharding differs before and after the resume."""
     first, then = ShardAudit(sampler_of(1, 0), world, 0), sampler_of(1, 0)
     for step in range(stopped_at):
@@ -85,7 +85,7 @@ def test_a_resume_continues_the_count(stopped_at: int, world: World) -> None:
     assert resumed.close_epoch(end) == {"audit/unique": 1000, "audit/duplicate": 0, "audit/dropped": 3}
 
 
-def test_a_resume_after_other_examples_is_refused(world: World) -> None:
+def test_resume_after_different_examples_is_refused(world: World) -> None:
     audit = ShardAudit(sampler_of(1, 0), world, 0)
     audit.add(torch.arange(10))
     with pytest.raises(CheckpointError, match=r"The 10 examples of epoch 1 .* are not the first 10 of its order"):
@@ -107,7 +107,7 @@ def test_unaudited_examples_stay_unaudited(world: World) -> None:
     assert second.totals() == {"seen": 0, "hash": 0, "believed": 0}  # the next epoch begins
 
 
-def test_a_late_resume_reads_one_slice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_resume_reads_one_slice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not read the indices of each earlier step: for an epoch of 10^6 steps those took 13 s and 756 MiB."""
     sampler = ShardSampler(10**5, BatchPlan.fit(1, 1, 1), 0, seed=3)
     monkeypatch.setattr(ShardSampler, "indices", None)
@@ -129,12 +129,12 @@ def _on_two_ranks(same: bool) -> None:
 
 
 @pytest.mark.parametrize("same", [False, True])
-def test_the_audit_covers_all_ranks(same: bool) -> None:
+def test_audit_covers_all_ranks(same: bool) -> None:
     run_on_ranks(_on_two_ranks, same, world_size=2)
 
 
 @pytest.mark.parametrize("resident", ["true", "false"])
-def test_a_line_for_each_epoch(resident: str, tmp_path: Path) -> None:
+def test_each_epoch_writes_one_line(resident: str, tmp_path: Path) -> None:
     """60 000 examples in batches of 7000: 8 steps and 4000 dropped per epoch, then half an epoch."""
     settings = ["global_batch_size=7000", "train_for=20 steps", f"data.resident={resident}", "final_train_eval=false"]
     assert run_forked([*TRAIN, *settings], tmp_path).returncode == 0

@@ -69,7 +69,7 @@ def images(length: int = 100) -> ImageSet:
     return ImageSet(pixels, torch.arange(length) % 10, tuple("0123456789"))
 
 
-def test_every_byte_in_memory_counts() -> None:
+def test_every_byte_in_memory_is_compared() -> None:
     assert compare(images(), images()) == []
     assert texts(images(109), images()) == ["109 examples / 100"]
     other = images()
@@ -84,7 +84,7 @@ def test_every_byte_in_memory_counts() -> None:
         assert fingerprint_split(images(), 0)["pixels"] in found
 
 
-def test_evenly_spaced_examples_of_a_large_set_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evenly_spaced_examples_of_large_set_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "READ_BYTES", 160)  # a tenth
     changed = []
     for place in range(100):
@@ -94,7 +94,7 @@ def test_evenly_spaced_examples_of_a_large_set_are_read(monkeypatch: pytest.Monk
     assert changed == list(range(0, 100, 10))
 
 
-def test_a_missing_or_new_split() -> None:
+def test_missing_and_new_splits_are_reported() -> None:
     whole, part = (
         {"train": fingerprint_split(images(), 0), "val": fingerprint_split(images(7), 0)},
         {"train": fingerprint_split(images(), 0)},
@@ -143,7 +143,7 @@ def smooth(seed: int, change: float = 0.0) -> Tensor:
 
 
 @pytest.mark.parametrize("make", [noise, smooth])
-def test_floats_within_rounding(make: Any) -> None:
+def test_rounding_of_floats_is_ignored(make: Any) -> None:
     before = Listed((make(number), number) for number in range(50))
     assert compare(Listed((make(number, 0.01), number) for number in range(50)), before) == []
     for place in (0, 49):
@@ -190,12 +190,12 @@ def test_any_example_can_be_recorded(example: Any) -> None:
     assert compare(Listed([example]), Listed([example])) == []
 
 
-def test_random_transforms_are_made_under_the_seeds_of_a_loader() -> None:
+def test_random_transforms_use_loader_seeds() -> None:
     assert compare(Jittered(train=True), Jittered(train=True)) == []
     assert len(compare(Jittered(train=False), Jittered(train=True))) == 1
 
 
-def test_a_generator_of_its_own_is_named() -> None:
+def test_set_with_own_generator_is_not_fingerprinted() -> None:
     numbers = count()
     drawn = fingerprint_split(Listed([lambda: next(numbers)] * 9), 0)
     assert drawn == {"count": 9, "unsteady": 0}
@@ -203,7 +203,7 @@ def test_a_generator_of_its_own_is_named() -> None:
     assert len(differences({"train": drawn}, {"train": fingerprint_split(Listed(range(8)), 0)})) == 1
 
 
-def test_few_examples_are_made_and_fewer_of_slow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_examples_are_read_and_fewer_of_slow_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     large = Listed(range(10**5))
     assert len(fingerprint_split(large, 0)["examples"]) == 4
     assert large.asked == 8
@@ -214,7 +214,7 @@ def test_few_examples_are_made_and_fewer_of_slow_ones(monkeypatch: pytest.Monkey
     assert compare(slow, large) == []
 
 
-def test_a_failing_example_is_skipped() -> None:
+def test_failing_example_is_skipped() -> None:
     def fail() -> None:
         raise OSError("gone")
 
@@ -234,14 +234,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
-def test_pictures_in_memory_and_streamed_are_the_same_data(folder: Path) -> None:
+def test_in_memory_and_streamed_pictures_have_equal_identity(folder: Path) -> None:
     streamed = ImageFolder(folder, 8)
     memory = streamed.in_memory()
     assert compare(memory, streamed) == compare(streamed, memory) == []
     assert "pixels" not in fingerprint_split(memory, 0)
 
 
-def test_a_shade_is_no_other_picture(folder: Path) -> None:
+def test_decoder_rounding_is_ignored(folder: Path) -> None:
     memory = ImageFolder(folder, 8).in_memory()
     before = fingerprint_split(memory, 0)
     memory.images.copy_((memory.images.int() + torch.randint(-2, 3, memory.images.shape)).clamp(0, 255))
@@ -250,14 +250,14 @@ def test_a_shade_is_no_other_picture(folder: Path) -> None:
     assert len(differences({"train": fingerprint_split(memory, 0)}, {"train": before})) == 1
 
 
-def test_names_of_files(folder: Path) -> None:
+def test_file_names_are_compared(folder: Path) -> None:
     before = fingerprint_split(ImageFolder(folder, 8), 0)
     (folder / "b/3.png").rename(folder / "b/4.png")
     [found] = differences({"train": fingerprint_split(ImageFolder(folder, 8), 0)}, {"train": before})
     assert found.now.startswith("names with checksum ")
 
 
-def test_names_and_labels_touch_no_file(folder: Path) -> None:
+def test_names_and_labels_are_read_without_file_access(folder: Path) -> None:
     """A `stat` of each of a million files on NFS takes minutes."""
     pictures = ImageFolder(folder, 8)
     before = fingerprint_split(pictures, 0)
@@ -281,7 +281,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_other_data_are_refused_at_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_data_are_refused_at_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_on_ranks(SETTINGS, tmp_path, stop_after=3)
     monkeypatch.setenv("TEST_LENGTH", "109")
     with pytest.raises(AssertionError, match="The train set has 109 examples, but the run began with 101"):
@@ -294,7 +294,7 @@ def test_other_data_are_refused_at_a_resume(tmp_path: Path, monkeypatch: pytest.
     assert "audit/believed" not in lines[0]
 
 
-def test_ranks_with_other_data_are_refused_before_the_first_step(
+def test_ranks_with_different_data_are_refused_before_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_LENGTH_ELSEWHERE", "100")
@@ -306,7 +306,7 @@ def test_ranks_with_other_data_are_refused_before_the_first_step(
     assert status(tmp_path) == "ERROR"
 
 
-def forget_the_data(run_dir: Path) -> None:
+def remove_data_records(run_dir: Path) -> None:
     """Make the run look like one of an older version, which recorded neither fingerprints nor audit totals."""
     facts = read_json(run_dir / "run.json")
     del facts["data_identity"]
@@ -321,10 +321,10 @@ def forget_the_data(run_dir: Path) -> None:
     write_json(checkpoint / "manifest.json", {**manifest, "sha256": digest(manifest)})
 
 
-def test_a_run_without_a_record_gets_one_at_its_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_records_missing_data_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_on_ranks(SETTINGS, tmp_path, stop_after=3)
     record = read_json(tmp_path / "run.json")["data_identity"]
-    forget_the_data(tmp_path)
+    remove_data_records(tmp_path)
     train_on_ranks(SETTINGS, tmp_path, stop_after=6)
     assert read_json(tmp_path / "run.json")["data_identity"] == record
     train_on_ranks(SETTINGS, tmp_path)
@@ -332,7 +332,7 @@ def test_a_run_without_a_record_gets_one_at_its_resume(tmp_path: Path, monkeypat
     assert [(line["audit/unique"], line.get("audit/believed")) for line in lines] == [(60, 36), (96, None)]
 
 
-def test_evaluate_warns_of_other_data(tmp_path: Path) -> None:
+def test_evaluate_warns_of_changed_data(tmp_path: Path) -> None:
     train_on_ranks(SETTINGS | {"train_for": "2 steps"}, tmp_path)
     done = run_forked([*DIST_TRAIN, "evaluate", str(tmp_path), "--json"], tmp_path, TEST_LENGTH="109")
     assert json.loads(done.stdout)["seen"] == 109
@@ -347,7 +347,7 @@ def load(name: str, num_workers: int, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("val_examples", [0, 10])
-def test_the_set_is_untouched(val_examples: int) -> None:
+def test_parent_never_opens_data_set(val_examples: int) -> None:
     in_child, in_parent = load("Lazy", 2, val_examples=val_examples), load("Lazy", 0, val_examples=val_examples)
     assert len(in_child.train) == len(in_parent.train) == 50 - val_examples
     assert in_child.input_spec == in_parent.input_spec == {"in_channels": 1, "num_classes": 2, "image_size": 8}
@@ -366,12 +366,12 @@ def test_the_set_is_untouched(val_examples: int) -> None:
         ("Exits", "ended with exit code 3"),
     ],
 )
-def test_errors_in_the_child_are_reported(name: str, message: str) -> None:
+def test_errors_in_child_are_reported(name: str, message: str) -> None:
     with pytest.raises(DistTrainError, match=message):
         load(name, 2)
 
 
-def test_each_worker_has_a_handle_of_its_own(tmp_path: Path) -> None:
+def test_each_worker_has_its_own_handle(tmp_path: Path) -> None:
     settings = SETTINGS | {"data": {"name": "support.user_sets:Lazy", "num_workers": 2}, "train_for": "1 epochs"}
     train_on_ranks(settings, tmp_path)
     assert [line["audit/unique"] for line in metrics(tmp_path) if "audit/unique" in line] == [48]

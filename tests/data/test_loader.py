@@ -64,25 +64,25 @@ def corrupt() -> Any:
 
 
 @WORKERS
-def test_an_example_that_cannot_be_made_is_named(num_workers: int) -> None:
+def test_failing_example_is_named(num_workers: int) -> None:
     here = __file__.replace(".", r"\.")
     expected = rf"Example 13 of Twenty cannot be made: {here}:\d+: OSError: image file is truncated\."
     assert re.fullmatch(expected, error_of(Twenty(corrupt), num_workers))
 
 
-def test_the_origin_of_a_nested_subset() -> None:
+def test_origin_of_nested_subset() -> None:
     inner = Subset([7, 8, 9, 10], torch.tensor([3, 2, 1]))
     assert locate(Subset(inner, range(3)), 1) == ([7, 8, 9, 10], 2)
 
 
-def test_an_example_is_named_by_its_index_in_the_original_set() -> None:
+def test_example_is_named_by_its_index_in_original_set() -> None:
     """Held-out validation examples have another index."""
     part = subset_of(Twenty(corrupt), torch.tensor([5, 6, 7, 13]))
     assert error_of(part, indices=[0, 1, 2, 3]).startswith("Example 13 of Twenty cannot be made")
 
 
 @WORKERS
-def test_a_length_that_is_too_large(num_workers: int) -> None:
+def test_too_large_length_is_reported(num_workers: int) -> None:
     message = error_of(Twenty(lambda: (torch.zeros(1, 4, 4), 0), length=24), num_workers, indices=list(range(24)))
     assert message.startswith("Example 20 of Twenty cannot be made: ")
     assert message.endswith("Its len() is 24: is that too large?")
@@ -99,12 +99,12 @@ def test_a_length_that_is_too_large(num_workers: int) -> None:
     ],
     ids=["another size", "nothing", "no tensor", "one more"],
 )
-def test_examples_that_make_no_batch_are_shown(odd: Callable[[], Any], form: str, num_workers: int) -> None:
+def test_examples_that_cannot_be_collated_are_shown(odd: Callable[[], Any], form: str, num_workers: int) -> None:
     expected = rf"Example 12 of Twenty is \(float32 \[1, 4, 4\], int\); Example 13 of Twenty is {form} \("
     assert re.search(expected, error_of(Twenty(odd), num_workers))
 
 
-def test_equal_examples_that_cannot_be_collated() -> None:
+def test_uncollatable_type_suggests_collate_method() -> None:
     message = error_of(Twenty(lambda: (object(), 0)), indices=[13])
     assert "Example 13 of Twenty is (object, int) (default_collate: batch must contain tensors" in message
     assert "give Twenty a method collate(batch)" in message
@@ -130,14 +130,14 @@ def without_the_odd(targets: Callable[[Tensor], Any]) -> Callable[[list[Any]], A
     [lambda y: y, lambda y: {"label": y}, lambda y: y.tolist(), lambda y: [y, y], lambda y: [{"boxes": y}, {"b": y}]],
     ids=["labels", "dict", "numbers", "tasks", "list of dicts"],
 )
-def test_a_collate_that_leaves_examples_out_is_refused(targets: Callable[[Tensor], Any], num_workers: int) -> None:
+def test_collate_that_drops_examples_is_refused(targets: Callable[[Tensor], Any], num_workers: int) -> None:
     message = error_of(Collated(without_the_odd(targets)), num_workers)
     assert "Twenty" not in message
     assert message.startswith("Collated.collate made 3 targets of 4 examples (12, 13, 14, 15).")
 
 
-def test_dummy_targets_are_refused_with_the_fix() -> None:
-    """A training without targets is tested by `test_a_net_that_needs_no_targets`."""
+def test_dummy_targets_are_refused_with_fix() -> None:
+    """A training without targets is tested by `test_net_trains_without_targets`."""
     message = error_of(Collated(lambda batch: (default_collate(batch)[0], torch.zeros(1))))
     assert message.startswith("Collated.collate made 1 targets of 4 examples (0, 1, 2, 3).")
     assert message.endswith("For a net that needs no targets, return None as targets.")
@@ -155,7 +155,7 @@ def test_dummy_targets_are_refused_with_the_fix() -> None:
     ],
     ids=["two views", "time first", "tokens and lengths", "one dict each", "texts", "none"],
 )
-def test_what_is_no_fewer_is_taken(targets: Callable[[Tensor], Any]) -> None:
+def test_other_target_counts_are_accepted(targets: Callable[[Tensor], Any]) -> None:
     def collate(batch: list[Any]) -> Any:
         images, labels = default_collate(batch)
         return images, targets(labels)
@@ -164,7 +164,7 @@ def test_what_is_no_fewer_is_taken(targets: Callable[[Tensor], Any]) -> None:
 
 
 @WORKERS
-def test_a_collate_that_fails_is_located(num_workers: int) -> None:
+def test_failing_collate_is_located(num_workers: int) -> None:
     def collate(batch: list[Any]) -> Any:
         return default_collate(batch) if batch[0][0].max() < 10 else batch[7]
 
@@ -177,7 +177,7 @@ def test_a_collate_that_fails_is_located(num_workers: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
-def test_a_worker_that_is_gone(number: int) -> None:
+def test_killed_worker_is_reported(number: int) -> None:
     run_on_ranks(lose_a_worker, number, world_size=1)  # a separate process: torch raises from a signal handler
 
 
@@ -190,7 +190,7 @@ def lose_a_worker(number: int) -> None:
     assert "data.num_workers" in message
 
 
-def test_a_batch_that_cannot_be_handed_over_is_told_and_not_waited_for() -> None:
+def test_unpicklable_batch_is_reported_without_waiting() -> None:
     """By default the queue's thread drops the batch."""
     assert "A loader worker cannot send a batch" in error_of(Collated(lambda batch: (lambda: 0, [0] * 4)), 2)
 
@@ -204,7 +204,7 @@ def test_a_batch_that_cannot_be_handed_over_is_told_and_not_waited_for() -> None
         ("mat1 and mat2 shapes cannot be multiplied", None),
     ],
 )
-def test_what_torch_says_of_shared_memory(message: str, expected: str | None) -> None:
+def test_shared_memory_errors_name_fix(message: str, expected: str | None) -> None:
     found = loader_error(RuntimeError(message))
     assert (found is None) if expected is None else expected in str(found)
     assert loader_error(ValueError(message)) is None
@@ -224,7 +224,7 @@ class Held(dict[str, Any]):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inputs_keep_their_form(dtype: torch.dtype) -> None:
+def test_inputs_keep_their_structure(dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
     try:
         held = Held("mine")

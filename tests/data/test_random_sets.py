@@ -40,7 +40,7 @@ def drawn(seed: int, folder: Path) -> tuple[dict[str, Any], int, list[int]]:
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=[] if seed < BY_DEFAULT else pytest.mark.full) for seed in range(DRAWN)]
 )
-def test_any_set_is_trained_on_exactly(seed: int, tmp_path: Path) -> None:
+def test_random_sets_train_and_resume_exactly(seed: int, tmp_path: Path) -> None:
     settings, stop_after, workers = drawn(seed, tmp_path)
     world_size = 1 + seed % 2
 

@@ -42,7 +42,7 @@ shapes = st.tuples(st.integers(1, 200), st.integers(1, 8), st.integers(1, 4), st
 
 
 @given(shapes, st.integers(0, 2**63 - 1))
-def test_an_epoch_visits_each_example_at_most_once(shape: tuple[int, int, int, int], seed: int) -> None:
+def test_epoch_visits_each_example_at_most_once(shape: tuple[int, int, int, int], seed: int) -> None:
     num_examples, per_device, micro_steps, world_size = shape
     plan = BatchPlan(per_device, micro_steps, world_size)
     if num_examples < plan.global_batch_size:
@@ -60,7 +60,7 @@ def test_an_epoch_visits_each_example_at_most_once(shape: tuple[int, int, int, i
 
 
 @given(st.integers(24, 200), st.integers(0, 20), st.integers(0, 3))
-def test_a_global_batch_is_the_same_for_every_division(num_examples: int, step: int, seed: int) -> None:
+def test_global_batch_is_equal_for_every_division(num_examples: int, step: int, seed: int) -> None:
     whole = global_batch(samplers(num_examples, BatchPlan(24, 1, 1), seed), step)
     for per_device, micro_steps, world_size in [(12, 2, 1), (12, 1, 2), (1, 8, 3), (3, 2, 4), (2, 1, 12)]:
         assert global_batch(samplers(num_examples, BatchPlan(per_device, micro_steps, world_size), seed), step) == whole
@@ -76,14 +76,14 @@ def test_orders_of_epochs_and_seeds_differ() -> None:
     assert len(orders) == 16
 
 
-def test_the_dropped_examples_differ_between_epochs() -> None:
+def test_dropped_examples_differ_between_epochs() -> None:
     sampler = ShardSampler(101, BatchPlan(10, 1, 1), 0, 0)
     assert (sampler.steps_per_epoch, sampler.num_dropped) == (10, 1)
     assert len({int(sampler.permutation(epoch)[-1]) for epoch in range(10)}) > 5
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_iteration_yields_the_indices_of_each_step(rank: int) -> None:
+def test_iteration_yields_indices_of_each_step(rank: int) -> None:
     sampler = ShardSampler(101, BatchPlan(2, 2, 3), rank, seed=7)
     for epoch in (2, 0, 1):  # in any order: there is no state
         sampler.set_epoch(epoch)
@@ -95,7 +95,7 @@ def test_iteration_yields_the_indices_of_each_step(rank: int) -> None:
 
 @given(st.integers(0, 100), st.integers(1, 9))
 @example(1, 4)  # more ranks than examples
-def test_evaluation_shards_are_a_partition(num_examples: int, world_size: int) -> None:
+def test_evaluation_shards_partition_examples(num_examples: int, world_size: int) -> None:
     shards = [evaluation_shard(num_examples, rank, world_size) for rank in range(world_size)]
     assert sorted(torch.cat(shards).tolist()) == list(range(num_examples))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
@@ -146,7 +146,7 @@ def test_resident_and_streamed_batches_are_bit_identical(num_workers: int, image
         assert torch.equal(targets, images.labels[indices])
 
 
-def test_micro_batches_split_the_shard_in_order(images: ImageSet) -> None:
+def test_micro_batches_split_shard_in_order(images: ImageSet) -> None:
     sampler = ShardSampler(101, PLAN, 1, 3)
     for step in (0, 5, 9):
         found = torch.cat([indices for _, _, indices in batches_of(batches(images), [(step, 0), (step, 1)])])
@@ -154,7 +154,7 @@ def test_micro_batches_split_the_shard_in_order(images: ImageSet) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_example_depends_on_seed_epoch_and_index_alone(num_workers: int) -> None:
+def test_example_depends_only_on_seed_epoch_and_index(num_workers: int) -> None:
     """Random transforms repeat from a later step, after a jump, with any workers, for a repeated request."""
     whole = batches_of(batches(Jittered(True)))
     assert_same(batches_of(batches(Jittered(True), num_workers)), whole)
@@ -174,7 +174,7 @@ def test_workers_end_with_their_batches() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_a_repeated_batch_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_batch_is_not_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     requested: list[int] = []
 
     def note(_: Jittered, index: int) -> tuple[Tensor, int]:
@@ -198,7 +198,7 @@ def test_each_epoch_draws_new_transforms() -> None:
 
 @pytest.mark.parametrize("resident", [None, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_batches_hold_the_split_once(resident: bool | None, world_size: int, images: ImageSet) -> None:
+def test_evaluation_batches_cover_split_once(resident: bool | None, world_size: int, images: ImageSet) -> None:
     data = {"resident": resident, "normalize": NORMALIZE.model_dump()}
     config = parse_config({"per_device_batch_size": 7, "data": data})
     seen: list[int] = []
@@ -214,7 +214,7 @@ def test_evaluation_batches_hold_the_split_once(resident: bool | None, world_siz
     assert sorted(seen) == list(range(101))
 
 
-def test_a_net_that_changes_its_input_is_evaluated_on_the_same_images_again(images: ImageSet) -> None:
+def test_evaluation_inputs_survive_in_place_changes(images: ImageSet) -> None:
     """Batches of small sets are reused unless the net changed them in place."""
     world = cast(World, SimpleNamespace(rank=0, size=1, device=CPU))
     source = evaluation_batches(images, Mlp(), world, parse_config({"per_device_batch_size": 7}))

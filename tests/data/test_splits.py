@@ -35,14 +35,14 @@ def ids(examples: Any) -> list[int]:
     return examples.images.flatten().tolist()
 
 
-def test_without_holding_out_the_test_split_validates(numbered: ImageSet) -> None:
+def test_test_split_validates_by_default(numbered: ImageSet) -> None:
     splits = load()
     assert splits.train is numbered
     assert splits.val is splits.test
     assert (num_examples(splits.train), splits.val_source) == (200, "the test split")
 
 
-def test_held_out_examples_are_drawn_by_the_seed_and_in_no_other_split(numbered: ImageSet) -> None:
+def test_held_out_examples_follow_seed_and_are_in_no_other_split(numbered: ImageSet) -> None:
     splits = load(seed=1, val_examples=50)
     train, val = ids(splits.train), ids(splits.val)
     assert len(val) == 50
@@ -58,20 +58,20 @@ def test_held_out_examples_are_drawn_by_the_seed_and_in_no_other_split(numbered:
 
 
 @pytest.mark.parametrize(("held_out", "left"), [(200, 0), (250, -50)])
-def test_holding_out_everything_is_refused_with_the_arithmetic(held_out: int, left: int, numbered: ImageSet) -> None:
+def test_holding_out_everything_is_refused_with_arithmetic(held_out: int, left: int, numbered: ImageSet) -> None:
     with pytest.raises(ConfigError) as caught:
         load(val_examples=held_out)
     assert f"data.val_examples={held_out} of 200 training examples leaves {left} to train on" in str(caught.value)
     assert num_examples(load(val_examples=199).train) == 1
 
 
-def test_normalize_needs_a_number_per_channel(numbered: ImageSet) -> None:
+def test_normalize_needs_one_number_per_channel(numbered: ImageSet) -> None:
     load(normalize=Normalize(mean=[0.3], std=[0.3]))
     with pytest.raises(ConfigError, match=r"data\.normalize has 3 channels, the images of .*fashion_mnist have 1"):
         load(normalize=Normalize(mean=[0.3] * 3, std=[0.3] * 3))
 
 
-def test_a_shift_must_leave_something_of_the_image(numbered: ImageSet) -> None:
+def test_shift_must_be_smaller_than_image(numbered: ImageSet) -> None:
     side = numbered.images.shape[-1]
     load(augment=AugmentConfig(shift=side - 1))
     with pytest.raises(ConfigError, match=rf"data\.augment\.shift={side} shifts images of {side} pixels out of"):
@@ -151,7 +151,7 @@ def load_bundle(root: Path, **settings: Any) -> Splits:
     return load_splits(DataConfig(bundle=Path("code"), root=root, **settings), seed=0)
 
 
-def test_a_bundle_brings_its_own_validation_set(bundle: list[Any], tmp_path: Path) -> None:
+def test_bundle_provides_validation_set(bundle: list[Any], tmp_path: Path) -> None:
     splits = load_bundle(tmp_path)
     assert bundle[0] == (Path("code"), tmp_path)
     assert splits.val_source == "UserValDataset"
@@ -163,7 +163,7 @@ def test_a_bundle_brings_its_own_validation_set(bundle: list[Any], tmp_path: Pat
         load_bundle(tmp_path, normalize=Normalize(mean=[0], std=[1]))
 
 
-def test_a_bundle_without_one_holds_examples_out_and_keeps_its_collate(bundle: list[Any], tmp_path: Path) -> None:
+def test_held_out_examples_of_bundle_keep_its_collate(bundle: list[Any], tmp_path: Path) -> None:
     bundle[-1] = (UserDataset(), None)
     assert load_bundle(tmp_path).val_source == "none"
     splits = load_bundle(tmp_path, val_examples=5)

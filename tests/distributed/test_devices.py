@@ -43,7 +43,7 @@ PAGES = 12_288  # 48 MiB: more than malloc keeps by default
         ("no", None, "bf16", r"^mixed_precision=no, but the run started with bf16\. Set mixed_precision=bf16\.$"),
     ],
 )
-def test_a_run_keeps_its_precision(
+def test_run_keeps_its_precision(
     ours: str | None, theirs: str | None, recorded_precision: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if theirs is not None:
@@ -74,7 +74,7 @@ def count_page_faults(out: Path) -> None:
         (ProcessInfo(3, 3, 4, 4, "the environment"), 1, False),
     ],
 )
-def test_processes_per_visible_device(
+def test_device_count_limits_processes(
     process: ProcessInfo, devices: int, rejected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
@@ -125,7 +125,7 @@ def share_devices(devices: list[str], error: str) -> None:
     ("devices", "error"),
     [(["GPU-a", "GPU-b"], ""), (["GPU-a", "GPU-b", "GPU-a"], "Ranks 0 and 2 share the device GPU-a")],
 )
-def test_two_ranks_on_one_device(devices: list[str], error: str) -> None:
+def test_two_ranks_on_one_device_are_refused(devices: list[str], error: str) -> None:
     """Every rank raises the same error: none waits for another."""
     run_on_ranks(share_devices, devices, error, world_size=len(devices))
 

@@ -95,7 +95,7 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_a_partial_environment_is_rejected(name: str) -> None:
+def test_partial_environment_is_rejected(name: str) -> None:
     env, message = REJECTED[name]
     with pytest.raises(LaunchError, match=message):
         detect_process(env)
@@ -114,7 +114,7 @@ def test_rendezvous_under_srun() -> None:
     assert [env["RANK"] for env in exported] == ["0", "1", "2", "3"]
 
 
-def test_accelerate_finds_its_local_rank() -> None:
+def test_accelerate_gets_local_rank() -> None:
     env = NO_LOCAL | {"MASTER_ADDR": "localhost"}
     export_rendezvous(detect_process(env), env)
     assert env == NO_LOCAL | {"MASTER_ADDR": "localhost", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
@@ -132,7 +132,7 @@ def test_ports_of_jobs_and_steps_on_one_node_differ() -> None:
     assert all(1024 < number < 65536 for number in [*ports, port(SLURM_JOB_ID="4294967295")])
 
 
-def test_an_explicit_address_wins_and_one_node_needs_no_nodelist() -> None:
+def test_explicit_address_wins_and_one_node_needs_no_nodelist() -> None:
     env = SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
     export_rendezvous(detect_process(env), env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("head", "1")
@@ -170,7 +170,7 @@ def test_first_host(nodelist: str, host: str) -> None:
 
 
 @pytest.mark.parametrize("nodelist", ["", ",a", "[1-2]"])
-def test_a_nodelist_without_a_host(nodelist: str) -> None:
+def test_nodelist_without_host_is_refused(nodelist: str) -> None:
     with pytest.raises(LaunchError, match=r"No host in SLURM_STEP_NODELIST.* Set MASTER_ADDR"):
         first_host(nodelist)
 
@@ -190,14 +190,14 @@ def test_persistent_run_name(env: dict[str, str], expected: str | None) -> None:
     assert persistent_run_name("mnist", env) == expected
 
 
-def test_cores() -> None:
+def test_available_cores() -> None:
     assert available_cores() >= 1
 
 
 @pytest.mark.parametrize(
     ("explicit", "threads"), [("3", 3), ("03", 3), ("4,2", 4), ("0", None), ("", None), ("many", None)]
 )
-def test_threads(explicit: str, threads: int | None) -> None:
+def test_threads_per_process(explicit: str, threads: int | None) -> None:
     """An invalid number of threads is ignored; a list has one number for each nesting level."""
     default = max(1, available_cores() // 2)
     assert threads_per_process(2, {"OMP_NUM_THREADS": explicit}) == (threads or default)

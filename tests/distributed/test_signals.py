@@ -56,7 +56,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
     ("number", "state"),
     [(signal.SIGTERM, "TERM"), (signal.SIGINT, "INTERRUPT"), (signal.SIGUSR1, "PREEMPTED")],
 )
-def test_the_first_signal_sets_the_reason_and_its_echo_is_ignored(number: int, state: str) -> None:
+def test_first_signal_sets_reason_and_its_echo_is_ignored(number: int, state: str) -> None:
     before = {number: signal.getsignal(number) for number in HANDLED}
     with StopRequest() as request:
         assert request.requested is None
@@ -66,7 +66,7 @@ def test_the_first_signal_sets_the_reason_and_its_echo_is_ignored(number: int, s
     assert {number: signal.getsignal(number) for number in HANDLED} == before
 
 
-def test_a_burst_of_signals_is_one_request() -> None:
+def test_burst_of_signals_is_one_request() -> None:
     """Slurm and torchrun together send such a burst at a preemption. Each signal waits until the last was handled."""
     with child() as process:
         for _ in range(4):
@@ -75,7 +75,7 @@ def test_a_burst_of_signals_is_one_request() -> None:
         assert process.poll() is None
 
 
-def test_a_second_signal_after_the_echo_ends_the_process() -> None:
+def test_second_signal_after_echo_ends_process() -> None:
     with child(echo_s=0.0) as process:
         process.send_signal(signal.SIGUSR1)
         assert line_of(process) == f"{int(signal.SIGUSR1)} PREEMPTED"
@@ -83,7 +83,7 @@ def test_a_second_signal_after_the_echo_ends_the_process() -> None:
         assert process.wait() == 143
 
 
-def test_the_echo_lasts_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_echo_lasts_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     class Exited(Exception):
         pass
 
@@ -102,7 +102,7 @@ def test_the_echo_lasts_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         assert request.requested == "TERM"
 
 
-def test_ctrl_c_twice_at_a_terminal_ends_the_process() -> None:
+def test_ctrl_c_twice_at_terminal_ends_process() -> None:
     ours, theirs = pty.openpty()
     try:
         with child(stdin=theirs) as process:
@@ -115,7 +115,7 @@ def test_ctrl_c_twice_at_a_terminal_ends_the_process() -> None:
         os.close(theirs)
 
 
-def test_without_a_terminal_a_second_interrupt_is_an_echo() -> None:
+def test_second_interrupt_without_terminal_is_echo() -> None:
     with child() as process:
         for _ in range(2):
             process.send_signal(signal.SIGINT)
@@ -123,7 +123,7 @@ def test_without_a_terminal_a_second_interrupt_is_an_echo() -> None:
         assert process.poll() is None
 
 
-def test_the_first_reason_is_kept() -> None:
+def test_first_reason_is_kept() -> None:
     request = StopRequest()
     request.request("PREEMPTED")
     request.request("INTERRUPT")

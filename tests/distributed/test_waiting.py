@@ -39,7 +39,7 @@ def launcher_store() -> Any:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
-def begin_late(port: int) -> None:
+def join_late(port: int) -> None:
     world = join(port, LATE_S, PATIENCE_S)
     if world.rank == 0:
         time.sleep(LATE_S)
@@ -47,13 +47,13 @@ def begin_late(port: int) -> None:
     world.leave()
 
 
-def test_a_rank_that_is_late_is_waited_for() -> None:
+def test_late_rank_is_waited_for() -> None:
     """It is later than stall_timeout_s: first to join the group, then in its set-up."""
     store = launcher_store()
-    run_on_ranks(begin_late, store.port, world_size=2)
+    run_on_ranks(join_late, store.port, world_size=2)
 
 
-def miss_one(port: int, over: Path) -> None:
+def wait_for_missing_rank(port: int, over: Path) -> None:
     if os.environ["RANK"] == "1":
         wait_until(over.exists, "end of the wait")
         return
@@ -64,9 +64,9 @@ def miss_one(port: int, over: Path) -> None:
         over.touch()
 
 
-def test_a_rank_that_does_not_come_is_waited_for_no_longer(tmp_path: Path) -> None:
+def test_missing_rank_times_out(tmp_path: Path) -> None:
     store = launcher_store()
-    run_on_ranks(miss_one, store.port, tmp_path / "over", world_size=2)
+    run_on_ranks(wait_for_missing_rank, store.port, tmp_path / "over", world_size=2)
 
 
 def stall_after_set_up(over: Path) -> None:
@@ -87,11 +87,11 @@ def stall_after_set_up(over: Path) -> None:
     os._exit(0)
 
 
-def test_the_timeout_is_shorter_after_the_set_up(tmp_path: Path) -> None:
+def test_timeout_is_shorter_after_setup(tmp_path: Path) -> None:
     run_on_ranks(stall_after_set_up, tmp_path / "over", world_size=2)
 
 
-def test_a_training_whose_rank_stalls(tmp_path: Path) -> None:
+def test_stalled_rank_ends_training(tmp_path: Path) -> None:
     """The other rank reports the timeout; the watchdog of the hanging rank ends it 5 s later."""
     net = ["model.name=support.user_nets:Hanging", "model.args.call=5", "model.args.rank=1"]
     command = [*DIST_TRAIN, "train", *SETTINGS, *net, "stall_timeout_s=4", "--run-name=r"]
@@ -100,6 +100,6 @@ def test_a_training_whose_rank_stalls(tmp_path: Path) -> None:
     assert "Another rank did not answer within stall_timeout_s=4" in done.stderr
 
 
-def test_launchers_wait_as_long_as_their_ranks(tmp_path: Path) -> None:
+def test_launcher_timeout_equals_setup_timeout(tmp_path: Path) -> None:
     options = Nodes.parse("2", "localhost", 1234.5).options(RunDir(tmp_path / "r"))
     assert any(option.startswith("--rdzv-conf=") and "join_timeout=1235," in option for option in options)

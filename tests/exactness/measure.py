@@ -1,6 +1,6 @@
 """Promise 2 in full: for every net, 400 steps in float64 however the global batch is divided, and whole fp32 runs.
 
-`make exactness` runs it (about half an hour on two cores) and writes docs/exactness.md, but for the section "In fp32",
+`make exactness` runs it (about half an hour on two cores) and writes docs/exactness.md, except the section "In fp32",
 which is kept; `make test` runs a part of it. Exit 1 if a bound is broken.
 """
 

@@ -30,8 +30,8 @@ from support.processes import DIST_TRAIN
 from support.ranks import run_forked, train_on_ranks
 from support.run_files import assert_bit_identical, assert_equal, metrics_without_times, optimizer_state, status_of
 
-TABLE = "damages and mutations"
-COLUMNS = ("what", "how many", "outcome")
+TABLE = "damaged checkpoints and mutated input"
+COLUMNS = ("fault", "cases", "outcome")
 
 SETTINGS: dict[str, Any] = {
     "data": {"name": "support.user_sets:Jittered"}, "model": {"name": "support.user_sets:WithDropout"},
@@ -55,18 +55,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def damage_newest(folders: list[Path], damage: Damage, chance: random.Random) -> dict[Path, set[str]]:
+def damage_newest(folders: list[Path], damage: Damage, rng: random.Random) -> dict[Path, set[str]]:
     """Damage the newest checkpoints, mostly one or two, sometimes all. Return the damaged files by checkpoint."""
-    victims = folders[: chance.choice([1, 1, 1, 2, 2, 3, len(folders)])]
+    victims = folders[: rng.choice([1, 1, 1, 2, 2, 3, len(folders)])]
     intact = folders[0].parent.with_name("intact")  # files of other checkpoints are taken from undamaged copies
     others = {folder: [intact / other.name for other in folders if other != folder] for folder in victims}
-    return {folder: damage(folder, others[folder], chance) for folder in victims}
+    return {folder: damage(folder, others[folder], rng) for folder in victims}
 
 
-def swap_between_two(folders: list[Path], chance: random.Random) -> dict[Path, set[str]]:
+def swap_between_two(folders: list[Path], rng: random.Random) -> dict[Path, set[str]]:
     """Swap one or two files between the newest checkpoint and an older one."""
-    newest, older = folders[0], chance.choice(folders[1:])
-    names = set(chance.sample(FILES, chance.choice([1, 1, 2])))
+    newest, older = folders[0], rng.choice(folders[1:])
+    names = set(rng.sample(FILES, rng.choice([1, 1, 2])))
     for name in names:
         (newest / name).rename(newest / "between")
         (older / name).rename(newest / name)
@@ -171,8 +171,8 @@ def try_all(resumes: Resumes, inject: Callable[[list[Path], random.Random], Any]
     set_aside = none_left = 0
     try:
         for number in range(how_many):
-            chance, folders = random.Random(f"{what} {number}"), resumes.new_folders()
-            damaged = inject(folders, chance)
+            rng, folders = random.Random(f"{what} {number}"), resumes.new_folders()
+            damaged = inject(folders, rng)
             messages.clear()
             try:
                 none_left += check(resumes, folders, damaged, messages) is None
@@ -183,21 +183,21 @@ def try_all(resumes: Resumes, inject: Callable[[list[Path], random.Random], Any]
     finally:
         logger.removeHandler(handler)
     return (
-        f"{set_aside} checkpoints found, named and set aside; the right older one loaded {how_many - none_left} times, "
-        f"none left {none_left} times"
+        f"{set_aside} damaged checkpoints reported and set aside; the newest good one loaded "
+        f"{how_many - none_left} times, none left {none_left} times"
     )
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_checkpoint_is_never_loaded(
+def test_damaged_checkpoint_is_never_loaded(
     what: str, resumes: Resumes, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     damage, full = DAMAGES[what]
-    outcome = try_all(resumes, lambda folders, chance: damage_newest(folders, damage, chance), what, count(full))
+    outcome = try_all(resumes, lambda folders, rng: damage_newest(folders, damage, rng), what, count(full))
     row(what, count(full), outcome)
 
 
-def test_files_swapped_between_two_checkpoints(
+def test_swapped_checkpoint_files_are_never_loaded(
     resumes: Resumes, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     what = "1 or 2 files swapped between two checkpoints"
@@ -207,7 +207,7 @@ def test_files_swapped_between_two_checkpoints(
 # --- end to end, as a user restarts a run ----------------------------------------------------------------------------
 
 
-def test_resumed_after_a_damage_as_if_nothing_had_been(
+def test_resume_after_damage_equals_undisturbed_run(
     stopped: Path, undisturbed: Path, tmp_path: Path, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     damages = [flip_bits, truncate, manifest_of_another, delete, zero_a_block]
@@ -226,10 +226,10 @@ def test_resumed_after_a_damage_as_if_nothing_had_been(
             renamed.name.removeprefix("damaged_") for renamed in (path / "checkpoints").glob("damaged_*")
         }
         assert_bit_identical(path, undisturbed)
-    row("`dist-train train` started again after one of these", count(len(damages)), "weights and metrics to the bit")
+    row("`dist-train train` restarted after one of these", count(len(damages)), "weights and metrics to the bit")
 
 
-def test_resumed_beside_all_that_is_no_checkpoint_and_with_files_damaged(
+def test_resume_with_foreign_folders_and_damaged_records(
     stopped: Path, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     """The run was copied with links followed, has a user's copy of a checkpoint, and two damaged record files."""
@@ -247,5 +247,5 @@ def test_resumed_beside_all_that_is_no_checkpoint_and_with_files_damaged(
     expected = metrics_without_times(undisturbed)
     assert metrics_without_times(path) == [*expected[:2], *expected[3:]]
     assert status_of(path)["attempt"] == 2
-    row("copied with links followed, a copy beside the checkpoints, `metrics.jsonl` and `status.json` damaged", 1,
-        "named; to the bit, but for the one line")  # fmt: skip
+    row("run copied with links followed, a copied checkpoint, `metrics.jsonl` and `status.json` damaged", 1,
+        "reported; to the bit except for the damaged line")  # fmt: skip

@@ -21,7 +21,7 @@ from support.ranks import run_forked
 from support.run_files import assert_bit_identical
 
 TABLE = "kills"
-COLUMNS = ("phase", "point, occurrence", "killed", "processes", "all gone after")
+COLUMNS = ("phase", "point, occurrence", "killed", "processes", "last process gone after")
 
 KILLER = Path(__file__).parent / "killer"
 # Averages, micro-steps, dropout, a streamed set with random transforms: everything that a checkpoint has to restore.
@@ -68,7 +68,7 @@ def command(folder: Path, nproc: int, name: str) -> list[str]:
     return [*DIST_TRAIN, "launch", "--nproc", str(nproc), "-q", "-c", settings.name, "--run-name", name]
 
 
-def test_the_plan_covers_all_phases_and_targets() -> None:
+def test_plan_covers_all_phases_and_targets() -> None:
     chains = list(plan())
     kills = [kill for chain in chains for kill in chain.kills]
     assert len(kills) >= 100
@@ -83,7 +83,7 @@ def test_the_plan_covers_all_phases_and_targets() -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_a_killed_run_is_the_one_never_killed(
+def test_killed_run_equals_undisturbed_run(
     chain: Chain, undisturbed: Callable[[int], Path], tmp_path: Path, row: Callable[..., None]
 ) -> None:
     run_dir = tmp_path / "runs/r"

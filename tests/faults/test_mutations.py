@@ -26,8 +26,8 @@ from dist_train.config.schema import Config, section_of
 from support.processes import DIST_TRAIN
 from support.settings import put
 
-TABLE = "damages and mutations"
-COLUMNS = ("what", "how many", "outcome")
+TABLE = "damaged checkpoints and mutated input"
+COLUMNS = ("fault", "cases", "outcome")
 
 BUNDLED = {name: path.read_text() for name, path in bundled_configs().items()}
 LONG = "x" * 300
@@ -91,18 +91,18 @@ NUMBERS = ["many", "-1", ".nan", ".inf", "-.inf", "[1, 2]", "{a: 1}", "yes", "20
 WORDS = ["nonsense", "7", "[cpu]", "{a: 1}", "1.5", "''"]
 # kind: (settings, values that are invalid for all of them)
 KINDS: dict[str, tuple[list[str], list[str]]] = {
-    "whole numbers": (
+    "integers": (
         ["seed", "global_batch_size", "per_device_batch_size", "keep_last", "keep_best", "data.val_examples",
          "data.num_workers", "data.image_size", "data.augment.shift", "early_stop.patience",
          "optimizer.lr_base_batch_size"],
         [*NUMBERS, "1.5", "1e-3"],
     ),
-    "whole numbers that are not 0": (
+    "positive integers": (
         ["global_batch_size", "per_device_batch_size", "keep_last", "data.image_size", "early_stop.patience",
          "optimizer.lr_base_batch_size"],
         ["0", "-0", "0.0"],
     ),
-    "whole numbers of a limited size": (
+    "integers with an upper bound": (
         ["seed", "global_batch_size", "per_device_batch_size", "data.num_workers"],
         [str(2**63), f"1{'0' * 40}", f"1{'0' * 4000}", "1e300"],
     ),
@@ -111,13 +111,13 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
          "stall_timeout_s", "setup_timeout_s", "schedule.final_ratio", "early_stop.min_delta", "tracking.timeout_s"],
         [*NUMBERS, "1e-3x", "1/3", "1e999", f"1{'0' * 400}"],
     ),
-    "numbers that are not 0": (
+    "positive numbers": (
         ["optimizer.lr", "optimizer.eps", "max_grad_norm", "ema_decay", "stall_timeout_s", "setup_timeout_s",
          "tracking.timeout_s"],
         ["0", "0.0", "1e-400"],
     ),
     "numbers below 1": (["label_smoothing", "ema_decay", "schedule.final_ratio"], ["1", "1.0", "3", "1e30"]),
-    "numbers of each optimizer": (
+    "numbers of single optimizers": (
         ["optimizer.alpha", "optimizer.rho", "optimizer.momentum", "optimizer.dampening"],
         [value for value in NUMBERS if value != "-1"],
     ),
@@ -126,21 +126,21 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
         ["5 weeks", "epochs", "-1 epochs", "1e3 steps", "0.5 steps", "3 epochs 2", "[5, epochs]", "{epochs: 5}",
          ".nan", ".inf", "yes", "1:30", "five epochs", "5 Epochs", "5 min", f"{'9' * 400} epochs", "5,5 epochs"],
     ),
-    "durations without a clock": (
+    "durations in steps or epochs": (
         ["train_for", "eval_every", "log_every", "keep_every", "schedule.warmup"], ["30 s", "1 sec", "0.5 seconds"],
     ),
-    "one of a few words": (
+    "enumerations": (
         ["mixed_precision", "dtype", "device", "step_mode", "preempt_signal", "optimizer.name", "optimizer.lr_scaling",
          "schedule.name", "tracking.wandb"],
         [*WORDS, "Nonsense", "yes"],
     ),
-    "yes or no": (
+    "booleans": (
         ["final_train_eval", "ddp.find_unused_parameters", "ddp.sync_batchnorm", "tracking.tensorboard",
          "tracking.pictures", "tracking.artifact", "data.augment.flip",
          "data.resident", "optimizer.nesterov", "optimizer.amsgrad", "optimizer.centered"],
         ["maybe", "2", "[yes]", "{a: 1}", "0.5", "ja", "''"],
     ),
-    "texts": (
+    "strings": (
         ["data.name", "data.split", "model.name", "tracking.project", "tracking.entity", "tracking.name",
          "tracking.group", "tracking.job_type"],
         ["5", "[a]", "{a: b}", "yes", "1.5", "2026-01-01"],
@@ -157,7 +157,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
         ["data", "model", "optimizer", "schedule", "ddp", "tracking", "data.augment", "early_stop"],
         ["words", "5", "[1, 2]", "yes", "1.5", "[{}]", "{1: 2}", "{nonsense: 1}"],
     ),
-    "what cannot be left empty": (
+    "settings that cannot be empty": (
         ["seed", "train_for", "global_batch_size", "per_device_batch_size", "dtype", "device", "step_mode",
          "label_smoothing", "log_every", "eval_every", "save_every", "keep_last", "keep_best", "keep_every",
          "stall_timeout_s", "setup_timeout_s", "preempt_signal", "final_train_eval", "data", "data.name",
@@ -168,27 +168,27 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
 }  # fmt: skip
 
 
-def test_every_setting_has_its_mutations() -> None:
+def test_every_setting_is_mutated() -> None:
     mutated = {key for keys, _ in KINDS.values() for key in keys}
     assert sorted(set(leaves()) - mutated) == []
 
 
-def with_value(chance: random.Random, key: str, text: str) -> tuple[str, list[str]]:
+def with_value(rng: random.Random, key: str, text: str) -> tuple[str, list[str]]:
     """Set `key` to this text in a bundled config. Return the file's content and further arguments."""
-    base = BUNDLED[chance.choice(sorted(BUNDLED))]
-    if chance.random() < 0.4:
-        return base, chance.choice([["-o", f"{key}={text}"], [f"{key}={text}"]])
+    base = BUNDLED[rng.choice(sorted(BUNDLED))]
+    if rng.random() < 0.4:
+        return base, rng.choice([["-o", f"{key}={text}"], [f"{key}={text}"]])
     tree = yaml.safe_load(base)
     put(tree, key, "HERE")
     return yaml.safe_dump(tree, sort_keys=False).replace("HERE", text), []
 
 
-def random_start_options(chance: random.Random) -> list[str]:
-    return chance.choice([[], ["--dry-run"], ["--nproc", "2"], ["-q"]])
+def random_start_options(rng: random.Random) -> list[str]:
+    return rng.choice([[], ["--dry-run"], ["--nproc", "2"], ["-q"]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_wrong_values_are_refused_by_name(
+def test_invalid_values_are_refused(
     kind: str, shell: Shell, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     keys, values = KINDS[kind]
@@ -196,10 +196,10 @@ def test_wrong_values_are_refused_by_name(
     random.Random(kind).shuffle(cases)
     cases = cases[: count(len(cases))]
     for number, (key, value) in enumerate(cases):
-        chance = random.Random(f"{kind} {number}")
-        text, arguments = with_value(chance, key, value)
-        shell.is_refused("train", "-c", shell.write(text), *arguments, *random_start_options(chance), named=key)
-    row(f"wrong values: {kind}", len(cases), "exit code 2, setting named")
+        rng = random.Random(f"{kind} {number}")
+        text, arguments = with_value(rng, key, value)
+        shell.is_refused("train", "-c", shell.write(text), *arguments, *random_start_options(rng), named=key)
+    row(f"invalid values: {kind}", len(cases), "exit code 2, setting named")
 
 
 # --- unknown settings ------------------------------------------------------------------------------------------------
@@ -214,13 +214,13 @@ def legal_in(prefix: str) -> list[str]:
     return list(section.model_fields)
 
 
-def misspelled(chance: random.Random, word: str) -> str:
-    at = chance.randrange(len(word) - 1)
-    return chance.choice([
+def misspelled(rng: random.Random, word: str) -> str:
+    at = rng.randrange(len(word) - 1)
+    return rng.choice([
         word[:at] + word[at + 1 :],  # a letter is missing
         word[:at] + word[at] + word[at:],  # doubled
         word[:at] + word[at + 1] + word[at] + word[at + 2 :],  # swapped with the next one
-        word[:at] + chance.choice(string.ascii_lowercase) + word[at + 1 :],
+        word[:at] + rng.choice(string.ascii_lowercase) + word[at + 1 :],
         word.upper(), word.replace("_", "-"), word.replace("_", ""), word + "s", f"{word}_",
     ])  # fmt: skip
 
@@ -230,17 +230,17 @@ def test_unknown_and_misspelled_settings_are_refused(
 ) -> None:
     tried = 0
     for number in range(count(200)):
-        chance = random.Random(f"unknown {number}")
-        prefix = chance.choice(SECTIONS)
+        rng = random.Random(f"unknown {number}")
+        prefix = rng.choice(SECTIONS)
         legal = legal_in(prefix)
-        word = chance.choice([
-            misspelled(chance, chance.choice([name for name in legal if len(name) > 2])),
-            "".join(chance.choices(string.ascii_letters + "_", k=chance.randrange(1, 12))),
-            chance.choice(list(leaves())).rpartition(".")[2],  # a setting of another section
+        word = rng.choice([
+            misspelled(rng, rng.choice([name for name in legal if len(name) > 2])),
+            "".join(rng.choices(string.ascii_letters + "_", k=rng.randrange(1, 12))),
+            rng.choice(list(leaves())).rpartition(".")[2],  # a setting of another section
         ])  # fmt: skip
         if word in legal:
             continue
-        text, arguments = with_value(chance, prefix + word, chance.choice(["1", "words", "[1]", "{a: 1}", "", "yes"]))
+        text, arguments = with_value(rng, prefix + word, rng.choice(["1", "words", "[1]", "{a: 1}", "", "yes"]))
         shell.is_refused("train", "-c", shell.write(text), *arguments, named=f"Unknown setting {prefix}{word}.")
         tried += 1
     row("unknown and misspelled settings, settings of another section", tried, "exit code 2, setting named")
@@ -264,7 +264,7 @@ WHOLE_FILES: list[str | bytes] = [
 ]  # fmt: skip
 
 
-def test_files_that_are_no_configs_are_refused(
+def test_files_that_are_not_configs_are_refused(
     shell: Shell, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     contents = [text.encode() if isinstance(text, str) else text for text in WHOLE_FILES]
@@ -272,22 +272,22 @@ def test_files_that_are_no_configs_are_refused(
         base = BUNDLED[random.Random(number).choice(sorted(BUNDLED))]
         contents.append(f"{base}{line}\n".encode(errors="surrogatepass"))
     for number in range(60):  # a duplicated line of a config, or garbage in place of a part
-        chance = random.Random(f"files {number}")
-        content = BUNDLED[chance.choice(sorted(BUNDLED))].encode()
+        rng = random.Random(f"files {number}")
+        content = BUNDLED[rng.choice(sorted(BUNDLED))].encode()
         lines = [line for line in content.splitlines(keepends=True) if not line.startswith((b"#", b" "))]
         if number % 2:
-            contents.append(content + chance.choice([line for line in lines if not line.endswith(b":\n")]))
+            contents.append(content + rng.choice([line for line in lines if not line.endswith(b":\n")]))
         else:
-            at = chance.randrange(len(content))
-            garbage = bytes(chance.choice([0, 0xC0, 0xFF, 0xFE, 0x80]) for _ in range(chance.randrange(1, 30)))
-            contents.append(content[:at] + garbage + content[at + chance.randrange(30) :])
+            at = rng.randrange(len(content))
+            garbage = bytes(rng.choice([0, 0xC0, 0xFF, 0xFE, 0x80]) for _ in range(rng.randrange(1, 30)))
+            contents.append(content[:at] + garbage + content[at + rng.randrange(30) :])
     random.Random("files").shuffle(contents)
     contents = contents[: count(len(contents))]
     for number, content in enumerate(contents):
-        chance = random.Random(f"start {number}")
-        shell.is_refused("train", "-c", shell.write(content), *random_start_options(chance), named="mutated.yaml ")
+        rng = random.Random(f"start {number}")
+        shell.is_refused("train", "-c", shell.write(content), *random_start_options(rng), named="mutated.yaml ")
     row(
-        "files that are no configs: syntax, tabs, keys that stand twice, garbage",
+        "files that are not configs: syntax errors, tabs, duplicate keys, garbage",
         len(contents),
         "exit code 2, file named",
     )
@@ -347,18 +347,18 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
 ]  # fmt: skip
 
 
-def test_wrong_command_lines_are_refused(shell: Shell, count: Callable[[int], int], row: Callable[..., None]) -> None:
+def test_invalid_command_lines_are_refused(shell: Shell, count: Callable[[int], int], row: Callable[..., None]) -> None:
     lines = [*COMMAND_LINES]
     for number in range(40):
-        chance = random.Random(f"flag {number}")
-        flag = misspelled(chance, chance.choice([flag for flag in FLAGS if flag.startswith("--")]).removeprefix("--"))
+        rng = random.Random(f"flag {number}")
+        flag = misspelled(rng, rng.choice([flag for flag in FLAGS if flag.startswith("--")]).removeprefix("--"))
         if f"--{flag}" not in FLAGS and flag.strip("-"):
-            lines.append((["train", "-c", "smoke", f"--{flag}", *chance.choice([[], ["1"]])], f"--{flag}"))
+            lines.append((["train", "-c", "smoke", f"--{flag}", *rng.choice([[], ["1"]])], f"--{flag}"))
     random.Random("lines").shuffle(lines)
     lines = lines[: count(len(lines))]
     for argv, named in lines:
         shell.is_refused(*argv, named=named)
-    row("wrong command lines", len(lines), "exit code 2, option or setting named")
+    row("invalid command lines", len(lines), "exit code 2, option or setting named")
 
 
 # --- random input ----------------------------------------------------------------------------------------------------
@@ -405,9 +405,7 @@ def anything(how_many: int) -> Callable[..., Any]:
     return settings(max_examples=how_many, suppress_health_check=list(HealthCheck))
 
 
-def test_any_change_of_a_file_is_a_config_or_refused(
-    shell: Shell, count: Callable[[int], int], row: Callable[..., None]
-) -> None:
+def test_edited_config_is_valid_or_refused(shell: Shell, count: Callable[[int], int], row: Callable[..., None]) -> None:
     codes = []
 
     @anything(count(400))
@@ -426,11 +424,11 @@ def test_any_change_of_a_file_is_a_config_or_refused(
     row(
         "configs with 1 to 4 random edits",
         len(codes),
-        f"{codes.count(0)} still configs, {len(codes) - codes.count(0)} refused",
+        f"{codes.count(0)} still valid, {len(codes) - codes.count(0)} refused",
     )
 
 
-def test_any_command_line_is_understood_or_refused(
+def test_random_command_line_is_valid_or_refused(
     shell: Shell, count: Callable[[int], int], row: Callable[..., None]
 ) -> None:
     shell.write("seed: 3\n")
@@ -445,13 +443,15 @@ def test_any_command_line_is_understood_or_refused(
         assert shell.started == []
 
     check()
-    row("random command lines", len(codes), f"{codes.count(0)} understood, {len(codes) - codes.count(0)} refused")
+    row("random command lines", len(codes), f"{codes.count(0)} valid, {len(codes) - codes.count(0)} refused")
 
 
 # --- in separate processes -------------------------------------------------------------------------------------------
 
 
-def test_the_real_command(tmp_path: Path, count: Callable[[int], int], row: Callable[..., None]) -> None:
+def test_invalid_input_in_separate_processes(
+    tmp_path: Path, count: Callable[[int], int], row: Callable[..., None]
+) -> None:
     (tmp_path / "garbage.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "tabs.yaml").write_text("optimizer:\n\tlr: 1\n")
     lines = [
@@ -468,4 +468,4 @@ def test_the_real_command(tmp_path: Path, count: Callable[[int], int], row: Call
         assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "runs").exists()
-    row("some of these in processes of their own", len(lines), "exit code 2, one message, no run directory")
+    row("some of these in separate processes", len(lines), "exit code 2, one message, no run directory")

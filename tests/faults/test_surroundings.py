@@ -1,4 +1,4 @@
-"""Failures around a training: the disk, the memory, the clock, one of its ranks. Uses real mounts."""
+"""Faults in the environment of a training: disk, memory, clock, a rank. Uses real mounts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from support.mounts import needs_mounts
 from support.patience import wait_until
 from support.processes import alive, run, started
 from support.run_files import assert_bit_identical, metrics, step_of
-from support.trainings import let_go, train
+from support.trainings import release, train
 
 CLOCK = Path(__file__).parent / "clock"
-TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
+TABLE, COLUMNS = "environment faults", ("fault", "outcome", "seconds until exit", "verified")
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _fill(file: IO[bytes], over: threading.Event) -> None:
 
 
 @needs_mounts
-def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_disk_full_temporarily(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """Saves fail, lines of metrics are kept and training continues; once there is room again, nothing is missing."""
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
@@ -85,7 +85,7 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
             wait_until(lambda: step_of(runs / "r") >= 8, "training")
             with full(runs):
                 out = read_up_to(process, "A checkpoint could not be written", "metrics.jsonl cannot be written")
-            let_go(tmp_path)
+            release(tmp_path)
             assert process.stdout is not None
             assert process.stderr is not None
             out, err = out + process.stdout.read(), process.stderr.read()
@@ -96,18 +96,18 @@ def test_the_disk_is_full_for_a_while(undisturbed: Path, tmp_path: Path, row: Ca
         assert "Traceback" not in out + err
         assert_bit_identical(runs / "r", undisturbed)
         assert json.loads((runs / "r/result.json").read_text())["attempt"] == 1
-    row("the disk is full for a while, in the middle of saves", "goes on, warns, tries again", "-", "to the bit")
+    row("the disk is full temporarily, during saves", "continues, warns, retries", "-", "to the bit")
 
 
 @needs_mounts
-def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """The last state cannot be saved: exit 1 with the fix. With room again it resumes from the last good checkpoint."""
     runs = tmp_path / "runs"
     with mounted(runs, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         with started(train(), tmp_path) as process:
             wait_until(lambda: step_of(runs / "r") >= 8, "training")
             with full(runs):
-                let_go(tmp_path)
+                release(tmp_path)
                 out, err = process.communicate()
         assert process.returncode == 1, out + err
         assert re.search(r"error \[rank 0\]: .*could not be written.*Make room there", out), out
@@ -115,11 +115,14 @@ def test_the_disk_stays_full(undisturbed: Path, tmp_path: Path, row: Callable[..
         again = run(train(), tmp_path)
         assert again.returncode == 0, again.stderr
         assert_bit_identical(runs / "r", undisturbed)
-    row("the disk is full to the end", "exit 1, `Make room there`; goes on after it", "-", "to the bit, resumed")
+    row(
+        "the disk stays full until the end", "exit 1, `Make room there`; the next start resumes", "-",
+        "to the bit, resumed",
+    )  # fmt: skip
 
 
 @needs_mounts
-def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """As ext4 does after an error: even open files can no longer be written."""
     runs, image = tmp_path / "runs", tmp_path / "image"
     with image.open("wb") as file:
@@ -129,7 +132,7 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
         with started(train(), tmp_path) as process:
             wait_until(lambda: step_of(runs / "r") >= 8, "training")
             subprocess.run(["mount", "-o", "remount,abort", str(runs)], check=True)
-            let_go(tmp_path)
+            release(tmp_path)
             began = time.monotonic()
             out, err = process.communicate()
             seconds = time.monotonic() - began
@@ -147,7 +150,8 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
         assert again.returncode == 0, again.stderr
         assert_bit_identical(runs / "r", undisturbed)
     row(
-        "the run directory turns read-only", "trains to the end, exit 1 as nothing could be saved; goes on after it",
+        "the run directory turns read-only (ext4, as after an error)",
+        "trains to the end, exit 1 because nothing could be saved; the next start resumes",
         f"{seconds:.0f}", "to the bit, resumed",
     )  # fmt: skip
 
@@ -156,11 +160,11 @@ def test_the_disk_turns_read_only(undisturbed: Path, tmp_path: Path, row: Callab
 
 
 @pytest.mark.parametrize(("nproc", "rank"), [(1, 0), (2, 0), (2, 1)])
-def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
-    """It hangs in C and holds the GIL, so no Python code of that rank runs any more."""
+def test_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., None]) -> None:
+    """The rank hangs in C code that holds the GIL, so none of its Python code runs."""
     net = ["model.name=support.user_nets:Hanging", "model.args.call=15", f"model.args.rank={rank}"]
     with started(train(*net, "stall_timeout_s=20", nproc=nproc), tmp_path) as process:
-        written = tmp_path / "runs/r/metrics.jsonl"  # status.json lags by a second, and stays so
+        written = tmp_path / "runs/r/metrics.jsonl"  # status.json lags by a second
         wait_until(lambda: written.exists() and '"step": 12,' in written.read_text(), "training")
         began = time.monotonic()
         _out, err = process.communicate()
@@ -172,13 +176,13 @@ def test_a_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., 
     assert f"dist-train train --resume {tmp_path}/runs/r" in err
     assert not alive(tmp_path)
     row(
-        f"rank {rank} of {nproc} hangs (stall_timeout_s=20)", "exit 1, its stack, the command to resume",
-        f"{seconds:.0f}", "no process left",
+        f"rank {rank} of {nproc} hangs in C code that holds the GIL (stall_timeout_s=20)",
+        "exit 1, prints its stack and the command to resume", f"{seconds:.0f}", "no process left",
     )  # fmt: skip
 
 
-def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
-    """It cannot end itself, and the other ranks do not wait for it."""
+def test_rank_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
+    """The frozen rank cannot exit by itself, and the others do not wait for it."""
     with started(train("stall_timeout_s=20"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
         wait_until(lambda: step_of(tmp_path / "runs/r") >= 8, "training")
         (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()
@@ -190,10 +194,13 @@ def test_a_rank_is_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     assert process.returncode == 1
     assert "did not answer within stall_timeout_s=20" in err or "rank 1 was killed by SIGKILL" in err
     assert not alive(tmp_path)
-    row("rank 1 of 2 is frozen (SIGSTOP)", "exit 1; torchrun kills it", f"{seconds:.0f}", "no process left")
+    row(
+        "rank 1 of 2 is frozen (SIGSTOP; stall_timeout_s=20)", "exit 1; torchrun kills the rank",
+        f"{seconds:.0f}", "no process left",
+    )  # fmt: skip
 
 
-def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_clock_jumps(undisturbed: Path, tmp_path: Path, row: Callable[..., None]) -> None:
     """Timed saves, agreements and time accounting use a monotonic clock."""
     path = os.pathsep.join([str(CLOCK), os.environ["PYTHONPATH"]])
     with started(train("save_every=1 s", "model.args.slow_s=0.05"), tmp_path, PYTHONPATH=path) as process:
@@ -209,7 +216,10 @@ def test_the_clock_is_set(undisturbed: Path, tmp_path: Path, row: Callable[..., 
     last_but_one = sorted((tmp_path / "runs/r/checkpoints").glob("step_*"))[-2]
     set_back = next(line for line, later in pairwise(lines) if later["time"] < line["time"])
     assert int(last_but_one.name.removeprefix("step_")) > set_back["step"], "no timed save after the clock was set back"
-    row("the clock is set a year ahead, then a day back", "ends as always", "-", "to the bit")
+    row(
+        "the clock is set a year ahead, then a day back (Python's clock, in every process)", "finishes normally", "-",
+        "to the bit",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -224,4 +234,4 @@ def test_memory_runs_out(nproc: int, tmp_path: Path, row: Callable[..., None]) -
     assert f"Out of memory with per_device_batch_size={2 * smaller}" in done.stderr
     assert f"per_device_batch_size={smaller} needs less" in done.stderr
     assert "Traceback" not in done.stderr
-    row(f"memory runs out, {nproc} processes", f"exit 1, names per_device_batch_size={smaller}", "-", "-")
+    row(f"memory runs out, nproc={nproc}", f"exit 1, names per_device_batch_size={smaller}", "-", "-")

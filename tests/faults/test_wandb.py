@@ -13,12 +13,12 @@ import pytest
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, run, started
 from support.run_files import assert_bit_identical, metrics, step_of
-from support.trainings import STEPS, let_go, train
-from support.wandb_server import Manner, WandbServer
+from support.trainings import STEPS, release, train
+from support.wandb_server import Behaviour, WandbServer
 
-TABLE, COLUMNS = "surroundings", ("what goes bad", "what becomes of it", "seconds until it ends", "verified")
-AT_THE_START: list[Manner | None] = [None, "hangs", "refuses the key"]
-IN_MID_RUN: list[Manner | None] = [None, "hangs", "fails"]  # None: the server stops listening
+TABLE, COLUMNS = "environment faults", ("fault", "outcome", "seconds until exit", "verified")
+AT_START: list[Behaviour | None] = [None, "hangs", "rejects the API key"]
+MID_RUN: list[Behaviour | None] = [None, "hangs", "answers with 500"]  # None: the server stops listening
 
 
 def sync(folder: Path, history_of: Path, *, cut_off: bool = False) -> None:
@@ -27,7 +27,7 @@ def sync(folder: Path, history_of: Path, *, cut_off: bool = False) -> None:
     For a run that was `cut_off` while online, W&B confirms the delivery only sometimes.
     """
     command = [*DIST_TRAIN, "wandb", "sync", "runs/r"]
-    with WandbServer("refuses the key") as server:
+    with WandbServer("rejects the API key") as server:
         refused = run(command, folder, **server.env)
         assert refused.returncode == 1
         assert "has not confirmed" in refused.stderr
@@ -45,17 +45,17 @@ def same_history(server: WandbServer, run_dir: Path) -> None:
     assert delivered == list(expected.values())
 
 
-@pytest.mark.parametrize("manner", AT_THE_START)
-def test_wandb_does_not_answer(
-    manner: Manner | None, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+@pytest.mark.parametrize("behaviour", AT_START)
+def test_wandb_unreachable_at_start(
+    behaviour: Behaviour | None, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    with WandbServer(manner or "answers") as server:
-        if manner is None:
+    with WandbServer(behaviour or "answers") as server:
+        if behaviour is None:
             server.die()
         began = time.monotonic()
         with started(train("tracking.timeout_s=20", "model.args.slow_s=1"), tmp_path, None, **server.env) as process:
             wait_until(lambda: any((tmp_path / "runs/r/wandb").glob("offline-run-*")), "record offline")
-            let_go(tmp_path)
+            release(tmp_path)
             out, err = process.communicate()
         seconds = time.monotonic() - began
     assert process.returncode == 0, err
@@ -63,28 +63,28 @@ def test_wandb_does_not_answer(
     assert "W&B cannot be reached" in out
     assert_bit_identical(tmp_path / "runs/r", undisturbed)
     sync(tmp_path, tmp_path / "runs/r")
-    what = f"W&B {manner}" if manner else "nobody listens at W&B's port"
-    row(what, "ends as always, recorded offline, delivered later", f"{seconds:.0f}", "to the bit")
+    what = f"W&B {behaviour}" if behaviour else "W&B's port refuses connections"
+    row(what, "finishes normally, recorded offline, delivered later", f"{seconds:.0f}", "to the bit")
 
 
 def is_tracked(server: WandbServer, run_dir: Path) -> bool:
     return bool(server.runs) and step_of(run_dir) > 0
 
 
-def test_wandb_goes_away_in_mid_run(
+def test_wandb_fails_mid_run(
     count: Callable[[int], int], undisturbed: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    for number, manner in enumerate(IN_MID_RUN[: count(len(IN_MID_RUN))]):
+    for number, behaviour in enumerate(MID_RUN[: count(len(MID_RUN))]):
         folder = tmp_path / str(number)
         folder.mkdir()
         with WandbServer() as server, started(train(), folder, None, **server.env) as process:
             began = time.monotonic()
             wait_until(partial(is_tracked, server, folder / "runs/r"), "training")
-            if manner is None:
+            if behaviour is None:
                 server.die()
             else:
-                server.manner = manner
-            let_go(folder)
+                server.behaviour = behaviour
+            release(folder)
             out, err = process.communicate()
             seconds = time.monotonic() - began
         assert process.returncode == 0, err
@@ -92,11 +92,11 @@ def test_wandb_goes_away_in_mid_run(
         assert f"dist-train wandb sync {folder / 'runs/r'}" in out
         assert_bit_identical(folder / "runs/r", undisturbed)
         sync(folder, folder / "runs/r", cut_off=True)
-        what = f"W&B {manner} from mid-run on" if manner else "W&B's server dies in mid-run"
-        row(what, "ends as always, waits 60 s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
+        what = f"W&B {behaviour} from mid-run on" if behaviour else "W&B's server stops mid-run"
+        row(what, "finishes normally, waits 60 s for W&B, delivered later", f"{seconds:.0f}", "to the bit")
 
 
-def test_wandb_receives_a_resumed_run_once(tmp_path: Path) -> None:
+def test_wandb_receives_resumed_run_once(tmp_path: Path) -> None:
     """Online, stopped and resumed: one W&B run, and each line once."""
     with WandbServer() as server:
         with started(train(), tmp_path, None, **server.env) as process:
@@ -104,7 +104,7 @@ def test_wandb_receives_a_resumed_run_once(tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             process.communicate()
         half = len(server.history)
-        let_go(tmp_path)
+        release(tmp_path)
         done = run(train(), tmp_path, **server.env)
         assert done.returncode == 0, done.stderr
         assert half < STEPS // 4  # lines

@@ -1,4 +1,4 @@
-"""Machines without a scheduler: one is powered off and comes back while the other trains on; three start at once."""
+"""Machines without a scheduler: one is powered off and comes back while the other trains; three start at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT
 from support.ranks import run_forked
 from support.run_files import train_losses
-from support.trainings import SETTINGS, let_go
+from support.trainings import SETTINGS, release
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not can_be_made(), reason=REASON)]
 
@@ -29,7 +29,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield made
 
 
-def test_one_is_powered_off_and_comes_back(
+def test_host_powered_off_and_back(
     hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Callable[..., None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -61,28 +61,27 @@ def test_one_is_powered_off_and_comes_back(
     crashed_at = read_json(run_dir / "status.json")["step"]
     off_s = wait_until(lambda: trains_on(1, beyond=crashed_at), "training on one")
     lost = crashed_at - read_json(run_dir / "status.json")["resumed_at"]
-    hosts.heal("node2")
+    hosts.reconnect("node2")
     hosts.boot("node2")
     reached = read_json(run_dir / "status.json")["step"]
     two = start("node2")
     back_s = wait_until(lambda: trains_on(2, beyond=crashed_at), "training on both again")
     assert read_json(run_dir / "status.json")["resumed_at"] >= reached, "steps were lost"
-    let_go(tmp_path)
+    release(tmp_path)
     assert (one.wait(), two.wait()) == (0, 0), logs()
     assert read_json(run_dir / "status.json")["state"] == "FINISHED"
     assert run_forked([*DIST_TRAIN, "train", *EXACT, *held, "--run-name=alone"], tmp_path).returncode == 0
     assert train_losses(run_dir) == pytest.approx(train_losses(tmp_path / "runs/alone"), rel=1e-8)
     exact = "float64 losses of one process within 1e-8, on 2, 1 and 2 hosts"
     off = "one of two hosts without Slurm is powered off (`launch/restart.sh`, stall_timeout_s=30)"
-    row(off, "the other goes on alone", f"trains {off_s:.0f}", lost, exact)
-    row(
-        "the host is there again", "the run is asked to save and stop; all meet anew", f"train {back_s:.0f}", "0", exact
-    )
+    row(off, "the other host continues alone", f"trains {off_s:.0f}", lost, exact)
+    back = "the run saves and stops on request; both hosts restart it together"
+    row("the host comes back", back, f"trains {back_s:.0f}", "0", exact)
 
 
 @pytest.mark.full
-def test_three_start_at_once_and_are_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may meet at once, or stop and restart with the late one. No start removes the STOP file."""
+def test_three_hosts_start_together_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may rendezvous at once, or stop and restart with a late one. No start removes the STOP file."""
     monkeypatch.chdir(tmp_path)
     names = ["node1", "node2", "node3"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -76,7 +76,7 @@ def test_predict_agrees_with_evaluate(trained: Path, test_set: ImageSet, tmp_pat
     assert counted["accuracy_by_class"][3] == pytest.approx(float(confusion[3, 3] / confusion[3].sum()))
 
 
-def test_images_are_converted_to_the_nets_format(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
+def test_images_are_converted_to_format_of_net(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
     """The image is larger, RGB, inverted, a JPEG, and not square."""
     index = next(i for i, row in enumerate(logits_of(trained, test_set.images[:50]).softmax(1)) if row.max() > 0.9)
     small = Image.fromarray(test_set.images[index, 0].numpy())
@@ -113,7 +113,7 @@ assert classes == list("0123456789")
 """
 
 
-def test_an_export_needs_only_torch(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
+def test_export_needs_only_torch(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = call("export", trained, out)
     assert result.exit_code == 0, result.output
@@ -130,7 +130,7 @@ def test_an_export_needs_only_torch(trained: Path, test_set: ImageSet, tmp_path:
     assert "exists already" in again.output
 
 
-def test_a_run_by_its_name(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_found_by_name(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name is the one that `runs ls` prints."""
     monkeypatch.setenv("DIST_TRAIN_RUNS_DIR", str(trained.parent))
     for command in (("runs", "show"), ("runs", "tail"), ("runs", "compare"), ("evaluate",), ("train", "--resume")):
@@ -141,7 +141,7 @@ def test_a_run_by_its_name(trained: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "no-such-run is not a run" in missing.output
 
 
-def test_without_the_data_set(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_set_is_not_needed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with only the run suffices; a run of an older version needs its data set."""
     saved = TrainedNet.open(trained, "last")
     assert (saved.in_channels, saved.image_size, saved.classes) == (1, 28, tuple("0123456789"))
@@ -179,11 +179,11 @@ def confusion_on_ranks() -> None:
     assert mistakes[0].probability == pytest.approx(math.exp(3) / (math.exp(3) + 2))
 
 
-def test_confusion_over_ranks() -> None:
+def test_confusion_is_summed_over_ranks() -> None:
     run_on_ranks(confusion_on_ranks, world_size=3)
 
 
-def test_labels_outside_the_classes(world: World) -> None:
+def test_labels_outside_classes_are_ignored(world: World) -> None:
     """Such labels occur with a net's own loss; labels of narrow integer types do not overflow."""
     confusion = Confusion(most_mistakes=9)
     logits = torch.eye(20)[[19, 18, 0, 0]]
@@ -196,7 +196,7 @@ def test_labels_outside_the_classes(world: World) -> None:
     assert [each.index for each in confusion.mistakes(world)] == [1]
 
 
-def test_outputs_without_one_prediction_per_example(world: World) -> None:
+def test_outputs_without_single_prediction_are_not_mistakes(world: World) -> None:
     """NaN outputs and several per example are counted, but not shown as mistakes."""
     confusion = Confusion(most_mistakes=1)
     confusion.add(torch.tensor([[float("nan")] * 2, [0.0, 1.0]]), torch.tensor([1, 0]), torch.arange(2))

@@ -1,4 +1,4 @@
-"""`from dist_train import train`: runs of a script or notebook, in its own process, which stays as it was."""
+"""`from dist_train import train`: runs of a script or notebook, in its own process, whose state is restored."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def state_of_the_process() -> dict[str, Any]:
 
 
 @pytest.fixture
-def as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process after the test is the one before it."""
+def unchanged_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Check that the test leaves the process unchanged."""
     monkeypatch.chdir(tmp_path)
     before = state_of_the_process()
     yield
@@ -65,8 +65,8 @@ def as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert state_of_the_process() == before
 
 
-@pytest.mark.usefixtures("as_found")
-def test_a_script_trains_twice_with_other_numbers() -> None:
+@pytest.mark.usefixtures("unchanged_process")
+def test_two_runs_with_different_dtypes() -> None:
     first = train(settings("mixed_precision=bf16"), run_name="first")
     assert (first.state, first.run_dir) == ("FINISHED", Path("runs/first").absolute())
     assert first.metrics["mixed_precision"] == "bf16"
@@ -76,8 +76,8 @@ def test_a_script_trains_twice_with_other_numbers() -> None:
     assert not second.net.training
 
 
-@pytest.mark.usefixtures("as_found")
-def test_a_finished_run_is_returned_as_it_is() -> None:
+@pytest.mark.usefixtures("unchanged_process")
+def test_finished_run_is_returned_unchanged() -> None:
     first = train(settings(), run_name="r")
     again = train(settings(), run_name="r")
     assert (again.state, again.metrics) == (first.state, first.metrics)
@@ -85,9 +85,9 @@ def test_a_finished_run_is_returned_as_it_is() -> None:
         train(settings("seed=1"), run_name="r")
 
 
-@pytest.mark.usefixtures("as_found")
-def test_a_failure_leaves_the_process_as_it_was() -> None:
-    kept = []  # as a notebook keeps the last traceback, and with it all that the run has made
+@pytest.mark.usefixtures("unchanged_process")
+def test_failure_leaves_process_unchanged() -> None:
+    kept = []  # as a notebook keeps the last traceback, and with it all objects of the run
     for _ in range(2):
         with pytest.raises(TrainingDiverged, match=r"Lower optimizer\.lr") as found:
             train(settings("optimizer.lr=1e30"), run_name="diverged")
@@ -98,19 +98,19 @@ def test_a_failure_leaves_the_process_as_it_was() -> None:
         train(settings("model.name=nobody:Net"))
     with pytest.raises(ConfigError, match="nproc=0"):
         train(settings(), nproc=0)
-    assert [path.name for path in Path("runs").iterdir()] == ["diverged"]  # the others say no more than the error
+    assert [path.name for path in Path("runs").iterdir()] == ["diverged"]  # the others would hold only the error
     assert train(settings()).state == "FINISHED"
 
 
-@pytest.mark.usefixtures("as_found")
-def test_a_new_run_is_named_by_time_also_in_a_job() -> None:
+@pytest.mark.usefixtures("unchanged_process")
+def test_new_run_in_job_is_named_by_time() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_JOB_ID", "77")
         assert train(settings()).run_dir != train(settings("seed=1")).run_dir
 
 
-@pytest.mark.usefixtures("as_found")
-def test_a_second_ctrl_c_raises_keyboard_interrupt() -> None:
+@pytest.mark.usefixtures("unchanged_process")
+def test_second_ctrl_c_raises_keyboard_interrupt() -> None:
     timer = threading.Thread(target=_interrupt_once_it_trains, kwargs={"times": 2})
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -118,8 +118,8 @@ def test_a_second_ctrl_c_raises_keyboard_interrupt() -> None:
     timer.join()
 
 
-@pytest.mark.usefixtures("as_found")
-def test_a_failed_run_does_not_stay_open_in_wandb() -> None:
+@pytest.mark.usefixtures("unchanged_process")
+def test_failed_run_is_closed_in_wandb() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         with pytest.raises(TrainingDiverged):
@@ -128,8 +128,8 @@ def test_a_failed_run_does_not_stay_open_in_wandb() -> None:
     assert [len(list(Path(f"runs/{name}/wandb").glob("offline-run-*"))) for name in "ab"] == [1, 1]
 
 
-@pytest.mark.usefixtures("as_found")
-def test_a_thread_trains_and_a_second_one_is_refused() -> None:
+@pytest.mark.usefixtures("unchanged_process")
+def test_second_training_thread_is_refused() -> None:
     config, found = settings("model.name=support.user_nets:Gated"), []
     thread = threading.Thread(target=lambda: found.append(train(config, run_name="r")))
     thread.start()
@@ -141,8 +141,8 @@ def test_a_thread_trains_and_a_second_one_is_refused() -> None:
     assert found[0].state == "FINISHED"
 
 
-@pytest.mark.usefixtures("as_found")
-def test_what_the_script_has_armed_and_made_stays(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unchanged_process")
+def test_timer_and_accelerator_of_script_are_kept(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     with (tmp_path / "stacks").open("w") as file:
         faulthandler.dump_traceback_later(0.2, repeat=True, file=file)
@@ -154,8 +154,8 @@ def test_what_the_script_has_armed_and_made_stays(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.usefixtures("as_found")
-def test_ctrl_c_saves_and_the_same_call_continues() -> None:
+@pytest.mark.usefixtures("unchanged_process")
+def test_ctrl_c_saves_and_same_call_resumes() -> None:
     config = settings("model.name=support.user_nets:Gated", "train_for=12 steps", "log_every=1")
     timer = threading.Thread(target=_interrupt_once_it_trains)
     timer.start()
@@ -176,7 +176,7 @@ def _interrupt_once_it_trains(times: int = 1) -> None:
     Path(OPEN).touch()
 
 
-@pytest.mark.usefixtures("as_found")
+@pytest.mark.usefixtures("unchanged_process")
 def test_several_processes() -> None:
     result = train(settings(), nproc=2, run_name="two")
     assert (result.state, result.metrics["world_size"]) == ("FINISHED", 2)
@@ -188,14 +188,14 @@ def test_several_processes() -> None:
     assert [path.name for path in Path("runs").iterdir()] == ["two"]
 
 
-def test_inside_a_world_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_inside_distributed_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "h", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(LaunchError, match="this is rank 1 of 2"):
         train(settings())
 
 
-def test_importing_the_package_imports_nothing_else() -> None:
+def test_importing_package_imports_nothing_heavy() -> None:
     code = "import sys, dist_train; print({'torch', 'click', 'pydantic', 'dist_train.launch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

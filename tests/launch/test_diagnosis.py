@@ -49,7 +49,7 @@ def add(path: Path, text: str) -> None:
         file.write(text)
 
 
-def test_the_rank_that_hung_is_named(failed: RunDir) -> None:
+def test_hung_rank_is_named(failed: RunDir) -> None:
     for rank, log in enumerate([failed.launcher_log, failed.rank_log(1)]):
         before = log_sizes(failed)
         add(log, "\n" + DUMP)
@@ -61,7 +61,7 @@ def test_the_rank_that_hung_is_named(failed: RunDir) -> None:
         assert "stall_timeout_s" in cause
 
 
-def test_a_rank_that_waits_is_not_the_one_that_hung(failed: RunDir) -> None:
+def test_waiting_rank_is_not_blamed(failed: RunDir) -> None:
     """All ranks timed out at the same moment."""
     before = log_sizes(failed)
     waiting = DUMP.replace("/code/net.py", "/lib/torch/distributed/distributed_c10d.py")
@@ -74,7 +74,7 @@ def test_a_rank_that_waits_is_not_the_one_that_hung(failed: RunDir) -> None:
     assert diagnose_failure(failed, before).count("made no progress") == 2
 
 
-def test_a_ranks_own_error_comes_first(failed: RunDir) -> None:
+def test_reported_error_comes_first(failed: RunDir) -> None:
     """The other ranks' stacks, and torchrun's kill of ranks that do not end, are consequences."""
     before = log_sizes(failed)
     add(failed.launcher_log, DUMP + SUMMARY.format(code=-9))
@@ -82,7 +82,7 @@ def test_a_ranks_own_error_comes_first(failed: RunDir) -> None:
     assert diagnose_failure(failed, before).startswith("no more memory")
 
 
-def test_the_rank_that_was_killed_is_named(failed: RunDir) -> None:
+def test_killed_rank_is_named(failed: RunDir) -> None:
     before = log_sizes(failed)
     record_error(failed.error, PeerLost("gone"), 0, 1, "")
     add(failed.launcher_log, SUMMARY.format(code=-9))
@@ -93,7 +93,7 @@ def test_the_rank_that_was_killed_is_named(failed: RunDir) -> None:
     assert "/code/net.py" not in cause, "from an earlier attempt"
 
 
-def test_the_first_error_is_shown(failed: RunDir) -> None:
+def test_first_error_is_shown(failed: RunDir) -> None:
     before = log_sizes(failed)
     record_error(failed.error, ValueError("no such digit"), 1, 1, "")
     add(failed.launcher_log, SUMMARY.format(code=1))
@@ -103,7 +103,7 @@ def test_the_first_error_is_shown(failed: RunDir) -> None:
     assert cause.endswith("its last words")
 
 
-def test_a_rank_that_fails_before_it_can_report(failed: RunDir) -> None:
+def test_output_of_rank_that_fails_before_reporting_is_shown(failed: RunDir) -> None:
     """Its own output is shown, such as that of a failed import, not torchrun's summary after it."""
     before = log_sizes(failed)
     report = "W1126 02:21:21.49 99 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 7 a signal\n"

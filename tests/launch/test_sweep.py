@@ -19,7 +19,7 @@ from dist_train.launch.subprocesses import begin_train
 from dist_train.launch.sweep import Grid, Sweep
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, run, started
-from support.trainings import let_go
+from support.trainings import release
 from support.wandb_server import WandbServer
 
 SETTINGS = shlex.split("-c smoke -o log_every=10 -o eval_every=0 -o final_train_eval=false -o 'train_for=400 steps'")
@@ -28,7 +28,7 @@ GRID = ["optimizer.lr=[1e-3, 3e-3]", "seed=[0,1]"]
 COMMAND = [*DIST_TRAIN, "sweep", *SETTINGS, *HELD, *GRID, "--name", "s"]
 
 
-def test_lists_are_axes() -> None:
+def test_lists_form_a_grid() -> None:
     grid = Grid.of("s", "smoke", ["train_for=20 steps", *GRID])
     assert grid.common == ("train_for=20 steps",)
     assert [point.name for point in grid.points[:3]] == ["s-lr=1e-3-seed=0", "s-lr=1e-3-seed=1", "s-lr=3e-3-seed=0"]
@@ -48,7 +48,7 @@ def test_lists_are_axes() -> None:
         ("model.args={hidden: 1}", []),
     ],
 )
-def test_which_lists_are_axes(override: str, items: list[str]) -> None:
+def test_lists_are_axes_unless_setting_is_a_list(override: str, items: list[str]) -> None:
     grid = Grid.of("s", "smoke", [override, "seed=[7]"])
     assert [point.settings for point in grid.points] == [
         (*([item] if item else []), "seed=7") for item in items or [""]
@@ -56,7 +56,7 @@ def test_which_lists_are_axes(override: str, items: list[str]) -> None:
     assert grid.common == (() if items else (override,))
 
 
-def test_lists_that_need_each_other_are_no_axes() -> None:
+def test_dependent_lists_are_not_axes() -> None:
     """Neither mean nor std is valid without the other."""
     normalize = ["data.normalize.mean=[0.5]", "data.normalize.std=[0.5]"]
     assert Grid.of("s", "smoke", [*normalize, "seed=[7]"]).common == tuple(normalize)
@@ -72,12 +72,12 @@ def test_lists_that_need_each_other_are_no_axes() -> None:
         (["seed=[0, 1, 0]"], "seed=0: another combination has the name s-seed=0"),
     ],
 )
-def test_nothing_starts_if_a_combination_is_invalid(overrides: list[str], message: str) -> None:
+def test_nothing_starts_if_combination_is_invalid(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Grid.of("s", "smoke", overrides)
 
 
-def test_lines_for_an_array() -> None:
+def test_lines_for_job_array() -> None:
     result = CliRunner().invoke(main, ["sweep", "-c", "smoke", *GRID, "--lines"])
     assert result.output.splitlines()[0] == "optimizer.lr=1e-3 seed=0"
     refused = CliRunner().invoke(main, ["sweep", "-c", "smoke", "train_for=[2 epochs, 3 epochs]", "--lines"])
@@ -102,14 +102,14 @@ def results(folder: Path) -> dict[str, tuple[int, int, float]]:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_sweep_resumes_with_the_missing_runs(sent: signal.Signals, tmp_path: Path) -> None:
+def test_sweep_resumes_with_missing_runs(sent: signal.Signals, tmp_path: Path) -> None:
     """The sweep is stopped when one or two of four runs are finished and the next one trains."""
     with started([*COMMAND, "--jobs", "2"], tmp_path) as process:
         wait_until(lambda: len(results(tmp_path)) >= 1 and "TRAINING" in states(tmp_path).values(), "a run")
         os.kill(process.pid, sent)
         out, _err = process.communicate()
         wait_until(lambda: not alive(tmp_path), "end of its runs")  # they do not outlive it
-    let_go(tmp_path)
+    release(tmp_path)
     before = results(tmp_path)
     assert 1 <= len(before) < 4
     if sent == signal.SIGTERM:
@@ -135,7 +135,7 @@ def test_a_sweep_resumes_with_the_missing_runs(sent: signal.Signals, tmp_path: P
     assert "--name" in other.stderr
 
 
-def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
+def test_failed_run_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(
         "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, size):\n"
         "        assert size > 0\n        super().__init__(nn.Flatten(), nn.Linear(784, 10))\n"
@@ -148,7 +148,7 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
     assert "AssertionError" in done.stdout
 
 
-def test_its_runs_are_none_of_an_outer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_do_not_inherit_outer_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "outer")
     monkeypatch.setenv("WANDB_NAME", "outer")
     monkeypatch.chdir(tmp_path)
@@ -160,12 +160,12 @@ def test_its_runs_are_none_of_an_outer_one(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["a b", "../x", "-x"])
-def test_an_invalid_run_name(name: str, tmp_path: Path) -> None:
+def test_invalid_sweep_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--name="):
         Sweep(Grid.of(name, "smoke", ["seed=[0]"]), tmp_path, jobs=1, nproc=None)
 
 
-def test_an_agent_of_wandb(tmp_path: Path) -> None:
+def test_wandb_agent(tmp_path: Path) -> None:
     """The real agent takes its orders from a fake server; it chooses the arguments and names itself."""
     config = (ROOT / "configs/sweep.yaml").read_text()
     short = config.replace("mnist_mlp,", 'smoke, "log_every=10", "final_train_eval=false", "train_for=40 steps",')

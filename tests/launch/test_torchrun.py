@@ -25,7 +25,7 @@ from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, alive, ranks_of, run, started
 from support.ranks import run_forked
 from support.run_files import assert_bit_identical, metrics, status, step_of, train_losses
-from support.trainings import SETTINGS, let_go
+from support.trainings import SETTINGS, release
 
 LAUNCH_METHODS = {
     "python": [sys.executable, "-m", "dist_train", "train"],
@@ -36,7 +36,7 @@ LAUNCH_METHODS = {
 }
 
 
-def test_every_launch_method_gives_the_same_losses(tmp_path: Path) -> None:
+def test_every_launch_method_gives_same_losses(tmp_path: Path) -> None:
     """20 steps in float64, where rounding cannot hide a difference."""
     for method, command in LAUNCH_METHODS.items():
         name = valid_run_name(method)
@@ -62,7 +62,7 @@ def test_every_launch_method_gives_the_same_losses(tmp_path: Path) -> None:
     ],
     ids=["accelerate --cpu", "accelerate MULTI_CPU", "partial environment"],
 )
-def test_an_accidental_single_process_is_refused(command: list[str], env: dict[str, str], tmp_path: Path) -> None:
+def test_accidental_single_process_is_refused(command: list[str], env: dict[str, str], tmp_path: Path) -> None:
     lines = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
     (tmp_path / "multi_cpu.yaml").write_text(lines + "num_machines: 1\nmixed_precision: 'no'\n")
     done = run([*command, *SETTINGS], tmp_path, **env)
@@ -71,7 +71,7 @@ def test_an_accidental_single_process_is_refused(command: list[str], env: dict[s
     assert not (tmp_path / "runs").exists()
 
 
-def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
+def test_resume_after_sigterm_in_mid_epoch(tmp_path: Path) -> None:
     """TERM at any step: state INTERRUPT, exit 0, and the resumed run equals an uninterrupted one."""
     command = [str(ROOT / "launch/local.sh"), "2", *SETTINGS, "-o", "train_for=600 steps"]
     command += ["model.name=support.user_nets:GatedBks", "-o", "data.name=support.user_sets:mnist_part"]
@@ -84,7 +84,7 @@ def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
     step = step_of(stopped)
     assert 10 <= step < 600
     assert alive(tmp_path) == []
-    let_go(tmp_path)
+    release(tmp_path)
     done = run([*command, "--run-name", "stopped"], tmp_path)
     assert done.returncode == 0, done.stderr
     uninterrupted = run_forked([*DIST_TRAIN, "train", *command[2:], "--run-name", "uninterrupted"], tmp_path, 2)
@@ -97,7 +97,7 @@ def test_sigterm_in_mid_epoch_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nproc", [[], ["--nproc", "2"]], ids=["1 process", "2 processes"])
-def test_a_closed_terminal_is_a_stop_request(nproc: list[str], tmp_path: Path) -> None:
+def test_closed_terminal_is_stop_request(nproc: list[str], tmp_path: Path) -> None:
     """The run saves and ends cleanly although stdout and stderr are gone."""
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
@@ -117,7 +117,7 @@ def test_a_closed_terminal_is_a_stop_request(nproc: list[str], tmp_path: Path) -
     assert status(tmp_path / "runs/r") == "INTERRUPT"
 
 
-def test_a_broken_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
+def test_broken_pipe_does_not_stop_run(tmp_path: Path) -> None:
     """`dist-train train ... | head -n 1`, and nohup: neither a broken pipe nor HUP stops the run."""
     command = ["nohup", *DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "-o", "eval_every=20", "--run-name", "r"]
     with started(command, tmp_path) as process:
@@ -131,7 +131,7 @@ def test_a_broken_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=lambda sent: sent.name)
-def test_loader_workers_survive_a_signal_to_all(sent: signal.Signals, tmp_path: Path) -> None:
+def test_loader_workers_survive_signal_to_process_group(sent: signal.Signals, tmp_path: Path) -> None:
     """torchrun forwards TERM to process groups, and Slurm signals all processes of a job, including the workers."""
     options = ["-o", "data.name=support.user_sets:Jittered", "-o", "data.num_workers=2", "-o", "train_for=10000 epochs"]
     run_dir = tmp_path / "runs/r"
@@ -147,7 +147,7 @@ def test_loader_workers_survive_a_signal_to_all(sent: signal.Signals, tmp_path: 
     assert status(run_dir) == ("PREEMPTED" if sent == signal.SIGUSR1 else "INTERRUPT")
 
 
-def test_a_stop_before_training_began_is_one_line(tmp_path: Path) -> None:
+def test_stop_before_training_prints_one_line(tmp_path: Path) -> None:
     with started([*DIST_TRAIN, "train", *SETTINGS, "--nproc", "2", "--run-name", "r"], tmp_path) as process:
         wait_until(lambda: len(ranks_of(tmp_path)) > 0, "ranks started")
         process.send_signal(signal.SIGTERM)
@@ -166,7 +166,7 @@ def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> N
         "accelerate": [str(ROOT / "launch/accelerate.sh")],
     }[launcher]
     run_dir = tmp_path / "runs/orphans"
-    settings = [*SETTINGS, "-o", "train_for=100 epochs", "-o", "model.name=support.user_nets:Unhurried"]
+    settings = [*SETTINGS, "-o", "train_for=100 epochs", "-o", "model.name=support.user_nets:LongOrphanGrace"]
     with started([*command, *settings, "--run-name", "orphans"], tmp_path, NPROC="2") as process:
         wait_until(lambda: step_of(run_dir) >= 20, "the first steps")
         process.kill()
@@ -176,7 +176,7 @@ def test_ranks_do_not_outlive_their_launcher(launcher: str, tmp_path: Path) -> N
     assert step_of(run_dir) >= 20
 
 
-def test_a_zombie_is_dead() -> None:
+def test_zombie_counts_as_dead() -> None:
     """A killed launcher that nobody reaps must not keep its ranks alive."""
     process = subprocess.Popen(["sleep", "60"])
     assert is_alive(process.pid)
@@ -185,7 +185,7 @@ def test_a_zombie_is_dead() -> None:
     process.wait()
 
 
-def test_the_first_failing_rank_is_the_one_shown(tmp_path: Path) -> None:
+def test_first_failing_rank_is_shown(tmp_path: Path) -> None:
     """One rank raises during training: all stop, with one message, and no process is left."""
     net = ["model.name=support.user_nets:Failing", "model.args.call=30", "model.args.rank=1"]
     done = run([*DIST_TRAIN, "launch", "--nproc", "2", *SETTINGS, "--run-name", "x", *net], tmp_path)
@@ -199,7 +199,7 @@ def test_the_first_failing_rank_is_the_one_shown(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "runs/x/error.json").read_text())["rank"] == 1
 
 
-def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
+def test_killed_rank_ends_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs/killed"
     command = [*DIST_TRAIN, "launch", "--nproc", "2", *SETTINGS, "-o", "train_for=100 epochs", "--run-name", "killed"]
     with started(command, tmp_path) as process:
@@ -233,13 +233,13 @@ def test_init_from_and_resume_never(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "x" * 300, ""])
-def test_a_rendezvous_endpoint_that_does_not_resolve(host: str) -> None:
+def test_unresolvable_rendezvous_endpoint_is_refused(host: str) -> None:
     with pytest.raises(LaunchError, match=rf'--rdzv-endpoint={host}:1: "{host}" cannot be resolved'):
         Nodes.parse("2", f"{host}:1", 60.0)
 
 
 @pytest.mark.parametrize("command", [["launch", "--nproc=2"], ["train", "--nproc=2"]])
-def test_machines_that_are_asked_for_from_outside(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pet_nnodes_from_environment_is_refused(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun would wait for them forever; if they were ignored, each would start a training of its own."""
     for name, value in {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "head"}.items():
         monkeypatch.setenv(name, value)
@@ -252,7 +252,7 @@ def test_machines_that_are_asked_for_from_outside(command: list[str], monkeypatc
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])
-def test_scripts_for_one_machine_say_so(script: str, tmp_path: Path) -> None:
+def test_single_machine_scripts_refuse_pet_nnodes(script: str, tmp_path: Path) -> None:
     for launcher in ("torchrun", "accelerate-launch"):
         (tmp_path / launcher).write_text("#!/bin/sh\necho started\n")
         (tmp_path / launcher).chmod(0o755)
@@ -266,7 +266,7 @@ def test_scripts_for_one_machine_say_so(script: str, tmp_path: Path) -> None:
             assert done.stderr.startswith(f"error: PET_NNODES={machines}: this is for one machine.")
 
 
-def test_torchrun_gets_no_options_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_gets_no_options_from_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PET_RDZV_ID", "x")
     (tmp_path / "show.py").write_text("import os\nprint([name for name in os.environ if name.startswith('PET_')])\n")

@@ -57,7 +57,7 @@ def train(settings: dict[str, Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "size"), nets())
-def test_a_net_trains_resumes_evaluates_and_exports(name: str, size: int, tmp_path: Path) -> None:
+def test_net_trains_resumes_evaluates_and_exports(name: str, size: int, tmp_path: Path) -> None:
     settings = {
         "data": {"name": "support.user_sets:noise", "args": {"size": size}}, "model": {"name": name}, "device": "cpu",
         "global_batch_size": 4, "train_for": "3 steps", "ema_decay": 0.9, "eval_every": 0, "final_train_eval": False,

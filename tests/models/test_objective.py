@@ -35,7 +35,7 @@ class Net(nn.Module):
         return self.answer
 
 
-def test_our_own_counts_cannot_be_overwritten() -> None:
+def test_harness_metrics_cannot_be_overwritten() -> None:
     net = Net()
     net.answer = {"loss": 7.0, "f1": 0.5}
     with pytest.raises(UserCodeError, match="must not return loss"):
@@ -44,7 +44,7 @@ def test_our_own_counts_cannot_be_overwritten() -> None:
     assert Objective(net).metrics(torch.zeros(2), torch.zeros(2)) == {"f1": 0.5}
 
 
-def test_an_output_of_half_precision_is_no_basis_for_a_count() -> None:
+def test_half_precision_output_is_converted_to_fp32() -> None:
     half, double = torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)
     for inputs in (half, [half, 3], {"logits": half}, (half, {"features": [half.half()]})):
         output = Objective(Net()).forward(nn.Identity(), inputs)
@@ -56,17 +56,17 @@ def test_an_output_of_half_precision_is_no_basis_for_a_count() -> None:
     assert Objective(Net()).forward(nn.Identity(), unchanged) is unchanged
 
 
-def test_a_loss_per_example_is_rejected() -> None:
+def test_loss_per_example_is_rejected() -> None:
     with pytest.raises(UserCodeError, match=r"one number.*shape \[2\]"):
         Objective(Net()).loss(torch.zeros(2), torch.zeros(2))
 
 
-def test_label_smoothing_with_an_own_loss_is_rejected() -> None:
+def test_label_smoothing_with_own_loss_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"label_smoothing=0\.1"):
         Objective(Net(), label_smoothing=0.1)
 
 
-def test_accuracy_only_for_classifiers() -> None:
+def test_accuracy_is_counted_only_for_classifiers() -> None:
     labels = torch.tensor([0, 1, 1])
     assert count_correct(torch.eye(3)[:, :2], labels) == 2
     assert count_correct(torch.zeros(3, 1), labels) is None  # one output: argmax would always be 0
@@ -79,7 +79,7 @@ class TwoInputs(nn.Module):
         return first + second
 
 
-def test_inputs_are_unpacked_for_a_net_with_several_arguments() -> None:
+def test_inputs_are_unpacked_for_net_with_several_arguments() -> None:
     pair = [torch.ones(2), torch.ones(2)]
     assert Objective(TwoInputs()).forward(TwoInputs(), pair).tolist() == [2, 2]
     assert Objective(Net()).forward(Net(), pair) is pair
@@ -112,8 +112,8 @@ LOGITS, LABELS = torch.zeros(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     ],
     ids=["tuple", "one output", "no batch", "floats", "int32", "a column", "dict", "label", "two labels", "pixels"],
 )
-def test_what_does_not_fit_is_shown(output: Any, targets: Any, expected: str) -> None:
-    """By the check before the first step, and by the loss if it fails."""
+def test_mismatched_output_and_targets_are_shown(output: Any, targets: Any, expected: str) -> None:
+    """The check before the first step shows it, and the loss if it fails."""
     objective = Objective(Plain())
     examples: Any = []
     indices = torch.tensor([3, 5, 7, 11, 13, 17])
@@ -132,8 +132,8 @@ def test_valid_output_and_targets_are_accepted() -> None:
     Objective(Net()).check((LOGITS, LOGITS), None)  # the net has its own loss
 
 
-def test_labels_are_checked_on_the_host() -> None:
-    """Before a GPU kernel reads them: after a device-side assert nothing can be read any more."""
+def test_labels_are_checked_on_host() -> None:
+    """A GPU kernel must not read them first: after a device-side assert nothing can be read."""
     with pytest.raises(UserCodeError, match="label 4"):
         Objective(Plain()).check_labels(LOGITS, LABELS + 1)
     Objective(Plain()).check_labels(LOGITS, None)
@@ -141,12 +141,12 @@ def test_labels_are_checked_on_the_host() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus.")])
-def test_errors_that_are_not_of_the_net_pass_unchanged(error: Exception) -> None:
+def test_errors_outside_net_pass_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)), ErrorContext(Plain(), "at step 3", LABELS, torch.zeros(6)):  # type: ignore[arg-type]
         raise error
 
 
-def test_all_labels_of_a_resident_set_are_checked_before_the_first_step(world: World) -> None:
+def test_all_labels_of_resident_set_are_checked_before_first_step(world: World) -> None:
     """A compiled step or a CUDA graph could not report a wrong label later."""
     train = ImageSet(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.arange(40) % 3, ("a", "b", "c", "d"))
     train.labels[17] = 3

@@ -118,7 +118,7 @@ def test_number_of_weights_and_shapes(name: str, count: int) -> None:
     assert other(torch.rand(5, 3, 32, 32)).shape == (5, 7)
 
 
-def test_the_test_above_covers_every_net() -> None:
+def test_weight_counts_cover_every_net() -> None:
     assert list(MODELS) == ["mlp", "bks", "guide", "conv", "fast", "speedrun"]
 
 
@@ -156,11 +156,11 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
             assert mine.grad.abs().sum() > 0
 
 
-def test_conv_equals_the_tutorial() -> None:
+def test_conv_equals_tutorial() -> None:
     assert_same_gradients(build("conv"), TutorialConv())
 
 
-def test_bks_equals_the_tutorial() -> None:
+def test_bks_equals_tutorial() -> None:
     assert_same_gradients(build("bks"), build(bundle=BUNDLE))
 
 
@@ -173,7 +173,7 @@ def test_bks_without_dropout_draws_nothing() -> None:
     assert not torch.equal(dropping(images), dropping(images))
 
 
-def test_too_small_images() -> None:
+def test_too_small_images_are_refused() -> None:
     assert fails(ConfigError, "bks", image_size=15) == ("model.name=bks needs image_size of at least 16, not 15.")
     assert build("bks", image_size=16)(torch.rand(2, 1, 16, 16)).shape == (2, 10)
 
@@ -182,7 +182,7 @@ def test_too_small_images() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"name": "conv"}, {"bundle": BUNDLE}, {"name": "torchvision:squeezenet1_1"}])
-def test_the_weights_depend_only_on_the_seed(settings: dict[str, Any]) -> None:
+def test_weights_depend_only_on_seed(settings: dict[str, Any]) -> None:
     def weights(seed: int) -> Tensor:
         return torch.cat([weight.detach().flatten() for weight in build(seed=seed, **settings).parameters()])
 
@@ -192,7 +192,7 @@ def test_the_weights_depend_only_on_the_seed(settings: dict[str, Any]) -> None:
     assert not torch.equal(weights(1), first)
 
 
-def test_building_changes_no_generator() -> None:
+def test_building_net_leaves_generators_unchanged() -> None:
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
@@ -204,14 +204,14 @@ def test_building_changes_no_generator() -> None:
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected
 
 
-def test_a_net_that_uses_other_generators_depends_only_on_the_seed(own_module: Path) -> None:
+def test_net_that_uses_other_generators_depends_only_on_seed(own_module: Path) -> None:
     first, second, other = (build("my_own_nets:Drawn", seed=seed).drawn for seed in (0, 0, 1))
     assert first == second
     assert first[0] != other[0]
     assert first[1] != other[1]
 
 
-def test_default_dtype() -> None:
+def test_nets_use_default_dtype() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         model = build("fast")
@@ -224,7 +224,7 @@ def test_default_dtype() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_torchvision(channels: int) -> None:
+def test_torchvision_net(channels: int) -> None:
     model = build("torchvision:resnet18", in_channels=channels, num_classes=7)
     assert model(torch.rand(2, channels, 32, 32)).shape == (2, 7)
     assert num_weights(model) == 11_689_512 - 513 * (1000 - 7) - (3 - channels) * 64 * 49
@@ -237,14 +237,14 @@ def test_torchvision_nets_return_only_logits() -> None:
     assert world_size_dependent_layers(model) == [BATCHNORM, DROPOUT]
 
 
-def test_timm() -> None:
+def test_timm_net() -> None:
     pytest.importorskip("timm")
     model = build("timm:test_vit", num_classes=7, args={"img_size": 28, "patch_size": 7})
     assert model(torch.rand(2, 1, 28, 28)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
-def test_weights_that_cannot_be_fetched(
+def test_failed_weight_download_is_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error without a network: huggingface_hub's LocalEntryNotFoundError or urllib's URLError, both an OSError.
@@ -268,12 +268,12 @@ def test_weights_that_cannot_be_fetched(
     assert text.endswith('True)"' if name.startswith("timm") else """weights='IMAGENET1K_V1')\"""")
 
 
-def test_timm_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_timm_names_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     assert fails(ConfigError, "timm:resnet10t").endswith("needs timm: pip install 'dist-train[timm]'.")
 
 
-def test_user_classes_get_what_they_accept(own_module: Path) -> None:
+def test_user_classes_get_arguments_they_accept(own_module: Path) -> None:
     assert build("my_own_nets:Fixed", in_channels=None, num_classes=None, image_size=None).out_features == 10
     sized = build("my_own_nets:Sized", num_classes=5, args={"width": 4})
     assert (sized.in_features, sized.out_features) == (4, 5)
@@ -284,14 +284,14 @@ def test_user_classes_get_what_they_accept(own_module: Path) -> None:
 # --- errors ---
 
 
-def test_unknown_names_get_a_suggestion() -> None:
+def test_unknown_names_get_suggestion() -> None:
     text = fails(ConfigError, "convv")
     assert text.startswith("model.name=convv: no such net. Did you mean conv? Nets: mlp, bks, guide, conv, fast, speed")
     assert "Did you mean torchvision:resnet18?" in fails(ConfigError, "torchvision:resnet19")
     assert "Did you mean timm:resnet10t?" in fails(ConfigError, "timm:resnet10")
 
 
-def test_the_error_of_unknown_arguments_lists_the_valid_ones(own_module: Path) -> None:
+def test_error_of_unknown_arguments_lists_valid_ones(own_module: Path) -> None:
     text = fails(ConfigError, "mlp", args={"hiden": 3})
     assert text.startswith("Unknown setting model.args.hiden. Did you mean model.args.hidden? It takes: in_channels, ")
     assert "model.args.zero_init_residual" in fails(ConfigError, "torchvision:resnet18", args={"zero_init_resid": 1})
@@ -303,7 +303,7 @@ def test_the_error_of_unknown_arguments_lists_the_valid_ones(own_module: Path) -
 
 
 @pytest.mark.parametrize("name", ["mlp", "torchvision:resnet18", "timm:resnet10t", "my_own_nets:Sized"])
-def test_a_data_set_that_does_not_provide_the_number_of_classes(name: str, own_module: Path) -> None:
+def test_missing_number_of_classes_is_named(name: str, own_module: Path) -> None:
     text = fails(ConfigError, name, num_classes=None)
     assert text.startswith(
         f"model.name={name} needs num_classes, which the data set does not provide. Give the data set's"
@@ -311,7 +311,7 @@ def test_a_data_set_that_does_not_provide_the_number_of_classes(name: str, own_m
     assert "`classes` or `num_classes`" in text
 
 
-def test_user_classes_without_the_expected_interface(own_module: Path) -> None:
+def test_user_classes_with_wrong_interface_are_refused(own_module: Path) -> None:
     text = fails(UserCodeError, "my_own_nets:Broken")
     assert text.startswith(f"model.name=my_own_nets:Broken cannot be constructed: {own_module}:23: RuntimeError: ")
     assert "returns a list, not a torch.nn.Module" in fails(UserCodeError, "my_own_nets:no_net")
@@ -322,7 +322,7 @@ def test_user_classes_without_the_expected_interface(own_module: Path) -> None:
     assert "has no Fixd. Found: Fixed (line 4)" in fails(UserCodeError, "my_own_nets:Fixd")
 
 
-def test_a_lazy_layer_is_named(own_module: Path) -> None:
+def test_lazy_layer_is_named(own_module: Path) -> None:
     assert fails(UserCodeError, "my_own_nets:Lazy").startswith("Lazy: layer 1 is a LazyLinear without a size")
     one, other = build("my_own_nets:Made"), build("my_own_nets:Made")
     assert torch.equal(one[1].weight, other[1].weight)
@@ -331,7 +331,7 @@ def test_a_lazy_layer_is_named(own_module: Path) -> None:
 # --- what depends on the world size ---
 
 
-def test_parts_that_depend_on_the_division(own_module: Path) -> None:
+def test_world_size_dependent_layers(own_module: Path) -> None:
     for name in ("mlp", "guide", "conv", "fast", "my_own_nets:NoDrop", "my_own_nets:Fixed"):
         assert world_size_dependent_layers(build(name)) == [], name
     assert world_size_dependent_layers(build("bks", args={"dropout": 0.0})) == []

@@ -22,7 +22,7 @@ from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.reports.compare import differing_settings, group_seeds, read_run, run_table, seed_table
 from dist_train.runs.summary import find_runs, summarise
-from support.browser import look_at, needs_browser
+from support.browser import needs_browser, render_page
 from support.run_files import metrics
 
 STEPS = 40
@@ -68,7 +68,7 @@ def call(*arguments: object) -> Result:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two settings with two seeds each, and one of each other thing that a runs folder may hold."""
+    """Two settings with two seeds each, and one of each other kind of folder that may be beside runs."""
     for lr in (0.01, 0.1):
         for seed in (0, 1):
             make_run(tmp_path / f"lr{lr}-s{seed}", {"optimizer": {"lr": lr}, "seed": seed}, gain=lr + seed / 100)
@@ -91,7 +91,7 @@ def folder(tmp_path: Path) -> Path:
 # --- list and show ---------------------------------------------------------------------------------------------------
 
 
-def test_each_run_has_its_state(folder: Path) -> None:
+def test_states_of_runs(folder: Path) -> None:
     states = {run.name: run.state for run in find_runs(folder)}
     finished = dict.fromkeys(("lr0.01-s0", "lr0.01-s1", "lr0.1-s0", "lr0.1-s1"), "FINISHED")
     assert states == finished | {"live": "TRAINING", "killed": "KILLED", "silent": "SILENT"} | dict.fromkeys(
@@ -144,7 +144,7 @@ def test_an_accuracy_that_is_no_share(tmp_path: Path) -> None:
         assert shown in call("runs", "compare", *(tmp_path / path for path in paths)).output.split()
 
 
-def test_show_says_how_to_resume(folder: Path) -> None:
+def test_show_prints_resume_hint(folder: Path) -> None:
     output = call("runs", "show", folder / "killed").output
     assert "KILLED" in output
     assert "30/40 75%" in output
@@ -153,7 +153,7 @@ def test_show_says_how_to_resume(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["step", "epoch", "samples", "attempt", "time", "epoch_s", "train/loss"])
-def test_lines_that_lack_a_key(key: str, folder: Path) -> None:
+def test_lines_with_missing_key_are_tolerated(key: str, folder: Path) -> None:
     """A single flipped bit can change a key."""
     path = RunDir(folder / "lr0.1-s0").metrics.path
     path.write_text(path.read_text().replace(f'"{key}"', '"another"', 3))
@@ -204,7 +204,7 @@ def test_stop_accepts_queued_jobs(
         assert result.output.startswith(f"Job 7 of {run_dir.path} has not begun: it stops after its first step")
 
 
-def test_tail_follows_to_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tail_follows_run_to_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Across a resume, which removes lines and writes them again."""
     run_dir = RunDir(folder / "live")
     following, real_sleep = threading.Event(), time.sleep
@@ -240,7 +240,7 @@ def test_only_differing_settings_are_shown(folder: Path) -> None:
     assert differing_settings(runs[:1]) == {}
 
 
-def test_the_best_is_marked(folder: Path) -> None:
+def test_best_value_is_marked(folder: Path) -> None:
     runs = [read_run(folder / name) for name in ("lr0.01-s0", "lr0.1-s0", "killed", "half")]
     table = run_table(runs)
     best = {column: row[0] for row in table.rows for column, cell in zip(table.columns, row, strict=True)
@@ -250,7 +250,7 @@ def test_the_best_is_marked(folder: Path) -> None:
     assert "run" not in best
 
 
-def test_seeds_are_one_experiment(folder: Path) -> None:
+def test_seeds_are_grouped_as_one_experiment(folder: Path) -> None:
     names = ("lr0.01-s0", "lr0.1-s0", "lr0.01-s1", "lr0.1-s1", "half")
     runs = [read_run(folder / name) for name in names]
     assert [[run.name for run in group] for group in group_seeds(runs)] == [
@@ -274,7 +274,7 @@ def test_time_between_attempts_does_not_count(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run").curve("train/loss", "seconds")[0] == [0.0, 10.0, 10.0, 15.0]
 
 
-def test_every_output_format_has_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+def test_every_output_format_has_same_numbers(folder: Path, tmp_path: Path) -> None:
     paths = [folder / name for name in ("lr0.01-s0", "lr0.1-s0", "live", "killed", "half")]
     files = [tmp_path / f"c.{suffix}" for suffix in ("md", "csv", "json", "png", "html")]
     result = call("runs", "compare", *paths, *(f"--out={file}" for file in files))
@@ -297,13 +297,13 @@ def test_every_output_format_has_the_same_numbers(folder: Path, tmp_path: Path) 
 
 
 @needs_browser
-def test_the_page_in_a_browser_without_a_network(folder: Path, tmp_path: Path) -> None:
+def test_page_in_browser_without_network(folder: Path, tmp_path: Path) -> None:
     """Its numbers are those of metrics.jsonl, and it shows all charts."""
     names = ("lr0.01-s0", "lr0.01-s1", "lr0.1-s0", "killed")
     page = tmp_path / "page.html"
     result = call("runs", "compare", *(folder / name for name in names), f"--out={page}")
     assert result.exit_code == 0, result.output
-    shown = look_at(page, tmp_path)
+    shown = render_page(page, tmp_path)
     runs, seeds = shown["tables"]
     for name, row in zip(names, runs["rows"], strict=True):
         cells = dict(zip(runs["columns"], row, strict=True))
@@ -322,7 +322,7 @@ def test_the_page_in_a_browser_without_a_network(folder: Path, tmp_path: Path) -
     assert all(width > 500 and height > 200 for _, width, height in shown["pictures"])
 
 
-def test_names_are_escaped_in_the_page(tmp_path: Path) -> None:
+def test_names_are_escaped_in_page(tmp_path: Path) -> None:
     from dist_train.runs.reports.html import to_html
 
     make_run(tmp_path / "<b>&|x")
@@ -332,7 +332,7 @@ def test_names_are_escaped_in_the_page(tmp_path: Path) -> None:
     assert "&lt;b&gt;&amp;|x" in page
 
 
-def test_without_matplotlib_the_rest_is_written(folder: Path, tmp_path: Path) -> None:
+def test_other_outputs_are_written_without_matplotlib(folder: Path, tmp_path: Path) -> None:
     """The page lacks its curves, and everything that cannot be written is reported."""
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     files = [tmp_path / name for name in ("a.png", "b.html", "c.csv")]
@@ -350,7 +350,7 @@ def test_without_matplotlib_the_rest_is_written(folder: Path, tmp_path: Path) ->
     assert "<img" not in files[1].read_text()
 
 
-def test_a_live_run_is_summarised(folder: Path) -> None:
+def test_live_run_is_summarised(folder: Path) -> None:
     run = summarise(folder / "live")
     assert (run.is_live, run.step, run.progress, run.world_size, run.attempt) == (True, 20, 0.5, 2, 1)
     assert run.age_s is not None

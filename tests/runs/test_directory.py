@@ -55,7 +55,7 @@ sys.stdin.readline()
 """
 
 
-def test_a_second_process_is_refused_until_the_first_ends(run: RunDir) -> None:
+def test_second_process_is_refused_until_first_ends(run: RunDir) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -72,7 +72,7 @@ def test_a_second_process_is_refused_until_the_first_ends(run: RunDir) -> None:
 @pytest.mark.parametrize(
     ("job", "restart", "refused"), [("7", "1", False), ("7", "0", True), ("8", "1", True), (None, "1", True)]
 )
-def test_a_requeued_job_takes_over_from_its_earlier_start(
+def test_requeued_job_takes_over_from_its_earlier_start(
     job: str | None, restart: str, refused: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The earlier start survives where the controller cannot see it, and still holds the lock."""
@@ -94,7 +94,7 @@ def test_a_requeued_job_takes_over_from_its_earlier_start(
         holder.kill()
 
 
-def test_an_older_attempt_writes_no_metrics(run: RunDir) -> None:
+def test_older_attempt_writes_no_metrics(run: RunDir) -> None:
     begin_attempt(run, CONFIG, wandb_id="x")
     run.append_metrics({"step": 1})
     begin_next_attempt(run.path)
@@ -103,7 +103,7 @@ def test_an_older_attempt_writes_no_metrics(run: RunDir) -> None:
     assert list(run.metrics.read()) == [{"step": 1}]
 
 
-def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> None:
+def test_attempts_are_numbered_and_older_one_is_superseded(run: RunDir) -> None:
     begin_attempt(run, CONFIG, wandb_id="first")
     run.status.update(state="TRAINING", step=3)
     later = begin_next_attempt(run.path)
@@ -117,7 +117,7 @@ def test_attempts_are_numbered_and_an_older_one_is_superseded(run: RunDir) -> No
     assert later.status.read()["heartbeat"] >= status["heartbeat"]
 
 
-def test_status_is_written_once_a_second(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_is_written_once_per_second(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fields set in between are kept; a new state is written at once."""
     monkeypatch.setattr(heartbeat, "AT_MOST_EVERY_S", 1000.0)
     begin_attempt(run, CONFIG, "id")
@@ -129,7 +129,7 @@ def test_status_is_written_once_a_second(run: RunDir, monkeypatch: pytest.Monkey
     assert (run.status.read()["step"], run.status.read()["metrics"]) == (2, {"train/loss": 0.5})
 
 
-def test_an_attempt_removes_error_and_result_of_the_previous_one(run: RunDir) -> None:
+def test_attempt_removes_error_and_result_of_previous_one(run: RunDir) -> None:
     for stale in (run.error, run.result):
         write_json(stale, {})
     begin_attempt(run, CONFIG, wandb_id="x")
@@ -154,14 +154,14 @@ def begin_a_minute_after_the_command(path: Path) -> RunDir:
 
 
 @pytest.mark.parametrize(("age_s", "holds"), [(30, True), (90, False)])
-def test_a_stop_holds_from_the_command_on(age_s: float, holds: bool, run: RunDir) -> None:
+def test_stop_request_holds_from_start_of_command(age_s: float, holds: bool, run: RunDir) -> None:
     request_stop(run, age_s)
     assert begin_a_minute_after_the_command(run.path).stop_request_file.exists() == holds
 
 
 @pytest.mark.parametrize(("age_s", "holds"), [(300, True), (900, False)])
-@pytest.mark.parametrize("how", ["queued again", "submitted", "restart.sh"])
-def test_a_stop_holds_from_before_the_command(
+@pytest.mark.parametrize("how", ["requeued", "submitted", "restart.sh"])
+def test_stop_request_before_command_holds_for_restarts(
     how: str, age_s: float, holds: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds for a job from its submission on, and for a restart from the last status of the earlier start on."""
@@ -171,7 +171,7 @@ def test_a_stop_holds_from_before_the_command(
         write_json(run.slurm_json, {"job": "7"})
     else:
         begin_attempt(run, CONFIG, wandb_id="x")
-        monkeypatch.setenv("SLURM_RESTART_COUNT" if how == "queued again" else REQUEUED, "1")
+        monkeypatch.setenv("SLURM_RESTART_COUNT" if how == "requeued" else REQUEUED, "1")
     for path in (run.slurm_json, run.status.path):
         if path.exists():
             os.utime(path, (path.stat().st_mtime - 600,) * 2)
@@ -179,14 +179,14 @@ def test_a_stop_holds_from_before_the_command(
     assert begin_a_minute_after_the_command(run.path).stop_request_file.exists() == holds
 
 
-def test_a_stop_that_is_no_text_is_a_stop(run: RunDir) -> None:
+def test_binary_stop_file_is_stop_request(run: RunDir) -> None:
     run.stop_request_file.write_bytes(b"\xff\xfe")
     assert run.take_request(run.stop_request_file) is not None
     assert not run.stop_request_file.exists()
 
 
 @pytest.mark.parametrize(("text", "stays"), [("", True), ("INTERRUPT", True), ("PREEMPTED\n", False)])
-def test_a_joining_machine_removes_only_its_own_stop(text: str, stays: bool, run: RunDir) -> None:
+def test_joining_machine_removes_only_its_own_stop_request(text: str, stays: bool, run: RunDir) -> None:
     write_json(run.status.path, {"state": "PREEMPTED"})
     run.stop_request_file.write_text(text)
     stop_run_to_rejoin(run)
@@ -196,7 +196,7 @@ def test_a_joining_machine_removes_only_its_own_stop(text: str, stays: bool, run
 # --- another run -------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_without_checkpoints_is_free_for_another_run(run: RunDir) -> None:
+def test_folder_without_checkpoints_accepts_another_run(run: RunDir) -> None:
     """It starts from zero with its own id: W&B would append it to the other run and drop steps before its last one."""
     begin_attempt(run, CONFIG, wandb_id="first")
     run.status.update(state="TRAINING", step=7)
@@ -220,7 +220,7 @@ def test_another_config_is_refused_and_nothing_is_written(run: RunDir) -> None:
     assert contents(run.path) == before
 
 
-def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> None:
+def test_recorded_precision_may_be_set_explicitly(run: RunDir) -> None:
     """A launcher chose it and the settings do not set it. Another precision is refused."""
     begin_attempt(run, CONFIG, wandb_id="x")
     assert run.precision is None  # no checkpoint yet
@@ -232,7 +232,7 @@ def test_the_precision_that_a_run_was_begun_with_may_be_named(run: RunDir) -> No
         run.check_config(parse_config({"mixed_precision": "no"}))
 
 
-def test_a_resume_without_a_precision_setting_is_the_same_run(run: RunDir) -> None:
+def test_resume_without_precision_setting_is_same_run(run: RunDir) -> None:
     bf16 = parse_config({"mixed_precision": "bf16", "device": "cpu"})
     begin_attempt(run, bf16, wandb_id="x")
     (run.checkpoints / "step_00000001").mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_a_resume_without_a_precision_setting_is_the_same_run(run: RunDir) -> No
     assert (status["wandb_id"], status["reached"], status["attempt"]) == ("x", 7, 2)
 
 
-def test_a_name_that_is_too_long_is_refused_with_one_line(tmp_path: Path) -> None:
+def test_too_long_name_is_refused_with_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match="cannot be written: File name too long"):
         _ = RunDir(tmp_path / ("x" * 300)).precision
 
@@ -254,7 +254,7 @@ def lines(*steps: int) -> list[dict[str, object]]:
     return [{"step": step, "train/loss": step / 3, "note": "\u00fc\n"} for step in steps]
 
 
-def test_metrics_are_read_back_and_cut_at_the_checkpoint(run: RunDir) -> None:
+def test_metrics_are_read_back_and_cut_at_checkpoint(run: RunDir) -> None:
     assert (list(run.metrics.read()), run.metrics.cut(5)) == ([], 0)
     for line in lines(1, 2, 3, 4):
         run.append_metrics(line)
@@ -270,7 +270,7 @@ def test_metrics_are_read_back_and_cut_at_the_checkpoint(run: RunDir) -> None:
     assert [json.loads(line)["step"] for line in run.metrics.discarded.read_text().splitlines()] == [3, 4, 2]
 
 
-def test_a_repeated_evaluation_has_one_line(run: RunDir) -> None:
+def test_repeated_evaluation_has_one_line(run: RunDir) -> None:
     """Stopped while evaluating, resumed, evaluated, killed before the next save: resumed at the same step again."""
     val: list[dict[str, object]] = [{"step": 2, "val/loss": 0.5}]
     for line in (*lines(1, 2), *val, *lines(3)):
@@ -280,7 +280,7 @@ def test_a_repeated_evaluation_has_one_line(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("left", [1, 9, 20])
-def test_an_incomplete_last_line_is_ignored_and_cut(left: int, run: RunDir) -> None:
+def test_incomplete_last_line_is_ignored_and_cut(left: int, run: RunDir) -> None:
     for line in lines(1, 2):
         run.append_metrics(line)
     incomplete = (to_json(lines(3)[0]) + "\n")[:left]
@@ -304,7 +304,7 @@ def test_json_is_strict(value: float, run: RunDir) -> None:
     assert contents(run.path) == before
 
 
-def test_the_constructor_does_no_io(tmp_path: Path) -> None:
+def test_constructor_does_no_io(tmp_path: Path) -> None:
     RunDir(tmp_path / "run").check_config(CONFIG)
     assert RunDir(tmp_path / "run").status.read() == {}
     assert list(tmp_path.iterdir()) == []
@@ -312,7 +312,7 @@ def test_the_constructor_does_no_io(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("garbage", ["garbage{\n", "\0\0\0\n", '{"no step": 1}\n', '{"step": 3, "train'])
-def test_garbage_at_the_end_of_the_metrics_is_cut(garbage: str, run: RunDir) -> None:
+def test_garbage_at_end_of_metrics_is_cut(garbage: str, run: RunDir) -> None:
     """Whatever a power cut leaves, the lines before it stay unchanged and the run continues."""
     for step in (1, 2):
         run.append_metrics({"step": step, "train/loss": 0.1})
@@ -332,7 +332,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("damaged", DAMAGED, ids=repr)
 @pytest.mark.parametrize("index", [0, 1, 3])
-def test_a_damaged_line_costs_itself_alone(
+def test_only_damaged_line_is_discarded(
     damaged: bytes, index: int, run: RunDir, caplog: pytest.LogCaptureFixture
 ) -> None:
     for line in lines(1, 2, 3, 4):
@@ -348,7 +348,7 @@ def test_a_damaged_line_costs_itself_alone(
     assert run.metrics.cut(3) == 0
 
 
-def test_lines_are_kept_while_the_disk_is_full(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_are_kept_while_disk_is_full(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     """/dev/full rejects writes like a full disk. Pending lines are written once, in order."""
     run_dir.append_metrics({"step": 1})
     path, run_dir.metrics.path = run_dir.metrics.path, Path("/dev/full")

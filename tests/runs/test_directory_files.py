@@ -20,7 +20,7 @@ from support.mounts import needs_mounts
 from support.run_files import contents
 
 
-def test_the_next_start_removes_leftovers_of_killed_starts(run_dir: RunDir) -> None:
+def test_next_start_removes_leftovers_of_killed_starts(run_dir: RunDir) -> None:
     before = {path.name for path in run_dir.path.iterdir()}
     for name in (".probe_host_7", ".token_ab12", temporary_path(run_dir.status.path).name, ".mine"):
         (run_dir.path / name).touch()
@@ -28,22 +28,22 @@ def test_the_next_start_removes_leftovers_of_killed_starts(run_dir: RunDir) -> N
     assert {path.name for path in run_dir.path.iterdir()} == before | {".mine"}
 
 
-def test_a_first_error_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_error_is_kept_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")  # as FAT and some network file systems do
 
     monkeypatch.setattr(os, "link", refuse)
-    test_the_first_error_is_kept(tmp_path)
+    test_first_error_is_kept(tmp_path)
 
 
-def test_unreadable_json_reads_as_an_empty_object(tmp_path: Path) -> None:
+def test_unreadable_json_reads_as_empty_object(tmp_path: Path) -> None:
     for text in ("", "[1]", '{"a": ', "\0"):
         (tmp_path / "file").write_text(text)
         assert read_json(tmp_path / "file") == {}
     assert read_json(tmp_path / "missing") == {}
 
 
-def test_the_first_error_is_kept(tmp_path: Path) -> None:
+def test_first_error_is_kept(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert record_error(run.error, ConfigError("mine"), rank=1, exit_code=2, trace="t")
     assert not record_error(run.error, ValueError("theirs"), rank=0, exit_code=1, trace="t")
@@ -93,12 +93,12 @@ def test_read_only_and_full_disks_give_one_line(tmp_path: Path) -> None:
     assert out[2:] == ["No space left on device ['logs']"]
 
 
-def test_a_run_directory_inside_a_file_is_refused(tmp_path: Path) -> None:
+def test_run_directory_inside_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunDirError, match=r"file/run cannot be written: .* runs_dir or DIST_TRAIN_RUNS_DIR"):
         RunDir(tmp_path / "file" / "run").create()
 
 
-def test_an_illegal_directory_name_is_refused(tmp_path: Path) -> None:
+def test_illegal_directory_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match=r"x cannot be written: File name too long\. Choose another location"):
         RunDir(tmp_path / ("x" * 300)).check_config(parse_config({}))

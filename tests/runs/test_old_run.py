@@ -18,7 +18,7 @@ from support.run_files import train_losses, weights
 OLD = ROOT / "tests/old_run"
 
 
-def test_an_old_run_ends_as_if_never_stopped(tmp_path: Path) -> None:
+def test_old_run_resumes_like_uninterrupted_run(tmp_path: Path) -> None:
     """Equal within rounding, as another processor may have written it. Bit-identical on the same one (checked once)."""
     shutil.copytree(OLD / "run", tmp_path / "runs/r")
     done = run_forked([*DIST_TRAIN, "train", "-c", "runs/r/config.yaml", "--run-name", "r"], tmp_path)
@@ -32,5 +32,5 @@ def test_an_old_run_ends_as_if_never_stopped(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "runs/r/run.json").read_text())["data_identity"]
 
 
-def test_settings_of_an_old_run_are_still_valid() -> None:
+def test_settings_of_old_run_are_still_valid() -> None:
     assert load_config(str(OLD / "run/config.yaml")).model.args == {"hidden": 2}

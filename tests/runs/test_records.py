@@ -82,9 +82,7 @@ def use(path: Path) -> RunDir:
 
 
 @pytest.mark.parametrize("name", ["status.json", "run.json", "error.json", "result.json", "slurm.json"])
-def test_an_entry_of_another_type_costs_itself_alone(
-    name: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_entry_of_wrong_type_is_ignored(name: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     path = run_dir.path / name
     read = {
         run_dir.status.path: run_dir.status.read, run_dir.run_json: run_dir.read_provenance,
@@ -106,7 +104,7 @@ def test_an_entry_of_another_type_costs_itself_alone(
 
 
 @pytest.mark.parametrize("text", FILES, ids=lambda text: repr(text[:9]))
-def test_a_file_that_is_none_is_named_once(text: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_record_is_reported_once(text: str, run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     for path in write(run_dir):
         write(run_dir)
         path.write_bytes(text.encode(errors="surrogateescape"))
@@ -117,7 +115,7 @@ def test_a_file_that_is_none_is_named_once(text: str, run_dir: RunDir, caplog: p
         caplog.clear()
 
 
-def test_a_damaged_entry_is_reported_with_its_value(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_entry_is_reported_with_its_value(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     run_dir.status.path.write_text('{"state": "TRAINING", "attempt": null, "step": "x", "of a later version": null}')
     for _ in range(2):
         assert run_dir.status.read() == {"state": "TRAINING", "of a later version": None}
@@ -133,7 +131,7 @@ def key_paths(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[st
         yield from key_paths(item, (*path, key))
 
 
-def test_a_data_identity_is_read_whole_or_not_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_data_identity_is_read_whole_or_not_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With any value at any position in it, or with any item missing."""
     now = {"train": {"count": 9, "labels": "x", "examples": {"0": {"exact": "y", "floats": [[0.5, 1.0], [0.0, 2.0]]}}}}
     damages = [(keys, text) for keys in key_paths(now) for text in (*ENTRIES, None)]
@@ -155,7 +153,7 @@ def test_a_data_identity_is_read_whole_or_not_at_all(tmp_path: Path, caplog: pyt
             assert "data_identity" not in provenance
 
 
-def test_a_missing_file_is_not_reported_as_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_file_is_not_reported_as_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = RunDir(tmp_path / "none")
     assert run_dir.status.read() == run_dir.read_provenance() == run_dir.read_error() == {}
     assert caplog.messages == []

@@ -41,7 +41,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return parse_config({"runs_dir": str(tmp_path / "runs")})
 
 
-def test_starts_within_a_second_have_folders_of_their_own(config: Config, tmp_path: Path) -> None:
+def test_starts_within_one_second_get_separate_folders(config: Config, tmp_path: Path) -> None:
     paths = [find_run_dir(config, StartOptions("mnist"), claim=True).path for _ in range(4)]
     assert [path.name for path in paths] == [
         "mnist-20261126-120000", "mnist-20261126-120000-2", "mnist-20261126-120000-3", "mnist-20261126-120000-4",
@@ -49,13 +49,13 @@ def test_starts_within_a_second_have_folders_of_their_own(config: Config, tmp_pa
     assert all(path.is_dir() for path in paths)
 
 
-def test_finding_the_directory_creates_nothing(config: Config, tmp_path: Path) -> None:
+def test_finding_directory_creates_nothing(config: Config, tmp_path: Path) -> None:
     assert find_run_dir(config, StartOptions("mnist")).path.name == "mnist-20261126-120000"
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("job", [None, "7"])
-def test_a_named_run_is_found_again(job: str | None, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_run_is_found_again(job: str | None, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     if job:
         monkeypatch.setenv("SLURM_JOB_ID", job)
     start = StartOptions("mnist", run_name=None if job else "first")
@@ -83,12 +83,12 @@ def test_run_names(name: str, tmp_path: Path) -> None:
     check_run_name("--run-name", valid_run_name(name), tmp_path)
 
 
-def test_an_existing_run_may_have_any_name(tmp_path: Path) -> None:
+def test_existing_run_may_have_any_name(tmp_path: Path) -> None:
     (tmp_path / "my run (2)").mkdir()
     check_run_name("--run-name", "my run (2)", tmp_path)
 
 
-def test_a_config_may_have_any_name(config: Config) -> None:
+def test_config_may_have_any_name(config: Config) -> None:
     assert find_run_dir(config, StartOptions("my config (2)")).path.name == "my_config_2-20261126-120000"
 
 
@@ -124,7 +124,7 @@ class Late(nn.Sequential):
     ],
     ids=["constructor", "import", "setting", "named", "its first batch"],
 )
-def test_what_a_failed_start_leaves(settings: list[str], stays: bool, tmp_path: Path) -> None:
+def test_failed_start_removes_directory_of_unstarted_run(settings: list[str], stays: bool, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     done = run_forked([*DIST_TRAIN, "train", *SETTINGS, *settings], tmp_path)
     assert done.returncode in (1, 2)
@@ -156,7 +156,7 @@ def test_what_failed_ranks_leave(settings: list[str], stays: bool, tmp_path: Pat
 
 @pytest.mark.parametrize(("kind", "reached", "stays"), [("UserCodeError", {}, False), ("PeerLost", {}, True),
                                                         ("UserCodeError", {"resumed_at": 0}, True)])  # fmt: skip
-def test_what_a_failed_launch_leaves(
+def test_failed_launch_removes_directory_of_unstarted_run(
     kind: str, reached: dict[str, int], stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(spec: LaunchSpec) -> int:
@@ -170,7 +170,7 @@ def test_what_a_failed_launch_leaves(
     assert len(list((tmp_path / "runs").iterdir())) == stays
 
 
-def test_a_directory_with_a_checkpoint_is_never_removed(tmp_path: Path) -> None:
+def test_directory_with_checkpoint_is_never_removed(tmp_path: Path) -> None:
     """Even if all its other files are missing or damaged."""
     run_dir = RunDir(tmp_path / "smoke-20261126-120000")
     (run_dir.checkpoints / "step_00000001").mkdir(parents=True)
@@ -179,7 +179,7 @@ def test_a_directory_with_a_checkpoint_is_never_removed(tmp_path: Path) -> None:
     assert run_dir.checkpoints.exists()
 
 
-def test_a_job_of_an_older_version_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_of_older_version_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Older versions used any config name as the run name."""
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     config, start = parse_config({"runs_dir": str(tmp_path)}), StartOptions("my config (2)")

@@ -23,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return fake
 
 
-def test_a_first_attempt(clock: Clock) -> None:
+def test_totals_of_first_attempt(clock: Clock) -> None:
     accounting = TimeAccounting({}, down_s=0.0, reached=0, started=90.0)
     clock.now = 103
     accounting.switch_to("train")
@@ -54,7 +54,7 @@ def test_repeated_steps_are_not_progress(clock: Clock) -> None:
     }  # fmt: skip
 
 
-def test_data_waits_of_the_warm_up_count_as_start(clock: Clock) -> None:
+def test_data_waits_of_warm_up_count_as_start(clock: Clock) -> None:
     accounting = TimeAccounting({}, down_s=0.0, reached=0, started=90.0)
     accounting.record_step(0, data_wait_s=4.0)
     accounting.switch_to("train")
@@ -67,7 +67,7 @@ def test_data_waits_of_the_warm_up_count_as_start(clock: Clock) -> None:
     }
 
 
-def test_a_clock_that_is_set_back_removes_no_time(clock: Clock) -> None:
+def test_clock_that_is_set_back_removes_no_time(clock: Clock) -> None:
     assert TimeAccounting({"down": 7.0}, down_s=-3600.0, reached=0, started=100.0).totals()["down"] == 7.0
 
 
@@ -88,7 +88,7 @@ def test_no_time_is_lost_between_attempts(tmp_path: Path, clock: Clock) -> None:
     assert sum(status["seconds"].values()) == status["heartbeat"] - 100
 
 
-def test_short_attempts_keep_the_highest_step(tmp_path: Path, clock: Clock) -> None:
+def test_short_attempts_keep_highest_step(tmp_path: Path, clock: Clock) -> None:
     """The third attempt repeats steps of the first."""
     for reached in (1000, None, None):
         run_dir = RunDir(tmp_path)
@@ -110,7 +110,7 @@ def test_queue_time_counts_as_down(tmp_path: Path, clock: Clock) -> None:
     assert run_dir.status.read()["seconds"]["down"] == 60
 
 
-def test_one_interruption_every_three_hours() -> None:
-    """As Llama 3 met it on 16 384 GPUs: 10 s for a restart, and on average half of save_every=30 s repeated."""
+def test_effective_ratio_with_interruptions_every_three_hours() -> None:
+    """As reported for Llama 3 on 16 384 GPUs: 10 s for a restart, and on average half of save_every=30 s repeated."""
     interval, restart, repeated = 3 * 3600.0, 10.0, 15.0
     assert effective_ratio({"train": interval - restart - repeated, "start": restart, "again": repeated}) >= 0.997

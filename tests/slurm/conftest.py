@@ -25,7 +25,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(autouse=True)
-def _leave_nothing(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+def _idle_nodes(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
     """Leave all nodes idle for the next test. Print the ends of the logs, which pytest shows if a test fails."""
     seen = cluster.log.stat().st_size
     yield
@@ -43,7 +43,7 @@ def _without_stacks(log: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def as_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Check:
+def assert_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Check:
     """A function that asserts that a LONG run equals one on as many ranks of this machine, without Slurm."""
 
     def compare(run_dir: Path) -> None:

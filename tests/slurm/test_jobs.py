@@ -30,10 +30,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_once(tmp_path_factory, "one process", EXACT)
 
 
-def test_srun_without_a_batch_script(
+def test_srun_without_batch_script(
     cluster: Cluster, one_process: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two tasks on one node and one on the other, which the totals do not tell; the job id names the run."""
+    """Two tasks on one node and one on the other, which the totals do not show; the job id names the run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS")
     cluster.ask("srun", "--nodes=2", "--ntasks=3", sys.executable, "-m", "dist_train", "train", *EXACT)
@@ -46,7 +46,7 @@ def test_srun_without_a_batch_script(
     assert train_losses(run_dir) == pytest.approx(train_losses(one_process), rel=1e-10)
 
 
-def test_a_batch_shell_is_one_process(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_shell_is_one_process(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM_PROCID and SLURM_NTASKS are set in a batch shell too, and must not start an incomplete world."""
     monkeypatch.chdir(tmp_path)
     train = shlex.join([sys.executable, "-m", "dist_train", "train", *EXACT, "--run-name", "batch"])
@@ -118,7 +118,7 @@ def test_unavailable_resources_are_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_port_that_is_taken(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_in_use_is_refused(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MASTER_PORT is left over in the shell that starts a job."""
     monkeypatch.chdir(tmp_path)
     # Killing the child would end only nsenter; the listener ends when its stdin is closed.
@@ -140,7 +140,7 @@ def test_a_port_that_is_taken(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unshared_run_directory_is_refused(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each host has its own /dev/shm."""
     monkeypatch.setitem(cluster.env, "NPROC", "1")
     own = f"--export=ALL,DIST_TRAIN_RUNS_DIR=/dev/shm/{tmp_path.name}"
@@ -151,7 +151,7 @@ def test_a_run_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path, mo
     assert "Put runs_dir on a file system that all nodes share." in log
 
 
-def test_readable_logs(cluster: Cluster, tmp_path: Path) -> None:
+def test_job_log_holds_only_rank_zero_until_failure(cluster: Cluster, tmp_path: Path) -> None:
     """Only rank zero writes to the job's log, until a rank fails; the others' output goes to their own files."""
     settings = [
         "-c", "smoke", "train_for=9000 steps", "log_every=10", "eval_every=0", "tracking.wandb=disabled",
@@ -171,7 +171,7 @@ def test_readable_logs(cluster: Cluster, tmp_path: Path) -> None:
         assert f"hello from rank {rank}" in own
 
 
-def test_jobs_that_share_nodes_do_not_meet_each_other(
+def test_jobs_on_shared_nodes_do_not_interfere(
     cluster: Cluster,
     count: Callable[..., int],
     tmp_path: Path,
@@ -188,9 +188,9 @@ def test_jobs_that_share_nodes_do_not_meet_each_other(
     assert len({tuple(train_losses(run_dir)) for run_dir in began.values()}) == number
     assert {status_of(run_dir)["attempt"] for run_dir in began.values()} == {1}
     row(
-        f"{number} jobs at once, four at a time on the same two nodes",
+        f"{number} concurrent jobs, four at a time on the same two nodes",
         "all finish",
         f"{seconds:.0f}",
         "0",
-        f"{number} runs, each its own",
+        f"{number} separate runs",
     )

@@ -15,7 +15,7 @@ import pytest
 from support.cluster import KILL_WAIT_S, LOST_S, Cluster
 from support.jobs import (
     Check,
-    end_well,
+    assert_finishes,
     full,
     is_training,
     log_of,
@@ -27,7 +27,7 @@ from support.jobs import (
 )
 from support.patience import wait_until
 from support.run_files import status_of
-from support.trainings import let_go, save
+from support.trainings import release, save
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
@@ -41,7 +41,7 @@ def train(cluster: Cluster, folder: Path, *options: str, script: str = "train") 
     return job, run_dir
 
 
-def come_back(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, int]:
+def wait_for_next_attempt(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, int]:
     """Return the seconds until Slurm notices, the seconds until the next attempt trains, and the steps lost."""
     reached, began = status_of(run_dir)["step"], time.monotonic()
     wait_until(lambda: cluster.state(job) != "RUNNING", "notice")
@@ -50,94 +50,97 @@ def come_back(cluster: Cluster, job: str, run_dir: Path) -> tuple[float, float, 
     return noticed_s, time.monotonic() - began, steps_lost(run_dir, reached)
 
 
-def end_as_undisturbed(cluster: Cluster, job: str, run_dir: Path, as_undisturbed: Check, *attempts: int) -> None:
-    let_go(run_dir.parent.parent)
-    end_well(cluster, job, run_dir, *attempts)
-    as_undisturbed(run_dir)
+def finish_undisturbed(cluster: Cluster, job: str, run_dir: Path, assert_undisturbed: Check, *attempts: int) -> None:
+    release(run_dir.parent.parent)
+    assert_finishes(cluster, job, run_dir, *attempts)
+    assert_undisturbed(run_dir)
 
 
 @pytest.mark.parametrize(("rank", "script"), [(0, "train"), full(3, "train"), full(2, "train_srun")])
-def test_a_rank_is_killed(
-    rank: int, script: str, cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
+def test_rank_killed(
+    rank: int, script: str, cluster: Cluster, assert_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     job, run_dir = train(cluster, tmp_path, script=script)
     (pid,) = pids_of_rank(cluster, job, rank)
     os.kill(pid, signal.SIGKILL)
-    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
+    noticed_s, again_s, lost = wait_for_next_attempt(cluster, job, run_dir)
+    finish_undisturbed(cluster, job, run_dir, assert_undisturbed, 2)
     row(
-        f"rank {rank} is killed (`{script}.sbatch`)", "queued again by the script",
+        f"rank {rank} is killed (`{script}.sbatch`)", "requeued by the script",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip
 
 
-def test_a_node_crashes(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_node_crashes(cluster: Cluster, assert_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
     job, run_dir = train(cluster, tmp_path, script="train_srun")
     _first, second = cluster.nodes_of(job)
-    with cluster.noticing_losses():
+    with cluster.detecting_lost_nodes():
         cluster.crash(second)
-        noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+        noticed_s, again_s, lost = wait_for_next_attempt(cluster, job, run_dir)
         assert second not in cluster.nodes_of(job)
-        end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
+        finish_undisturbed(cluster, job, run_dir, assert_undisturbed, 2)
     row(
-        f"a node crashes (SlurmdTimeout={LOST_S})", "queued again by Slurm, on another node",
+        f"a node crashes (SlurmdTimeout={LOST_S})", "requeued by Slurm on another node",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip
 
 
-def test_a_node_is_cut_off_and_healed(
-    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
+def test_node_disconnected_and_reconnected(
+    cluster: Cluster, assert_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
-    """The node of rank zero, whose old process runs on alongside the new one and sees the same files."""
+    """The node of rank zero, whose old process keeps running beside the new one and sees the same files."""
     job, run_dir = train(cluster, tmp_path)
     first, _second = cluster.nodes_of(job)
-    with cluster.noticing_losses():
-        cluster.cut(first)
-        noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+    with cluster.detecting_lost_nodes():
+        cluster.disconnect(first)
+        noticed_s, again_s, lost = wait_for_next_attempt(cluster, job, run_dir)
         assert first not in cluster.nodes_of(job)
         assert len(pids_of_rank(cluster, job, 0)) == 2
-        cluster.heal(first)
+        cluster.reconnect(first)
         gone_s = wait_until(lambda: len(pids_of_rank(cluster, job, 0)) < 2, "end of the old attempt")
         assert status_of(run_dir)["attempt"] == 2
         # Three if the old srun gets through again: it ends the new step, which has the same number.
-        end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2, 3)
+        finish_undisturbed(cluster, job, run_dir, assert_undisturbed, 2, 3)
     row(
-        f"the node of rank 0 is cut off (SlurmdTimeout={LOST_S}), and healed while the run goes on elsewhere",
-        f"queued again by Slurm, on another node; the old processes were gone {gone_s:.0f} s after the healing",
+        f"the node of rank 0 loses its network (SlurmdTimeout={LOST_S}), "
+        "and regains it while the run continues elsewhere",
+        f"requeued by Slurm on another node; the old processes were gone {gone_s:.0f} s after the reconnection",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost,
         "weights and metrics to the bit: the old attempt wrote nothing",
     )  # fmt: skip
 
 
-def test_an_old_attempt_that_trains_on(
-    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_old_attempt_keeps_training(
+    cluster: Cluster,
+    assert_undisturbed: Check,
+    tmp_path: Path,
+    row: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All four ranks are on the node that is cut off: they train on and write where the new ones write."""
+    """All four ranks are on the node that loses its network: they keep training and write where the new ones write."""
     monkeypatch.setitem(cluster.env, "NPROC", "4")
     job, run_dir = train(cluster, tmp_path, "--nodes=1", "--cpus-per-task=4")
     (node,) = cluster.nodes_of(job)
-    with cluster.noticing_losses():
-        cluster.cut(node)
+    with cluster.detecting_lost_nodes():
+        cluster.disconnect(node)
         old = [pid for rank in range(4) for pid in pids_of_rank(cluster, job, rank)]
         for pid in old:  # otherwise it would finish before Slurm notices
             os.kill(pid, signal.SIGSTOP)
-        noticed_s, again_s, lost = come_back(cluster, job, run_dir)
+        noticed_s, again_s, lost = wait_for_next_attempt(cluster, job, run_dir)
         for pid in old:
             os.kill(pid, signal.SIGCONT)
         gone_s = wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of the old")
         assert "attempt 1 was superseded by attempt 2" in log_of(run_dir)
-        cluster.heal(node)
-        end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2, 3)  # as above
+        cluster.reconnect(node)
+        finish_undisturbed(cluster, job, run_dir, assert_undisturbed, 2, 3)  # as above
     row(
-        "the only node of a job is cut off, and its ranks train on beside those of the requeued job",
-        f"they notice that they are superseded and end after {gone_s:.0f} s",
+        "the only node of a job loses its network, and its ranks keep training beside those of the requeued job",
+        f"the old ranks notice that they are superseded and exit after {gone_s:.0f} s",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip
 
 
-def test_the_controller_is_away(
-    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
-) -> None:
+def test_controller_down(cluster: Cluster, assert_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
     """The controller is down from before the job stops until after its first requeue request."""
     job, run_dir = train(cluster, tmp_path, script="train_srun")
     cluster.stop_controller()
@@ -149,17 +152,21 @@ def test_the_controller_is_away(
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
     wait_until(partial(trains_again, cluster, job, run_dir, 2), "training again")
     again_s = time.monotonic() - began
-    end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
+    finish_undisturbed(cluster, job, run_dir, assert_undisturbed, 2)
     row(
-        "the controller is killed, and away while the job stops", "the script asks again until it is queued",
+        "the controller is killed, and down while the job stops", "the script retries until the job is requeued",
         f"trains {again_s:.0f}", "0", "weights and metrics to the bit",
     )  # fmt: skip
 
 
-def test_the_shared_folder_is_slow(
-    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_slow_shared_folder(
+    cluster: Cluster,
+    assert_undisturbed: Check,
+    tmp_path: Path,
+    row: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each fsync takes four seconds, so a save takes longer than a preemption allows: a warning, and no harm done."""
+    """Each fsync takes four seconds, so a save takes longer than a preemption allows: the run warns, and resumes."""
     slow = tmp_path / "python"
     tracing = "strace -DDD -f --seccomp-bpf -qq -o /dev/null -e trace=fsync -e inject=fsync:delay_exit=4000000"
     slow.write_text(f'#!/bin/sh\nexec {tracing} {sys.executable} "$@"\n')
@@ -170,10 +177,10 @@ def test_the_shared_folder_is_slow(
     warning = f"leaves a preempted job {KILL_WAIT_S} s"
     wait_until(lambda: warning in log_of(run_dir), "warning")
     submit(cluster, "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
-    noticed_s, again_s, lost = come_back(cluster, job, run_dir)
-    end_as_undisturbed(cluster, job, run_dir, as_undisturbed, 2)
+    noticed_s, again_s, lost = wait_for_next_attempt(cluster, job, run_dir)
+    finish_undisturbed(cluster, job, run_dir, assert_undisturbed, 2)
     row(
         f"the shared folder takes 4 s for each fsync, and a preemption leaves {KILL_WAIT_S} s",
-        "warned that a save takes longer; killed while it saved, queued again by Slurm",
+        "warned that a save takes longer; killed during the save, requeued by Slurm",
         f"noticed {noticed_s:.0f}, trains {again_s:.0f}", lost, "weights and metrics to the bit",
     )  # fmt: skip

@@ -14,8 +14,8 @@ from support.jobs import (
     LONG,
     SCRIPTS,
     Check,
+    assert_finishes,
     disturb_each,
-    end_well,
     ended,
     full,
     is_training,
@@ -26,7 +26,7 @@ from support.jobs import (
 )
 from support.patience import wait_until
 from support.run_files import status_of
-from support.trainings import let_go, save
+from support.trainings import release, save
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
@@ -38,28 +38,28 @@ def preempt(cluster: Cluster, _job: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["train_srun", full("train")])
-def test_preempted(
+def test_preemption_with_grace_time(
     script: str,
     cluster: Cluster,
-    as_undisturbed: Check,
+    assert_undisturbed: Check,
     tmp_path: Path,
     row: Callable[..., None],
     count: Callable[..., int],
 ) -> None:
     times = count(2)
-    as_undisturbed(disturb_each(cluster, tmp_path, times, partial(preempt, cluster), script=script))
+    assert_undisturbed(disturb_each(cluster, tmp_path, times, partial(preempt, cluster), script=script))
     row(
         f"preempted, {times} x, GraceTime={GRACE_S} (`{script}.sbatch`)",
-        "saved at the first TERM, PREEMPTED, queued again by the script", "-", "0",
+        "saved at the first TERM, PREEMPTED, requeued by the script", "-", "0",
         "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("script", ["train", full("train_srun")])
-def test_preempted_without_grace(
+def test_preemption_without_grace_time(
     script: str,
     cluster: Cluster,
-    as_undisturbed: Check,
+    assert_undisturbed: Check,
     tmp_path: Path,
     row: Callable[..., None],
     count: Callable[..., int],
@@ -67,16 +67,16 @@ def test_preempted_without_grace(
     """Slurm itself requeues the job, and waits KillWait between TERM and KILL."""
     times, disturb = count(2), partial(preempt, cluster)
     run_dir = disturb_each(cluster, tmp_path, times, disturb, "--partition=low0", script=script, state="INTERRUPT")
-    as_undisturbed(run_dir)
+    assert_undisturbed(run_dir)
     row(
         f"preempted, {times} x, GraceTime=0, KillWait={KILL_WAIT_S} (`{script}.sbatch`)",
-        "saved at the TERM, queued again by Slurm", "-", "0", "weights and metrics to the bit; one W&B run",
+        "saved at the TERM, requeued by Slurm", "-", "0", "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
 
 @pytest.mark.cluster(minutes=4)
-def test_the_time_limit(
-    cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
+def test_time_limit(
+    cluster: Cluster, assert_undisturbed: Check, tmp_path: Path, row: Callable[..., None], count: Callable[..., int]
 ) -> None:
     """A real limit of two minutes. Slurm checks every 30 s, and signals half a minute earlier than requested.
 
@@ -88,12 +88,12 @@ def test_the_time_limit(
     run_dir = tmp_path / f"runs/smoke-{job}"
     for number in range(times):
         wait_until(partial(has_run_out, cluster, job, run_dir, number + 1), "end of its time", 2400)
-    let_go(tmp_path)
-    end_well(cluster, job, run_dir, *range(times + 1, 20))  # more on a slower machine
-    as_undisturbed(run_dir)
+    release(tmp_path)
+    assert_finishes(cluster, job, run_dir, *range(times + 1, 20))  # more on a slower machine
+    assert_undisturbed(run_dir)
     row(
-        f"ran into its time limit (2 minutes), {times} x at least",
-        "saved at the announcement, PREEMPTED, queued again by the script", "-", "0",
+        f"reached its time limit (2 minutes), at least {times} x",
+        "saved at the advance signal, PREEMPTED, requeued by the script", "-", "0",
         "weights and metrics to the bit; one W&B run",
     )  # fmt: skip
 
@@ -110,21 +110,21 @@ def request_stop(cluster: Cluster, job: str) -> None:
 
 
 @pytest.mark.parametrize("disturb", [full(preempt), request_stop])
-def test_stopped_before_it_trains(
-    disturb: Callable[[Cluster, str], None], cluster: Cluster, as_undisturbed: Check, tmp_path: Path
+def test_stop_before_training(
+    disturb: Callable[[Cluster, str], None], cluster: Cluster, assert_undisturbed: Check, tmp_path: Path
 ) -> None:
     """Nothing can be saved yet, and the job ends within its grace time: it must still be requeued."""
     job, run_dir = submit_long(cluster, tmp_path)
     wait_until(lambda: pids_of_rank(cluster, job, 0), "start")
     disturb(cluster, job)
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
-    let_go(tmp_path)
-    end_well(cluster, job, run_dir, 1, 2)  # two if training began within the grace time
-    as_undisturbed(run_dir)
+    release(tmp_path)
+    assert_finishes(cluster, job, run_dir, 1, 2)  # two if training began within the grace time
+    assert_undisturbed(run_dir)
 
 
 @pytest.mark.parametrize("script", ["train", full("train_srun"), full("train_accelerate")])
-def test_cancelled_is_not_queued_again(
+def test_cancelled_job_is_not_requeued(
     script: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(cluster.env, "NPROC", "2" if script == "train" else "1")
@@ -136,7 +136,7 @@ def test_cancelled_is_not_queued_again(
     assert status_of(run_dir)["step"] == int((run_dir / "checkpoints/last").resolve().name.removeprefix("step_"))
 
 
-def test_told_by_a_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
+def test_stop_file(cluster: Cluster, assert_undisturbed: Check, tmp_path: Path, row: Callable[..., None]) -> None:
     """SAVE and STOP, from a shell that sees only the run directory. Submitted again, the run resumes."""
     job, run_dir = submit_long(cluster, tmp_path, script="train_srun")
     wait_until(lambda: is_training(run_dir), "training")
@@ -144,15 +144,15 @@ def test_told_by_a_file(cluster: Cluster, as_undisturbed: Check, tmp_path: Path,
     (run_dir / "STOP").touch()
     seconds = wait_until(lambda: ended(cluster, job, run_dir), "end")
     assert status_of(run_dir)["state"] == "INTERRUPT"
-    let_go(tmp_path)
+    release(tmp_path)
     same = [SCRIPTS / "train_srun.sbatch", *LONG, f"--run-name={run_dir.name}"]
     again = submit(cluster, f"--chdir={tmp_path}", "--ntasks=3", *same)
-    end_well(cluster, again, run_dir, 2)
-    as_undisturbed(run_dir)
-    row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "submitted again: to the bit")
+    assert_finishes(cluster, again, run_dir, 2)
+    assert_undisturbed(run_dir)
+    row("`touch STOP`", "saved, INTERRUPT, the job ends", f"{seconds:.0f}", "0", "resubmitted: to the bit")
 
 
-def test_a_stop_for_a_job_that_waits(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_request_for_pending_job(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The STOP file is older than any process of the run, and still applies."""
     monkeypatch.chdir(tmp_path)
     ours = [sys.executable, "-m", "dist_train", "slurm", "submit", "--launcher=srun", "--nproc=1", "--time=30"]
@@ -164,7 +164,7 @@ def test_a_stop_for_a_job_that_waits(cluster: Cluster, tmp_path: Path, monkeypat
     assert (status_of(run_dir)["state"], status_of(run_dir)["step"]) == ("INTERRUPT", 1), log_of(run_dir)
 
 
-def test_one_member_of_an_array(
+def test_time_limit_of_array_member(
     cluster: Cluster, tmp_path: Path, row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each member trains its own line. The one that runs out of time is requeued while the others train on."""
@@ -177,7 +177,7 @@ def test_one_member_of_an_array(
     wait_until(lambda: is_training(runs[second]), "training")
     cluster.ask("scancel", "--batch", "--signal=USR1", second)
     wait_until(lambda: status_of(runs[second])["state"] == "PREEMPTED", "agreed stop")
-    let_go(tmp_path)
+    release(tmp_path)
     wait_until(lambda: all(ended(cluster, job, run) for job, run in runs.items()), "end of all", 2400)
     assert {job: status_of(run)["attempt"] for job, run in runs.items()} == {
         f"{array}_1": 1,
@@ -189,8 +189,8 @@ def test_one_member_of_an_array(
     assert "seed: 3" in (runs[f"{array}_3"] / "config.yaml").read_text()
     row(
         "the time limit of one member of an array",
-        "it alone is queued again",
+        "only that member is requeued",
         "-",
         "0",
-        "three runs, each its own settings",
+        "three runs, each with its own settings",
     )

@@ -30,7 +30,7 @@ _COLLECT = """<script>addEventListener("load", () => {
 })</script>"""
 
 
-def look_at(page: Path, folder: Path) -> dict[str, Any]:
+def render_page(page: Path, folder: Path) -> dict[str, Any]:
     """Return {"tables": [{"columns", "rows"}], "pictures": [[name, width, height]]} as rendered by the browser."""
     assert CHROMIUM is not None
     watched = folder / "watched.html"

@@ -135,7 +135,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
         self.run("head", "bash", "-c", f"kill -KILL $(cat {self.folder}/slurmctld.pid)")
 
     @contextmanager
-    def noticing_losses(self) -> Iterator[None]:
+    def detecting_lost_nodes(self) -> Iterator[None]:
         """Count a node that is silent for LOST_S as down. On exit all nodes are idle."""
         self._configure(LOST_S)
         try:
@@ -153,7 +153,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
         """Reconnect and boot the nodes until all are idle."""
         self.ask("scancel", "--user=root")
         for node in self.nodes:
-            self.heal(node)
+            self.reconnect(node)
             if node not in self._inits:
                 self.boot(node)
                 self.start_node(node)
@@ -197,7 +197,7 @@ PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
     def _has_steps(self, job: str) -> bool:
         """Whether a slurmstepd of the job still runs on a reachable node."""
         number = self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A").strip()
-        nodes = [node for node in self.nodes if node in self._inits and node not in self._cut]
+        nodes = [node for node in self.nodes if node in self._inits and node not in self._disconnected]
         return any(self.run(node, "pgrep", "-f", rf"^slurmstepd: \[{number}\.").returncode == 0 for node in nodes)
 
     def _idle(self) -> int:

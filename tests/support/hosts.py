@@ -49,7 +49,7 @@ class Hosts:
         self._prefix = f"dt{os.getpid()}.{next(_groups)}"
         self._switch = f"{self._prefix}-switch"
         self._inits: dict[str, subprocess.Popen[bytes]] = {}
-        self._cut: set[str] = set()
+        self._disconnected: set[str] = set()
 
     def address(self, name: str) -> str:
         return f"10.77.0.{self.names.index(name) + 1}"
@@ -70,7 +70,7 @@ class Hosts:
                 _ip("-n", self._switch, "link", "add", self._port(name), "type", "veth", "peer", "eth0", "netns", space)
                 _ip("-n", space, "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
                 _ip("-n", space, "link", "set", "eth0", "up")
-                self.heal(name)
+                self.reconnect(name)
                 self.boot(name)
         except BaseException:
             self.__exit__()
@@ -86,18 +86,18 @@ class Hosts:
 
     # --- host failures --------------------------------------------------------------------------------------------
 
-    def cut(self, name: str) -> None:
+    def disconnect(self, name: str) -> None:
         """Drop the packets of a host at the switch; the host still sees its link up."""
         _ip("-n", self._switch, "link", "set", self._port(name), "nomaster")
-        self._cut.add(name)
+        self._disconnected.add(name)
 
-    def heal(self, name: str) -> None:
+    def reconnect(self, name: str) -> None:
         _ip("-n", self._switch, "link", "set", self._port(name), "master", "br0", "up")
-        self._cut.discard(name)
+        self._disconnected.discard(name)
 
     def crash(self, name: str) -> None:
-        """Power off a host without closing connections. It stays disconnected until `heal`."""
-        self.cut(name)
+        """Power off a host without closing connections. It stays disconnected until `reconnect`."""
+        self.disconnect(name)
         self._halt(name)
 
     def boot(self, name: str) -> None:

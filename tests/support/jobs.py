@@ -13,7 +13,7 @@ from support.cluster import Cluster
 from support.patience import wait_until
 from support.processes import ROOT
 from support.run_files import status_of
-from support.trainings import SETTINGS, let_go
+from support.trainings import SETTINGS, release
 
 SCRIPTS = ROOT / "slurm"
 # A job to be disturbed: held until released, or for two minutes. It saves at its end and on request.
@@ -68,7 +68,7 @@ def ended(cluster: Cluster, job: str, run_dir: Path) -> bool:
     return state == "COMPLETED"
 
 
-def end_well(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
+def assert_finishes(cluster: Cluster, job: str, run_dir: Path, *attempts: int) -> None:
     """Wait for the end and assert that the run finished as one W&B run in one of these numbers of attempts."""
     wait_until(lambda: ended(cluster, job, run_dir), "end", 2400)
     status = status_of(run_dir)
@@ -100,8 +100,8 @@ def disturb_each(
         beyond = status_of(run_dir)["step"]
         assert status_of(run_dir)["attempt"] == attempt
         wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
-    let_go(folder)
-    end_well(cluster, job, run_dir, times + 1)
+    release(folder)
+    assert_finishes(cluster, job, run_dir, times + 1)
     return run_dir
 
 

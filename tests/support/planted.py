@@ -24,13 +24,13 @@ def doubled_shard(sampler: ShardSampler, step: int) -> Any:
         sampler.rank = mine
 
 
-def every_rank_evaluates_the_first_shard(total: int, rank: int, world_size: int) -> Any:
+def first_shard_on_every_rank(total: int, rank: int, world_size: int) -> Any:
     return evaluation_shard(total, 0, world_size)
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a doubled shard": (ShardSampler, "indices", doubled_shard),
-    "a doubled evaluation": (evaluation_batches, "evaluation_shard", every_rank_evaluates_the_first_shard),
+    "a doubled evaluation": (evaluation_batches, "evaluation_shard", first_shard_on_every_rank),
     "a mean per rank": (EagerUpdate, "sync_gradients", lambda self, when: self.world.accelerator.no_sync(self.model)),
     "a sum for a mean": (Objective, "loss", lambda self, output, targets: _loss(self, output, targets) * len(targets)),
     "a missing warm-up": (Step, "warm_up", lambda self, step, wanted="eager": None),

@@ -32,7 +32,7 @@ def _as_row(value: Any) -> tuple[str, Row, Row]:
 def kills_by_phase(rows: list[Row]) -> list[Row]:
     """Summarise rows (phase, point, target, processes, seconds, test): one row per phase and one for all."""
     _, *kills = rows
-    header = ["phase", "kills", "on 3 processes", *TARGETS, "all gone after, at most", "test"]
+    header = ["phase", "kills", "on 3 processes", *TARGETS, "last process gone after (max)", "test"]
     kills.sort(key=lambda row: row[0])
     phases = [(phase, list(those)) for phase, those in groupby(kills, key=lambda row: row[0])]
     return [header, *(_summary(phase, those) for phase, those in [*phases, ("all", kills)])]

@@ -38,7 +38,7 @@ DIVISIONS = [(1, 16), (2, 48), (2, 12), (3, 32)]
 
 
 STEPS = 200
-# A training to be disturbed: held until `let_go`, or for a minute.
+# A training to be disturbed: held until `release`, or for a minute.
 HELD = [
     *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=0.3", f"train_for={STEPS} steps",
     "log_every=4", "save_every=8 steps",
@@ -56,14 +56,14 @@ def trained_once(
     """Return the directory of an undisturbed training on forked ranks, made once for all workers."""
 
     def make(folder: Path) -> None:
-        let_go(folder)
+        release(folder)
         done = run_forked([*DIST_TRAIN, "train", *settings, "--run-name=r"], folder, world_size)
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, name, make) / "runs/r"
 
 
-def let_go(folder: Path) -> None:
+def release(folder: Path) -> None:
     """Release current and future trainings in this folder."""
     (folder / OPEN).touch()
 

@@ -64,7 +64,7 @@ class GatedBks(_Held, Bks):
         return super().forward(images)
 
 
-class Unhurried(Mlp):
+class LongOrphanGrace(Mlp):
     """Has a minute, not 3 s, to save and end after its launcher died, for busy machines."""
 
     def __init__(self) -> None:

@@ -13,15 +13,17 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Manner = Literal["answers", "refuses the key", "hangs", "fails"]
+Behaviour = Literal["answers", "rejects the API key", "hangs", "answers with 500"]
 
 
 class WandbServer:
-    """Records what clients send; `manner` may change while they are connected."""
+    """Records what clients send; `behaviour` may change while they are connected."""
 
-    def __init__(self, manner: Manner = "answers", sweep: str = "", points: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self, behaviour: Behaviour = "answers", sweep: str = "", points: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """`sweep` is the YAML of a sweep named `s`, whose agent gets the `points` in turn."""
-        self.manner: Manner = manner
+        self.behaviour: Behaviour = behaviour
         self.histories: dict[str, list[dict[str, Any]]] = {}  # by run, as its page would show it
         self.buckets: dict[str, dict[str, Any]] = {}  # by run, its own description
         self._sweep = sweep
@@ -68,11 +70,11 @@ class WandbServer:
             self._http.cut_off()
 
     def answer(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
-        if self.manner == "hangs":
+        if self.behaviour == "hangs":
             self._over.wait()
-        if self.manner == "refuses the key":
+        if self.behaviour == "rejects the API key":
             return 401, {"error": "user is not logged in"}
-        if self.manner == "fails":
+        if self.behaviour == "answers with 500":
             return 500, {"error": "for a while"}
         if path == "/graphql":
             asked = json.loads(body)

@@ -22,7 +22,7 @@ from support.processes import DIST_TRAIN, run
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 6, 9, 20, 30])
-def test_the_interval_holds_the_true_median_with_95_percent(n: int) -> None:
+def test_interval_covers_median_with_95_percent(n: int) -> None:
     """It misses if too many values fall on one side. The next narrower interval does not reach 95 %."""
     found = Interval.of([float(value) for value in range(n)])
     left_out = int(found.low)
@@ -63,7 +63,7 @@ def test_ratios_pair_values_of_one_round() -> None:
     assert best_peer(SPEED) == "dataloader"
 
 
-def test_the_speed_table() -> None:
+def test_speed_table() -> None:
     lines = table([Contest(Task(net="mlp"), SPEED)])
     row = "| mlp | fp32 | 937 | dataloader (best peer) | 20 | 11.00x (10.00 to 20.00) | 40 | 90.00 % | 1.00 |"
     assert row in lines
@@ -71,7 +71,7 @@ def test_the_speed_table() -> None:
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-def test_the_scaling_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "available_cores", lambda: 1)
     lines = scaling.table([Contest(Task(net="conv", batch_size=512), SCALING)])
     row = "| conv | fp32 | 2 (OVERSUBSCRIBED) | 21 | 2.00x (1.90 to 2.00) | 100 % | 0.500 | 2.40x (2.32 to 2.50) "
@@ -110,21 +110,21 @@ PROBED = {
         *PROBED.items(),
     ],
 )
-def test_every_part_writes_a_table_json_and_a_picture(part: str, found: Any, tmp_path: Path) -> None:
+def test_every_part_writes_table_json_and_picture(part: str, found: Any, tmp_path: Path) -> None:
     write(part, PARTS[part].table(found), found, lambda figure: PARTS[part].draw(found, figure), tmp_path)
     assert json.loads((tmp_path / f"{part}.json").read_text()).keys() == {"machine", "found"}
     assert f"![{part}]({part}.png)" in (tmp_path / f"{part}.md").read_text()
     assert (tmp_path / f"{part}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_guards_are_measured_over_a_resident_and_a_streamed_set() -> None:
+def test_guards_are_measured_over_resident_and_streamed_set() -> None:
     options = Options(nets=("mlp", "conv"), precisions=("no",), batch_size=None, steps=1, nprocs=(1,), repetitions=1)
     (series,) = PARTS["guards"].series(options)
     assert [*series.measurements] == ["mlp", "mlp, streamed", "conv", "conv, streamed"]
     assert "| mlp, streamed | 2.000 | 2.010 | 0.5 (0.5 to 0.5) |" in PARTS["guards"].table(PROBED["guards"])
 
 
-def test_progress_and_the_estimated_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_and_estimated_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate uses typical times first, then this machine's pace, then each measurement's last time."""
     clock, announced = Clock(), list[str]()
     monkeypatch.setattr(rounds, "time", clock)
@@ -160,7 +160,7 @@ def test_progress_and_the_estimated_time_left(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_parts_from_the_command_line(tmp_path: Path) -> None:
+def test_parts_from_command_line(tmp_path: Path) -> None:
     """Real contestants, a few steps each."""
     command = ["bench", "speed", "breakdown", "--net", "mlp", "--steps", "20", "--repetitions", "1", "--out", "found"]
     done = run([*DIST_TRAIN, *command], tmp_path)

@@ -36,7 +36,7 @@ def broken(checks: list[Check]) -> str:
     ("net", "dtype", "nproc", "frozen"),
     [("conv", "float32", 3, "nothing"), ("bks", "float64", 2, "dropout off")],
 )
-def test_all_promises_are_kept_here(net: str, dtype: str, nproc: int, frozen: str) -> None:
+def test_all_promises_hold(net: str, dtype: str, nproc: int, frozen: str) -> None:
     checks = list(verify(small(f"model.name={net}", f"dtype={dtype}"), nproc))
     assert not broken(checks)
     promises = "\n".join(check.promise for check in checks)
@@ -46,7 +46,7 @@ def test_all_promises_are_kept_here(net: str, dtype: str, nproc: int, frozen: st
     assert checks[0].result == frozen
 
 
-def test_what_depends_on_the_batch_division_is_frozen() -> None:
+def test_layers_that_depend_on_batch_division_are_frozen() -> None:
     """In float64, within rounding: a kernel may sum in another order for another number of rows."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).double()
     assert freeze_for_comparison(net) == ["BatchNorm frozen", "dropout off"]
@@ -61,7 +61,7 @@ class MeanOfPowers(nn.Module):
         self.p = 3.0
 
 
-def test_a_power_is_no_drop_rate() -> None:
+def test_only_dropout_probabilities_are_changed() -> None:
     pool = MeanOfPowers()
     assert freeze_for_comparison(nn.Sequential(pool, nn.Dropout(0.0))) == []
     assert pool.p == 3.0
@@ -77,7 +77,7 @@ def test_a_power_is_no_drop_rate() -> None:
         ("a missing warm-up", 3, ["as if never stopped"]),
     ],
 )
-def test_a_planted_fault_is_found(fault: str, nproc: int, found_by: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_fault_is_found(fault: str, nproc: int, found_by: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAULT", fault)
     monkeypatch.setattr(suite, "PROGRAM", "support.planted")
     missing = set(found_by)
@@ -89,7 +89,7 @@ def test_a_planted_fault_is_found(fault: str, nproc: int, found_by: list[str], m
     raise AssertionError(f"not found: {missing}")
 
 
-def test_verify_as_a_command(tmp_path: Path) -> None:
+def test_verify_command(tmp_path: Path) -> None:
     """Exit code 1 and a line with FAIL for a net whose loss is a sum."""
     (tmp_path / "mine.py").write_text(
         "from torch.nn.functional import cross_entropy\n"
@@ -112,7 +112,7 @@ def doctor(folder: Path, *arguments: str, **env: str) -> tuple[int, dict[str, di
     return done.returncode, {row["what"]: row for row in json.loads(done.stdout)}
 
 
-def test_a_healthy_machine(tmp_path: Path) -> None:
+def test_doctor_on_healthy_machine(tmp_path: Path) -> None:
     code, found = doctor(tmp_path, "--nproc=2", OMP_NUM_THREADS="1")
     assert code == 0, found
     assert found.keys() == {
@@ -138,7 +138,7 @@ def test_what_starts_the_ranks_imports_no_torch() -> None:
     assert done.stdout == "[]\n[]\n"
 
 
-def test_every_problem_is_named_with_its_fix(tmp_path: Path) -> None:
+def test_doctor_names_each_problem_with_fix(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -44,7 +44,7 @@ def request_on_one_rank(
 
 
 @pytest.mark.parametrize(("world_size", "requested", "phase"), [(2, 0, "train"), (2, 1, "evaluate"), (3, 2, "train")])
-def test_all_ranks_stop_at_the_same_tick(world_size: int, requested: int, phase: str, tmp_path: Path) -> None:
+def test_all_ranks_stop_at_same_tick(world_size: int, requested: int, phase: str, tmp_path: Path) -> None:
     run_on_ranks(request_on_one_rank, requested, 150, phase, 0.001, tmp_path, world_size=world_size)
     stops = {path.read_text() for path in tmp_path.glob("rank_*")}
     assert len(stops) == 1
@@ -72,7 +72,7 @@ def saves_on_a_timer(folder: Path) -> None:
     world.leave()
 
 
-def test_timed_saves_are_agreed(tmp_path: Path) -> None:
+def test_ranks_agree_on_timed_saves(tmp_path: Path) -> None:
     run_on_ranks(saves_on_a_timer, tmp_path, world_size=2)
     (saves,) = {path.read_text() for path in tmp_path.glob("rank_*")}
     first, second = json.loads(saves)
@@ -93,7 +93,7 @@ def slow_rank_sets_the_interval(folder: Path) -> None:
     world.leave()
 
 
-def test_the_slowest_rank_sets_the_interval(tmp_path: Path) -> None:
+def test_slowest_rank_sets_interval(tmp_path: Path) -> None:
     """At 0.125 s per step the ranks agree every 8 steps, once the speed is known."""
     run_on_ranks(slow_rank_sets_the_interval, tmp_path, world_size=2)
     assert {path.read_text() for path in tmp_path.glob("rank_*")} == {"[1, 5, 13, 21, 29, 30]"}
@@ -123,7 +123,7 @@ def agreement_of(request: StopRequest, **kwargs: Any) -> Agreement:
 
 
 @pytest.mark.parametrize("meant", ["INTERRUPT", "PREEMPTED"])
-def test_rank_zero_classifies_a_sigterm(meant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_zero_classifies_sigterm(meant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     request, scheduler = StopRequest(), Scheduler()
     monkeypatch.setattr(scheduler, "classify_sigterm", lambda: meant)
     agreement = agreement_of(request, scheduler=scheduler, interval_s=0.0)
@@ -137,7 +137,7 @@ def test_rank_zero_classifies_a_sigterm(meant: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("text", "state"), [("", "INTERRUPT"), ("please\n", "INTERRUPT"), ("PREEMPTED\n", "PREEMPTED")]
 )
-def test_files_in_the_run_directory_are_requests(text: str, state: str, tmp_path: Path) -> None:
+def test_files_in_run_directory_are_requests(text: str, state: str, tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     agreement = agreement_of(StopRequest(), run_dir=run_dir, interval_s=0.0)
     (tmp_path / "SAVE").touch()
@@ -153,7 +153,7 @@ def test_files_in_the_run_directory_are_requests(text: str, state: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_stop_file_of_the_batch_shell_is_not_removed(tmp_path: Path) -> None:
+def test_stop_file_of_batch_shell_is_not_removed(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     stop_file = tmp_path / ".stop-7"
     scheduler = Scheduler()
@@ -168,8 +168,8 @@ def test_the_stop_file_of_the_batch_shell_is_not_removed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("step_s", [0.0001, 0.01, 0.3, 3.0])
-def test_a_request_is_noticed_within_about_a_second_or_a_step(step_s: float, clock: Clock) -> None:
-    """At any speed of the steps; and fast steps agree rarely."""
+def test_request_is_noticed_within_about_one_second_or_step(step_s: float, clock: Clock) -> None:
+    """This holds for any step time; fast steps agree rarely."""
     request = StopRequest()
     agreed = list[float]()
     agreement = agreement_of(request, on_agreed=lambda: agreed.append(clock.now))
@@ -203,7 +203,7 @@ def test_saves_more_frequent_than_agreements_do_not_delay_them(clock: Clock) -> 
     assert 1000 < step <= 1000 + 100
 
 
-def test_set_up_and_saves_are_not_timed(clock: Clock) -> None:
+def test_setup_and_saves_do_not_count_as_step_time(clock: Clock) -> None:
     agreed, tick = list[int](), 0
     agreement = agreement_of(StopRequest(), on_agreed=lambda: agreed.append(tick))
     clock.now += 500.0
@@ -218,7 +218,7 @@ def test_set_up_and_saves_are_not_timed(clock: Clock) -> None:
     assert agreed == [1, 1 + 4, 1 + 4 + 16]  # each interval is at most four times the last one
 
 
-def test_without_an_interval_no_save_is_timed(clock: Clock) -> None:
+def test_no_timed_saves_without_interval(clock: Clock) -> None:
     agreement = agreement_of(StopRequest())
     for _ in range(100):
         clock.now += 100.0

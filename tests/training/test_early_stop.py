@@ -1,4 +1,4 @@
-"""An early stopped run has all its metric lines, each once, also if it was interrupted before."""
+"""An early stopped run has all its metric lines, each once, even if it was interrupted before."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "early stop", lambda folder: train_on_ranks(SETTINGS, folder / "r")) / "r"
 
 
-def test_an_accuracy_that_is_sometimes_undefined(tmp_path: Path) -> None:
+def test_accuracy_undefined_in_some_evaluations(tmp_path: Path) -> None:
     """It is neither the best nor a gain, and never makes the loss decide. An accuracy of the net's own is nowhere shown
     as a share of correct examples."""
     own = {
@@ -72,7 +72,7 @@ def test_an_accuracy_that_is_sometimes_undefined(tmp_path: Path) -> None:
     ],
     ids=["now and then", "not always returned", "the loss first", "never"],
 )
-def test_one_metric_decides_over_the_whole_run(
+def test_same_metric_decides_throughout_run(
     evaluations: list[tuple[float, float | None]], scores: list[float | None], best: int | None
 ) -> None:
     """Also if each evaluation is in a separate attempt."""
@@ -89,7 +89,7 @@ def test_one_metric_decides_over_the_whole_run(
     assert state.best.get("step") == best
 
 
-def test_all_lines_are_written(tmp_path: Path) -> None:
+def test_early_stop_writes_all_lines(tmp_path: Path) -> None:
     train_on_ranks(SETTINGS, tmp_path, world_size=2)
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["early_stopped"], result["step"], result["best/step"]) == (True, STOPS_AT, 4)
@@ -142,7 +142,7 @@ def disturbed(how: Callable[[], None], run_dir: Path) -> None:
     ("how", "left"),
     [(stop_during_evaluation, "INTERRUPT"), (kill_before_the_save, "SAVING"), (kill_after_the_save, "SAVING")],
 )
-def test_each_is_there_once_whatever_came_in_between(
+def test_interrupted_early_stop_writes_each_line_once(
     how: Callable[[], None], left: str, undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "r"

@@ -35,7 +35,7 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 
-def test_a_run_writes_all_its_files(tmp_path: Path) -> None:
+def test_run_writes_all_its_files(tmp_path: Path) -> None:
     """With two processes: result, metrics, checkpoint, logs, pictures, a complete offline W&B run, exact counts."""
     command = [*DIST_TRAIN, "train", "-c", "smoke", "--nproc", "2", "--run-name", "r"]
     done = run([*command, "tracking.pictures=true", "tracking.artifact=true"], tmp_path, WANDB_MODE="offline")
@@ -89,7 +89,7 @@ def check_recorded(offline: Path, run_dir: Path, result: dict[str, Any]) -> None
     assert Path(best["local_path"]) == (run_dir / "checkpoints/best").resolve() / "model.safetensors"
 
 
-def test_the_bundle_of_the_tutorial_runs_unchanged(tmp_path: Path) -> None:
+def test_tutorial_bundle_runs_unchanged(tmp_path: Path) -> None:
     """The two files of seed 000 in a zip (test_bundle.py: in a folder), no settings, no network, two processes."""
     path = tmp_path / "bundle.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -105,7 +105,7 @@ def test_the_bundle_of_the_tutorial_runs_unchanged(tmp_path: Path) -> None:
     assert result["val/accuracy"] > 0.5
 
 
-def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+def test_progress_bar_on_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [*DIST_TRAIN, "train", "-c", "smoke", *SHORT, "--run-name", "r"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"})
@@ -137,7 +137,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in logs
 
 
-def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
+def test_wheel_works_outside_source_tree(tmp_path: Path) -> None:
     """Built from the tree, with nothing else on the path: it contains MNIST and the configs."""
     options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True, capture_output=True)
@@ -173,7 +173,7 @@ SMALL = {
 }
 
 
-def test_a_net_that_does_not_fit_its_data_is_reported_with_file_and_line(tmp_path: Path) -> None:
+def test_net_that_does_not_fit_data_is_reported_with_file_and_line(tmp_path: Path) -> None:
     body = "    def forward(self, images):\n        return super().forward(images)\n"
     (tmp_path / "mine.py").write_text(f"from torch import nn\nclass Net(nn.Linear):\n{body}")
     command = [*DIST_TRAIN, "train", "-c", "smoke", "-o", "model.name=mine:Net", "--run-name", "r"]
@@ -195,7 +195,7 @@ def test_user_code_that_draws_from_any_generator_is_seeded(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_net_that_needs_no_targets(num_workers: int, tmp_path: Path) -> None:
+def test_net_trains_without_targets(num_workers: int, tmp_path: Path) -> None:
     data = {"name": "support.user_sets:Unlabelled", "num_workers": num_workers}
     settings = own(model={"name": "support.user_nets:Encoding"}, data=data, global_batch_size=32)
     train_on_ranks(settings, tmp_path / "r", world_size=2 - num_workers)
@@ -204,7 +204,7 @@ def test_a_net_that_needs_no_targets(num_workers: int, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r/result.json").read_text())["test/seen"] == 101
 
 
-def test_a_mask_of_infinities_is_not_a_divergence(tmp_path: Path) -> None:
+def test_infinite_mask_is_not_divergence(tmp_path: Path) -> None:
     train_on_ranks(own(model={"name": "support.user_nets:Masked"}, ema_decay=0.9), tmp_path / "r")
     mask = weights(tmp_path / "r")["mask"]
     assert (mask.isneginf().sum(), mask.isnan().sum()) == (6, 0)
@@ -238,7 +238,7 @@ def test_nets_and_labels_that_cannot_be_trained_are_rejected(
         train_on_ranks(own(**settings), tmp_path / "r")
 
 
-def finish_before_the_lock(run_dir: Path) -> None:
+def finish_before_lock(run_dir: Path) -> None:
     """Finish the run between the check of the state and the lock."""
     lock = RunDir.lock
 
@@ -251,8 +251,8 @@ def finish_before_the_lock(run_dir: Path) -> None:
     assert train_here(SMALL, run_dir) == "FINISHED"
 
 
-def test_a_run_that_another_start_has_just_finished_stays_so(tmp_path: Path) -> None:
-    run_on_ranks(finish_before_the_lock, tmp_path, world_size=1)
+def test_run_finished_by_another_start_is_not_changed(tmp_path: Path) -> None:
+    run_on_ranks(finish_before_lock, tmp_path, world_size=1)
     assert RunDir(tmp_path).status.read() == {"state": "FINISHED", "attempt": 1}
     assert RunDir(tmp_path).read_result() == {"step": 7}
 
@@ -276,7 +276,7 @@ def test_diverged_runs_stop_and_save_only_finite_weights(tmp_path: Path) -> None
     assert max((tmp_path / "runs/r/checkpoints").glob("step_*")).name == "step_00000030"
 
 
-def test_training_accuracy_of_the_first_tutorial(tmp_path: Path) -> None:
+def test_training_accuracy_of_first_tutorial(tmp_path: Path) -> None:
     """One of its three epochs shows that net, data and optimizer are right: about 94 %."""
     command = [*DIST_TRAIN, "train", "-c", "mnist_mlp", "-o", "train_for=1 epochs", "-q", "--run-name", "r"]
     assert run_forked(command, tmp_path).returncode == 0
@@ -285,7 +285,7 @@ def test_training_accuracy_of_the_first_tutorial(tmp_path: Path) -> None:
     assert result["train/seen"] == 60_000
 
 
-def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
+def test_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
     """With averaged weights, which Accelerate has not prepared; in the run and in `evaluate`."""
     train_on_ranks(own(model={"name": "mlp"}, ema_decay=0.9, mixed_precision="bf16"), tmp_path / "r")
     ours = json.loads((tmp_path / "r/result.json").read_text())["test/loss"]
@@ -305,7 +305,7 @@ def test_the_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
         pytest.param("fp16", "fp16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="then it is used")),
     ],
 )
-def test_an_evaluation_uses_the_precision_of_the_run(recorded: str, exported: str, tmp_path: Path) -> None:
+def test_evaluation_uses_precision_of_run(recorded: str, exported: str, tmp_path: Path) -> None:
     """A net trained in fp16 can be evaluated on a CPU."""
     train_on_ranks(own(model={"name": "mlp"}), tmp_path / "r")
     facts = read_json(tmp_path / "r/run.json")

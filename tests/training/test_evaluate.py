@@ -107,7 +107,7 @@ def test_every_example_counts_once(world_size: int, length: int, resident: bool,
     assert metrics[0] == pytest.approx(expected, rel=1e-6)
 
 
-def evaluate_a_wrong_shard(folder: Path) -> None:
+def evaluate_wrong_shard(folder: Path) -> None:
     join_group("wrong")
     world = World.join(parse_config({"device": "cpu"}))
     made = batches(images(), world, left_out=3 if world.rank == 1 else 0)
@@ -120,8 +120,8 @@ def evaluate_a_wrong_shard(folder: Path) -> None:
     world.leave()
 
 
-def test_a_wrong_shard_raises_on_every_rank(tmp_path: Path) -> None:
-    run_on_ranks(evaluate_a_wrong_shard, tmp_path, world_size=2)
+def test_wrong_shard_raises_on_every_rank(tmp_path: Path) -> None:
+    run_on_ranks(evaluate_wrong_shard, tmp_path, world_size=2)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -136,7 +136,7 @@ class Padded(EvaluationBatches):
         yield next(super().__iter__())
 
 
-def test_an_extra_example_raises(world: World) -> None:
+def test_extra_example_raises(world: World) -> None:
     examples, net = images(14), Net()
     made = Padded(examples, torch.arange(14), 7, 3, True, Pixels(None, CPU), CPU, 0, 0)
     with pytest.raises(DistTrainError, match="Evaluation counted 21 examples of 14"):
@@ -144,7 +144,7 @@ def test_an_extra_example_raises(world: World) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_training_mode_is_restored_even_after_an_error(training: bool, world: World) -> None:
+def test_training_mode_is_restored_even_after_error(training: bool, world: World) -> None:
     net = Net().train(training)
     evaluate(net, batches(images(), world), Objective(net), world)
     assert net.training == training
@@ -154,7 +154,7 @@ def test_the_training_mode_is_restored_even_after_an_error(training: bool, world
     assert net.training == training
 
 
-def test_a_label_that_is_no_class_is_named_with_its_example(world: World) -> None:
+def test_label_outside_classes_is_reported_with_example(world: World) -> None:
     """Batches are scored together, and the example is not in the last one."""
     examples = images()
     examples.labels[38] = 3
@@ -174,7 +174,7 @@ class Drawing(Net):
         return super().forward(images + torch.rand_like(images))
 
 
-def test_random_numbers_in_evaluation_are_the_same_each_time(world: World) -> None:
+def test_random_numbers_in_evaluation_are_reproducible(world: World) -> None:
     torch.manual_seed(0)
     net = Drawing()
     first = evaluate(net, batches(images(), world), Objective(net), world)
@@ -182,7 +182,7 @@ def test_random_numbers_in_evaluation_are_the_same_each_time(world: World) -> No
     assert evaluate(net, batches(images(), world), Objective(net), world) == first
 
 
-def test_evaluating_changes_nothing(world: World) -> None:
+def test_evaluation_changes_no_state(world: World) -> None:
     net = Net().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     first = evaluate(net, batches(images(), world), Objective(net), world)
@@ -191,7 +191,7 @@ def test_evaluating_changes_nothing(world: World) -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_a_stop_ends_the_evaluation(world: World) -> None:
+def test_stop_request_ends_evaluation(world: World) -> None:
     request = StopRequest()
     request.request("INTERRUPT")
     net = Net().train()
@@ -208,7 +208,9 @@ class Regression(Net):
         return {"good": 1.0, "undefined": float("nan")}
 
 
-def test_values_that_are_not_finite(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_nonfinite_metrics_are_omitted_and_nonfinite_loss_raises(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     """An undefined metric is named and omitted from files, which are strict JSON. Such a loss ends the run."""
     net = Regression()
     metrics = evaluate(net, batches(images(), world), Objective(net), world)
@@ -229,7 +231,7 @@ class OwnAccuracy(Net):
         return {"accuracy": float((output.argmax(1) == targets).float().mean()) + self.off}
 
 
-def test_an_accuracy_that_is_not_ours_is_refused(world: World) -> None:
+def test_accuracy_that_disagrees_with_count_is_refused(world: World) -> None:
     net = OwnAccuracy()
     metrics = evaluate(net, batches(images(), world), Objective(net), world)
     assert metrics is not None

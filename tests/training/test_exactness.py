@@ -64,7 +64,7 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (3, 2), (4, 0)])
-def test_stop_and_resume_is_never_stopped(world_size: int, num_workers: int, tmp_path: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(world_size: int, num_workers: int, tmp_path: Path) -> None:
     """Dropout and a streamed set with random transforms; stopped twice, mid-epoch and when an evaluation is due."""
     settings = SMALL | {"data": {"name": "support.user_sets:Jittered", "num_workers": num_workers}}
     train_on_ranks(SMALL, tmp_path / "whole", world_size)
@@ -76,7 +76,7 @@ def test_stop_and_resume_is_never_stopped(world_size: int, num_workers: int, tmp
 
 
 @pytest.mark.parametrize("world_size", [3, 4])
-def test_resume_has_the_buckets_of_the_run_that_went_on(world_size: int, tmp_path: Path) -> None:
+def test_resume_keeps_gradient_buckets(world_size: int, tmp_path: Path) -> None:
     """A net large enough for gloo's ring: without the warm-up it sums in another order after a resume."""
     settings = PART | {"model": {"name": "bks"}, "train_for": "8 steps", "log_every": 1}
     train_on_ranks(settings, tmp_path / "whole", world_size)

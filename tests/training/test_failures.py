@@ -47,21 +47,21 @@ def test_other_errors_are_not_out_of_memory(message: str) -> None:
         ("DataLoader worker (pid 7) is killed by signal: Killed. ", DataError, r"data\.num_workers"),
     ],
 )
-def test_errors_without_a_useful_traceback(message: str, kind: type[Exception], expected: str) -> None:
+def test_errors_without_useful_traceback(message: str, kind: type[Exception], expected: str) -> None:
     """Raised by a kernel launched long before, or in a signal handler."""
     with pytest.raises(kind, match=expected) as raised, FailureHandler(detect_process({}), parse_config({}), START):
         raise RuntimeError(message)
     assert "\n" not in str(raised.value)
 
 
-def test_out_of_memory_on_a_cpu() -> None:
+def test_out_of_memory_on_cpu() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
 
 
 @pytest.mark.parametrize("state", ["TRAINING", "FINISHED"])
-def test_a_finished_run_has_no_error(state: str, run_dir: RunDir) -> None:
+def test_finished_run_has_no_error(state: str, run_dir: RunDir) -> None:
     """A rank that is lost during the exit does not affect the results."""
     begin_attempt(run_dir, parse_config({}), "id")
     run_dir.status.update(state=state)

@@ -60,7 +60,7 @@ def test_only_images_are_drawn(examples: Any, is_picture: bool, run_dir: RunDir)
             assert min(image.size) > 200
 
 
-def test_pixels_of_any_type_are_shown_from_dark_to_bright(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_of_any_dtype_are_scaled_for_display(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
     monkeypatch.setattr(charts, "mistakes", lambda images, *_: shown.extend(images))
     image = torch.tensor([[[-30000, 0, 30000]]], dtype=torch.int16)
@@ -72,9 +72,7 @@ def test_pixels_of_any_type_are_shown_from_dark_to_bright(run_dir: RunDir, monke
         assert pixels.tolist() == [[0, pytest.approx(127, abs=1), pytest.approx(255, abs=1)]]
 
 
-def test_an_example_that_cannot_be_read_costs_only_its_picture(
-    run_dir: RunDir, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_example_loses_only_its_picture(run_dir: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(list[Any]):
         def __getitem__(self, index: Any) -> Any:
             raise OSError("gone")
@@ -84,12 +82,12 @@ def test_an_example_that_cannot_be_read_costs_only_its_picture(
     assert {path.name for path in run_dir.pictures.iterdir()} == {"curves.png", "confusion.png"}
 
 
-def test_a_net_that_is_not_a_classifier(run_dir: RunDir) -> None:
+def test_non_classifier_draws_only_curves(run_dir: RunDir) -> None:
     assert draw(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, []), run_dir).keys() == {"curves"}
 
 
 @pytest.mark.parametrize("classes", [2, 21, 100, 1000])
-def test_the_names_of_many_classes(classes: int) -> None:
+def test_confusion_matrix_of_many_classes_stays_viewable(classes: int) -> None:
     """With many classes, counts and then names are omitted: the picture keeps a viewable size."""
     counts = torch.eye(classes, dtype=torch.int64).tolist()
     names = [f"$a_long$ name \\frac of ${number}" for number in range(classes)]
@@ -102,7 +100,7 @@ def without_matplotlib(run_dir: Path) -> None:
     assert train_here(SETTINGS | {"tracking": {"wandb": "disabled", "pictures": True}}, run_dir) == "FINISHED"
 
 
-def test_without_matplotlib_the_run_finishes(tmp_path: Path) -> None:
+def test_run_finishes_without_matplotlib(tmp_path: Path) -> None:
     run_on_ranks(without_matplotlib, tmp_path / "r", world_size=1)
     assert (tmp_path / "r/result.json").exists()
     assert not (tmp_path / "r/pictures").exists()
@@ -110,7 +108,7 @@ def test_without_matplotlib_the_run_finishes(tmp_path: Path) -> None:
     assert 'no picture of the curves: Pictures need matplotlib: pip install "dist-train[plot]".' in log
 
 
-def test_pictures_are_the_same_for_any_world_size(tmp_path: Path) -> None:
+def test_pictures_are_equal_for_any_world_size(tmp_path: Path) -> None:
     """In float64, where rounding does not differ visibly between world sizes."""
     settings = SETTINGS | {"dtype": "float64", "tracking": {"wandb": "disabled", "pictures": True}}
     pixels: list[Tensor] = []

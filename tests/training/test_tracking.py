@@ -44,7 +44,7 @@ MODES = [
 
 
 @pytest.mark.parametrize(("setting", "env", "expected"), MODES)
-def test_mode(setting: Any, env: dict[str, str], expected: str, tmp_path: Path) -> None:
+def test_wandb_mode(setting: Any, env: dict[str, str], expected: str, tmp_path: Path) -> None:
     assert wandb_mode(TrackingConfig(wandb=setting), {"NETRC": str(tmp_path / "none")} | env) == expected
 
 
@@ -59,7 +59,7 @@ def test_mode(setting: Any, env: dict[str, str], expected: str, tmp_path: Path) 
         ("\xff\xfe", "", "offline"),
     ],
 )
-def test_a_key_in_netrc(netrc: str, url: str, expected: str, tmp_path: Path) -> None:
+def test_api_key_in_netrc(netrc: str, url: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "netrc"
     path.write_bytes(netrc.encode("latin-1"))
     path.chmod(0o600)
@@ -110,7 +110,7 @@ def tracker_with(
 WITHOUT_NONE = [(line["step"], {k: v for k, v in line.items() if v is not None}) for line in LINES]
 
 
-def test_every_line_reaches_the_file_and_the_mirrors(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_line_reaches_file_and_sinks(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = Recorder()
     tracker = tracker_with(sink, None, run_dir, monkeypatch)
     for number, line in enumerate(LINES, start=1):
@@ -123,7 +123,7 @@ def test_every_line_reaches_the_file_and_the_mirrors(run_dir: RunDir, monkeypatc
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_a_sink_that_fails_is_dropped(
+def test_failing_sink_is_dropped(
     fails_at: int, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad, good = Recorder(fails_at), Recorder()
@@ -136,7 +136,7 @@ def test_a_sink_that_fails_is_dropped(
     assert caplog.messages == ["Recorder failed: no route to host. The run continues without it."]
 
 
-def test_a_tracker_that_does_not_start_is_dropped(
+def test_tracker_that_does_not_start_is_dropped(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sink = Recorder()
@@ -147,7 +147,7 @@ def test_a_tracker_that_does_not_start_is_dropped(
     assert caplog.messages == ["wandb: no wandb here. The run continues without it."]
 
 
-def test_a_sink_that_hangs_costs_no_time(
+def test_hanging_sink_does_not_block(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     free = threading.Event()

@@ -21,7 +21,7 @@ from support.patience import wait_until
 from support.processes import alive, command_of, run, started
 from support.ranks import join_group, run_on_ranks
 from support.run_files import metrics
-from support.trainings import let_go, save, train
+from support.trainings import release, save, train
 
 CONFIG = parse_config({"optimizer": {"lr": 0.125}, "tracking": {"project": "test", "tags": ["a"]}})
 FIRST: list[dict[str, Any]] = [
@@ -94,7 +94,7 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_and_resumed(end: signal.Signals, tmp_path: Path) -> None:
+def test_stopped_or_killed_run_resumes_with_same_id(end: signal.Signals, tmp_path: Path) -> None:
     """Same id. After an agreed stop no gaps and no repeats; after a kill repeated steps have the same values."""
     run_dir = tmp_path / "runs/r"
     command = train("save_every=200 steps", "log_every=1", "model.args.slow_s=1")
@@ -116,7 +116,7 @@ def test_a_run_that_is_ended_and_resumed(end: signal.Signals, tmp_path: Path) ->
                     os.kill(pid, end)
         process.communicate()
         wait_until(lambda: not alive(tmp_path), "end of W&B's own process, which writes what it has")
-    let_go(tmp_path)
+    release(tmp_path)
     assert run(command, tmp_path, WANDB_MODE="offline").returncode == 0
     segments = sorted(run_dir.glob("wandb/offline-run-*"))
     assert len({path.name.rpartition("-")[2] for path in segments}) == 1

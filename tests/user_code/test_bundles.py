@@ -112,7 +112,7 @@ def tutorial_as(form: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["folder", "zip", "zip of a folder"])
-def test_the_tutorial_runs_unchanged(form: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
+def test_tutorial_runs_unchanged(form: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
     path, root = tutorial_as(form, tmp_path), tmp_path / "data"
     train, val = load_dataset_bundle(path, root)
     assert tiny_mnist
@@ -130,7 +130,7 @@ def test_the_tutorial_runs_unchanged(form: str, tmp_path: Path, tiny_mnist: list
     assert set(model.metrics(logits, labels)) == {"accuracy"}
 
 
-def test_the_tutorial_with_the_bundled_mnist(tmp_path: Path) -> None:
+def test_tutorial_with_bundled_mnist(tmp_path: Path) -> None:
     train: Any
     val: Any
     train, val = load_dataset_bundle(TUTORIAL, tmp_path / "data")
@@ -138,7 +138,7 @@ def test_the_tutorial_with_the_bundled_mnist(tmp_path: Path) -> None:
     assert [int(label) for label in train.targets[:5]] == [5, 0, 4, 1, 9]
 
 
-def test_the_validation_set_is_optional(tmp_path: Path) -> None:
+def test_validation_set_is_optional(tmp_path: Path) -> None:
     train, val = load_dataset_bundle(write(tmp_path / "b", bks_dataset=DATASET), tmp_path / "data")
     assert val is None
     assert train.path == str(tmp_path / "data")  # type: ignore[attr-defined]
@@ -147,7 +147,7 @@ def test_the_validation_set_is_optional(tmp_path: Path) -> None:
 # --- several bundles in one process, workers ---
 
 
-def test_two_bundles_with_helpers_of_the_same_name(tmp_path: Path) -> None:
+def test_bundles_with_same_helper_names_are_separate(tmp_path: Path) -> None:
     for name in ("a", "b"):
         head = "from helpers import WHO\nfrom parts.deep import WHERE\n"
         write(tmp_path / name, helpers=f"WHO = {name!r}\n", bks_dataset=head + DATASET + "    who = WHO + WHERE\n")
@@ -160,7 +160,7 @@ def test_two_bundles_with_helpers_of_the_same_name(tmp_path: Path) -> None:
     assert type(data[0]) is type(data[2])
 
 
-def test_an_edited_file_is_imported_again(tmp_path: Path) -> None:
+def test_edited_file_is_imported_again(tmp_path: Path) -> None:
     first: Any = load_model_bundle(write(tmp_path / "b", bks_model=MODEL))
     second: Any = load_model_bundle(write(tmp_path / "b", bks_model=MODEL + "    edited = True\n"))
     assert second.edited
@@ -172,7 +172,7 @@ def lengths(pickled: bytes) -> tuple[int, str]:
     return len(dataset), type(dataset.transform).__name__
 
 
-def test_a_spawned_worker_can_unpickle_it(tmp_path: Path) -> None:
+def test_spawned_worker_can_unpickle_set(tmp_path: Path) -> None:
     helper = "class Twice:\n    def __call__(self, x): return 2 * x\n"
     source = f"import torchvision\nfrom my_transforms import Twice\n{DATASET}    @property\n    def transform(self):\n"
     source += "        return self.kept\n"
@@ -227,7 +227,7 @@ def test_failures_are_located(tmp_path: Path) -> None:
     assert "bks_model.py:6: RuntimeError" in text
 
 
-def test_a_missing_bundle_or_file(tmp_path: Path) -> None:
+def test_missing_bundle_or_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^data\.bundle=.*gone: no such file or folder\."):
         load_dataset_bundle(tmp_path / "gone", tmp_path)
     write(tmp_path / "b", bks_datset=DATASET)
@@ -239,13 +239,13 @@ def test_a_missing_bundle_or_file(tmp_path: Path) -> None:
         load_model_bundle(tmp_path / "c")
 
 
-def test_an_iterable_data_set_is_rejected(tmp_path: Path) -> None:
+def test_iterable_data_set_is_rejected(tmp_path: Path) -> None:
     source = DATASET.replace("Dataset,", "IterableDataset,").replace("(Dataset)", "(IterableDataset)")
     with pytest.raises(ConfigError, match=r"UserDataset \(bks_dataset.py:4\) is an IterableDataset\. .*by index"):
         load_dataset_bundle(write(tmp_path / "b", bks_dataset=source), tmp_path)
 
 
-def test_arguments_of_the_model(tmp_path: Path) -> None:
+def test_model_arguments(tmp_path: Path) -> None:
     folder = write(tmp_path / "b", bks_model=MODEL)
     assert load_model_bundle(folder, {"width": 5}).in_features == 5
     with pytest.raises(ConfigError, match=r"model\.args\.widht\. Did you mean model\.args\.width\? It takes: width\."):
@@ -260,7 +260,7 @@ def load_at_once(arguments: tuple[Path, Path]) -> int:
     return len(train)  # type: ignore[arg-type]
 
 
-def test_ranks_that_start_at_once(tmp_path: Path, cache: Path) -> None:
+def test_ranks_load_bundle_concurrently(tmp_path: Path, cache: Path) -> None:
     # Real processes: each unpacks the zip, makes the links and unpacks the bundled MNIST, all for the first time.
     archive = zipped(TUTORIAL, tmp_path / "bundle.zip")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -268,7 +268,7 @@ def test_ranks_that_start_at_once(tmp_path: Path, cache: Path) -> None:
     assert len(list((cache / "bundles").iterdir())) == 1  # and no partly unpacked folder
 
 
-def test_threads_that_link_at_once(tmp_path: Path, tiny_mnist: list[Path]) -> None:
+def test_threads_link_concurrently(tmp_path: Path, tiny_mnist: list[Path]) -> None:
     load_dataset_bundle(TUTORIAL, tmp_path / "first")  # the import itself is not thread-safe
     write_mnist(tmp_path / "data" / "MNIST" / "raw")
     with ThreadPoolExecutor(8) as threads:
@@ -276,7 +276,7 @@ def test_threads_that_link_at_once(tmp_path: Path, tiny_mnist: list[Path]) -> No
 
 
 @pytest.mark.parametrize("occupant", ["folder", "link", "file"])
-def test_another_file_at_the_path_of_the_link(occupant: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
+def test_occupied_link_path_is_refused(occupant: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
     link = tmp_path / "data" / "UserDataset"
     link.parent.mkdir()
     if occupant == "folder":
@@ -290,7 +290,7 @@ def test_another_file_at_the_path_of_the_link(occupant: str, tmp_path: Path, tin
     assert str(link) in str(caught.value)
 
 
-def test_a_variant_of_mnist_is_linked_and_nothing_is_fetched(tmp_path: Path, tiny_mnist: list[Path]) -> None:
+def test_variant_of_mnist_is_linked_without_download(tmp_path: Path, tiny_mnist: list[Path]) -> None:
     source = (TUTORIAL / "bks_dataset.py").read_text().replace("MNIST", "FashionMNIST")
     write_mnist(tmp_path / "data" / "FashionMNIST" / "raw", count=7)
     train, _ = load_dataset_bundle(write(tmp_path / "b", bks_dataset=source), tmp_path / "data")
@@ -317,7 +317,7 @@ def refusal(archive: Path, cache: Path) -> str:
 @pytest.mark.parametrize(
     "name", ["../evil.py", "a/../../evil.py", "/tmp/evil.py", "..\\evil.py", "a\\b.py", "C:/evil.py", "c:evil.py", ".."]
 )
-def test_paths_outside_the_archive_are_rejected(name: str, tmp_path: Path, cache: Path) -> None:
+def test_paths_outside_archive_are_rejected(name: str, tmp_path: Path, cache: Path) -> None:
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
         file.writestr("bks_model.py", MODEL)
         file.writestr(entry(name), "evil")
@@ -332,7 +332,7 @@ def test_links_and_special_files_are_rejected(kind: int, tmp_path: Path, cache: 
     assert "'bks_model.py' is a link or a special file" in refusal(tmp_path / "b.zip", cache)
 
 
-def test_a_zip_bomb_is_stopped(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_bomb_is_stopped(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_BYTES", 2 * 2**20)
     archive = tmp_path / "b.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
@@ -343,7 +343,7 @@ def test_a_zip_bomb_is_stopped(tmp_path: Path, cache: Path, monkeypatch: pytest.
     assert "holds more than 2 MiB" in refusal(archive, cache)
 
 
-def test_a_header_that_claims_too_small_a_size(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_understated_size_in_header_is_rejected(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
     archive = tmp_path / "b.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
@@ -354,7 +354,7 @@ def test_a_header_that_claims_too_small_a_size(tmp_path: Path, cache: Path, monk
     assert "is not a readable zip" in refusal(archive, cache)  # cut at 100 bytes, the checksum is wrong
 
 
-def test_too_many_entries(tmp_path: Path, cache: Path) -> None:
+def test_too_many_entries_are_rejected(tmp_path: Path, cache: Path) -> None:
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
         for number in range(archives.MAX_ENTRIES + 1):
             file.writestr(f"{number}.py", "")
@@ -362,7 +362,7 @@ def test_too_many_entries(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("second", ["a.py", "a.py/b.py"])
-def test_two_entries_for_one_path(second: str, tmp_path: Path, cache: Path) -> None:
+def test_duplicate_paths_are_rejected(second: str, tmp_path: Path, cache: Path) -> None:
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
         file.writestr("a.py", "first")
         if second != "a.py":
@@ -373,7 +373,7 @@ def test_two_entries_for_one_path(second: str, tmp_path: Path, cache: Path) -> N
     assert f"two entries for {second!r}" in refusal(tmp_path / "b.zip", cache)
 
 
-def test_encrypted_entries_and_names_with_a_nul(tmp_path: Path, cache: Path) -> None:
+def test_encrypted_entries_and_nul_names_are_rejected(tmp_path: Path, cache: Path) -> None:
     zipped(write(tmp_path / "b", bks_model=MODEL), tmp_path / "b.zip")
     content = (tmp_path / "b.zip").read_bytes()
     encrypted = bytearray(content)
@@ -385,15 +385,13 @@ def test_encrypted_entries_and_names_with_a_nul(tmp_path: Path, cache: Path) -> 
     assert r"the entry 'bks_mod\x00l.py' is not a plain path" in refusal(tmp_path / "b.zip", cache)
 
 
-def test_a_zip_larger_than_the_limit_is_not_opened(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zip_larger_than_limit_is_not_opened(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
     (tmp_path / "b.zip").write_bytes(bytes(2**20 + 1))
     assert "holds more than 1 MiB" in refusal(tmp_path / "b.zip", cache)
 
 
-def test_a_zip_damaged_anywhere_is_rejected_or_unpacks_the_right_contents(tmp_path: Path, cache: Path) -> None:
+def test_damaged_zip_is_rejected_or_unpacks_correctly(tmp_path: Path, cache: Path) -> None:
     """Names may be wrong (they have no checksum), contents never; only UserCodeError, no files outside the cache."""
     sources = {"bks_model.py": MODEL, "parts/__init__.py": "", "parts/layers.py": "width = 8\n" * 40}
     with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as file:
@@ -420,7 +418,7 @@ def test_a_zip_damaged_anywhere_is_rejected_or_unpacks_the_right_contents(tmp_pa
     assert [*(cache / "bundles").glob(".*")] == []  # no partly unpacked folder
 
 
-def test_a_file_that_is_not_a_zip_and_a_damaged_zip(tmp_path: Path, cache: Path) -> None:
+def test_unreadable_zips_are_rejected(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "b.zip").write_text("hello")
     assert "is not a readable zip" in refusal(tmp_path / "b.zip", cache)
     zipped(TUTORIAL, tmp_path / "c.zip")
@@ -430,7 +428,7 @@ def test_a_file_that_is_not_a_zip_and_a_damaged_zip(tmp_path: Path, cache: Path)
     assert "is not a readable zip" in refusal(tmp_path / "c.zip", cache)
 
 
-def test_a_zip_is_unpacked_once_for_each_content(tmp_path: Path, cache: Path) -> None:
+def test_zip_is_unpacked_once_per_content(tmp_path: Path, cache: Path) -> None:
     archive = zipped(write(tmp_path / "b", bks_model=MODEL), tmp_path / "b.zip")
     load_model_bundle(archive)
     shutil.copy(archive, tmp_path / "copy.zip")
@@ -443,14 +441,14 @@ def test_a_zip_is_unpacked_once_for_each_content(tmp_path: Path, cache: Path) ->
     assert edited.edited
 
 
-def test_a_cache_folder_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncreatable_cache_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "file"))
     with pytest.raises(UserCodeError, match=r"cannot be unpacked into .*Set DIST_TRAIN_DATA_DIR"):
         load_model_bundle(zipped(TUTORIAL, tmp_path / "b.zip"))
 
 
-def test_weights_of_a_bundle_are_plain_parameters() -> None:
+def test_weights_of_bundle_are_plain_parameters() -> None:
     model = load_model_bundle(TUTORIAL)
     assert sum(weight.numel() for weight in model.parameters()) == 21_840
     assert all(isinstance(weight, torch.nn.Parameter) for weight in model.parameters())

@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-def test_a_class_of_the_current_folder(folder: Path) -> None:
+def test_class_from_current_folder(folder: Path) -> None:
     (folder / "my_nets.py").write_text("class Net: pass\n")
     assert load_object("my_nets:Net").__name__ == "Net"
     assert sys.path.count(str(folder)) == 1
@@ -37,14 +37,14 @@ def test_a_class_of_the_current_folder(folder: Path) -> None:
     assert sys.path.count(str(folder)) == 1
 
 
-def test_a_module_of_a_package_with_a_sibling(folder: Path) -> None:
+def test_module_imports_sibling_in_its_package(folder: Path) -> None:
     (folder / "mine").mkdir()
     (folder / "mine" / "sizes.py").write_text("WIDTH = 7\n")
     (folder / "mine" / "nets.py").write_text("from mine.sizes import WIDTH\n")
     assert load_object("mine.nets:WIDTH") == 7
 
 
-def test_the_current_folder_wins_over_the_rest_of_the_path(folder: Path) -> None:
+def test_current_folder_precedes_rest_of_path(folder: Path) -> None:
     other = folder / "other"
     other.mkdir()
     (other / "my_twice.py").write_text("WHERE = 'other'\n")
@@ -53,7 +53,7 @@ def test_the_current_folder_wins_over_the_rest_of_the_path(folder: Path) -> None
     assert load_object("my_twice:WHERE") == "here"
 
 
-def test_a_console_script_finds_the_current_folder(folder: Path) -> None:
+def test_console_script_finds_current_folder(folder: Path) -> None:
     # Its sys.path[0] is the folder of the script, not the current folder.
     (folder / "bin").mkdir()
     script = folder / "bin" / "command.py"
@@ -72,7 +72,7 @@ def test_a_console_script_finds_the_current_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["my_nets", "my_nets:", ":Net", "my nets:Net", "a:b:c", "my_nets.py:Net(3)"])
-def test_an_invalid_name_is_a_config_error(spec: str) -> None:
+def test_invalid_name_is_config_error(spec: str) -> None:
     with pytest.raises(ConfigError, match=r"does not have the form package\.module:Name"):
         load_object(spec)
 
@@ -83,7 +83,7 @@ def message(spec: str) -> str:
     return str(caught.value)
 
 
-def test_a_missing_module_gets_a_suggestion(folder: Path) -> None:
+def test_missing_module_gets_suggestion(folder: Path) -> None:
     (folder / "my_nets.py").touch()
     (folder / "lib").mkdir()
     (folder / "lib" / "layers.py").touch()
@@ -93,7 +93,7 @@ def test_a_missing_module_gets_a_suggestion(folder: Path) -> None:
     assert "no module my_nets.deeper" in message("my_nets.deeper:Net")
 
 
-def test_a_missing_name_gets_lines_and_a_suggestion(folder: Path) -> None:
+def test_missing_name_gets_lines_and_suggestion(folder: Path) -> None:
     (folder / "my_nets.py").write_text("from pathlib import Path\n\nclass Net: pass\n\ndef make(): pass\n")
     text = message("my_nets:Nett")
     assert text == (
@@ -101,7 +101,7 @@ def test_a_missing_name_gets_lines_and_a_suggestion(folder: Path) -> None:
     )
 
 
-def test_a_syntax_error_is_located(folder: Path) -> None:
+def test_syntax_error_is_located(folder: Path) -> None:
     (folder / "my_broken.py").write_text("x = 1\nclass Net(:\n")
     assert message("my_broken:Net").startswith(f"my_broken:Net cannot be imported: {folder}/my_broken.py:2: SyntaxErr")
 
@@ -115,7 +115,7 @@ def test_a_syntax_error_is_located(folder: Path) -> None:
         ("from my_half import gone", "ImportError: cannot import name 'gone' from 'my_half'"),
     ],
 )
-def test_an_error_at_import_is_located_in_the_users_file(folder: Path, line: str, error: str) -> None:
+def test_import_error_is_located_in_user_file(folder: Path, line: str, error: str) -> None:
     (folder / "my_half.py").touch()
     (folder / "my_fails.py").write_text(f"\n\n{line}\n")
     assert message("my_fails:Net").startswith(f"my_fails:Net cannot be imported: {folder}/my_fails.py:3: {error}")
@@ -156,7 +156,7 @@ print(sorted({"torch", "torchvision"} & set(sys.modules)))
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_a_file_imports_its_siblings_and_leaves_no_module_on_failure(folder: Path) -> None:
+def test_file_imports_its_siblings_and_leaves_no_module_on_failure(folder: Path) -> None:
     (folder / "somewhere").mkdir()
     file = folder / "somewhere" / "main.py"
     file.write_text("import my_neighbour\nclass Net: pass\n")
@@ -204,7 +204,7 @@ def test_only_accepted_arguments_are_passed() -> None:
     assert accepted_arguments(print, offered) == {}
 
 
-def test_the_error_names_unknown_and_valid_arguments() -> None:
+def test_error_names_unknown_and_valid_arguments() -> None:
     check_arguments(Derived, {"depth": 2, "width": 4}, "model.args")
     with pytest.raises(ConfigError, match=r"^Unknown setting model\.args\.widht\. Did you mean model\.args\.width\? "):
         check_arguments(Derived, {"widht": 2}, "model.args")

@@ -102,7 +102,7 @@ def output_for(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {root.name: (root, part.splitlines()[1:]) for root, part in zip(roots, parts, strict=True)}
 
 
-def test_the_four_files_are_the_published_ones(unpacked: Path) -> None:
+def test_files_equal_published_ones(unpacked: Path) -> None:
     assert {name: md5(raw(unpacked) / name) for name in FILES} == {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -127,7 +127,7 @@ def test_counts_mean_and_std(unpacked: Path) -> None:
     assert (round(mean, 4), round(std, 4)) == (0.1307, 0.3081)
 
 
-def test_torchvision_finds_it(unpacked: Path, torchvision: ModuleType) -> None:
+def test_torchvision_reads_unpacked_files(unpacked: Path, torchvision: ModuleType) -> None:
     theirs = torchvision.datasets.MNIST(unpacked, train=False)
     ours = load_splits(DataConfig(root=unpacked), seed=0).test
     assert isinstance(ours, ImageSet)
@@ -135,7 +135,7 @@ def test_torchvision_finds_it(unpacked: Path, torchvision: ModuleType) -> None:
     assert ours.labels.equal(theirs.targets)
 
 
-def test_a_second_start_neither_hashes_nor_writes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_start_neither_hashes_nor_writes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> bool:
         raise AssertionError("not needed")
 
@@ -145,7 +145,7 @@ def test_a_second_start_neither_hashes_nor_writes(root: Path, monkeypatch: pytes
     assert unpack_mnist(root) == raw(root)
 
 
-def test_existing_files_without_a_marker_are_hashed_and_used(root: Path) -> None:
+def test_existing_files_without_marker_are_hashed_and_used(root: Path) -> None:
     (raw(root) / MARKER_NAME).unlink()
     before = {name: (raw(root) / name).stat().st_ino for name in FILES}
     unpack_mnist(root)
@@ -155,16 +155,14 @@ def test_existing_files_without_a_marker_are_hashed_and_used(root: Path) -> None
 
 
 @pytest.mark.parametrize("marker", ["", "[]", '{"t10k-labels-idx1-ubyte": 7}'])
-def test_a_damaged_marker_is_rewritten(marker: str, root: Path) -> None:
+def test_damaged_marker_is_rewritten(marker: str, root: Path) -> None:
     replace(raw(root) / MARKER_NAME, marker.encode())
     unpack_mnist(root)
     assert set(json.loads((raw(root) / MARKER_NAME).read_text())) == set(FILES)
 
 
 @pytest.mark.parametrize("content", [b"short", b"\0" * FILES[LABELS].size], ids=["truncated", "same size"])
-def test_a_damaged_file_is_restored_with_a_warning(
-    content: bytes, root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_file_is_restored_with_warning(content: bytes, root: Path, caplog: pytest.LogCaptureFixture) -> None:
     replace(raw(root) / LABELS, content)
     unpack_mnist(root)
     assert md5(raw(root) / LABELS) == FILES[LABELS].md5
@@ -174,7 +172,7 @@ def test_a_damaged_file_is_restored_with_a_warning(
     assert str(raw(root) / LABELS) in warnings[0]
 
 
-def test_leftovers_of_a_killed_process_are_removed(root: Path) -> None:
+def test_leftovers_of_killed_process_are_removed(root: Path) -> None:
     (raw(root) / LABELS).unlink()
     leftover = temporary_path(raw(root) / LABELS)
     leftover.write_bytes(b"half")
@@ -184,7 +182,7 @@ def test_leftovers_of_a_killed_process_are_removed(root: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "missing"])
-def test_a_damaged_installation_is_not_passed_on(
+def test_damaged_package_file_is_not_unpacked(
     damage: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (raw(root) / LABELS).unlink()
@@ -198,7 +196,7 @@ def test_a_damaged_installation_is_not_passed_on(
     assert {path.name for path in raw(root).iterdir()} == {*FILES, MARKER_NAME} - {LABELS}
 
 
-def test_two_processes_at_once_unpack_once(tmp_path: Path) -> None:
+def test_concurrent_processes_unpack_once(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", UNPACK, str(tmp_path)]
     both = [
         subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -219,13 +217,13 @@ def test_two_processes_at_once_unpack_once(tmp_path: Path) -> None:
 
 @needs_mounts
 @pytest.mark.parametrize("name", ["complete", "without_marker"])
-def test_a_read_only_root_with_the_files_works(name: str, output_for: dict[str, tuple[Path, list[str]]]) -> None:
+def test_read_only_root_with_files_works(name: str, output_for: dict[str, tuple[Path, list[str]]]) -> None:
     root, lines = output_for[name]
     assert lines == [f"done {raw(root)}"]
 
 
 @needs_mounts
-def test_a_read_only_root_without_the_files_is_one_line(output_for: dict[str, tuple[Path, list[str]]]) -> None:
+def test_read_only_root_without_files_is_one_line_error(output_for: dict[str, tuple[Path, list[str]]]) -> None:
     root, lines = output_for["empty"]
     assert len(lines) == 1
     assert lines[0].startswith(f"DataError Cannot write to {root}: Read-only file system")
@@ -233,7 +231,7 @@ def test_a_read_only_root_without_the_files_is_one_line(output_for: dict[str, tu
 
 
 @needs_mounts
-def test_a_full_disk_is_one_line_and_leaves_no_partial_files(
+def test_full_disk_is_one_line_error_without_partial_files(
     output_for: dict[str, tuple[Path, list[str]]],
 ) -> None:
     root, lines = output_for["full"]
@@ -243,9 +241,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_files(
     assert free_mb > 20  # the partial file is removed
 
 
-def test_where_the_default_root_cannot_be_written_the_package_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_default_root_reads_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(root: Path) -> Path:
         if root == tmp_path / "cache/dist_train":
             raise DataError(f"Cannot write to {root}")

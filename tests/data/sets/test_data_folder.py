@@ -11,7 +11,7 @@ from dist_train.data.sets.data_folder import LOCK_NAME, disk_errors, locked
 from dist_train.errors import DataError
 
 
-def test_a_lock_that_is_never_released_is_named(
+def test_lock_that_is_never_released_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The wait is logged before."""
@@ -28,7 +28,7 @@ def test_a_lock_that_is_never_released_is_named(
         pass
 
 
-def test_a_root_that_is_a_file_is_one_line_with_the_fix(tmp_path: Path) -> None:
+def test_root_that_is_a_file_error_names_fix(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match=r"Cannot write to .*file: .* Set data\.root or DIST_TRAIN_DATA_DIR"):
         locked(tmp_path / "file").__enter__()

@@ -27,7 +27,7 @@ def small_set(num: int = 6) -> ImageSet:
     )
 
 
-def test_an_item_is_an_image_and_its_label() -> None:
+def test_item_is_image_and_label() -> None:
     image, label = small_set()[4]
     assert image.tolist() == torch.arange(48, 60).view(3, 2, 2).tolist()
     assert label == 1
@@ -37,7 +37,7 @@ def test_an_item_is_an_image_and_its_label() -> None:
         small_set()[6]
 
 
-def test_a_subset_keeps_order_and_classes() -> None:
+def test_subset_keeps_order_and_classes() -> None:
     chosen = small_set().subset(torch.tensor([5, 0]))
     assert chosen.images[:, 0, 0, 0].tolist() == [60, 0]
     assert chosen.labels.tolist() == [2, 0]
@@ -63,7 +63,7 @@ def test_invalid_image_sets_are_refused(images: Tensor, labels: Tensor, classes:
     assert words in str(caught.value)
 
 
-def test_a_subset_of_a_map_style_set_keeps_its_collate() -> None:
+def test_subset_of_map_style_set_keeps_its_collate() -> None:
     class Squares:
         def __len__(self) -> int:
             return 10
@@ -105,9 +105,7 @@ def test_reading_idx(tmp_path: Path) -> None:
         (b"", "nothing"),
     ],
 )
-def test_a_damaged_idx_file_is_named_with_what_was_expected_and_found(
-    content: bytes, words: str, tmp_path: Path
-) -> None:
+def test_damaged_idx_file_error_shows_expected_and_found(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -116,7 +114,7 @@ def test_a_damaged_idx_file_is_named_with_what_was_expected_and_found(
     assert words in str(caught.value)
 
 
-def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:
+def test_missing_idx_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere cannot be read: No such file"):
         read_idx(tmp_path / "nowhere", ndim=1)
 

@@ -63,7 +63,7 @@ def load(root: Path, **settings: Any) -> Any:
     return load_splits(DataConfig(name="image_folder", root=root, **({"image_size": 8} | settings)), seed=0)
 
 
-def test_in_memory_and_streamed_give_the_same(root: Path) -> None:
+def test_in_memory_equals_streamed(root: Path) -> None:
     memory, stream = load(root, resident=True), load(root, resident=False)
     for split in ("train", "val", "test"):
         ours, others = getattr(memory, split), getattr(stream, split)
@@ -87,7 +87,7 @@ def test_files_are_sorted_by_name_and_labels_by_class(root: Path) -> None:
     assert train.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_a_streamed_set_can_be_pickled(root: Path) -> None:
+def test_streamed_set_can_be_pickled(root: Path) -> None:
     train = ImageFolder(root / "train", image_size=8)
     again = pickle.loads(pickle.dumps(train))
     assert all(a[0].equal(b[0]) and a[1] == b[1] for a, b in zip(items(train), items(again), strict=True))
@@ -101,7 +101,7 @@ def test_decoding_matches_torchvision(size: tuple[int, int], mode: str, transfor
     assert decode(path, 16).equal(transforms.Compose(chain)(Image.open(path).convert("RGB")))
 
 
-def test_what_is_transparent_is_white(tmp_path: Path) -> None:
+def test_transparent_pixels_become_white(tmp_path: Path) -> None:
     """Any format blends with white: half-transparent pixels by half, opaque pixels keep their bits."""
     opacity = NUMBERS.integers(0, 2, (8, 8), dtype=np.uint8) * 255  # black or transparent
     on_white = torch.from_numpy(255 - opacity).expand(3, 8, 8)
@@ -124,7 +124,7 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_a_picture_is_upright(orientation: int, mode: str, tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(orientation: int, mode: str, tmp_path: Path) -> None:
     """The result matches PIL's exif_transpose in any format."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
@@ -144,7 +144,7 @@ def test_broken_exif_data_are_ignored(tmp_path: Path) -> None:
     assert decode(tmp_path / "broken.jpg", 6).equal(decode(tmp_path / "none.jpg", 6))
 
 
-def test_without_val_folder_the_test_folder_validates(root: Path) -> None:
+def test_test_folder_validates_without_val_folder(root: Path) -> None:
     (root / "val").rename(root / "unused")
     splits = load(root)
     assert splits.val is splits.test
@@ -165,7 +165,7 @@ def test_validation_held_out_of_train(resident: bool, root: Path) -> None:
     assert splits.num_classes == 2
 
 
-def test_a_val_folder_and_val_examples_conflict(root: Path) -> None:
+def test_val_folder_and_val_examples_conflict(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.val_examples=1, but a validation set exists already: val/\."):
         load(root, val_examples=1)
 
@@ -173,7 +173,7 @@ def test_a_val_folder_and_val_examples_conflict(root: Path) -> None:
 @pytest.mark.parametrize(
     ("free_per_byte", "ranks_per_node", "in_memory"), [(2, 1, True), (1.9, 1, False), (4, 2, True), (3.9, 2, False)]
 )
-def test_free_memory_decides_without_a_setting(
+def test_free_memory_decides_by_default(
     free_per_byte: float,
     ranks_per_node: int,
     in_memory: bool,
@@ -189,7 +189,7 @@ def test_free_memory_decides_without_a_setting(
     assert ("streamed" in caplog.text) is not in_memory
 
 
-def test_available_memory_is_the_least_of_machine_and_groups(tmp_path: Path) -> None:
+def test_available_memory_is_minimum_of_machine_and_cgroups(tmp_path: Path) -> None:
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     assert available_bytes(proc, groups) is None
@@ -210,26 +210,26 @@ def test_available_memory_is_the_least_of_machine_and_groups(tmp_path: Path) -> 
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def test_no_train_folder(tmp_path: Path) -> None:
+def test_missing_train_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no folder {tmp_path}/train. Set data.root"):
         load(tmp_path)
 
 
-def test_no_classes(tmp_path: Path) -> None:
+def test_missing_class_folders_are_refused(tmp_path: Path) -> None:
     picture(tmp_path / "train/x.png")
     with pytest.raises(DataError, match="train has no class folders"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_an_empty_class(split: str, root: Path) -> None:
+def test_empty_class_is_refused(split: str, root: Path) -> None:
     for path in (root / split / "dog").iterdir():
         path.unlink()
     with pytest.raises(DataError, match=f"{split}/dog contains no images"):
         load(root)
 
 
-def test_a_folder_inside_a_class(root: Path) -> None:
+def test_folder_inside_class_is_refused(root: Path) -> None:
     (root / "train/dog/more").mkdir()
     with pytest.raises(DataError, match="dog/more is a folder"):
         load(root)
@@ -268,14 +268,14 @@ def test_no_file_is_asked_for_its_kind(root: Path, monkeypatch: pytest.MonkeyPat
     assert asked == []
 
 
-def test_classes_that_differ_between_splits(root: Path) -> None:
+def test_classes_that_differ_between_splits_are_refused(root: Path) -> None:
     (root / "val/dog").rename(root / "val/wolf")
     with pytest.raises(DataError, match=r"val lacks dog and also has wolf\. All splits"):
         load(root)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n broken"])
-def test_an_invalid_image_is_named(content: bytes, root: Path) -> None:
+def test_invalid_image_is_named(content: bytes, root: Path) -> None:
     bad = root / "train/dog/notes.png"
     bad.write_bytes(content)
     with pytest.raises(DataError, match=f"{bad} is not a valid image"):
@@ -285,7 +285,7 @@ def test_an_invalid_image_is_named(content: bytes, root: Path) -> None:
         items(streamed)
 
 
-def test_a_truncated_image_is_named(root: Path) -> None:
+def test_truncated_image_is_named(root: Path) -> None:
     path = root / "train/dog/a.jpg"
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(DataError, match=f"{path} is not a valid image"):
@@ -299,7 +299,7 @@ def test_sixteen_bits_per_pixel_are_refused_instead_of_clipped(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_normalize_needs_a_number_per_channel(resident: bool, root: Path) -> None:
+def test_normalize_needs_one_number_per_channel(resident: bool, root: Path) -> None:
     with pytest.raises(ConfigError, match=r"normalize has 1 channels, the images of data.name=image_folder have 3"):
         load(root, resident=resident, normalize=Normalize(mean=[0.5], std=[0.5]))
     load(root, resident=resident, normalize=Normalize(mean=[0.5] * 3, std=[0.5] * 3))

@@ -142,7 +142,7 @@ def assert_same_images(ours: ImageSet, dataset: Any) -> None:
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(("name", "split"), IDX_SETS)
-def test_idx_sets_are_read_as_torchvision_reads_them(name: str, split: str | None, tmp_path: Path, theirs: Any) -> None:
+def test_idx_sets_equal_torchvision(name: str, split: str | None, tmp_path: Path, theirs: Any) -> None:
     arguments = {"split": split} if split else {}
     write_idx_set(name, tmp_path, split, num_classes=10)
     splits = load_splits(DataConfig(name=name, root=tmp_path, split=split), seed=0)
@@ -156,12 +156,12 @@ def test_idx_sets_are_read_as_torchvision_reads_them(name: str, split: str | Non
     assert list(splits.train.classes) == build(tmp_path, **arguments).classes
 
 
-def test_class_names_and_splits_of_emnist_are_torchvisions(theirs: Any) -> None:
+def test_emnist_class_names_and_splits_equal_torchvision(theirs: Any) -> None:
     assert {split: list(names) for split, names in EMNIST_CLASSES.items()} == theirs.EMNIST.classes_split_dict
     assert set(EMNIST_CLASSES) == set(theirs.EMNIST.splits)
 
 
-def test_the_file_names_are_torchvisions(theirs: Any) -> None:
+def test_file_names_equal_torchvision(theirs: Any) -> None:
     for name in ("mnist", "fashion_mnist", "kmnist"):
         kind = getattr(theirs, SETS[name].class_name)
         assert [path.name for path in SETS[name].files(Path())] == [
@@ -177,7 +177,7 @@ def test_the_file_names_are_torchvisions(theirs: Any) -> None:
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar(name: str, tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_equals_torchvision(name: str, tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(name, tmp_path, theirs, monkeypatch)
     splits = load_splits(DataConfig(name=name, root=tmp_path), seed=0)
     build = getattr(theirs, SETS[name].class_name)
@@ -190,7 +190,7 @@ def test_cifar(name: str, tmp_path: Path, theirs: Any, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("no_network")
-def test_svhn(tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_equals_torchvision(tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_svhn(tmp_path, theirs, monkeypatch)
     train, test = load_named("svhn", tmp_path, None)
     assert_same_images(train, theirs.SVHN(tmp_path, split="train"))
@@ -199,16 +199,14 @@ def test_svhn(tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert train.classes == tuple("0123456789")
 
 
-def test_svhn_without_scipy_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_without_scipy_names_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_train.data.sets.catalog.find_spec", lambda _: None)
     for attempt in (lambda: load_named("svhn", tmp_path, None), lambda: fetch("svhn", tmp_path)):
         with pytest.raises(ConfigError, match=r'pip install "dist-train\[svhn\]"'):
             attempt()
 
 
-def test_a_damaged_cifar_file_is_an_error_with_the_fix(
-    tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_cifar_file_error_names_fix(tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar("cifar10", tmp_path, theirs, monkeypatch)
     (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"rot")
     with pytest.raises(DataError) as caught:
@@ -231,7 +229,7 @@ def point_to(mirror: str, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "svhn"])
-def test_an_unreachable_mirror_is_one_line_with_the_command(
+def test_unreachable_mirror_error_names_command(
     name: str,
     tmp_path: Path,
     theirs: Any,
@@ -267,7 +265,7 @@ def fashion_archives(folder: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch)
     return contents
 
 
-def test_a_download_leaves_the_files_and_nothing_else(
+def test_download_leaves_no_other_files(
     mirror: tuple[Path, str],
     tmp_path: Path,
     theirs: Any,
@@ -290,7 +288,7 @@ def test_a_download_leaves_the_files_and_nothing_else(
     assert "100%" in capfd.readouterr().err
 
 
-def test_an_interrupted_download_leaves_nothing(
+def test_interrupted_download_leaves_nothing(
     mirror: tuple[Path, str], tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, address = mirror
@@ -314,7 +312,7 @@ def test_manually_placed_archives_are_used(tmp_path: Path, theirs: Any, monkeypa
 
 
 @pytest.mark.usefixtures("no_network")
-def test_archives_packed_in_another_way_are_taken_and_their_checksum_named(
+def test_valid_archives_with_other_checksum_are_accepted(
     tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
@@ -333,7 +331,7 @@ def test_archives_packed_in_another_way_are_taken_and_their_checksum_named(
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("damaged", [b"", b"no archive", gzip.compress(b"no IDX file"), gzip.compress(b"x" * 99)[:-20]])
-def test_a_damaged_archive_is_not_taken(
+def test_damaged_archive_is_rejected(
     damaged: bytes, tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
@@ -347,7 +345,7 @@ def test_a_damaged_archive_is_not_taken(
     assert (raw / "train-labels-idx1-ubyte.gz").read_bytes() == damaged
 
 
-def test_fetch_reports_the_files_and_their_folder(tmp_path: Path) -> None:
+def test_fetch_reports_files_and_their_folder(tmp_path: Path) -> None:
     command = [*DIST_TRAIN, "data", "fetch", "mnist", "--root", str(tmp_path / "data")]
     done = run_forked(command, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -359,9 +357,7 @@ def test_fetch_reports_the_files_and_their_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_emnist_comes_in_one_archive_of_which_every_split_is_kept(
-    tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_emnist_archive_provides_every_split(tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tmp_path / "EMNIST" / "raw"
     raw.mkdir(parents=True)
     with zipfile.ZipFile(raw / "gzip.zip", "w") as archive:
@@ -378,7 +374,7 @@ def test_emnist_comes_in_one_archive_of_which_every_split_is_kept(
         assert len(load_named("emnist", tmp_path, split)[0]) == 3
 
 
-def test_a_full_disk_while_downloading_is_not_blamed_on_the_network(
+def test_full_disk_while_downloading_is_not_network_error(
     tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:

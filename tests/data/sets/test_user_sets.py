@@ -142,7 +142,7 @@ def calls(splits: Splits) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["TrainFlag", "Derived"])
-def test_a_train_flag(name: str) -> None:
+def test_train_flag_selects_split(name: str) -> None:
     splits = load(name, args={"level": 3})
     test = {"root": "/nowhere", "train": False, "level": 3}
     assert calls(splits) == [test | {"train": True}, test, test]
@@ -151,14 +151,14 @@ def test_a_train_flag(name: str) -> None:
     assert (splits.in_channels, splits.image_size, splits.num_classes) == (3, 5, 4)
 
 
-def test_a_split_name() -> None:
+def test_split_argument_selects_split() -> None:
     splits = load("SplitName")
     assert [call["split"] for call in calls(splits)] == ["train", "test", "test"]
     assert splits.val is splits.test
     assert splits.num_classes == 7
 
 
-def test_a_list_of_splits_selects_the_splits() -> None:
+def test_splits_attribute_selects_splits() -> None:
     splits = load("ThreeSplits")
     assert [call["split"] for call in calls(splits)] == ["train", "val", "test"]
     assert splits.val_source == "my_sets:ThreeSplits(split='val')"
@@ -168,7 +168,7 @@ def test_a_list_of_splits_selects_the_splits() -> None:
         load("NoTrain")
 
 
-def test_a_failing_split_is_an_error_and_not_an_absent_split() -> None:
+def test_failing_split_is_not_treated_as_absent() -> None:
     with pytest.raises(UserCodeError) as caught:
         load("FaultyTest")
     assert "my_sets:FaultyTest(split='test') failed" in str(caught.value)
@@ -187,7 +187,7 @@ def test_train_takes_precedence_over_split_and_args_over_both() -> None:
     assert calls(splits) == [{"root": "/nowhere", "train": False, "level": 0}, None, None]
 
 
-def test_a_plain_function_has_only_train() -> None:
+def test_plain_function_has_only_train() -> None:
     splits = load("plain", args={"count": 5})
     assert isinstance(splits.train, ImageSet)
     assert len(splits.train) == 5
@@ -196,25 +196,25 @@ def test_a_plain_function_has_only_train() -> None:
     assert num_examples(load("plain", val_examples=1).train) == 2
 
 
-def test_keyword_arguments_of_any_name() -> None:
+def test_kwargs_accept_any_argument() -> None:
     assert calls(load("with_everything", args={"what": [1, "x"]})) == [{"what": [1, "x"]}, None, None]
 
 
-def test_downloads_go_one_process_at_a_time(tmp_path: Path) -> None:
+def test_downloads_hold_a_lock(tmp_path: Path) -> None:
     load("with_everything", tmp_path, args={"download": False})
     assert not list(tmp_path.iterdir())
     load("with_everything", tmp_path, args={"download": True})
     assert [path.name for path in tmp_path.iterdir()] == [".dist_train.lock"]
 
 
-def test_an_unknown_argument_is_named_with_the_known_ones() -> None:
+def test_unknown_argument_is_named_with_known_ones() -> None:
     message = r"data\.args\.levle\. Did you mean data\.args\.level\? It takes: root, train, level\."
     with pytest.raises(ConfigError, match=message):
         load("Derived", args={"levle": 3})
 
 
 @pytest.mark.parametrize("name", ["Stream", "hidden_stream"])
-def test_an_iterable_data_set_is_refused_by_name(name: str) -> None:
+def test_iterable_data_set_is_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"my_sets:{name}.* is an IterableDataset; dist_train needs a map-style"):
         load(name)
 
@@ -230,7 +230,7 @@ def test_objects_that_are_not_data_sets_are_refused() -> None:
         load("Empty")
 
 
-def test_the_first_example_defines_the_shape() -> None:
+def test_first_example_defines_shape() -> None:
     with pytest.raises(
         UserCodeError,
         match=r"Example 0 of BadFirst cannot be made: .*test_user_sets\.py:\d+: RuntimeError: no such image",
@@ -240,7 +240,7 @@ def test_the_first_example_defines_the_shape() -> None:
     assert (splits.in_channels, splits.image_size, splits.num_classes) == (None, None, None)
 
 
-def test_normalize_is_for_pixels() -> None:
+def test_normalize_requires_pixels() -> None:
     two = Normalize(mean=[0.5, 0.5], std=[1, 1])
     with pytest.raises(ConfigError, match=r"data\.normalize does not apply to data\.name=my_sets:TrainFlag, which has"):
         load("TrainFlag", normalize=two)
@@ -248,7 +248,7 @@ def test_normalize_is_for_pixels() -> None:
 
 
 @pytest.mark.usefixtures("torchvision")
-def test_torchvision_classes_by_their_own_name(tmp_path: Path) -> None:
+def test_torchvision_classes_by_import_path(tmp_path: Path) -> None:
     unpack_mnist(tmp_path)
     splits = load_splits(DataConfig(name="torchvision.datasets:MNIST", root=tmp_path), seed=0)
     assert splits.val is not None

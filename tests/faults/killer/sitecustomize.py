@@ -85,7 +85,7 @@ def _halve(path: object) -> None:
     os.truncate(path, os.stat(path).st_size // 2)  # type: ignore[arg-type]  # noqa: PTH116
 
 
-def _watch_the_system() -> None:
+def _watch_system_calls() -> None:
     replace, unlink, rmdir = os.replace, os.unlink, os.rmdir
 
     def watched_fsync(descriptor: int) -> None:
@@ -245,4 +245,4 @@ if FAULT and (_me := _role()):
         FAULT["point"] = "none"  # it is still slowed down
     if _me.startswith("rank") or _me == FAULT["role"]:
         sys.meta_path.insert(0, _Imports())
-        _watch_the_system()
+        _watch_system_calls()

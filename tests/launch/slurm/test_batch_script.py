@@ -27,11 +27,11 @@ SCRIPTS = ROOT / "slurm"
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_the_scripts_in_slurm_match_their_rendering(name: str) -> None:
+def test_bundled_scripts_match_their_rendering(name: str) -> None:
     assert (SCRIPTS / f"{name}.sbatch").read_text() == BUNDLED[name].render()
 
 
-def test_slurm_contains_no_other_script() -> None:
+def test_slurm_folder_contains_no_other_script() -> None:
     assert {path.stem for path in SCRIPTS.glob("*.sbatch")} == {*BUNDLED}
 
 
@@ -45,7 +45,7 @@ def fake_commands(folder: Path, commands: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun", "accelerate"])
-def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> None:
+def test_arguments_arrive_unchanged(launcher: str, tmp_path: Path) -> None:
     """Quotes, spaces and dollars survive. Slurm's commands are fakes."""
     arguments = ("-c", "my config.yaml", "-o", "model.args={'a': \"b $HOME `c`\"}", "data.root=/x y", "")
     say = 'printf "%s\\0" "$@" > seen\n'
@@ -64,7 +64,7 @@ def test_arguments_arrive_as_they_were_given(launcher: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("when", ["in its setup", "in its step", "never"])
-def test_a_stop_request_at_any_moment(when: str, tmp_path: Path) -> None:
+def test_stop_request_at_any_moment(when: str, tmp_path: Path) -> None:
     """After a request no step starts, and a running step sees the file. Slurm's commands are fakes."""
     request = "kill -USR1 $SHELL_PID; sleep 1; "
     step = f'ls -A "$PWD"/.stop-* > seen.before; {request if when == "in its step" else ""}ls -A "$PWD"/.stop-* > seen'
@@ -87,7 +87,7 @@ def test_a_stop_request_at_any_moment(when: str, tmp_path: Path) -> None:
     assert not (tmp_path / ".stop-7").exists()
 
 
-def test_the_requested_resources() -> None:
+def test_requested_resources() -> None:
     more = {"options": ("--qos=long",), "setup": ("module load x",)}
     script = BatchScript(nodes=3, nproc=4, gpus_per_node=4, cpus_per_proc=8, partition="gpu", **more)  # type: ignore[arg-type]
     lines = script.render().splitlines()
@@ -114,7 +114,7 @@ def test_the_requested_resources() -> None:
         ({"setup": ("module load a\nmodule load b",), "arguments": ("n\u00fcll \u2713",)}, ""),
     ],
 )  # fmt: skip
-def test_no_text_becomes_a_line_of_its_own(fields: dict[str, object], message: str) -> None:
+def test_control_characters_are_refused(fields: dict[str, object], message: str) -> None:
     if message:
         with pytest.raises(ConfigError) as refused:
             BatchScript(**fields)  # type: ignore[arg-type]
@@ -128,7 +128,9 @@ def test_no_text_becomes_a_line_of_its_own(fields: dict[str, object], message: s
     "options",
     [["--time", "60\n#SBATCH --uid=0"], ["--sbatch", "x\n#SBATCH --uid=0"], ["-c", "x\n#SBATCH --uid=0.yaml"]],
 )
-def test_the_command_line_refuses_it(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_refuses_control_characters(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x\n#SBATCH --uid=0.yaml").touch()
     result = CliRunner().invoke(main, ["slurm", "render", "-c", "smoke", *options])
@@ -137,7 +139,7 @@ def test_the_command_line_refuses_it(options: list[str], tmp_path: Path, monkeyp
     assert "\n#SBATCH" not in result.output
 
 
-def test_a_job_is_no_run_of_the_shell_that_submits_it(tmp_path: Path) -> None:
+def test_job_does_not_inherit_wandb_run_of_shell(tmp_path: Path) -> None:
     fake = fake_commands(tmp_path / "bin", {
         "srun": 'echo "${WANDB_RUN_ID-unset} ${WANDB_NAME-unset} $WANDB_PROJECT" > seen\n', "scontrol": "echo n1\n",
         "scancel": "", "getent": "", "python": "echo ended\n",
@@ -149,7 +151,7 @@ def test_a_job_is_no_run_of_the_shell_that_submits_it(tmp_path: Path) -> None:
     assert (tmp_path / "seen").read_text() == "unset unset p\n"
 
 
-def test_launchers_wait_as_long_as_the_settings_say() -> None:
+def test_rendered_script_uses_setup_timeout() -> None:
     result = CliRunner().invoke(main, ["slurm", "render", "-c", "smoke", "-o", "setup_timeout_s=1234.5"])
     assert "--rdzv-conf=join_timeout=1235 " in result.output
 
@@ -187,7 +189,7 @@ def run_that(path: Path, state: str | None, error: dict[str, str] | None = None)
         (None, None, "failed"),
     ],
 )
-def test_the_runs_own_state_decides(
+def test_run_state_decides_requeue(
     state: str | None, error: dict[str, str] | None, decision: str, tmp_path: Path
 ) -> None:
     run_dir = run_that(tmp_path / "run", state, error)
@@ -201,7 +203,7 @@ def test_the_runs_own_state_decides(
             assert decide_requeue(run_dir, JOB | other, max_requeues=9)[0] == "failed"
 
 
-def test_preempted_before_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preemption_before_training_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm reports the preemption; --max-requeues applies here too."""
     run_dir = run_that(tmp_path / "run", None)
     monkeypatch.setattr(preemption, "is_preempted", lambda env: True)
@@ -210,7 +212,7 @@ def test_preempted_before_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("state", [None, "PREEMPTED"])
-def test_asked_to_stop_before_it_trained(state: str | None, tmp_path: Path) -> None:
+def test_stop_before_training_has_limited_requeues(state: str | None, tmp_path: Path) -> None:
     """Only the batch shell received the request. A time limit that is always too short is not retried forever."""
     run_dir = run_that(tmp_path / "run", state)  # written by start 2, or by none
     begun = 2 if state else -1
@@ -221,7 +223,7 @@ def test_asked_to_stop_before_it_trained(state: str | None, tmp_path: Path) -> N
     assert [*decisions.values()] == ["requeue", "requeue", "failed", "failed"]
 
 
-def test_a_partition_of_different_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partition_with_different_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     output = "low*|2|16|1-00:00:00\nlow*|1|64|1-00:00:00\nbig|3|1024|infinite\n"
     monkeypatch.setattr(slurm, "ask", lambda *command: output)
     assert slurm.partitions() == {
@@ -229,7 +231,7 @@ def test_a_partition_of_different_nodes(monkeypatch: pytest.MonkeyPatch) -> None
     }  # fmt: skip
 
 
-def test_a_run_that_is_lost_repeatedly_is_not_requeued(tmp_path: Path) -> None:
+def test_run_without_progress_is_not_requeued(tmp_path: Path) -> None:
     """When starts in a row reach no new checkpoint, another start is not worth trying."""
     decisions = []
     for step in (0, 0, 50, 50, 50, 50):
@@ -241,7 +243,7 @@ def test_a_run_that_is_lost_repeatedly_is_not_requeued(tmp_path: Path) -> None:
     assert decisions == ["requeue"] * 4 + ["failed"] * 2
 
 
-def test_a_sigterm_outside_slurm_is_an_interrupt() -> None:
+def test_sigterm_outside_slurm_is_interrupt() -> None:
     assert Slurm({}).classify_sigterm() == "INTERRUPT"
     assert Slurm({"SLURM_JOB_ID": "1"}).classify_sigterm() == "INTERRUPT"  # in a batch shell, without a step
 
@@ -253,11 +255,11 @@ def test_a_sigterm_outside_slurm_is_an_interrupt() -> None:
     ("text", "seconds"),
     [("5", 300), ("5:30", 330), ("1:02:03", 3723), ("2-3", 183_600), ("1-0:30", 88_200), ("1-1:1:1", 90_061)],
 )
-def test_time_limits_as_sbatch_reads_them(text: str, seconds: int) -> None:
+def test_time_limits_parse_like_sbatch(text: str, seconds: int) -> None:
     assert seconds_of(text) == seconds
 
 
-def test_an_invalid_time_limit() -> None:
+def test_invalid_time_limit_is_refused() -> None:
     with pytest.raises(ConfigError, match="--time=soon is not a time limit"):
         seconds_of("soon")
 
@@ -272,12 +274,14 @@ def test_an_invalid_time_limit() -> None:
         (BatchScript(log="nowhere/%j.out"), {}, "mkdir -p nowhere"),
     ],
 )
-def test_what_would_fail_later(script: BatchScript, settings: dict[str, str], message: str) -> None:
+def test_submission_that_would_fail_later_is_refused(
+    script: BatchScript, settings: dict[str, str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         check_submission(script, parse_config(settings), save_s=20.0)
 
 
-def test_data_that_compute_nodes_could_not_fetch(tmp_path: Path) -> None:
+def test_missing_data_is_refused_before_submission(tmp_path: Path) -> None:
     config = parse_config({"data": {"name": "cifar10", "root": str(tmp_path)}})
     with pytest.raises(DataError, match="dist-train data fetch cifar10"):
         check_submission(BatchScript(), config)
@@ -296,7 +300,7 @@ def test_data_that_compute_nodes_could_not_fetch(tmp_path: Path) -> None:
         ({"partition": "low,big", "nodes": 500}, "partition big has 100. The job would wait forever"),
     ],
 )
-def test_more_than_a_partition_has_is_refused(fields: dict[str, object], message: str) -> None:
+def test_resources_beyond_partition_are_refused(fields: dict[str, object], message: str) -> None:
     partitions = {"low": Partition(4, 8, "1-00:00:00", True), "big": Partition(100, 64, "infinite", False)}
     script = BatchScript(**fields)  # type: ignore[arg-type]
     if not message:

@@ -51,7 +51,7 @@ def averaged_net(steps: int = 5) -> tuple[Net, AveragedNet, list[dict[str, Tenso
     return net, ema, states
 
 
-def test_each_tensor_is_averaged_or_followed() -> None:
+def test_each_tensor_is_averaged_or_copied() -> None:
     net, ema, states = averaged_net()
     running = {"layers.1.running_mean", "layers.1.running_var"}
     averaged = {name for name, value in net.named_parameters() if name != "steps"} | running
@@ -63,7 +63,7 @@ def test_each_tensor_is_averaged_or_followed() -> None:
         assert torch.equal(actual, net.state_dict()[name]) == (name not in averaged), name
 
 
-def test_state_and_weights_are_those_of_torch() -> None:
+def test_state_and_weights_equal_torch() -> None:
     """Checkpoints of torch's AveragedModel load, and continue bit-identically."""
     net, ema, _ = averaged_net()
     theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
@@ -75,7 +75,7 @@ def test_state_and_weights_are_those_of_torch() -> None:
         assert name == "steps" or torch.equal(actual, expected), name
 
 
-def test_what_cannot_be_copied_is_named() -> None:
+def test_net_that_cannot_be_copied_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that it is deprecated
         old = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)))

@@ -170,7 +170,9 @@ spectral_norm = nn.utils.parametrizations.spectral_norm
         (OfAnotherType, ["scale (changed by each forward)"], []),
     ],
 )
-def test_what_is_named(make: Callable[[], nn.Module], dependent: list[str], unsaved: list[str], world: World) -> None:
+def test_division_dependence_and_unsaved_state_are_named(
+    make: Callable[[], nn.Module], dependent: list[str], unsaved: list[str], world: World
+) -> None:
     step = new_step(world, 0, make_net=make)
     buffers = [(name, buffer, buffer.clone()) for name, buffer in step.net.named_buffers()]
     step.warm_up(0)
@@ -214,7 +216,7 @@ def test_targets_may_be_changed_in_place(tmp_path: Path) -> None:
         ("support.user_sets:WithDropout", f"the result changes, since it depends on {DROPOUT}"),
     ],
 )
-def test_another_division_is_told_at_the_resume(net: str, effect: str, tmp_path: Path) -> None:
+def test_changed_division_is_logged_at_resume(net: str, effect: str, tmp_path: Path) -> None:
     settings = SHIFTED | {"data": {"name": "support.user_sets:Jittered"}, "model": {"name": net}}
     train_on_ranks(settings, tmp_path / "r", stop_after=3)
     train_on_ranks(settings | {"per_device_batch_size": 4}, tmp_path / "r")
@@ -244,5 +246,5 @@ def warm_up_with_unused(find_unused: bool) -> None:
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
-def test_a_layer_that_is_not_used_is_named(find_unused: bool) -> None:
+def test_unused_layer_is_named(find_unused: bool) -> None:
     run_on_ranks(warm_up_with_unused, find_unused, world_size=2)

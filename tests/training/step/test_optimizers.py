@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
-def test_each_is_bit_identical_to_torchs_own(settings: dict[str, Any], reference: Any) -> None:
+def test_optimizers_are_bit_identical_to_torch(settings: dict[str, Any], reference: Any) -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(40, 30), nn.Linear(40, 30)
     theirs.load_state_dict(ours.state_dict())
@@ -47,7 +47,7 @@ def test_each_is_bit_identical_to_torchs_own(settings: dict[str, Any], reference
     assert all(parameter.requires_grad for parameter in ours.parameters())
 
 
-def test_a_run_imports_no_compiler(tmp_path: Any) -> None:
+def test_run_imports_no_compiler(tmp_path: Any) -> None:
     """torch._dynamo takes 1.5 s, sympy 0.5, torchvision 1.1: a run with a bundled set needs none of them."""
     settings = ["train_for=2 steps", "final_train_eval=false", "tracking.wandb=disabled", f"runs_dir={tmp_path}"]
     code = (
@@ -59,7 +59,7 @@ def test_a_run_imports_no_compiler(tmp_path: Any) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_net_that_brings_its_own_is_refused_with_what_works() -> None:
+def test_net_with_configure_optimizers_is_refused() -> None:
     class Net(nn.Linear):
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -43,7 +43,7 @@ def test_overflows_are_counted(step: Step) -> None:
     assert overflows_of(step).pop() == (1, 3)  # three in a row, across the last call
 
 
-def test_a_resumed_run_continues_the_counts(step: Step) -> None:
+def test_resumed_run_continues_counts(step: Step) -> None:
     take(step, 0, 3, overflowing=True)
     saved = {name: value.clone() if name == "overflows" else value for name, value in step.state_dict().items()}
     take(step, 3, 4, overflowing=False)

@@ -87,7 +87,7 @@ def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]
     assert steps[0].grad_norm() == pytest.approx(steps[1].grad_norm(), rel=1e-3)
 
 
-def test_trying_a_mode_leaves_no_trace(world: World) -> None:
+def test_trying_mode_leaves_no_trace(world: World) -> None:
     """Neither a mode that is used nor one that is not; a resumed optimizer keeps its state."""
     fresh = new_step(world, net_of("mlp"))
     before = snapshot(fresh)
@@ -170,7 +170,7 @@ class Broken(Mlp):
     ],
     ids=["Waiting", "Drawing", "Counting", "Broken"],
 )
-def test_a_net_that_cannot_be_compiled_stays_eager(
+def test_net_that_cannot_be_compiled_stays_eager(
     world: World, net: Callable[[], nn.Module], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It logs a line, and has the numbers of a run without a trial."""
@@ -191,7 +191,7 @@ def test_a_net_that_cannot_be_compiled_stays_eager(
         assert equal(snapshot(tried), snapshot(plain))
 
 
-def test_a_wrong_update_is_found() -> None:
+def test_wrong_update_is_rejected() -> None:
     """Each fault that a faster form could have, in a trial of gradient descent with momentum."""
     weights, momentum, sums = torch.ones(4), torch.zeros(4), torch.zeros(1)
     state = [weights, momentum, sums]
@@ -224,14 +224,14 @@ def test_a_wrong_update_is_found() -> None:
     assert tried(partial(descend, rounding=0.03), rounding=0.01) > 1
 
 
-def test_auto_tries_a_mode_only_if_it_can_pay_off() -> None:
+def test_auto_tries_only_modes_that_can_pay_off() -> None:
     assert mode_to_try("cpu", 1_000, 0.5e-3) == "eager"
     assert mode_to_try("cpu", 500_000, 0.5e-3) == "compile"
     assert mode_to_try("cuda", 100_000, 0.5e-3) == "graph"
     assert mode_to_try("mps", 10**9, 1.0) == "eager"
 
 
-def test_auto_measures_and_logs_the_times(
+def test_auto_measures_and_logs_times(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The measured seconds are faked: on a busy machine either mode may be the faster one."""
@@ -256,7 +256,7 @@ def test_auto_measures_and_logs_the_times(
         (["step_mode=compile"], "2 processes exchange gradients"),
     ],
 )
-def test_unsupported_modes(settings: list[str], reason: str, tmp_path: Path) -> None:
+def test_unsupported_mode_falls_back_to_eager_with_reason(settings: list[str], reason: str, tmp_path: Path) -> None:
     short = ["train_for=3 steps", "eval_every=0", "final_train_eval=false"]
     command = [*DIST_TRAIN, "train", "-c", "smoke", "--run-name", "r", *short, *settings]
     done = run_forked(command, tmp_path, world_size=2 if reason.startswith("2 processes") else 1)
@@ -265,7 +265,9 @@ def test_unsupported_modes(settings: list[str], reason: str, tmp_path: Path) -> 
     assert json.loads((tmp_path / "runs/r/run.json").read_text())["step_mode"] == "eager"
 
 
-def test_without_a_compiler(world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_compiler_falls_back_to_eager(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     step = new_step(world, net_of("mlp"))
     step.warm_up(0, "compile")
@@ -273,7 +275,7 @@ def test_without_a_compiler(world: World, monkeypatch: pytest.MonkeyPatch, caplo
     assert "there is no C++ compiler" in caplog.text
 
 
-def test_a_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
     """With auto too; a stopped and resumed run has the numbers of the uninterrupted run."""
     settings = ["train_for=40 steps", "log_every=1", "eval_every=0", "final_train_eval=false", "save_every=20 steps"]
     command = [*DIST_TRAIN, "train", "-c", "smoke", *settings]
@@ -299,7 +301,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("mode", ["graph", "compile"])
-def test_on_a_gpu_each_mode_equals_eager(mode: str, precision: str) -> None:
+def test_each_mode_equals_eager_on_gpu(mode: str, precision: str) -> None:
     world = World.join(parse_config({"device": "cuda", "mixed_precision": precision}))
     for name in ("mlp", "bks", "conv"):
         steps = [new_step(world, net_of(name), max_grad_norm=1.0, ema_decay=0.9) for _ in range(2)]
@@ -311,7 +313,7 @@ def test_on_a_gpu_each_mode_equals_eager(mode: str, precision: str) -> None:
 @needs_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("net", [Waiting, Counting])
-def test_on_a_gpu_a_net_that_cannot_be_captured_stays_eager(net: Callable[[], nn.Module]) -> None:
+def test_net_that_cannot_be_captured_stays_eager_on_gpu(net: Callable[[], nn.Module]) -> None:
     step = new_step(World.join(parse_config({"device": "cuda"})), net())
     step.warm_up(0, "graph")
     assert step.mode == "eager"
