@@ -129,7 +129,7 @@
     const values = curves.flatMap(({data}) => data[1]);
     const low = Math.min(...values), high = Math.max(...values);
     const ink = getComputedStyle(document.body).color;
-    const width = Math.max(260, Math.min(620, box.clientWidth || 620));
+    const width = Math.max(260, Math.min(560, box.clientWidth));
     const lines = {stroke: ink, grid: {stroke: "#8884", width: 1}, ticks: {stroke: "#8884", width: 1}};
     return new uPlot({
       title: panel.title, width, height: 300,
