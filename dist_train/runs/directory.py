@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class RunDir:
         self.error = self.path / "error.json"
         self.result = self.path / "result.json"
         self.pictures = self.path / "pictures"
+        self.layers = self.path / "layers.json"
         # Created by users, from any shell.
         self.stop_request_file, self.save_request_file = self.path / "STOP", self.path / "SAVE"
         self.slurm_json = self.path / "slurm.json"  # written by `slurm submit`
@@ -302,6 +303,11 @@ class RunDir:
         """
         with self._tolerate_write_error(self.result, required=True):
             write_json(self.result, results)
+
+    def write_layers(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Write layers.json, the table of the net's layers."""
+        with self._tolerate_write_error(self.layers):
+            write_json(self.layers, {"layers": layers}, durable=False)
 
     def write_pictures(self, pictures: Mapping[str, bytes]) -> None:
         """Write PNGs by name. One that cannot be written is a warning."""

@@ -130,7 +130,7 @@ def logs(run_dir: RunDir) -> dict[str, Path]:
 
 def layers(run_dir: RunDir) -> list[dict[str, Any]]:
     """Return the layers of the net as the run has recorded them: name, type, output shape, parameters."""
-    recorded = read_json(run_dir.path / "layers.json").get("layers", [])
+    recorded = read_json(run_dir.layers).get("layers", [])
     return [layer for layer in recorded if isinstance(layer, dict)]
 
 
