@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,15 @@ def resume(path: Path) -> None:
 
 
 def is_starting(run_dir: RunDir) -> bool:
-    """Whether a start that `resume` made has not ended."""
+    """Whether a start that `resume` made has not ended. Writes nothing."""
     try:
-        with _starting(run_dir):
-            return False
-    except RunDirError:
+        with (run_dir.path / _LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:  # never resumed
+        pass
+    return False
 
 
 def describe_command(run_dir: RunDir) -> str | None:
@@ -115,9 +118,17 @@ def _starting(run_dir: RunDir) -> Iterator[int]:
     except OSError as error:
         raise RunDirError(f"{run_dir.path} cannot be written: {error.strerror}.") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _acquire(descriptor):
+            raise RunDirError(f"{run_dir.path.name} is being started already.")
         yield descriptor
-    except BlockingIOError:
-        raise RunDirError(f"{run_dir.path.name} is being started already.") from None
     finally:
         os.close(descriptor)
+
+
+def _acquire(descriptor: int) -> bool:
+    for _ in range(10):
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.05)  # `is_starting` holds it for a moment
+    return False

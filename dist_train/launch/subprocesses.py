@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -60,10 +61,11 @@ def begin_detached(
 ) -> None:
     """Start a process that outlives this one. Its output replaces `log`; it keeps the descriptor `inherited` open."""
     with log.open("wb") as file:
-        subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             pass_fds=(inherited,), start_new_session=True,
         )  # fmt: skip
+    threading.Thread(target=process.wait, name="detached", daemon=True).start()  # or it would stay as a zombie
 
 
 def limited_output_of(*arguments: str, timeout_s: float) -> str:

@@ -19,7 +19,7 @@ from dist_train.config.batch_plan import BatchPlan
 from dist_train.data.fingerprint import Fingerprint, differences
 from dist_train.distributed.world import World
 
-# The variables that a later start needs again. Never a key: the file is read by others.
+# Never a key: others read the file.
 _ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "DIST_TRAIN_DATA_DIR", "DIST_TRAIN_RUNS_DIR", "OMP_NUM_THREADS", "PYTHONPATH",
     "WANDB_MODE", "WANDB_PROJECT",
@@ -37,7 +37,7 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
         "argv": sys.argv,
         "cwd": str(Path.cwd()),
         "python": sys.executable,
-        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "environment": recorded_environment(os.environ),
         "started_by": world.process.started_by,
         "hosts": hosts,
         "world_size": world.size,
@@ -48,6 +48,11 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
         "num_threads": world.num_threads,
         "cpu": cpu_model(),
     }
+
+
+def recorded_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a later start needs again."""
+    return {name: env[name] for name in _ENVIRONMENT if name in env}
 
 
 # These determine how a step is divided: they change the result of a net that depends on the division.

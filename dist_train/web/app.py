@@ -318,7 +318,7 @@ class Pages:
             raise HTTPException(404, "There is no such format.")
         axis = request.query_params.get("by", "step")
         content = children.export_comparison(
-            [run.summary.run_dir.path for run in self._compared(request)], suffix, axis if axis in _AXES else "step"
+            [run.summary.run_dir.path for run in self._compared(request)], f".{suffix}", axis if axis in _AXES else "step"
         )
         return _attachment(content, f"comparison.{suffix}", "application/octet-stream")
 
