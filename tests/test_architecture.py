@@ -18,11 +18,11 @@ PACKAGE = ROOT / "dist_train"
 # From the bottom up: a folder imports only from those before it.
 FOLDERS = [
     "config", "user_code", "distributed", "data", "models", "runs", "checkpoints", "training", "launch", "tools",
-    "inference", "cli",
+    "inference", "web", "cli",
 ]  # fmt: skip
 FILES = {"__init__", "__main__", "errors", "atomic_files", "torchvision_compat"}  # at the top; all may import them
 # What runs before processes start, and `--help`, must not wait for torch.
-TORCH_FREE = {"errors", "atomic_files", "config", "runs", "launch", "cli"}
+TORCH_FREE = {"errors", "atomic_files", "config", "runs", "launch", "web", "cli"}
 PEERS = "tools.bench.peers."  # training loops without this package: they may import anything
 RESTRICTED = {  # module: where it may be imported
     "wandb": {"training.tracking"},

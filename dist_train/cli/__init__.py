@@ -21,6 +21,7 @@ from dist_train.cli.sweep import sweep
 from dist_train.cli.tracking import wandb
 from dist_train.cli.train import launch, train
 from dist_train.cli.verify import verify
+from dist_train.cli.web import web
 from dist_train.errors import DistTrainError
 
 
@@ -64,6 +65,7 @@ for _command in (
     predict,
     export,
     runs,
+    web,
     sweep,
     slurm,
     wandb,

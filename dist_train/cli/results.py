@@ -89,9 +89,16 @@ def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, 
 @click.argument("out", type=click.Path(path_type=Path))
 @_checkpoint
 def export(run: Path, out: Path, checkpoint: str) -> None:
-    """Write a run's net to a new folder OUT: its weights, and a program that needs only torch."""
+    """Write a run's net to a new folder OUT: its weights, and a program that needs only torch.
+
+    With a name that ends in .pth, write the weights alone, for torch.load and load_state_dict.
+    """
     from dist_train.inference.export import export as write
+    from dist_train.inference.export import export_weights
     from dist_train.inference.trained_net import TrainedNet
 
+    if out.suffix == ".pth":
+        click.echo(f"written: {export_weights(run, checkpoint, out)}")
+        return
     for path in write(TrainedNet.open(run, checkpoint), out):
         click.echo(f"written: {path}")

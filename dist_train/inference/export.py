@@ -9,6 +9,8 @@ import torch
 
 from dist_train.atomic_files import atomic_write
 from dist_train.checkpoints.manifest import MODEL
+from dist_train.checkpoints.saved_net import SavedNet
+from dist_train.checkpoints.weights import read_weights
 from dist_train.errors import RunDirError, UserCodeError
 from dist_train.inference.trained_net import TrainedNet, logits_of
 from dist_train.models.tasks.confusion import class_names
@@ -28,6 +30,24 @@ logits = net(images)  # {logits}
 classes = {classes}
 print([classes[index] for index in logits.argmax(dim=1).tolist()])
 """
+
+
+def export_weights(run: Path, which: str, out: Path) -> Path:
+    """Write the weights of checkpoint `which` as `torch.save` does: a state dict. The net itself is not built.
+
+    Raises:
+        CheckpointError: the run or checkpoint does not exist.
+        RunDirError: `out` exists already or cannot be written.
+    """
+    if out.exists():
+        raise RunDirError(f"{out} exists already. Choose another name.")
+    folder = SavedNet.find(run, which).folder
+    try:
+        with atomic_write(out) as aside:
+            torch.save(read_weights(folder / MODEL), aside)
+    except (OSError, RuntimeError) as error:  # RuntimeError is from torch's writer
+        raise RunDirError(f"{out} cannot be written: {error}.") from None
+    return out
 
 
 def export(saved: TrainedNet, out: Path) -> list[Path]:

@@ -186,3 +186,18 @@ def request_stop(path: Path) -> str:
             f"dist-train slurm cancel {path} takes it out of the queue instead."
         )
     return f"{path} stops after its current step, and saves first: dist-train runs tail {path} shows it."
+
+
+def request_save(path: Path) -> None:
+    """Ask a run to save after its current step.
+
+    Raises:
+        RunDirError: it is not running, or its directory cannot be written.
+    """
+    summary = summarise_existing(path)
+    if not summary.may_be_running:
+        raise RunDirError(f"{path} is not running: {summary.state}.")
+    try:
+        summary.run_dir.save_request_file.touch()
+    except OSError as error:
+        raise RunDirError(f"{summary.run_dir.save_request_file} cannot be written: {error.strerror}.") from None

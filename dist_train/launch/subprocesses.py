@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -53,3 +54,48 @@ def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mappi
     """Return the combined stdout of `nproc` ranks of `python -m MODULE ARGUMENT...` under torchrun."""
     options = ["--standalone", f"--nproc-per-node={nproc}", "-m", module]
     return output_of("torch.distributed.run", *options, *arguments, environment=environment)
+
+
+def begin_detached(
+    command: Sequence[str], *, log: Path, folder: Path, environment: Mapping[str, str], inherited: int
+) -> None:
+    """Start a process that outlives this one. Its output replaces `log`; it keeps the descriptor `inherited` open."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            pass_fds=(inherited,), start_new_session=True,
+        )  # fmt: skip
+    threading.Thread(target=process.wait, name="detached", daemon=True).start()  # or it would stay as a zombie
+
+
+def limited_output_of(*arguments: str, timeout_s: float) -> str:
+    """Return the stdout of `dist-train ARGUMENT...`, run at low priority for `timeout_s` at most.
+
+    Raises:
+        LaunchError: it failed, with its message, or took too long.
+    """
+    command = [sys.executable, "-m", "dist_train", *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL,
+            env=without_torchrun_options(os.environ), preexec_fn=lambda: os.nice(10),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"dist-train {arguments[0]} took longer than {timeout_s:.0f} s and was stopped.") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise LaunchError(lines[-1].removeprefix("error: "))
+    return done.stdout
+
+
+def output_of_program(*command: str, timeout_s: float) -> str:
+    """Return the stdout of a program of the system.
+
+    Raises:
+        LaunchError: it is not installed, failed or took too long.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LaunchError(f"{command[0]}: {error}.") from None
+    return done.stdout

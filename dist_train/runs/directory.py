@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class RunDir:
         self.error = self.path / "error.json"
         self.result = self.path / "result.json"
         self.pictures = self.path / "pictures"
+        self.layers = self.path / "layers.json"
         # Created by users, from any shell.
         self.stop_request_file, self.save_request_file = self.path / "STOP", self.path / "SAVE"
         self.slurm_json = self.path / "slurm.json"  # written by `slurm submit`
@@ -191,6 +192,11 @@ class RunDir:
         """
         with self._disk_errors.tolerated(self.result, required=True):
             write_json(self.result, results)
+
+    def write_layers(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Write layers.json, the table of the net's layers."""
+        with self._disk_errors.tolerated(self.layers):
+            write_json(self.layers, {"layers": layers}, durable=False)
 
     def write_pictures(self, pictures: Mapping[str, bytes]) -> None:
         """Write PNGs by name. One that cannot be written is a warning."""

@@ -47,7 +47,7 @@ class MetricsFile:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the lines in order, without lines that a kill or a power cut left incomplete."""
-        yield from filter(None, map(_parse, self._lines()))
+        yield from filter(None, map(parse_line, self._lines()))
 
     def follow(self, until: Callable[[], bool], every_s: float = 0.5) -> Iterator[dict[str, Any]]:
         """Yield the lines in order, then new lines as they are written; a step that is repeated is yielded again.
@@ -61,7 +61,7 @@ class MetricsFile:
             if (version := self._version()) != seen:
                 seen, lines = version, self._lines()
                 same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, lines, strict=False)))
-                yield from filter(None, map(_parse, lines[same:]))
+                yield from filter(None, map(parse_line, lines[same:]))
                 shown = lines
             if ended:
                 return
@@ -79,7 +79,7 @@ class MetricsFile:
             return line["step"] > step or (evaluation_pending and line["step"] == step and "val/loss" in line)
 
         lines = self._lines()
-        parsed = [_parse(line) for line in lines]
+        parsed = [parse_line(line) for line in lines]
         first = next((index for index, line in enumerate(parsed) if line and is_written_again(line)), len(lines))
         if first == len(lines):
             while first and parsed[first - 1] is None:  # left by a kill or a power cut
@@ -125,7 +125,7 @@ class MetricsFile:
         self._pending.clear()
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
     """Parse a line of metrics. Return None if it is incomplete or damaged."""
     try:
         entries = parse_object(line)

@@ -90,6 +90,9 @@ class Provenance(TypedDict, total=False):
     step_mode: StepMode
     versions: dict[str, str | None]
     batch_plan: dict[str, Count]
+    cwd: str
+    python: str
+    environment: dict[str, str]  # a named list of variables, see provenance.py
     data: DataFacts
     data_identity: dict[str, SplitFingerprint]
 

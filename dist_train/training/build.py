@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from dist_train.data.epoch_audit import ShardAudit
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import Splits
+from dist_train.data.transforms import change_each
 from dist_train.distributed import watchdog
 from dist_train.distributed.scheduler import Scheduler
 from dist_train.distributed.signals import StopRequest
@@ -30,6 +32,7 @@ from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen
 from dist_train.runs.start_options import StartOptions
 from dist_train.training.agreement import Agreement
+from dist_train.training.graph import write_graph
 from dist_train.training.provenance import collect_provenance
 from dist_train.training.recorder import RunRecorder
 from dist_train.training.start_report import report_limits, report_start
@@ -180,4 +183,10 @@ def _start_attempt(
         if cut:
             _log.info("%d metric lines after step %d set aside: they are written again", cut, state.step)
         run_dir.write_provenance(provenance)
+        run_dir.write_layers([asdict(layer) for layer in step.layers])
+        if config.tracking.tensorboard and not state.step:
+            # Another net than the one that trains, which tracing would change.
+            net = build_model(config.model, splits.input_spec, config.seed)
+            inputs = change_each(lambda tensor: tensor.to("cpu"), deepcopy(step.eager.batches.at(0, 0).inputs))
+            write_graph(run_dir.path / "tensorboard", net, inputs)
     return provenance

@@ -1,7 +1,8 @@
-"""Provenance of a run: versions, code, machine, batch plan. Written to run.json; no secrets, no environment."""
+"""Provenance of a run: versions, code, machine, batch plan, how it was started. Written to run.json; no secrets."""
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,11 @@ from dist_train.config.batch_plan import BatchPlan
 from dist_train.data.fingerprint import Fingerprint, differences
 from dist_train.distributed.world import World
 
+# Never a key: others read the file.
+_ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", "DIST_TRAIN_DATA_DIR", "DIST_TRAIN_RUNS_DIR", "OMP_NUM_THREADS", "PYTHONPATH",
+    "WANDB_MODE", "WANDB_PROJECT",
+)  # fmt: skip
 _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
@@ -29,6 +35,9 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _PACKAGES}},
         "git_commit": git_commit(Path.cwd()),
         "argv": sys.argv,
+        "cwd": str(Path.cwd()),
+        "python": sys.executable,
+        "environment": recorded_environment(os.environ),
         "started_by": world.process.started_by,
         "hosts": hosts,
         "world_size": world.size,
@@ -39,6 +48,11 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
         "num_threads": world.num_threads,
         "cpu": cpu_model(),
     }
+
+
+def recorded_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a later start needs again."""
+    return {name: env[name] for name in _ENVIRONMENT if name in env}
 
 
 # These determine how a step is divided: they change the result of a net that depends on the division.

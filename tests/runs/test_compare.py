@@ -280,7 +280,9 @@ def test_every_output_format_has_same_numbers(folder: Path, tmp_path: Path) -> N
     result = call("runs", "compare", *paths, *(f"--out={file}" for file in files))
     assert result.exit_code == 0, result.output
     rows = json.loads(files[2].read_text())["runs"]
-    assert rows[0]["best val accuracy"] == pytest.approx(0.85)
+    assert [row["run"] for row in rows] == ["lr0.1-s0", "lr0.01-s0", "live", "killed", "half"]  # the best first
+    assert list(rows[0])[:3] == ["run", "state", "test accuracy"]  # results before settings
+    assert rows[1]["best val accuracy"] == pytest.approx(0.85)
     assert rows[3]["test accuracy"] is None
     with files[1].open() as file:
         assert [row["val loss"] for row in csv.DictReader(file)] == [str(row["val loss"]) for row in rows]
@@ -305,10 +307,11 @@ def test_page_in_browser_without_network(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     shown = render_page(page, tmp_path)
     runs, seeds = shown["tables"]
-    for name, row in zip(names, runs["rows"], strict=True):
+    assert sorted(row[0]["text"] for row in runs["rows"]) == sorted(names)
+    for row in runs["rows"]:
         cells = dict(zip(runs["columns"], row, strict=True))
+        name = cells["run"]["text"]
         lines = metrics(folder / name)
-        assert cells["run"]["text"] == name
         assert float(cells["val loss"]["value"]) == [line["val/loss"] for line in lines if "val/loss" in line][-1]
         assert float(cells["train loss"]["value"]) == [line["train/loss"] for line in lines if "train/loss" in line][-1]
         accuracies = [line["val/accuracy"] for line in lines if "val/accuracy" in line]

@@ -8,10 +8,15 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
@@ -42,3 +47,33 @@ def render_page(page: Path, folder: Path) -> dict[str, Any]:
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     seen: dict[str, Any] = json.loads(base64.b64decode(found[1]))
     return seen
+
+
+@contextmanager
+def namespace() -> Iterator[list[str]]:
+    """Make a network namespace with nothing but a loopback, and yield the command prefix that runs programs in it."""
+    name = f"page{os.getpid()}"
+    for command in (f"ip netns add {name}", f"ip -n {name} link set lo up"):
+        subprocess.run(command.split(), check=True)
+    try:
+        yield ["ip", "netns", "exec", name]
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@contextmanager
+def chromium(prefix: list[str], folder: Path) -> Iterator[Browser]:
+    """Start a browser in a namespace, driven through a pipe."""
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM is not None
+    script = folder / "chromium"
+    script.write_text(f'#!/bin/sh\nexec {" ".join([*prefix, CHROMIUM])} "$@"\n')
+    script.chmod(0o755)
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=script, args=options)
+        try:
+            yield browser
+        finally:
+            browser.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from dist_train.errors import DistTrainError
@@ -15,39 +16,50 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AXES: tuple[Axis, ...] = get_args(Axis)
-_PANELS = ("val/accuracy", "val/loss", "train/loss")
+_METRICS, _SPLITS = ("accuracy", "loss"), ("train", "val")
+_LOG_FROM = 10.0  # ratio of the largest to the smallest loss from which a log axis shows more than a linear one
 _AXIS_LABELS = {"step": "step", "samples": "training examples", "seconds": "seconds of run time"}
-_MAX_LEGEND = 12  # experiments; further ones have a colour but no legend entry
+_MAX_LEGEND = 12  # entries; further experiments have a colour but no entry
 _MAX_COUNTS, _MAX_NAMES = 20, 60  # classes; with more of them, counts and names would not be readable
 _PER_ROW = 6  # mistakes
 
 
 def learning_curves(runs: Sequence[LoadedRun], axis: Axis = "step") -> bytes:
-    """Draw a PNG with a panel for each metric and a colour for each experiment: seeds thin, their mean bold.
+    """Draw a PNG with a panel for each metric, train dashed and val solid, and a colour for each experiment.
+
+    The seeds of an experiment are thin, their mean bold. A metric that was evaluated once is a number in the legend.
 
     Raises:
         DistTrainError: matplotlib is not installed.
     """
-    panels = [key for key in _PANELS if any(run.curve(key, axis)[0] for run in runs)] or [_PANELS[0]]
-    figure = _figure(4.6 * len(panels), 3.6)
+    panels = [name for name in _METRICS if any(_values(runs, name, axis))] or ["loss"]
+    figure = _figure(6.0 * len(panels), 4.2)
     from matplotlib.ticker import LogLocator
 
     groups = group_seeds(runs)
-    for key, panel in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+    by_label: dict[str, Any] = {}
+    for name, panel in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        values = _values(runs, name, axis)
+        is_share = name == "accuracy" and all(run.accuracy_is_share for run in runs)
+        scale, form = (100.0, "{:.2f} %") if is_share else (1.0, "{:.4g}")
         for number, group in enumerate(groups):
-            _draw(panel, group, key, axis, f"C{number % 10}")
-        panel.set_title(key)
+            for split in _SPLITS:
+                colour = f"C{number % 10}" if len(groups) > 1 else f"C{_SPLITS.index(split)}"
+                curve = _Curve(f"{split}/{name}", axis, scale, form, colour, "--" if split == "train" else "-")
+                _draw(panel, group, curve)
+        panel.set_title("accuracy, %" if is_share else name)
         panel.set_xlabel(_AXIS_LABELS[axis])
         panel.grid(alpha=0.3)
-        if key.endswith("loss") and all(value > 0 for run in runs for value in run.curve(key, axis)[1]):
+        if name == "loss" and values and min(values) > 0 and max(values) / min(values) >= _LOG_FROM:
             panel.set_yscale("log")
             panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")  # 0.1 instead of 10^-1
             panel.yaxis.set_minor_formatter("{x:g}")
-    by_label: dict[str, Any] = {}
-    for panel in figure.axes:
         handles, labels = panel.get_legend_handles_labels()
-        by_label |= dict(zip(labels, handles, strict=True))
+        if len(panels) == 1 or len(labels) <= _MAX_LEGEND // 2:
+            panel.legend(fontsize="small")
+        else:
+            by_label |= dict(zip(labels, handles, strict=True))
     if by_label:
         labels = [*by_label][:_MAX_LEGEND]
         figure.legend([by_label[label] for label in labels], labels, loc="outside lower center",
@@ -55,21 +67,44 @@ def learning_curves(runs: Sequence[LoadedRun], axis: Axis = "step") -> bytes:
     return _png(figure)
 
 
-def _draw(panel: Any, group: Sequence[LoadedRun], key: str, axis: Axis, colour: str) -> None:
+@dataclass(frozen=True)
+class _Curve:
+    """What to draw of a run, and how."""
+
+    key: str
+    axis: Axis
+    scale: float
+    form: str  # of a single value
+    colour: str
+    line: str
+
+
+def _values(runs: Sequence[LoadedRun], name: str, axis: Axis) -> list[float]:
+    return [value for run in runs for split in _SPLITS for value in run.curve(f"{split}/{name}", axis)[1]]
+
+
+def _draw(panel: Any, group: Sequence[LoadedRun], what: _Curve) -> None:
     """Draw the runs of one experiment and, where it is defined, their mean."""
-    curves = [curve for run in group if (curve := run.curve(key, axis))[0]]
-    name = _label(group[0].name) if len(group) == 1 else f"{_label(group[0].name)} ({len(group)} runs)"
+    curves = [
+        (x, [value * what.scale for value in y]) for x, y in (run.curve(what.key, what.axis) for run in group) if x
+    ]
+    split = what.key.partition("/")[0]
+    name = f"{split}: {_label(group[0].name, 40)}" + (f" ({len(group)} runs)" if len(group) > 1 else "")
+    style = {"color": what.colour, "linestyle": what.line}
+    if curves and all(len(x) == 1 for x, _ in curves):
+        mean = sum(y[0] for _, y in curves) / len(curves)
+        panel.plot([], [], label=f"{name} = {what.form.format(mean)}", **style)
+        return
     line = {"linewidth": 2.0} if len(curves) == 1 else {"linewidth": 0.8, "alpha": 0.5}
     # The mean exists where all runs have values. On an axis of seconds, two runs share a value only by chance.
-    common = sorted(set.intersection(*(set(x) for x, _ in curves))) if len(curves) > 1 and axis != "seconds" else []
+    shared = len(curves) > 1 and what.axis != "seconds"
+    common = sorted(set.intersection(*(set(x) for x, _ in curves))) if shared else []
     if len(common) > 1:
         values = [dict(zip(x, y, strict=True)) for x, y in curves]
-        mean = [sum(each[x] for each in values) / len(values) for x in common]
-        panel.plot(common, mean, color=colour, linewidth=2, label=name)
+        means = [sum(each[x] for each in values) / len(values) for x in common]
+        panel.plot(common, means, linewidth=2, label=name, **style)
     for number, (x, y) in enumerate(curves):
-        marker = "." if len(x) == 1 else ""
-        label = name if number == 0 and len(common) < 2 else None
-        panel.plot(x, y, color=colour, marker=marker, label=label, **line)
+        panel.plot(x, y, label=name if number == 0 and len(common) < 2 else None, **style, **line)
 
 
 def confusion_matrix(
@@ -97,8 +132,8 @@ def confusion_matrix(
                     matrix.text(predicted, label, f"{count}", ha="center", va="center", fontsize="small", color=colour)
     matrix.set_xlabel("predicted")
     matrix.set_ylabel("class")
-    dots.plot([math.nan if each is None else each for each in accuracies], range(number), "o")
-    dots.set_xlabel("accuracy")
+    dots.plot([math.nan if each is None else 100 * each for each in accuracies], range(number), "o")
+    dots.set_xlabel("accuracy, %")
     dots.locator_params(axis="x", nbins=3)
     dots.grid(alpha=0.3)
     ticks = range(number) if number <= _MAX_NAMES else ()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -164,19 +165,40 @@ def value_of(cell: Cell) -> str | float | None:
     return cell.mean if isinstance(cell, Mean) else cell
 
 
-def compare(runs: Sequence[LoadedRun]) -> list[Table]:
-    """Return the table of runs and, if an experiment has several seeds, the table of experiments."""
+def compare(runs: Sequence[LoadedRun], sort: str | None = None) -> list[Table]:
+    """Return the table of runs and, if an experiment has several seeds, the table of experiments.
+
+    The best run comes first: by the metric named `sort`, else by the first that any run has.
+    """
+    runs = sort_runs(runs, sort)
     return [table for table in (run_table(runs), seed_table(runs)) if table is not None]
 
 
+def sort_runs(runs: Sequence[LoadedRun], sort: str | None = None) -> list[LoadedRun]:
+    """Return the runs as `compare` orders them. Runs without the metric come last, in the given order."""
+    ranked = [metric for metric in METRICS if metric.best is not None]
+    candidates = [metric for metric in ranked if metric.name == sort] or ranked
+    for metric in candidates:
+        values = {run.summary.run_dir.path: metric.of(run) for run in runs}
+        if any(value is not None for value in values.values()):
+            sign = -1 if metric.best is max else 1
+
+            def key(run: LoadedRun, values: Mapping[Path, float | None] = values, sign: int = sign) -> float:
+                value = values[run.summary.run_dir.path]
+                return math.inf if value is None else sign * value
+
+            return sorted(runs, key=key)
+    return list(runs)
+
+
 def run_table(runs: Sequence[LoadedRun]) -> Table:
-    """Return a table with one row for each run: its state, the settings that differ between runs, its metrics."""
+    """Return a table with one row for each run: its state, its metrics, the settings that differ between runs."""
     settings = differing_settings(runs)
     rows: list[list[Cell]] = []
     for number, run in enumerate(runs):
         own = [values[number] for values in settings.values()]
-        rows.append([run.name, run.summary.state, *own, *(metric.of(run) for metric in METRICS)])
-    return _table("runs", ["run", "state", *settings, *(metric.name for metric in METRICS)], rows, runs)
+        rows.append([run.name, run.summary.state, *(metric.of(run) for metric in METRICS), *own])
+    return _table("runs", ["run", "state", *(metric.name for metric in METRICS), *settings], rows, runs)
 
 
 def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
@@ -189,16 +211,15 @@ def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
     firsts = [group[0] for group in groups]
     settings = {key: values for key, values in differing_settings(firsts).items() if key != "seed"}
     metrics = [metric for metric in METRICS if metric.best]
-    columns = ["first run", "finished seeds", *settings]
+    columns = ["first run", "finished seeds", *(metric.name for metric in metrics), *settings]
     rows: list[list[Cell]] = []
     for number, group in enumerate(groups):
-        row: list[Cell] = [group[0].name, len(group), *(values[number] for values in settings.values())]
+        row: list[Cell] = [group[0].name, len(group)]
         for metric in metrics:
             results = [value for run in group if (value := metric.of(run)) is not None]
             deviation = statistics.stdev(results) if len(results) > 1 else None
             row.append(Mean(statistics.mean(results), deviation) if results else None)
-        rows.append(row)
-    columns += [metric.name for metric in metrics]
+        rows.append([*row, *(values[number] for values in settings.values())])
     return _table("seeds of one experiment: mean ± standard deviation", columns, rows, finished)
 
 

@@ -22,6 +22,7 @@ from dist_train.training.step.averaging import AveragedNet
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.forward_effects import ForwardEffects, first_of
 from dist_train.training.step.fused import prepare, unsupported_reason
+from dist_train.training.step.layers import Layer, record_layers
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import Update, mode_to_try, try_update
 from dist_train.training.step.optimizers import load_state
@@ -60,7 +61,8 @@ class Step:
         self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate)
         self.window = self.eager.window
         self._update: Update = self.eager
-        self.effects = ForwardEffects(net)  # filled by `warm_up`
+        self.effects = ForwardEffects(net)  # this and the next are filled by `warm_up`
+        self.layers: list[Layer] = []
         self._restored_norm: float | None = None  # until this attempt takes a step
 
     @property
@@ -97,7 +99,11 @@ class Step:
             # User code may modify its arguments, and the first step gets the same ones.
             inputs, targets = deepcopy((batch.inputs, batch.targets))
             eager.seed_forward(step, 0)
-            with eager.error_context("on its first batch", batch), self.effects.watch_pass():
+            with (
+                eager.error_context("on its first batch", batch),
+                self.effects.watch_pass(),
+                record_layers(self.net) as self.layers,
+            ):
                 output = eager.objective.forward(eager.model, inputs)
                 eager.objective.check(output, targets)
                 eager.objective.loss(output, targets).backward()

@@ -1,0 +1,31 @@
+"""The graph of a net for TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train.distributed.peer_failures import first_line
+
+_log = logging.getLogger(__name__)
+
+
+def write_graph(folder: Path, net: nn.Module, inputs: Any) -> None:
+    """Trace `net` with `inputs`, both on the CPU and not used for training, into the event files of `folder`.
+
+    A net that cannot be traced has no graph: a warning says so.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's, about what it cannot see
+            with SummaryWriter(str(folder)) as writer:
+                writer.add_graph(net.eval(), inputs)
+    except Exception as error:  # whatever torch or the user's net raises
+        _log.warning("no graph for TensorBoard: %s", first_line(error))

@@ -1,0 +1,67 @@
+"""What needs torch or a user's code, in child processes: low priority, one at a time, with limits."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import LaunchError
+from dist_train.launch.subprocesses import limited_output_of
+
+MAX_IMAGE_BYTES = 16 * 10**6
+_PREDICT_S, _EXPORT_S = 60.0, 300.0
+
+_one_at_a_time = threading.Lock()
+
+
+def predict(run: Path, image: bytes) -> dict[str, Any]:
+    """Return the most probable classes of an image by their probability.
+
+    Raises:
+        LaunchError: it is no image, the net does not take images, another child is at work, or it took too long.
+    """
+    with _child(), tempfile.NamedTemporaryFile(prefix="dist_train-") as file:
+        file.write(image)
+        file.flush()
+        answer = limited_output_of("predict", str(run), file.name, "--json", timeout_s=_PREDICT_S)
+    classes: dict[str, Any] = json.loads(answer.splitlines()[-1])["classes"]
+    return classes
+
+
+def export_pth(run: Path, step: int) -> bytes:
+    """Return a checkpoint's weights as `torch.save` writes them, for `torch.load`.
+
+    Raises:
+        LaunchError: there is no such checkpoint, another child is at work, or it took too long.
+    """
+    with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
+        out = Path(folder) / "weights.pth"
+        limited_output_of("export", str(run), str(out), "--checkpoint", str(step), timeout_s=_EXPORT_S)
+        return out.read_bytes()
+
+
+def export_comparison(runs: Sequence[Path], suffix: str, axis: str) -> bytes:
+    """Return the file that `dist-train runs compare --out` writes, for a suffix such as .html.
+
+    Raises:
+        LaunchError: matplotlib is missing, another child is at work, or it took too long.
+    """
+    with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
+        out = Path(folder) / f"comparison{suffix}"
+        limited_output_of("runs", "compare", *map(str, runs), "--out", str(out), "--by", axis, timeout_s=_EXPORT_S)
+        return out.read_bytes()
+
+
+@contextmanager
+def _child() -> Iterator[None]:
+    if not _one_at_a_time.acquire(blocking=False):
+        raise LaunchError("Another picture or export is being worked on. Try again in a moment.")
+    try:
+        yield
+    finally:
+        _one_at_a_time.release()

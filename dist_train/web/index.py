@@ -1,0 +1,133 @@
+"""The index of a folder of runs. A scan reads only the files that have changed since the last one."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha1
+from pathlib import Path
+from uuid import uuid4
+
+from dist_train.runs.summary import Summary, is_run, summarise
+
+SCAN_S = 1.0  # between two scans, whoever asks
+
+_Signature = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run of the folder."""
+
+    summary: Summary
+    started: float  # time.time() of its newest start
+    signature: _Signature
+
+    @property
+    def name(self) -> str:
+        return self.summary.name
+
+    @property
+    def row_id(self) -> str:
+        """An id for HTML; names may hold letters that a CSS selector may not."""
+        return "run-" + sha1(self.name.encode(errors="surrogateescape")).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The runs at one moment. `version` differs from that of any other listing, also of an earlier server."""
+
+    entries: dict[str, Entry]  # by name
+    version: str
+    error: str | None  # why the folder could not be read; the entries are then those of the last scan
+
+
+class RunIndex:
+    """Keeps the summaries of all runs in a folder. Safe to use from several threads; never writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self._boot = uuid4().hex[:8]
+        self._number = 0
+        self._lock = threading.Lock()
+        self._scanned = -SCAN_S
+        self._entries: dict[str, Entry] = {}
+        self._error: str | None = None
+
+    def listing(self) -> Listing:
+        """Return the runs, at most SCAN_S old."""
+        with self._lock:
+            if time.monotonic() - self._scanned >= SCAN_S:
+                self._scan()
+                self._scanned = time.monotonic()
+            return Listing(self._entries, f"{self._boot}.{self._number}", self._error)
+
+    def find(self, name: str) -> Entry | None:
+        """Return the run of that name. A name is looked up, never joined to a path."""
+        return self.listing().entries.get(name)
+
+    def forget_scan(self) -> None:
+        """Let the next listing scan again, after a change made here."""
+        with self._lock:
+            self._scanned = -SCAN_S
+
+    def _scan(self) -> None:
+        try:
+            with os.scandir(self.folder) as folder:
+                names = sorted(entry.name for entry in folder if not entry.name.startswith(".") and _is_dir(entry))
+        except FileNotFoundError:
+            names = []  # no run yet
+        except OSError as error:
+            self._set(self._entries, f"{self.folder} cannot be read: {error.strerror}.")
+            return
+        entries: dict[str, Entry] = {}
+        for name in names:
+            with suppress(OSError):  # removed meanwhile
+                if (entry := self._read(name)) is not None:
+                    entries[name] = entry
+        self._set(entries, None)
+
+    def _read(self, name: str) -> Entry | None:
+        path = self.folder / name
+        signature, before = _signature(path), self._entries.get(name)
+        if before is not None and before.signature == signature:
+            if not before.summary.may_be_running:
+                return before
+            summary = summarise(path)  # whether a process is alive depends on the moment
+            return before if summary.state == before.summary.state else Entry(summary, before.started, signature)
+        if not is_run(path):
+            return None
+        return Entry(summarise(path), _started(path), signature)
+
+    def _set(self, entries: dict[str, Entry], error: str | None) -> None:
+        changed = error != self._error or entries.keys() != self._entries.keys()
+        if changed or any(entries[name] is not self._entries[name] for name in entries):
+            self._number += 1
+        self._entries, self._error = entries, error
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to nowhere
+        return False
+
+
+def _signature(path: Path) -> _Signature:
+    """Return what changes whenever a file of the run is replaced or its status is written."""
+    found = path.stat()
+    signature: _Signature = (found.st_ino, found.st_mtime_ns)
+    with suppress(OSError):
+        status = (path / "status.json").stat()
+        signature += (status.st_ino, status.st_mtime_ns)
+    return signature
+
+
+def _started(path: Path) -> float:
+    for name in ("config.yaml", "slurm.json", "status.json"):
+        with suppress(OSError):
+            return (path / name).stat().st_mtime
+    return 0.0

@@ -1,0 +1,77 @@
+"""Files of a run to take away: one by one, and all of them as one archive that is made while it is sent."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+from dist_train.runs.directory import RunDir
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_CHUNK = 1 << 20  # bytes
+
+
+def file_of(run_dir: RunDir, relative: str) -> Path | None:
+    """Return a regular file inside a run directory; None if there is none, or if a link leads to it or out of it."""
+    path = run_dir.path / relative
+    try:
+        inside = path.resolve(strict=True) == run_dir.path.resolve(strict=True) / relative
+        return path if inside and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
+        return None
+
+
+def list_files(run_dir: RunDir) -> list[tuple[str, int]]:
+    """Return the files of a run by their path in it, with their sizes in bytes. Links and hidden files are left out."""
+    found = []
+    for folder, folders, names in os.walk(run_dir.path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder) / name
+            if not name.startswith(".") and not path.is_symlink() and path.is_file():
+                with suppress(OSError):  # replaced meanwhile
+                    found.append((path.relative_to(run_dir.path).as_posix(), path.stat().st_size))
+    return found
+
+
+def stream_zip(run_dir: RunDir, *, with_checkpoints: bool) -> Iterator[bytes]:
+    """Yield the bytes of an archive of a run's files. Nothing is written to the disk."""
+    out = _Buffer()
+    with ZipFile(out, "w", ZIP_STORED) as archive:  # weights and pictures do not compress
+        for relative, _ in list_files(run_dir):
+            if not with_checkpoints and relative.startswith("checkpoints/"):
+                continue
+            with suppress(FileNotFoundError), (run_dir.path / relative).open("rb") as source:  # pruned meanwhile
+                info = ZipInfo.from_file(
+                    run_dir.path / relative, f"{run_dir.path.name}/{relative}", strict_timestamps=False
+                )
+                with archive.open(info, "w", force_zip64=True) as target:
+                    while chunk := source.read(_CHUNK):
+                        target.write(chunk)
+                        yield out.take()
+    yield out.take()
+
+
+class _Buffer(io.RawIOBase):
+    """A file that cannot seek: zipfile then writes sizes and checksums behind each member."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: ReadableBuffer, /) -> int:
+        self._parts.append(bytes(content))
+        return len(self._parts[-1])
+
+    def take(self) -> bytes:
+        content, self._parts = b"".join(self._parts), []
+        return content

@@ -1,0 +1,317 @@
+"""The page in a real browser, in a network namespace without a network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_train.atomic_files import read_json, write_json
+from dist_train.runs.error_report import record_error
+from support.browser import chromium, namespace, needs_browser
+from support.page import write_run
+from support.patience import PATIENCE_S, wait_until
+from support.processes import DIST_TRAIN, started
+from support.run_files import metrics_without_times, status, status_of, step_of
+from support.tiny_runs import write_at
+from support.trainings import STEPS, release, train, trained_once
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page, Route
+
+pytestmark = [needs_browser, pytest.mark.xdist_group("browser")]
+
+OLD = "These values are old"
+SHOW_STEP = "step => [...document.querySelectorAll('.progress')].every(cell => cell.innerText.trim() === `${step}/20`)"
+PATIENCE_MS = 1000 * PATIENCE_S
+
+
+@pytest.fixture(scope="module")
+def prefix() -> Iterator[list[str]]:
+    with namespace() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser(prefix: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(prefix, tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@contextmanager
+def serving(prefix: list[str], folder: Path, port: int = 0) -> Iterator[str]:
+    """Serve the runs of `folder`/runs and yield the address with the token."""
+    command = [*prefix, *DIST_TRAIN, "web", "--in", str(folder / "runs"), "--port", str(port)]
+    with started(command, folder, None, XDG_STATE_HOME=str(folder / "state")) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
+
+
+@contextmanager
+def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
+    """Log in and yield the page. A script error or a violation of the policy fails the test."""
+    context: BrowserContext = browser.new_context(**options)
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if "Content Security Policy" in line.text else None)
+    page.goto(address)
+    page.wait_for_url(lambda url: "token" not in url)
+    try:
+        yield page
+    finally:
+        context.close()
+    assert errors == []
+
+
+def wait_for_state(page: Page, state: str) -> None:
+    page.wait_for_function("state => document.querySelector('#live')?.dataset.state === state", arg=state)
+
+
+def test_run_of_a_shell_is_stopped_and_resumed_from_the_page_bit_identically(
+    prefix: list[str], browser: Browser, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    undisturbed = trained_once(tmp_path_factory, "page", train()[2:-1])
+    run_dir = tmp_path / "runs" / "r"
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        page.get_by_text("dist-train train -c mnist").wait_for()  # no run yet
+        with started(train(nproc=1), tmp_path) as training:
+            page.get_by_role("link", name="r", exact=True).click()  # it appears by itself
+            wait_for_state(page, "TRAINING")
+            wait_until(lambda: step_of(run_dir) > 0, "step")
+            page.get_by_role("button", name="Save now").click()
+            wait_until(lambda: any(run_dir.glob("checkpoints/step_*/manifest.json")), "save")
+            page.locator("#epochs a", has_text=".safetensors").first.wait_for()
+            page.get_by_role("button", name="Stop").click()
+            wait_for_state(page, "INTERRUPT")
+            assert training.wait() == 0
+        assert 0 < step_of(run_dir) < STEPS
+        resume = page.get_by_role("button", name="Go on")
+        resume.click()
+        wait_for_state(page, "TRAINING")
+        release(tmp_path)
+        wait_for_state(page, "FINISHED")
+        result = read_json(run_dir / "result.json")
+        shown = page.locator("#test-accuracy")
+        assert float(shown.get_attribute("data-value") or "nan") == result["test/accuracy"]
+        assert shown.inner_text() == f"{100 * result['test/accuracy']:.2f} %"
+        assert (status(run_dir), status_of(run_dir)["attempt"]) == ("FINISHED", 2)
+        assert metrics_without_times(run_dir) == metrics_without_times(undisturbed)
+        link = page.locator("#epochs a", has_text=".pth").first
+        with page.expect_download() as download:
+            link.click()
+        step = int(re.search(r"(\d+)\.pth$", link.get_attribute("href") or "")[1])  # type: ignore[index]
+        loaded = torch.load(download.value.path(), weights_only=True)
+        saved = load_file(str(run_dir / f"checkpoints/step_{step:08d}/model.safetensors"))
+        assert loaded.keys() == saved.keys()
+        assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+def test_other_answers_leave_rows_as_they_are(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "kept", "INTERRUPT", 10)
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        rows, bar = page.locator("#body tr"), page.locator("#bar")
+        assert rows.count() == 1
+        page_of_a_proxy = "<html><body><form>Log in to the proxy</form></body></html>"
+        ours = {"x-dist-train": "1"}
+        answers: list[tuple[dict[str, Any], str]] = [
+            *(({"status": code, "body": page_of_a_proxy}, "something other than") for code in (403, 404, 500, 502)),
+            *(
+                ({"status": code, "body": "<b>no</b>", "headers": ours}, f"answered with {code}")
+                for code in (404, 500, 503)
+            ),
+            ({"status": 403, "body": "<b>no</b>", "headers": ours}, "log in again"),
+            ({"status": 200, "body": page_of_a_proxy, "content_type": "text/html"}, "something other than"),
+        ]
+        for answer, reason in answers:
+            page.route("**/rows?**", lambda route, answer=answer: route.fulfill(**answer))
+            bar.get_by_text(reason).wait_for()
+            assert OLD in bar.inner_text()
+            assert rows.count() == 1
+            page.unroute("**/rows?**")
+            write_json(tmp_path / "runs/kept/status.json", {"state": "INTERRUPT", "step": len(reason)})
+            bar.wait_for(state="hidden")
+        page.route("**/rows?**", hang)
+        bar.get_by_text("does not answer").wait_for()
+        assert rows.count() == 1
+        page.unroute("**/rows?**")
+        bar.wait_for(state="hidden")
+
+
+def hang(_route: Route) -> None:
+    pass
+
+
+def test_page_recovers_when_the_server_is_restarted(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "one", "INTERRUPT", 10)
+    with serving(prefix, tmp_path) as address:
+        port = int(address.split(":")[2].split("/")[0])
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_url(lambda url: "token" not in url)
+    page.locator("#bar").get_by_text("cannot be reached").wait_for(timeout=PATIENCE_MS)
+    assert page.locator("#body tr").count() == 1
+    write_run(tmp_path / "runs", "two", "INTERRUPT", 10)
+    with serving(prefix, tmp_path, port) as again:
+        assert again == address  # the token too
+        page.locator("#bar").wait_for(state="hidden", timeout=PATIENCE_MS)
+        page.get_by_role("link", name="two").wait_for(timeout=PATIENCE_MS)
+        context.close()
+
+
+def test_login_by_a_link_on_another_site(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    """A link in a web mail: the cookie is strict, and the page opens all the same."""
+    write_run(tmp_path / "runs", "mine")
+    mail = tmp_path / "mail"
+    mail.mkdir()
+    with serving(prefix, tmp_path) as address:
+        (mail / "index.html").write_text(f'<a href="{address}">open</a>')
+        server = [*prefix, "python3", "-u", "-m", "http.server", "8099", "--bind", "127.0.0.1"]
+        with started(server, mail) as foreign:
+            assert foreign.stdout is not None
+            foreign.stdout.readline()
+            context = browser.new_context()
+            page = context.new_page()
+            page.goto("http://localhost:8099/")
+            page.get_by_text("open").click()
+            page.get_by_role("link", name="mine").wait_for(timeout=PATIENCE_MS)
+            assert "token" not in page.url
+            [cookie] = context.cookies(address)
+            assert (cookie["sameSite"], cookie["httpOnly"], cookie["path"]) == ("Strict", True, "/")
+            context.close()
+
+
+def test_order_focus_and_selection_stay_during_updates(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    for name in "abcde":
+        write_run(tmp_path / "runs", name, "TRAINING", 4)
+    with serving(prefix, tmp_path) as address, opened(browser, f"{address}&sort=name") as page:
+        page.goto(f"{page.url}?sort=name")
+        page.get_by_label("Select c").check()
+        page.get_by_role("button", name="Stop d").focus()
+        order = page.locator("#body a").all_inner_texts()
+        for step in range(5, 9):
+            for name in "abcde":
+                old = read_json(tmp_path / "runs" / name / "status.json")
+                write_json(tmp_path / "runs" / name / "status.json", old | {"step": step})
+            page.wait_for_function(SHOW_STEP, arg=step)
+            assert page.locator("#body a").all_inner_texts() == order
+            assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Stop d"
+            assert page.get_by_label("Select c").is_checked()
+
+
+def test_keyboard_alone_is_enough(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    for name in ("alpha", "beta", "gamma"):
+        write_run(tmp_path / "runs", name, "TRAINING", 4)
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        keys = page.keyboard
+        keys.press("/")
+        keys.type("eta")
+        page.wait_for_function("document.querySelectorAll('#body tr').length === 1")
+        keys.press("Escape")
+        keys.press("j")
+        keys.press("x")
+        assert page.get_by_label("Select beta").is_checked()
+        keys.press("s")
+        page.get_by_text("stops after its current step").wait_for()
+        assert (tmp_path / "runs/beta/STOP").exists()
+        page.keyboard.press("j")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/jobs/**")
+        for _ in range(40):  # everything is reached with Tab
+            keys.press("Tab")
+            if page.evaluate("document.activeElement.textContent") == "Settings":
+                break
+        keys.press("Enter")
+        page.wait_for_url("**/settings")
+
+
+PAGES = ["", "jobs/done", "jobs/failed", "jobs/done/settings", "jobs/done/logs", "jobs/done/files",
+         "compare?run=done&run=failed", "machines", "bin", "login", "jobs/nothing"]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_are_accessible_and_fit_a_phone(scheme: Any, prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    runs = tmp_path / "runs"
+    done, failed = write_run(runs, "done"), write_run(runs, "failed", "ERROR", 10)
+    write_run(runs, "running", "TRAINING", 4)
+    write_at(done, 10, 0.9)
+    done.rank_log(0).write_text("a line\n" * 50)
+    write_json(done.layers, {"layers": [{"name": "fc", "type": "Linear", "output": "10", "parameters": 50}]})
+    record_error(failed.error, ValueError("x"), 0, 1, "Traceback")
+    with serving(prefix, tmp_path) as address:
+        for width in (1280, 390):
+            options: dict[str, Any] = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+            with opened(browser, address, **options) as page:
+                base = page.url
+                for path in PAGES:
+                    page.goto(base + path)
+                    found = Axe().run(page).response["violations"]
+                    serious = [each["id"] for each in found if each["impact"] in ("serious", "critical")]
+                    assert serious == [], (path, json.dumps(found)[:3000])
+                    wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+                    assert wide <= 0, (path, width, wide)
+
+
+def test_hostile_text_is_not_executed(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    attack = "<img src=x onerror=window.hit=1>"
+    runs = tmp_path / "runs"
+    for name in (f"run {attack}", "100%2e", "a'b\"c"):
+        run_dir = write_run(runs, name, "ERROR", 10)
+        record_error(run_dir.error, ValueError(attack), 0, 1, attack)
+        run_dir.rank_log(0).write_text(attack)
+        write_json(run_dir.result, {"test/accuracy_by_class": {attack: 0.5}})
+        run_dir.append_metrics({"step": 10, "val/loss": 1.0, f"val/{attack}": 0.5})
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        base = page.url
+        links = [link.get_attribute("href") for link in page.locator("#body a").all()]
+        assert len(links) == 3
+        for link in links:
+            for tab in ("", "/settings", "/logs", "/files"):
+                answer = page.goto(f"{base}{link}{tab}")
+                assert answer is not None
+                assert answer.status == 200
+                page.wait_for_timeout(300)
+                assert page.evaluate("window.hit") is None
+        page.goto(f"{base}compare?" + "&".join(f"run={str(link).removeprefix('jobs/')}" for link in links))
+        page.locator("#curves canvas").first.wait_for()
+        assert page.evaluate("window.hit") is None
+
+
+def test_page_works_behind_a_prefix(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    """All addresses are relative: a proxy may put the page below any path."""
+    write_run(tmp_path / "runs", "run")
+    with serving(prefix, tmp_path) as address:
+        context = browser.new_context()
+        page = context.new_page()
+        origin = address.split("/?")[0]
+        page.route(f"{origin}/**", lambda route: through(route, origin))
+        page.goto(address.replace("/?", "/user/me/proxy/?"))
+        page.get_by_role("link", name="run", exact=True).click(timeout=PATIENCE_MS)
+        page.get_by_role("link", name="Settings").click()
+        page.get_by_text("All settings").wait_for()
+        page.get_by_role("link", name="Jobs").click()
+        page.get_by_role("link", name="run", exact=True).wait_for()
+        assert page.url.startswith(f"{origin}/user/me/proxy/")
+        [cookie] = context.cookies(f"{origin}/user/me/proxy/")
+        assert cookie["path"] == "/user/me/proxy"
+        context.close()
+
+
+def through(route: Route, origin: str) -> None:
+    """Pass a request on without the prefix, and refuse one that lacks it."""
+    path = route.request.url.removeprefix(origin)
+    if path.startswith("/user/me/proxy/"):
+        route.continue_(url=origin + path.removeprefix("/user/me/proxy"))
+    else:
+        route.fulfill(status=404, body="outside the prefix")

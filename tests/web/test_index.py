@@ -1,0 +1,139 @@
+"""The index of runs: after any changes it lists what a new index lists, and reads only what has changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import dist_train.web.index as module
+from dist_train.atomic_files import write_json
+from dist_train.runs.summary import Summary, summarise
+from dist_train.web.index import Listing, RunIndex
+from support.page import write_run
+
+
+@pytest.fixture(autouse=True)
+def _scan_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SCAN_S", 0.0)
+
+
+def shown(listing: Listing) -> dict[str, tuple[object, ...]]:
+    return {
+        name: (entry.summary.state, entry.summary.step, entry.summary.result, entry.signature, entry.row_id)
+        for name, entry in listing.entries.items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_after_any_changes_it_lists_what_a_new_index_lists(seed: int, tmp_path: Path) -> None:
+    rng, index = Random(seed), RunIndex(tmp_path)
+    states = ["FINISHED", "INTERRUPT", "ERROR", "TRAINING", "SETUP"]
+
+    def any_run() -> Path:
+        return tmp_path / f"run {rng.randrange(6)}"
+
+    def status(path: Path) -> None:
+        if path.is_dir():
+            write_json(path / "status.json", {"state": rng.choice(states), "step": rng.randrange(20)})
+
+    def remove_result(path: Path) -> None:
+        if path.is_dir():
+            (path / "result.json").unlink(missing_ok=True)
+
+    changes: list[Callable[[Path], object]] = [
+        lambda path: write_run(tmp_path, path.name, rng.choice(states)),
+        status,
+        lambda path: shutil.rmtree(path, ignore_errors=True),
+        lambda path: path.is_dir() and (path / "status.json").write_text("{"),
+        lambda path: path.is_dir() and path.rename(tmp_path / f"run {rng.randrange(6, 9)} {time.time_ns()}"),
+        remove_result,
+        lambda path: (tmp_path / f"file {rng.randrange(3)}").write_text("not a run"),
+    ]
+    before = index.listing()
+    for _ in range(25):
+        rng.choice(changes)(any_run())
+        now = index.listing()
+        assert shown(now) == shown(RunIndex(tmp_path).listing())
+        assert (now.version == before.version) == (shown(now) == shown(before))
+        before = now
+
+
+def test_what_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        write_run(tmp_path, f"run {number}")
+    index = RunIndex(tmp_path)
+    index.listing()
+    read: list[str] = []
+
+    def record(path: Path) -> Summary:
+        read.append(path.name)
+        return summarise(path)
+
+    monkeypatch.setattr(module, "summarise", record)
+    index.listing()
+    assert read == []
+    write_json(tmp_path / "run 3" / "status.json", {"state": "INTERRUPT", "step": 5})
+    assert index.listing().entries["run 3"].summary.step == 5
+    assert read == ["run 3"]
+
+
+def test_a_run_whose_process_is_gone_is_shown_as_killed_without_a_change_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, "run", "TRAINING", 10)
+    index = RunIndex(tmp_path)
+    first = index.listing()
+    assert first.entries["run"].summary.state == "TRAINING"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 300)
+    later = index.listing()
+    assert later.entries["run"].summary.state == "SILENT"
+    assert later.version != first.version
+
+
+def test_versions_of_two_servers_differ(tmp_path: Path) -> None:
+    """A browser that asks a restarted server with the old version gets the rows."""
+    assert RunIndex(tmp_path).listing().version != RunIndex(tmp_path).listing().version
+
+
+def test_a_folder_that_cannot_be_read_keeps_the_last_rows_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    write_run(folder, "run")
+    index = RunIndex(folder)
+    index.listing()
+    folder.rename(tmp_path / "moved")
+    folder.write_text("a file")
+    found = index.listing()
+    assert "run" in found.entries
+    assert found.error is not None
+    assert "cannot be read" in found.error
+    folder.unlink()
+    (tmp_path / "moved").rename(folder)
+    assert index.listing().error is None
+
+
+def test_no_folder_yet(tmp_path: Path) -> None:
+    index = RunIndex(tmp_path / "runs")
+    assert index.listing().entries == {}
+    write_run(tmp_path / "runs", "first")
+    assert list(index.listing().entries) == ["first"]
+
+
+def test_links_and_odd_names(tmp_path: Path) -> None:
+    write_run(tmp_path / "elsewhere", "real")
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "elsewhere" / "real")
+    (folder / "nowhere").symlink_to(tmp_path / "gone")
+    write_run(folder, "lr=0.1,x")
+    os.mkdir(os.fsencode(folder) + b"/bad\xff")  # noqa: PTH102 - a name that is no text
+    (folder / ".hidden").mkdir()
+    found = RunIndex(folder).listing().entries
+    assert set(found) == {"link", "lr=0.1,x"}
+    assert all(entry.row_id.replace("-", "").isalnum() for entry in found.values())
