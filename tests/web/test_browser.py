@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ from dist_train.atomic_files import read_json, write_json
 from dist_train.runs.error_report import record_error
 from support.browser import chromium, namespace, needs_browser
 from support.page import write_run
-from support.patience import PATIENCE_S, wait_until
-from support.processes import DIST_TRAIN, started
+from support.patience import wait_until
+from support.processes import DIST_TRAIN, ROOT, started
 from support.run_files import metrics_without_times, status, status_of, step_of
 from support.tiny_runs import write_at
 from support.trainings import STEPS, release, train, trained_once
@@ -30,7 +31,7 @@ pytestmark = [needs_browser, pytest.mark.xdist_group("browser")]
 
 OLD = "These values are old"
 SHOW_STEP = "step => [...document.querySelectorAll('.progress')].every(cell => cell.innerText.trim() === `${step}/20`)"
-PATIENCE_MS = 1000 * PATIENCE_S
+PATIENCE_MS = 30000
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_other_answers_leave_rows_as_they_are(prefix: list[str], browser: Browse
             ({"status": 200, "body": page_of_a_proxy, "content_type": "text/html"}, "something other than"),
         ]
         for answer, reason in answers:
-            page.route("**/rows?**", lambda route, answer=answer: route.fulfill(**answer))
+            page.route("**/rows?**", answering(answer))
             bar.get_by_text(reason).wait_for()
             assert OLD in bar.inner_text()
             assert rows.count() == 1
@@ -144,6 +145,10 @@ def test_other_answers_leave_rows_as_they_are(prefix: list[str], browser: Browse
         assert rows.count() == 1
         page.unroute("**/rows?**")
         bar.wait_for(state="hidden")
+
+
+def answering(answer: dict[str, Any]) -> Callable[[Route], None]:
+    return lambda route: route.fulfill(**answer)
 
 
 def hang(_route: Route) -> None:
@@ -215,7 +220,7 @@ def test_keyboard_alone_is_enough(prefix: list[str], browser: Browser, tmp_path:
         keys = page.keyboard
         keys.press("/")
         keys.type("eta")
-        page.wait_for_function("document.querySelectorAll('#body tr').length === 1")
+        page.wait_for_function("() => document.querySelectorAll('#body tr').length === 1")
         keys.press("Escape")
         keys.press("j")
         keys.press("x")
@@ -289,29 +294,25 @@ def test_hostile_text_is_not_executed(prefix: list[str], browser: Browser, tmp_p
 
 
 def test_page_works_behind_a_prefix(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
-    """All addresses are relative: a proxy may put the page below any path."""
+    """All addresses are relative: a proxy may put the page below any path, and the cookie stays below it."""
     write_run(tmp_path / "runs", "run")
+    (tmp_path / "proxy").mkdir()
     with serving(prefix, tmp_path) as address:
-        context = browser.new_context()
-        page = context.new_page()
-        origin = address.split("/?")[0]
-        page.route(f"{origin}/**", lambda route: through(route, origin))
-        page.goto(address.replace("/?", "/user/me/proxy/?"))
-        page.get_by_role("link", name="run", exact=True).click(timeout=PATIENCE_MS)
-        page.get_by_role("link", name="Settings").click()
-        page.get_by_text("All settings").wait_for()
-        page.get_by_role("link", name="Jobs").click()
-        page.get_by_role("link", name="run", exact=True).wait_for()
-        assert page.url.startswith(f"{origin}/user/me/proxy/")
-        [cookie] = context.cookies(f"{origin}/user/me/proxy/")
-        assert cookie["path"] == "/user/me/proxy"
-        context.close()
-
-
-def through(route: Route, origin: str) -> None:
-    """Pass a request on without the prefix, and refuse one that lacks it."""
-    path = route.request.url.removeprefix(origin)
-    if path.startswith("/user/me/proxy/"):
-        route.continue_(url=origin + path.removeprefix("/user/me/proxy"))
-    else:
-        route.fulfill(status=404, body="outside the prefix")
+        upstream = address.split(":")[2].split("/")[0]
+        script = str(ROOT / "tests" / "support" / "prefix_proxy.py")
+        with started([*prefix, sys.executable, script, "8098", "/user/me", upstream], tmp_path / "proxy") as proxy:
+            assert proxy.stdout is not None
+            proxy.stdout.readline()
+            below = "http://127.0.0.1:8098/user/me/"
+            with opened(browser, below + address.split("/")[3]) as page:
+                page.get_by_role("link", name="run", exact=True).click()
+                for name in ("Settings", "Logs", "Files", "Results"):
+                    page.get_by_role("link", name=name).click()
+                    page.get_by_role("heading", name="run", exact=True).wait_for()
+                page.locator("#curves canvas").first.wait_for()
+                page.on("dialog", lambda dialog: dialog.accept())
+                page.get_by_role("button", name="Delete").click()
+                page.get_by_text("It is in the bin").wait_for()
+                assert page.url.startswith(below)
+                [cookie] = page.context.cookies(below)
+                assert cookie["path"] == "/user/me"
