@@ -22,7 +22,7 @@ from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, started
 from support.run_files import metrics_without_times, status, status_of, step_of
 from support.tiny_runs import write_at
-from support.trainings import STEPS, release, train, trained_once
+from support.trainings import HELD, STEPS, release, train, trained_once
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Route
@@ -31,7 +31,7 @@ pytestmark = [needs_browser, pytest.mark.xdist_group("browser")]
 
 OLD = "These values are old"
 SHOW_STEP = "step => [...document.querySelectorAll('.progress')].every(cell => cell.innerText.trim() === `${step}/20`)"
-PATIENCE_MS = 30000
+PATIENCE_MS = 100000
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def browser(prefix: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iter
 def serving(prefix: list[str], folder: Path, port: int = 0) -> Iterator[str]:
     """Serve the runs of `folder`/runs and yield the address with the token."""
     command = [*prefix, *DIST_TRAIN, "web", "--in", str(folder / "runs"), "--port", str(port)]
-    with started(command, folder, None, XDG_STATE_HOME=str(folder / "state")) as server:
+    own = folder / "server"  # its working directory: `started` kills by that
+    own.mkdir(exist_ok=True)
+    with started(command, own, None, XDG_STATE_HOME=str(folder / "state")) as server:
         assert server.stdout is not None
         yield server.stdout.readline().strip()
 
@@ -80,7 +82,7 @@ def wait_for_state(page: Page, state: str) -> None:
 def test_run_of_a_shell_is_stopped_and_resumed_from_the_page_bit_identically(
     prefix: list[str], browser: Browser, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    undisturbed = trained_once(tmp_path_factory, "page", train()[2:-1])
+    undisturbed = trained_once(tmp_path_factory, "page", HELD)
     run_dir = tmp_path / "runs" / "r"
     with serving(prefix, tmp_path) as address, opened(browser, address) as page:
         page.get_by_text("dist-train train -c mnist").wait_for()  # no run yet
@@ -95,8 +97,7 @@ def test_run_of_a_shell_is_stopped_and_resumed_from_the_page_bit_identically(
             wait_for_state(page, "INTERRUPT")
             assert training.wait() == 0
         assert 0 < step_of(run_dir) < STEPS
-        resume = page.get_by_role("button", name="Go on")
-        resume.click()
+        page.get_by_role("button", name="Go on").click()
         wait_for_state(page, "TRAINING")
         release(tmp_path)
         wait_for_state(page, "FINISHED")
