@@ -83,7 +83,7 @@ def find_nodes(
             f"--nnodes={outside} --rdzv-endpoint={os.environ.get('PET_MASTER_ADDR') or 'HOST'}, or unset PET_NNODES to "
             f"train on this machine alone."
         )
-    nnodes = nnodes or "1"
+    nnodes = "1" if nnodes is None else nnodes
     if nnodes == "1" and endpoint is None:
         return None
     if endpoint is None or not run_name:

@@ -170,6 +170,8 @@ def test_ctrl_c_saves_and_same_call_resumes() -> None:
 def _interrupt_once_it_trains(times: int = 1) -> None:
     status_file = Path("runs/r/status.json")
     wait_until(lambda: status_file.exists() and read_json(status_file).get("step"), "first step")
+    began = read_json(status_file)["step"]
+    wait_until(lambda: read_json(status_file)["step"] > began, "next step")  # it has just begun: all signals reach it
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)  # signals that are pending together are one
