@@ -156,7 +156,9 @@ def test_timer_and_accelerator_of_script_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unchanged_process")
 def test_ctrl_c_saves_and_same_call_resumes() -> None:
-    config = settings("model.name=support.user_nets:Gated", "train_for=12 steps", "log_every=1")
+    config = settings(
+        "model.name=support.user_nets:Gated", "model.args.slow_s=1.0", "train_for=12 steps", "log_every=1"
+    )
     timer = threading.Thread(target=_interrupt_once_it_trains)
     timer.start()
     stopped = train(config, run_name="r")
