@@ -22,6 +22,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or os.geteuid() != 0, reason="needs chromium, and root to disable its network"
 )
+needs_namespace = pytest.mark.skipif(
+    CHROMIUM is None or os.geteuid() != 0 or shutil.which("ip") is None, reason="needs chromium, iproute2 and root"
+)
 
 # Collects what a reader sees: table cells with their values, and the sizes of the images.
 _COLLECT = """<script>addEventListener("load", () => {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dist_train.atomic_files import read_json, write_json
 from dist_train.runs.error_report import record_error
-from support.browser import chromium, namespace, needs_browser
+from support.browser import chromium, namespace, needs_namespace
 from support.page import write_run
 from support.patience import wait_until
 from support.processes import DIST_TRAIN, ROOT, started
@@ -27,7 +27,7 @@ from support.trainings import HELD, STEPS, release, train, trained_once
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Route
 
-pytestmark = [needs_browser, pytest.mark.xdist_group("browser")]
+pytestmark = [needs_namespace, pytest.mark.xdist_group("browser")]
 
 OLD = "These values are old"
 SHOW_STEP = "step => [...document.querySelectorAll('.progress')].every(cell => cell.innerText.trim() === `${step}/20`)"
