@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_train.config.loading import load_config
     from dist_train.config.schema import Config
-    from dist_train.launch.api import Result, train
+    from dist_train.launch.python_api import Result, train
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Result", "load_config", "train"]
 
-_HOME = {"Config": "config.schema", "Result": "launch.api", "load_config": "config.loading", "train": "launch.api"}
+_HOME = {
+    "Config": "config.schema",
+    "Result": "launch.python_api",
+    "load_config": "config.loading",
+    "train": "launch.python_api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_train.checkpoints.contents import Snapshot, TrainerState
 from dist_train.checkpoints.manifest import LINKS, by_score, folder_of, good_checkpoints, manifests, remove_checkpoint
-from dist_train.checkpoints.storage import Snapshot, Stateful, restore, write
-from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.storage import Stateful, restore, write
 from dist_train.checkpoints.weights import with_versions_of
 from dist_train.config.durations import is_due
 from dist_train.config.schema import Config
@@ -49,7 +49,7 @@ class Checkpoints:
         self._on_first_save: Callable[[float], None] | None = on_first_save
         self.saved_step = -1
 
-    def snapshot(self, state: TrainState, step: Stateful) -> Snapshot:
+    def snapshot(self, state: TrainerState, step: Stateful) -> Snapshot:
         """Return a copy of the state on the CPU. On ranks other than zero it holds no tensors.
 
         Collective: every rank must call this.
@@ -70,9 +70,9 @@ class Checkpoints:
         model = step.evaluated_net.state_dict()
         if not self.world.is_rank_zero:
             return Snapshot(state, {}, {})
-        return Snapshot(TrainState(**asdict(state)), _copy_to_cpu(model), _copy_to_cpu(training))
+        return Snapshot(TrainerState(**asdict(state)), _copy_to_cpu(model), _copy_to_cpu(training))
 
-    def save(self, state: TrainState, step: Stateful) -> None:
+    def save(self, state: TrainerState, step: Stateful) -> None:
         """Take a snapshot and write it in the background. A failed write is a warning: the next save tries again.
 
         Collective: every rank must call this.
@@ -200,7 +200,7 @@ class Checkpoints:
 
     # --- restoring -----------------------------------------------------------------------------------------------
 
-    def restore_latest(self, step: Stateful) -> TrainState | None:
+    def restore_latest(self, step: Stateful) -> TrainerState | None:
         """Load the newest good checkpoint into `step`. Damaged ones are reported and set aside.
 
         Collective: every rank must call this.

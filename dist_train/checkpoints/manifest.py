@@ -1,12 +1,4 @@
-"""The checkpoints of a run and whether they are good: complete, with the checksums in their manifest.
-
-A checkpoint is `checkpoints/step_00001200/` with
-
-    model.safetensors  the weights that are evaluated (averaged ones with ema_decay)
-    training.pt        optimizer, scaler, the raw weights if averaged, window sums; read without executing code
-    state.json         step, best result, clocks
-    manifest.json      step, run, metrics, size and SHA-256 of the other three, and its own SHA-256; written last
-"""
+"""The checkpoints of a run: which exist, which are good (complete, with the checksums of their manifest), the best."""
 
 from __future__ import annotations
 
@@ -19,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.atomic_files import read_json, remove
+from dist_train.checkpoints.contents import FORMAT, MANIFEST, MODEL, STATE, TRAINING
 from dist_train.errors import CheckpointError
 from dist_train.runs.directory import RunDir, step_of
 
-FORMAT = 1
-MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.pt", "state.json", "manifest.json"
 LINKS = ("last", "best")  # for users; this code never reads them
 REMOVING = ".removing_"  # name prefix of a checkpoint that is being deleted
 

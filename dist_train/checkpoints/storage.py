@@ -1,10 +1,10 @@
-"""Writing (rank zero, only I/O) and restoring (all ranks) a checkpoint. manifest.py describes its files."""
+"""Writing (rank zero, only I/O) and restoring (all ranks) a checkpoint. contents.py describes its files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -12,21 +12,11 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dist_train.atomic_files import atomic_write, remove_leftovers, write_json
-from dist_train.checkpoints.manifest import (
-    FORMAT,
-    MANIFEST,
-    MODEL,
-    REMOVING,
-    STATE,
-    TRAINING,
-    digest,
-    fingerprint,
-    recover_interrupted_replace,
-)
-from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.contents import FORMAT, MANIFEST, MODEL, STATE, TRAINING, Snapshot, TrainerState
+from dist_train.checkpoints.manifest import REMOVING, digest, fingerprint, recover_interrupted_replace
 from dist_train.checkpoints.weights import header_of, load_into, read_weights
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.errors import CheckpointError
@@ -49,15 +39,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of the full state on the CPU: training can continue while it is written."""
-
-    state: TrainState
-    model: dict[str, Tensor]
-    training: dict[str, Any]
 
 
 def write(
@@ -105,12 +86,12 @@ def write(
         recover_interrupted_replace(folder.parent)
 
 
-def restore(folder: Path, step: Stateful) -> TrainState:
+def restore(folder: Path, step: Stateful) -> TrainerState:
     """Load a verified checkpoint into `step`. Every rank reads the files itself."""
     try:
         model = read_weights(folder / MODEL)
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-        state = TrainState(**json.loads((folder / STATE).read_text()))
+        state = TrainerState(**json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     training.setdefault("net", model)

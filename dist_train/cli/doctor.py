@@ -27,7 +27,7 @@ def doctor(nproc: int, as_json: bool, config_name: str | None, **options: tuple[
 
     Under torchrun or srun it checks every rank and the network between them.
     """
-    from dist_train.distributed.process import detect_process
+    from dist_train.distributed.process_info import detect_process
 
     changes = (*options["overrides"], *options["settings"])
     in_world = detect_process(os.environ).world_size > 1
@@ -54,7 +54,7 @@ def _start_and_examine(nproc: int, config_name: str, overrides: Sequence[str]) -
     Raises:
         LaunchError: They cannot be started.
     """
-    from dist_train.distributed.process import threads_per_process
+    from dist_train.distributed.process_info import threads_per_process
     from dist_train.launch.subprocesses import output_of_ranks
 
     arguments = ["-c", config_name, *(f"-o{override}" for override in overrides), "--json"]

@@ -87,8 +87,8 @@ def check_net_and_data(config: Config) -> None:
 
 def end_rank() -> None:
     """End the process if it is one of several ranks. Call it at the end of a command."""
-    from dist_train.distributed.process import detect_process
     from dist_train.distributed.process_end import end_process
+    from dist_train.distributed.process_info import detect_process
 
     if detect_process(os.environ).world_size > 1:
         end_process(0)

@@ -37,7 +37,7 @@ def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
 
 def _print(found: EvaluationResult, what: str) -> None:
     from dist_train.models.tasks.confusion import accuracy_by_class
-    from dist_train.runs.accuracy import IS_OWN
+    from dist_train.runs.accuracy_text import IS_OWN
 
     click.echo(f"{what}: {found.metrics['seen']} examples")
     for name in sorted(found.metrics.keys() - {"seen", IS_OWN}):

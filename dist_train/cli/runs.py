@@ -134,7 +134,7 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
 
 
 def _cells(run: Summary) -> list[str]:
-    from dist_train.runs.accuracy import accuracy_text
+    from dist_train.runs.accuracy_text import accuracy_text
 
     speed = f"{run.samples_per_s:,.0f}" if run.samples_per_s else "-"
     return [

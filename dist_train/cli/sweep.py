@@ -57,7 +57,7 @@ def sweep(
 
 
 def _show(run: Summary, ended: bool) -> None:
-    from dist_train.runs.accuracy import accuracy_text
+    from dist_train.runs.accuracy_text import accuracy_text
 
     if not ended:
         click.echo(f"{run.name}: begins" if not run.attempt else f"{run.name}: goes on")

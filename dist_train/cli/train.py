@@ -61,7 +61,7 @@ def _train_or_launch(
     from dist_train.config.loading import to_yaml
     from dist_train.distributed.gpu_driver import check_gpu_driver
     from dist_train.distributed.launcher_watch import watch_launcher
-    from dist_train.distributed.process import LAUNCHER_PID, detect_process
+    from dist_train.distributed.process_info import LAUNCHER_PID, detect_process
     from dist_train.distributed.signals import StopRequest
     from dist_train.distributed.stdio import tolerate_closed_stdio
     from dist_train.launch import jobs

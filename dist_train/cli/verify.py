@@ -20,7 +20,7 @@ def verify(config_name: str | None, overrides: tuple[str, ...], settings: tuple[
     The same losses for any number of processes, exact resume, every example counted once, nothing lost
     by a kill.
     """
-    from dist_train.distributed.process import detect_process
+    from dist_train.distributed.process_info import detect_process
     from dist_train.tools.verify.suite import verify as checks
 
     inside = detect_process(os.environ).world_size

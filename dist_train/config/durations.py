@@ -6,11 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
 
 from dist_train.errors import ConfigError
-
-ScheduleName = Literal["constant", "cosine", "linear", "one_cycle"]
 
 _UNITS = {
     **dict.fromkeys(("step", "steps"), "steps"),

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from dist_train.config.durations import Duration, ScheduleName
+from dist_train.config.durations import Duration
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ MayChange = "free"  # may differ between the starts of one run
 Precision = Literal["no", "bf16", "fp16"]
 StepMode = Literal["eager", "compile", "graph"]
 WantedMode = Literal["auto", StepMode]
+ScheduleName = Literal["constant", "cosine", "linear", "one_cycle"]
 
 
 def _not_seconds(text: object) -> Duration:

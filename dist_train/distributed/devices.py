@@ -14,7 +14,7 @@ import torch
 
 from dist_train.config.schema import Config, Precision
 from dist_train.distributed.gpu_driver import not_available
-from dist_train.distributed.process import ProcessInfo
+from dist_train.distributed.process_info import ProcessInfo
 from dist_train.errors import ConfigError, LaunchError
 
 

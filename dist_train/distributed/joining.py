@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from dist_train.config.schema import Config, Precision
 from dist_train.distributed.devices import keep_freed_memory
 from dist_train.distributed.peer_failures import first_line, is_timeout
-from dist_train.distributed.process import ProcessInfo, threads_per_process
+from dist_train.distributed.process_info import ProcessInfo, threads_per_process
 from dist_train.errors import LaunchError
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from dist_train.distributed.process import LAUNCHER_PID
+from dist_train.distributed.process_info import LAUNCHER_PID
 
 # Ranks whose launcher has died have this long to save and exit.
 ORPHAN_GRACE_S = 3.0

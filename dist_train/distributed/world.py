@@ -19,8 +19,8 @@ from torch import Tensor
 from dist_train.config.schema import Config, Precision
 from dist_train.distributed.devices import choose_device, choose_precision
 from dist_train.distributed.joining import connect, override_accelerate_config, set_up_process
-from dist_train.distributed.process import ProcessInfo, detect_process, export_rendezvous
 from dist_train.distributed.process_end import keep_alive
+from dist_train.distributed.process_info import ProcessInfo, detect_process, export_rendezvous
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from dist_train.checkpoints.saved_net import SavedNet
 from dist_train.checkpoints.storage import load_weights
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.splits import load_splits
-from dist_train.distributed.process import detect_process
+from dist_train.distributed.process_info import detect_process
 from dist_train.distributed.world import World
 from dist_train.errors import DataError
 from dist_train.models.registry import build_model

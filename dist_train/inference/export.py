@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dist_train.atomic_files import atomic_write
-from dist_train.checkpoints.manifest import MODEL
+from dist_train.checkpoints.contents import MODEL
 from dist_train.checkpoints.saved_net import SavedNet
 from dist_train.checkpoints.weights import read_weights
 from dist_train.errors import RunDirError, UserCodeError

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from dist_train.atomic_files import write_json
 from dist_train.config.schema import Config
-from dist_train.distributed.process import persistent_run_name
+from dist_train.distributed.process_info import persistent_run_name
 from dist_train.distributed.signals import StopRequest
 from dist_train.errors import DistTrainError, LaunchError, RunDirError
 from dist_train.launch.machines import Nodes, stop_run_to_rejoin
 from dist_train.launch.slurm import commands
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.launch.slurm.commands import Job
-from dist_train.launch.slurm.preemption import Slurm
+from dist_train.launch.slurm.preemption import SlurmScheduler
 from dist_train.launch.slurm.preflight import check_partition, check_submission
 from dist_train.launch.torchrun import LaunchSpec, start_ranks
 from dist_train.runs.directory import RunDir
@@ -40,7 +40,7 @@ def train_here(config: Config, start: StartOptions, request: StopRequest, starte
 
     request.preempt_signal = signal.Signals[f"SIG{config.preempt_signal}"]
     with request:
-        run_training(config, start, request, started, Slurm(os.environ))
+        run_training(config, start, request, started, SlurmScheduler(os.environ))
 
 
 def launch(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.atomic_files import write_json
-from dist_train.distributed.process import OF_ONE_WANDB_RUN
+from dist_train.distributed.process_info import OF_ONE_WANDB_RUN
 from dist_train.errors import RunDirError
 from dist_train.launch.slurm import commands
 from dist_train.launch.subprocesses import begin_detached

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from dist_train.distributed.process import LAUNCHER_PID, OF_ONE_WANDB_RUN, without_torchrun_options
+from dist_train.distributed.process_info import LAUNCHER_PID, OF_ONE_WANDB_RUN, without_torchrun_options
 from dist_train.errors import LaunchError
 
 Training: TypeAlias = subprocess.Popen[bytes]

@@ -15,7 +15,7 @@ from types import FrameType
 
 from dist_train.config.loading import listed, load_config
 from dist_train.config.schema import Config
-from dist_train.distributed.process import threads_per_process
+from dist_train.distributed.process_info import threads_per_process
 from dist_train.errors import ConfigError
 from dist_train.launch.subprocesses import Training, begin_train
 from dist_train.runs.directory import RunDir

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from dist_train.checkpoints.resume_hint import is_self_explanatory, resume_hint
-from dist_train.distributed.process import (
+from dist_train.distributed.process_info import (
     ASKED_AT,
     LAUNCHER_PID,
     RUN_DIR,

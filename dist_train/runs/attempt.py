@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_train.atomic_files import remove_leftovers
 from dist_train.config.schema import Config
-from dist_train.distributed.process import REQUEUED, slurm_job
+from dist_train.distributed.process_info import REQUEUED, slurm_job
 from dist_train.errors import ConfigError
 from dist_train.runs.directory import RunDir
 from dist_train.runs.status_file import is_of_earlier_start

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_train.runs.accuracy import accuracy_text
+from dist_train.runs.accuracy_text import accuracy_text
 from dist_train.runs.directory import RunDir
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
-from dist_train.distributed.process import persistent_run_name
+from dist_train.distributed.process_info import persistent_run_name
 from dist_train.errors import ConfigError, DataError, RunDirError, UserCodeError
 from dist_train.runs.directory import RunDir
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.atomic_files import write_json
-from dist_train.distributed.process import slurm_job
+from dist_train.distributed.process_info import slurm_job
 from dist_train.errors import RunDirError
 from dist_train.runs import heartbeat
 from dist_train.runs.disk_errors import DiskErrors

@@ -9,7 +9,7 @@ from pathlib import Path
 from dist_train.config.loading import load_config, missing_config
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
-from dist_train.distributed.process import ASKED_AT, RUN_DIR
+from dist_train.distributed.process_info import ASKED_AT, RUN_DIR
 from dist_train.errors import ConfigError
 from dist_train.runs.start_options import StartOptions, check_run_name
 from dist_train.runs.summary import find_run

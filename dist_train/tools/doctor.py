@@ -16,13 +16,13 @@ import torch
 from filelock import FileLock
 
 from dist_train.atomic_files import write_atomically
-from dist_train.checkpoints.room import AT_ONCE, CheckpointSize
+from dist_train.checkpoints.disk_space import AT_ONCE, CheckpointSize
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
 from dist_train.distributed.devices import choose_device, default_dtype
-from dist_train.distributed.process import available_cores, detect_process, threads_per_process
+from dist_train.distributed.process_info import available_cores, detect_process, threads_per_process
 from dist_train.distributed.world import World, backends
 from dist_train.errors import DistTrainError, LaunchError
 from dist_train.launch.slurm.commands import installed_version

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dist_train.checkpoints.room import CheckpointSize
+from dist_train.checkpoints.disk_space import CheckpointSize
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.sampler import ShardSampler, count_into, evaluation_shard

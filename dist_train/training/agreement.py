@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from dist_train.distributed.scheduler import Scheduler
+from dist_train.distributed.job_scheduler import JobScheduler
 from dist_train.distributed.signals import StopReason, StopRequest, StopState
 from dist_train.errors import DistTrainError
 from dist_train.runs import heartbeat
@@ -32,7 +32,7 @@ class Agreement:
         world: World,
         request: StopRequest,
         run_dir: RunDir | None = None,
-        scheduler: Scheduler | None = None,
+        scheduler: JobScheduler | None = None,
         poll: Callable[[], DistTrainError | None] = lambda: None,
         on_agreed: Callable[[], None] = lambda: None,
         save_every_s: float = 0.0,
@@ -47,7 +47,7 @@ class Agreement:
         self._world = world
         self._request = request
         self._run_dir = run_dir
-        self._scheduler = scheduler or Scheduler()
+        self._scheduler = scheduler or JobScheduler()
         self._poll = poll
         self._on_agreed = on_agreed
         self._save_every_s = save_every_s

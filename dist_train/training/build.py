@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from dist_train.checkpoints.contents import TrainerState
+from dist_train.checkpoints.disk_space import CheckpointSize, check_room
 from dist_train.checkpoints.manager import Checkpoints
 from dist_train.checkpoints.manifest import find_checkpoint
-from dist_train.checkpoints.room import CheckpointSize, check_room
 from dist_train.checkpoints.storage import load_weights
-from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
@@ -24,7 +24,7 @@ from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import Splits
 from dist_train.data.transforms import change_each
 from dist_train.distributed import watchdog
-from dist_train.distributed.scheduler import Scheduler
+from dist_train.distributed.job_scheduler import JobScheduler
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
 from dist_train.models.registry import build_model
@@ -32,12 +32,12 @@ from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen
 from dist_train.runs.start_options import StartOptions
 from dist_train.training.agreement import Agreement
-from dist_train.training.graph import write_graph
 from dist_train.training.provenance import collect_provenance
 from dist_train.training.recorder import RunRecorder
 from dist_train.training.start_report import report_limits, report_start
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
+from dist_train.training.tensorboard_graph import write_graph
 from dist_train.training.tracking import Tracker
 from dist_train.training.trainer import Trainer
 
@@ -83,7 +83,7 @@ def build_trainer(
     start: StartOptions,
     request: StopRequest,
     started: float,
-    scheduler: Scheduler,
+    scheduler: JobScheduler,
 ) -> Trainer:
     """Build the trainer and restore the newest checkpoint.
 
@@ -139,7 +139,7 @@ def build_trainer(
     )
 
 
-def _restore(config: Config, checkpoints: Checkpoints, step: Step, start: StartOptions) -> TrainState:
+def _restore(config: Config, checkpoints: Checkpoints, step: Step, start: StartOptions) -> TrainerState:
     """Load the newest checkpoint, else the weights of `start.init_from`.
 
     Collective: every rank must call this.
@@ -148,7 +148,7 @@ def _restore(config: Config, checkpoints: Checkpoints, step: Step, start: StartO
     checkpoints.world.on_rank_zero(lambda: check_room(checkpoints.run_dir, size))
     state = checkpoints.restore_latest(step)
     if state is None:
-        state = TrainState()
+        state = TrainerState()
         if start.init_from is not None:
             load_weights(step.net, find_checkpoint(RunDir(start.init_from), "last"))
     return state
@@ -160,7 +160,7 @@ def _start_attempt(
     run_dir: RunDir,
     splits: Splits,
     components: Components,
-    state: TrainState,
+    state: TrainerState,
 ) -> dict[str, Any]:
     """Warm the step up; on rank zero, report the start and record its provenance, which is returned.
 

@@ -16,7 +16,7 @@ from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.models.invariance import seeding_for
 from dist_train.models.tasks.confusion import Confusion
 from dist_train.models.tasks.objective import ErrorContext, Objective, count_correct
-from dist_train.runs.accuracy import IS_OWN
+from dist_train.runs.accuracy_text import IS_OWN
 from dist_train.training.agreement import Agreement
 from dist_train.training.step.counts import Counts
 

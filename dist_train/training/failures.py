@@ -15,8 +15,8 @@ from dist_train.data.loader import loader_error
 from dist_train.distributed import watchdog
 from dist_train.distributed.devices import is_device_assert, is_out_of_memory
 from dist_train.distributed.peer_failures import first_line, is_peer_failure, is_timeout
-from dist_train.distributed.process import ProcessInfo
 from dist_train.distributed.process_end import end_process
+from dist_train.distributed.process_info import ProcessInfo
 from dist_train.errors import DistTrainError, OutOfMemory, PeerLost, UserCodeError
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import record_error

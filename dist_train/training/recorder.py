@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.contents import TrainerState
 from dist_train.config.schema import Config
 from dist_train.distributed import watchdog
 from dist_train.distributed.devices import peak_memory_gib
@@ -32,7 +32,7 @@ class RunRecorder:
     world: World
     run_dir: RunDir
     step: Step
-    state: TrainState
+    state: TrainerState
     tracker: Tracker
     screen: Screen
     total_steps: int

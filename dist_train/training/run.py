@@ -14,8 +14,8 @@ from dist_train.config.schema import Config
 from dist_train.data.fingerprint import differences
 from dist_train.data.splits import Splits, load_splits
 from dist_train.distributed import watchdog
-from dist_train.distributed.process import detect_process
-from dist_train.distributed.scheduler import Scheduler
+from dist_train.distributed.job_scheduler import JobScheduler
+from dist_train.distributed.process_info import detect_process
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.stdio import redirect_output
 from dist_train.distributed.world import World
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def run_training(
-    config: Config, start: StartOptions, request: StopRequest, started: float, scheduler: Scheduler
+    config: Config, start: StartOptions, request: StopRequest, started: float, scheduler: JobScheduler
 ) -> State:
     """Train until the end or an agreed stop. `started`: time.perf_counter() at the start of the process.
 

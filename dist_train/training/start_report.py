@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.contents import TrainerState
 from dist_train.config.schema import Config
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.splits import Splits
-from dist_train.runs.accuracy import accuracy_text, is_share
+from dist_train.runs.accuracy_text import accuracy_text, is_share
 from dist_train.runs.directory import RunDir
 from dist_train.training.provenance import DIVISION_FACTORS, changed_determinism_factors
 from dist_train.training.step.train_step import Step
@@ -25,7 +25,7 @@ def report_start(
     splits: Splits,
     sampler: ShardSampler,
     net: nn.Module,
-    state: TrainState,
+    state: TrainerState,
     total_steps: int,
     provenance: dict[str, Any],
 ) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
-from dist_train.checkpoints.manifest import MODEL, best_checkpoint, manifests
+from dist_train.checkpoints.contents import MODEL
+from dist_train.checkpoints.manifest import best_checkpoint, manifests
 from dist_train.config.paths import temporary_cache
 from dist_train.config.schema import Config, TrackingConfig
 from dist_train.distributed.peer_failures import first_line

@@ -7,8 +7,8 @@ import math
 import time
 from dataclasses import dataclass
 
+from dist_train.checkpoints.contents import TrainerState
 from dist_train.checkpoints.manager import Checkpoints
-from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.durations import is_due
 from dist_train.config.schema import Config
 from dist_train.data.epoch_audit import ShardAudit
@@ -42,7 +42,7 @@ class Trainer:
     world: World
     splits: Splits
     step: Step
-    state: TrainState
+    state: TrainerState
     checkpoints: Checkpoints
     recorder: RunRecorder
     agreement: Agreement

@@ -25,11 +25,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from dist_train import __version__
-from dist_train.checkpoints.manifest import MODEL, folder_of
+from dist_train.checkpoints.contents import MODEL
+from dist_train.checkpoints.manifest import folder_of
 from dist_train.errors import DistTrainError
 from dist_train.launch.jobs import request_save, request_stop
 from dist_train.launch.resume import describe_command, is_starting, resume
-from dist_train.runs import bin as runs_bin
+from dist_train.runs import deleted_runs
 from dist_train.runs.reports.compare import METRICS, LoadedRun, compare, read_run
 from dist_train.web import children, format, job_view, outputs
 from dist_train.web.access import SESSION_S, Access
@@ -279,7 +280,7 @@ class Pages:
         return RedirectResponse(f"../?done={request.path_params['action']}", 303)
 
     def _action(self, name: str) -> Callable[[Path], object]:
-        actions = {"stop": request_stop, "save": request_save, "resume": resume, "delete": runs_bin.delete}
+        actions = {"stop": request_stop, "save": request_save, "resume": resume, "delete": deleted_runs.delete}
         if name not in actions:
             raise HTTPException(404, "There is no such action.")
         return actions[name]
@@ -289,14 +290,14 @@ class Pages:
         self._index.forget_scan()
 
     def bin(self, request: Request) -> Response:
-        return self._page(request, "bin.html", runs=list(runs_bin.deleted_runs(self._index.folder)))
+        return self._page(request, "bin.html", runs=list(deleted_runs.find_deleted(self._index.folder)))
 
     async def change_bin(self, request: Request) -> Response:
         action, form = request.path_params["action"], await _form(request)
         if action == "empty":
-            await run_sync(runs_bin.empty, self._index.folder)
+            await run_sync(deleted_runs.empty, self._index.folder)
         elif action == "restore":
-            await run_sync(runs_bin.restore, self._index.folder, dict(form).get("entry", ""))
+            await run_sync(deleted_runs.restore, self._index.folder, dict(form).get("entry", ""))
         else:
             raise HTTPException(404, "There is no such action.")
         self._index.forget_scan()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from dist_train.runs.accuracy import accuracy_text
+from dist_train.runs.accuracy_text import accuracy_text
 
 
 def duration(seconds: float | None) -> str:

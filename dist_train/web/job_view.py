@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.atomic_files import read_json
-from dist_train.checkpoints.manifest import MODEL, by_score, manifests
+from dist_train.checkpoints.contents import MODEL
+from dist_train.checkpoints.manifest import by_score, manifests
 from dist_train.config.loading import bundled_configs, load_config
 from dist_train.config.schema import Config
 from dist_train.errors import DistTrainError
 from dist_train.launch.resume import start_log
-from dist_train.runs.accuracy import IS_OWN, accuracy_text
+from dist_train.runs.accuracy_text import IS_OWN, accuracy_text
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
 from dist_train.runs.time_accounting import effective_ratio

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from dist_train.checkpoints import manager as module
-from dist_train.checkpoints.manifest import MODEL, STATE, TRAINING, find_damage, folder_of
-from dist_train.checkpoints.storage import Snapshot, load_weights, restore, write
-from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.contents import MODEL, STATE, TRAINING, Snapshot, TrainerState
+from dist_train.checkpoints.manifest import find_damage, folder_of
+from dist_train.checkpoints.storage import load_weights, restore, write
 from dist_train.config.loading import parse_config
 from dist_train.distributed.world import World
 from dist_train.errors import CheckpointError, TrainingDiverged
@@ -32,7 +32,7 @@ def test_restored_state_equals_saved_state(extra: dict[str, Any], world: World, 
     config = parse_config({"device": "cpu", "ema_decay": 0.9, **extra})
     step = new_step(world, seed=0, config=config)
     take(step, 0, 4)
-    state = TrainState(step=4, logged_step=3, evaluation_pending=True, train_s=1 / 3)
+    state = TrainerState(step=4, logged_step=3, evaluation_pending=True, train_s=1 / 3)
     state.record_evaluation({"val/loss": 0.1, "val/accuracy": 2 / 3}, min_delta=0.0)
     checkpoints = checkpoints_of(run_dir, world, config=config)
     checkpoints.save(state, step)
@@ -75,7 +75,7 @@ def test_net_loads_state_with_its_version(
     def make() -> nn.Module:
         return nn.Sequential(Versioned())
 
-    step, state = new_step(world, seed=0, make_net=make), TrainState(step=2)
+    step, state = new_step(world, seed=0, make_net=make), TrainerState(step=2)
     take(step, 0, 2)
     checkpoints = checkpoints_of(run_dir, world)
     with monkeypatch.context() as patch:
@@ -107,7 +107,7 @@ def test_training_continues_while_snapshot_is_written(
         write(*args, **kwargs)
 
     monkeypatch.setattr(module, "write", wait_and_write)
-    step, state = new_step(world, seed=0), TrainState(step=2)
+    step, state = new_step(world, seed=0), TrainerState(step=2)
     take(step, 0, 2)
     checkpoints = checkpoints_of(run_dir, world)
     checkpoints.save(state, step)
@@ -117,7 +117,7 @@ def test_training_continues_while_snapshot_is_written(
     go.set()
     checkpoints.finish()
     other = new_step(world, seed=1)
-    assert checkpoints.restore_latest(other) == TrainState(step=2)
+    assert checkpoints.restore_latest(other) == TrainerState(step=2)
     assert_equal(other.state_dict(), before)
     checkpoints.close()
 
@@ -137,7 +137,7 @@ class Bomb:
 def test_loading_executes_no_code(world: World, run_dir: RunDir, tmp_path: Path) -> None:
     """A malicious checkpoint with correct checksums."""
     bomb = Bomb(tmp_path / "exploded")
-    write(Snapshot(TrainState(step=1), {"w": torch.ones(1)}, {"window": bomb}), folder_of(run_dir, 1), attempt=1)
+    write(Snapshot(TrainerState(step=1), {"w": torch.ones(1)}, {"window": bomb}), folder_of(run_dir, 1), attempt=1)
     assert find_damage(folder_of(run_dir, 1)) == ""
     with pytest.raises(CheckpointError, match="step_00000001 cannot be read: "):
         restore(folder_of(run_dir, 1), new_step(world, 0))
@@ -162,7 +162,7 @@ def test_unreadable_file_raises_checkpoint_error(name: str, world: World, run_di
 
 def test_last_best_and_periodic_checkpoints_are_kept(world: World, run_dir: RunDir) -> None:
     checkpoints, step = checkpoints_of(run_dir, world, keep_every=4), new_step(world, 0)
-    state = TrainState()
+    state = TrainerState()
     kept = []
     for number, accuracy in enumerate([0.1, 0.5, 0.9, 0.2, 0.3, 0.95, 0.4, None, 0.6], start=1):
         state.step = number
@@ -184,13 +184,13 @@ def test_copied_checkpoint_does_not_count(world: World, run_dir: RunDir) -> None
     config = parse_config({"device": "cpu", "ema_decay": 0.9, "keep_last": 1, "keep_best": 0})
     checkpoints, step = checkpoints_of(run_dir, world, config=config), new_step(world, 0)
     for number in (1, 2):
-        checkpoints.save(TrainState(step=number), step)
+        checkpoints.save(TrainerState(step=number), step)
         checkpoints.finish()
         if number == 1:
             for name in ("step_backup", "step_00000099"):
                 shutil.copytree(folder_of(run_dir, 1), run_dir.checkpoints / name)
     assert names(run_dir) == ["step_00000002", "step_00000099", "step_backup"]
-    assert checkpoints.restore_latest(new_step(world, 1)) == TrainState(step=2)
+    assert checkpoints.restore_latest(new_step(world, 1)) == TrainerState(step=2)
     assert names(run_dir) == ["damaged_step_00000099", "step_00000002", "step_backup"]
     checkpoints.close()
 
@@ -215,7 +215,7 @@ def test_failed_link_does_not_fail_save(
         write_at(run_dir, 1)
         folder_of(run_dir, 1).rename(run_dir.checkpoints / "last")
     for number in (2, 3):
-        checkpoints.save(TrainState(step=number), step)
+        checkpoints.save(TrainerState(step=number), step)
         checkpoints.finish()
     (warning,) = caplog.messages
     assert f"{run_dir.checkpoints / 'last'} is not a link to step_00000002: {linking}" in warning
@@ -226,14 +226,14 @@ def test_failed_link_does_not_fail_save(
 @pytest.mark.parametrize("poison", ["weight", "buffer", "window"])
 def test_nonfinite_state_is_never_saved(poison: str, world: World, run_dir: RunDir) -> None:
     checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
-    checkpoints.save(TrainState(step=1), step)
+    checkpoints.save(TrainerState(step=1), step)
     checkpoints.finish()
     with torch.no_grad():
         {"weight": next(step.net.parameters()), "buffer": next(step.net.buffers()), "window": step.window.sums}[
             poison
         ].flatten()[-1] = float("inf" if poison == "buffer" else "nan")
     with pytest.raises(TrainingDiverged, match=r"between step 2 and 3.*step_00000001\. Lower optimizer\.lr"):
-        checkpoints.save(TrainState(step=3, logged_step=1), step)
+        checkpoints.save(TrainerState(step=3, logged_step=1), step)
     checkpoints.finish()
     assert steps(run_dir) == [1]
     checkpoints.close()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.checkpoints.contents import MANIFEST, MODEL
 from dist_train.checkpoints.manifest import (
-    MANIFEST,
-    MODEL,
     find_checkpoint,
     find_damage,
     folder_of,

@@ -13,8 +13,8 @@ import torch
 
 from dist_train.atomic_files import temporary_path
 from dist_train.checkpoints import storage as module
+from dist_train.checkpoints.contents import TrainerState
 from dist_train.checkpoints.manifest import folder_of, good_checkpoints
-from dist_train.checkpoints.train_state import TrainState
 from dist_train.distributed.world import World
 from dist_train.errors import CheckpointError, RunDirError
 from dist_train.runs.attempt import begin_attempt
@@ -89,16 +89,16 @@ def test_leftovers_of_kill_during_pruning_are_removed(
         raise KeyboardInterrupt
 
     for number in (1, 2):
-        checkpoints.save(TrainState(step=number), step)
+        checkpoints.save(TrainerState(step=number), step)
         checkpoints.finish()
     with monkeypatch.context() as patched:
         patched.setattr(os, "unlink", killed)
-        checkpoints.save(TrainState(step=3), step)
+        checkpoints.save(TrainerState(step=3), step)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.finish()
     assert len(names(run_dir)) == 3
     again = checkpoints_of(run_dir, world)
-    again.save(TrainState(step=4), step)
+    again.save(TrainerState(step=4), step)
     again.finish()
     assert steps(run_dir) == [3, 4]
     for each in (checkpoints, again):
@@ -123,7 +123,7 @@ def test_failed_save_warns_and_next_one_succeeds(
     for number in (1, 2, 3):
         if number == 2:
             monkeypatch.setattr(torch, "save", fail)
-        checkpoints.save(TrainState(step=number), step)
+        checkpoints.save(TrainerState(step=number), step)
         if number == 2:
             wait_until(lambda: checkpoints.poll() or caplog.messages, "warning")
             monkeypatch.undo()
@@ -143,10 +143,10 @@ def test_failed_last_save_fails_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoints, step = checkpoints_of(run_dir, world), new_step(world, 0)
-    checkpoints.save(TrainState(step=1), step)
+    checkpoints.save(TrainerState(step=1), step)
     checkpoints.finish()
     monkeypatch.setattr(os, "fsync", lambda _: os.fstat(-1))  # any OSError
-    checkpoints.save(TrainState(step=2), step)
+    checkpoints.save(TrainerState(step=2), step)
     with pytest.raises(CheckpointError, match=rf"could not be written to .*Make room.* is {folder_of(run_dir, 1)}"):
         checkpoints.finish()
     checkpoints.close()
@@ -155,7 +155,7 @@ def test_failed_last_save_fails_run(
 def test_superseded_attempt_commits_nothing(world: World, run_dir: RunDir) -> None:
     begin_attempt(RunDir(run_dir.path), CONFIG, "id")
     checkpoints = checkpoints_of(run_dir, world)
-    checkpoints.save(TrainState(step=1), new_step(world, 0))
+    checkpoints.save(TrainerState(step=1), new_step(world, 0))
     with pytest.raises(RunDirError, match="attempt 1 was superseded by attempt 2"):
         checkpoints.finish()
     assert not run_dir.checkpoints.exists()
@@ -166,15 +166,16 @@ FULL = """
 import sys
 from pathlib import Path
 import torch
-from dist_train.checkpoints.storage import Snapshot, write
+from dist_train.checkpoints.contents import Snapshot
+from dist_train.checkpoints.storage import write
 from dist_train.checkpoints.manifest import folder_of, good_checkpoints
-from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.contents import TrainerState
 from dist_train.errors import CheckpointError
 from dist_train.runs.directory import RunDir
 run = RunDir(Path(sys.argv[1]))
 def save(step, numbers):
     weights = torch.zeros(numbers)
-    write(Snapshot(TrainState(step=step), {"w": weights}, {"moments": weights}), folder_of(run, step), attempt=1)
+    write(Snapshot(TrainerState(step=step), {"w": weights}, {"moments": weights}), folder_of(run, step), attempt=1)
 save(1, 10_000)
 for numbers in (10**6, 400_000):  # the weights do not fit; the weights fit, the moments do not
     try:

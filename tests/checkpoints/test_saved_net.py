@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from dist_train.atomic_files import write_atomically, write_json
+from dist_train.checkpoints.contents import Snapshot, TrainerState
 from dist_train.checkpoints.manifest import folder_of
 from dist_train.checkpoints.saved_net import SavedNet
-from dist_train.checkpoints.storage import Snapshot, write
-from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.storage import write
 from dist_train.config.loading import parse_config, to_yaml
 from dist_train.errors import CheckpointError
 from dist_train.inference.trained_net import TrainedNet, logits_of
-from dist_train.launch.api import Result
+from dist_train.launch.python_api import Result
 from dist_train.models.registry import build_model
 from dist_train.runs.directory import RunDir
 from support.run_files import assert_equal
@@ -43,7 +43,7 @@ def test_the_net_of_a_run(dtype: torch.dtype, run_dir: RunDir) -> None:
         torch.set_default_dtype(torch.float32)
     write_atomically(run_dir.config, to_yaml(config))
     write_json(run_dir.run_json, {"data": {**SPEC, "classes": None, "pixels": True}})
-    write(Snapshot(TrainState(step=1), net.state_dict(), {}), folder_of(run_dir, 1), attempt=1)
+    write(Snapshot(TrainerState(step=1), net.state_dict(), {}), folder_of(run_dir, 1), attempt=1)
 
     for built in (Result(run_dir.path, "FINISHED", {}).net, TrainedNet.open(run_dir.path, "last").net):
         assert_equal(dict(built.named_buffers()), dict(net.named_buffers()))

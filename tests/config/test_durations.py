@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, lr_scheduler
 
-from dist_train.config.durations import Duration, ScheduleName, is_due
+from dist_train.config.durations import Duration, is_due
+from dist_train.config.schema import ScheduleName
 from dist_train.errors import ConfigError
 from dist_train.training.step.lr_schedule import LearningRate
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
 from dist_train.distributed.devices import choose_device, choose_precision
-from dist_train.distributed.process import ProcessInfo
+from dist_train.distributed.process_info import ProcessInfo
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, LaunchError
 from dist_train.launch import jobs

@@ -13,7 +13,7 @@ import pytest
 
 from dist_train.atomic_files import to_json, write_json
 from dist_train.config.loading import parse_config
-from dist_train.distributed.process import REQUEUED
+from dist_train.distributed.process_info import REQUEUED
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.launch.machines import stop_run_to_rejoin
 from dist_train.runs import heartbeat

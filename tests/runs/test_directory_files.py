@@ -58,7 +58,7 @@ ON_DISKS = """
 import sys
 from pathlib import Path
 from dist_train.atomic_files import write_atomically
-from dist_train.checkpoints.room import CheckpointSize, check_room
+from dist_train.checkpoints.disk_space import CheckpointSize, check_room
 from dist_train.errors import RunDirError
 from dist_train.runs.directory import RunDir
 for path in sys.argv[1:]:

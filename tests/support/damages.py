@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_train.checkpoints.manifest import MANIFEST, MODEL, STATE, TRAINING
+from dist_train.checkpoints.contents import MANIFEST, MODEL, STATE, TRAINING
 
 FILES = [MODEL, TRAINING, STATE, MANIFEST]
 

@@ -147,7 +147,7 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
     import torch
 
     from dist_train.config.loading import parse_config
-    from dist_train.distributed.scheduler import Scheduler
+    from dist_train.distributed.job_scheduler import JobScheduler
     from dist_train.distributed.signals import StopRequest
     from dist_train.runs.start_options import StartOptions
     from dist_train.training import agreement
@@ -173,7 +173,7 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
         agreement.Agreement.__init__ = agree_at_each_step  # type: ignore[method-assign]
     try:
         start = StartOptions(config_name="test", run_dir=run_dir, verbosity=-1)
-        return run_training(config, start, request, time.perf_counter(), Scheduler())
+        return run_training(config, start, request, time.perf_counter(), JobScheduler())
     finally:
         step.Step.take = take  # type: ignore[method-assign]
         agreement.Agreement.__init__ = original  # type: ignore[method-assign]

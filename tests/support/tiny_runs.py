@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_train.checkpoints.contents import Snapshot, TrainerState
 from dist_train.checkpoints.manager import Checkpoints
 from dist_train.checkpoints.manifest import folder_of
-from dist_train.checkpoints.storage import Snapshot, write
-from dist_train.checkpoints.train_state import TrainState
+from dist_train.checkpoints.storage import write
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.loading import parse_config
 from dist_train.config.schema import Config
@@ -67,7 +67,7 @@ def steps(run_dir: RunDir) -> list[int]:
 
 def write_at(run_dir: RunDir, step: int, accuracy: float | None = None) -> Path:
     """Write a checkpoint whose files all differ from those of other steps."""
-    state = TrainState(step=step)
+    state = TrainerState(step=step)
     if accuracy is not None:
         state.record_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
     weights = {"weight": torch.full((20, 10), float(step)), "bias": torch.arange(10) + step}

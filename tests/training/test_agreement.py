@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from dist_train.config.loading import parse_config
-from dist_train.distributed.scheduler import Scheduler
+from dist_train.distributed.job_scheduler import JobScheduler
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
 from dist_train.runs.directory import RunDir
@@ -124,7 +124,7 @@ def agreement_of(request: StopRequest, **kwargs: Any) -> Agreement:
 
 @pytest.mark.parametrize("meant", ["INTERRUPT", "PREEMPTED"])
 def test_rank_zero_classifies_sigterm(meant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    request, scheduler = StopRequest(), Scheduler()
+    request, scheduler = StopRequest(), JobScheduler()
     monkeypatch.setattr(scheduler, "classify_sigterm", lambda: meant)
     agreement = agreement_of(request, scheduler=scheduler, interval_s=0.0)
     agreement.tick()
@@ -156,7 +156,7 @@ def test_files_in_run_directory_are_requests(text: str, state: str, tmp_path: Pa
 def test_stop_file_of_batch_shell_is_not_removed(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     stop_file = tmp_path / ".stop-7"
-    scheduler = Scheduler()
+    scheduler = JobScheduler()
     scheduler.stop_file = stop_file
     agreement = agreement_of(StopRequest(), run_dir=run_dir, scheduler=scheduler, interval_s=0.0)
     agreement.tick()

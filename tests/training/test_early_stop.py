@@ -17,8 +17,8 @@ from click.testing import CliRunner
 
 from dist_train.atomic_files import to_json
 from dist_train.checkpoints import manager as checkpoints
+from dist_train.checkpoints.contents import TrainerState
 from dist_train.checkpoints.storage import Stateful
-from dist_train.checkpoints.train_state import TrainState
 from dist_train.cli import main
 from dist_train.training import trainer as train
 from support.once import made_once
@@ -76,7 +76,7 @@ def test_same_metric_decides_throughout_run(
     evaluations: list[tuple[float, float | None]], scores: list[float | None], best: int | None
 ) -> None:
     """Also if each evaluation is in a separate attempt."""
-    state, found_scores, without_gain = TrainState(), [], 0
+    state, found_scores, without_gain = TrainerState(), [], 0
     for step, (loss, accuracy) in enumerate(evaluations, start=1):
         state.step = step
         metrics = {"val/loss": loss} if accuracy is None else {"val/loss": loss, "val/accuracy": accuracy}
@@ -84,7 +84,7 @@ def test_same_metric_decides_throughout_run(
         without_gain = 0 if state.is_best else without_gain + 1
         assert state.evaluations_without_gain == without_gain
         found_scores.append(state.score)
-        state = TrainState(**json.loads(to_json(asdict(state))))
+        state = TrainerState(**json.loads(to_json(asdict(state))))
     assert found_scores == scores
     assert state.best.get("step") == best
 
@@ -115,7 +115,7 @@ def stop_during_evaluation() -> None:
 def kill_before_the_save() -> None:
     save = checkpoints.Checkpoints.save
 
-    def killed(self: checkpoints.Checkpoints, state: TrainState, step: Stateful) -> None:
+    def killed(self: checkpoints.Checkpoints, state: TrainerState, step: Stateful) -> None:
         if state.step == STOPS_AT:
             os._exit(9)
         save(self, state, step)

@@ -7,7 +7,7 @@ import torch
 
 from dist_train.config.loading import parse_config
 from dist_train.distributed.devices import is_out_of_memory
-from dist_train.distributed.process import detect_process
+from dist_train.distributed.process_info import detect_process
 from dist_train.errors import DataError, OutOfMemory, PeerLost, UserCodeError
 from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir

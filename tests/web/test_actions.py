@@ -10,7 +10,7 @@ import pytest
 
 from dist_train.errors import RunDirError
 from dist_train.launch.resume import is_starting, resume
-from dist_train.runs import bin as runs_bin
+from dist_train.runs import deleted_runs
 from dist_train.training.provenance import recorded_environment
 from support.page import SAME_ORIGIN, client_of, write_run
 from support.patience import wait_until
@@ -56,9 +56,9 @@ def test_a_run_that_a_start_has_locked_is_not_deleted(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run")
     run_dir.lock()
     with pytest.raises(RunDirError, match="is in use"):
-        runs_bin.delete(tmp_path / "run")
+        deleted_runs.delete(tmp_path / "run")
     run_dir.unlock()
-    runs_bin.delete(tmp_path / "run")
+    deleted_runs.delete(tmp_path / "run")
 
 
 def test_a_deleted_run_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -70,11 +70,11 @@ def test_a_deleted_run_comes_back_as_it_was(tmp_path: Path) -> None:
     assert client.post("/jobs/lr%3D0.1%20x/delete", headers=SAME_ORIGIN).status_code == 303
     assert "lr=0.1 x" not in client.get("/").text
     assert "lr=0.1 x" in client.get("/bin").text
-    [deleted] = runs_bin.deleted_runs(folder)
+    [deleted] = deleted_runs.find_deleted(folder)
     write_run(folder, "lr=0.1 x")
     entry = {"entry": deleted.path.name}
     assert client.post("/bin/restore", data=entry, headers=SAME_ORIGIN).status_code == 409  # the name is taken
-    runs_bin.delete(folder / "lr=0.1 x")
+    deleted_runs.delete(folder / "lr=0.1 x")
     assert client.post("/bin/restore", data=entry, headers=SAME_ORIGIN).status_code == 303
     after = {path.name: path.read_bytes() for path in run_dir.path.iterdir() if path.is_file()}
     assert {name: after[name] for name in before if name != ".lock"} == {
@@ -88,17 +88,17 @@ def test_the_bin_is_emptied_after_a_day_or_by_the_button_and_never_before(
 ) -> None:
     folder, now = tmp_path / "runs", time.time()
     write_run(folder, "old")
-    runs_bin.delete(folder / "old")
+    deleted_runs.delete(folder / "old")
     monkeypatch.setattr(time, "time", lambda: now + 23.9 * 3600)
     client, _ = client_of(folder, tmp_path)
     client.get("/")
-    assert [run.name for run in runs_bin.deleted_runs(folder)] == ["old"]
+    assert [run.name for run in deleted_runs.find_deleted(folder)] == ["old"]
     monkeypatch.setattr(time, "time", lambda: now + 24.1 * 3600)
-    assert runs_bin.empty(folder, runs_bin.KEPT_S) == 1
+    assert deleted_runs.empty(folder, deleted_runs.KEPT_S) == 1
     write_run(folder, "new")
-    runs_bin.delete(folder / "new")
+    deleted_runs.delete(folder / "new")
     assert client.post("/bin/empty", headers=SAME_ORIGIN).status_code == 303
-    assert list(runs_bin.deleted_runs(folder)) == []
+    assert list(deleted_runs.find_deleted(folder)) == []
 
 
 def test_what_one_run_refuses_does_not_keep_the_others(tmp_path: Path) -> None:
@@ -151,5 +151,5 @@ def test_the_environment_recorded_holds_no_key(tmp_path: Path, monkeypatch: pyte
 def test_names_in_the_bin_do_not_collide(tmp_path: Path) -> None:
     for _ in range(3):
         write_run(tmp_path, "same")
-        runs_bin.delete(tmp_path / "same")
-    assert [run.name for run in runs_bin.deleted_runs(tmp_path)] == ["same"] * 3
+        deleted_runs.delete(tmp_path / "same")
+    assert [run.name for run in deleted_runs.find_deleted(tmp_path)] == ["same"] * 3

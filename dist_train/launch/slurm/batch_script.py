@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from dist_train.config.schema import Config
-from dist_train.distributed.process import OF_ONE_WANDB_RUN
+from dist_train.distributed.process_info import OF_ONE_WANDB_RUN
 from dist_train.distributed.signals import HANDLED_SIGNALS, SHUTDOWN_TIMEOUT_S
 from dist_train.errors import ConfigError
 

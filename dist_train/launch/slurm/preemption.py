@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from dist_train.distributed.process import slurm_job
-from dist_train.distributed.scheduler import Scheduler
+from dist_train.distributed.job_scheduler import JobScheduler
+from dist_train.distributed.process_info import slurm_job
 from dist_train.distributed.signals import StopState
 from dist_train.errors import LaunchError, PeerLost
 from dist_train.launch.slurm.commands import ask
@@ -23,7 +23,7 @@ _STOP_FILE = "DIST_TRAIN_STOP_FILE"  # set by the batch shell for rank zero
 _MAX_FRUITLESS = 2  # after this many starts in a row without a new checkpoint, the next failure is final
 
 
-class Slurm(Scheduler):
+class SlurmScheduler(JobScheduler):
     """The scheduler of a Slurm job, whose variables are in `env`."""
 
     def __init__(self, env: Mapping[str, str]) -> None:

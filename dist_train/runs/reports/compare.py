@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dist_train.config.loading import load_config
 from dist_train.config.schema import Config
 from dist_train.errors import DistTrainError
-from dist_train.runs.accuracy import is_share
+from dist_train.runs.accuracy_text import is_share
 from dist_train.runs.summary import Summary, summarise_existing
 
 Axis = Literal["step", "samples", "seconds"]

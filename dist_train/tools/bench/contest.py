@@ -12,8 +12,8 @@ from itertools import count
 from typing import Any
 
 from dist_train.launch.subprocesses import output_of
-from dist_train.tools.bench.harness import measure
 from dist_train.tools.bench.interval import Interval
+from dist_train.tools.bench.ours import measure
 from dist_train.tools.bench.task import Found, Task
 
 # The alternatives, and the package each needs; each with the better of 0 and 2 loader workers.

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from dist_train.checkpoints.contents import TrainerState
 from dist_train.checkpoints.manager import Checkpoints
-from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.durations import is_due
 from dist_train.config.loading import parse_config
@@ -115,7 +115,7 @@ def stall(hidden: str) -> dict[str, float]:
         for number in range(20):
             step.take(number)
             started = time.perf_counter()
-            checkpoints.save(TrainState(step=number + 1), step)
+            checkpoints.save(TrainerState(step=number + 1), step)
             stalls.append(1000 * (time.perf_counter() - started))
             checkpoints.finish()
             writes.append(1000 * (time.perf_counter() - started))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_train.distributed.process import available_cores
+from dist_train.distributed.process_info import available_cores
 from dist_train.errors import ConfigError
 from dist_train.training.provenance import cpu_model
 

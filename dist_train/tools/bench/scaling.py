@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from dist_train.distributed.process import available_cores
+from dist_train.distributed.process_info import available_cores
 from dist_train.launch.subprocesses import output_of_ranks
 from dist_train.tools.bench.contest import Contest, ratios
-from dist_train.tools.bench.harness import measure
 from dist_train.tools.bench.interval import Interval
+from dist_train.tools.bench.ours import measure
 from dist_train.tools.bench.task import Found, Task
 
 OURS, BARE = "dist_train", "bare_ddp"

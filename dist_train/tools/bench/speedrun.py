@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from dist_train.tools.bench.harness import train
 from dist_train.tools.bench.interval import Interval
+from dist_train.tools.bench.ours import train
 from dist_train.tools.bench.task import Task
 
 Runs = list[dict[str, Any]]  # result.json of each seed

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dist_train.launch.subprocesses import output_of
-from dist_train.tools.bench.harness import train
 from dist_train.tools.bench.interval import Interval
+from dist_train.tools.bench.ours import train
 
 Seconds = list[dict[str, float]]  # one entry per round
 

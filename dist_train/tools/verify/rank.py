@@ -18,8 +18,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from dist_train.checkpoints.contents import TrainerState
 from dist_train.checkpoints.manager import Checkpoints
-from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.loading import load_config
 from dist_train.config.schema import Config
 from dist_train.data.batches import Batch
@@ -27,8 +27,8 @@ from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.sampler import ShardSampler, count_into
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
-from dist_train.distributed.process import detect_process
 from dist_train.distributed.process_end import end_process
+from dist_train.distributed.process_info import detect_process
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.models.invariance import drop_rates
@@ -67,7 +67,7 @@ def run(trial: Trial) -> Outcome:
     components = build_components(
         config, world, splits, change=lambda net: outcome.frozen.extend(freeze_for_comparison(net))
     )
-    step, state, total = components.step, TrainState(), components.learning_rate.total_steps
+    step, state, total = components.step, TrainerState(), components.learning_rate.total_steps
     if total < trial.steps:
         raise ConfigError(f"The check takes {trial.steps} steps, and train_for has {total}. Set a longer train_for.")
     with _checkpoints(trial, world, config) as checkpoints:

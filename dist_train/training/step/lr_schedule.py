@@ -1,11 +1,12 @@
-"""The learning rate as a function of the step."""
+"""The learning rate as a function of the step. Its names are `ScheduleName` in config/schema.py."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import assert_never
 
-from dist_train.config.durations import ScheduleName
+from dist_train.config.schema import ScheduleName
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,12 @@ class LearningRate:
         if self.name == "constant":
             return self.peak
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        fall = 0.5 * (1 + math.cos(math.pi * done)) if self.name == "cosine" else 1 - done
+        if self.name == "cosine":
+            fall = 0.5 * (1 + math.cos(math.pi * done))
+        elif self.name == "linear":
+            fall = 1 - done
+        else:
+            assert_never(self.name)
         return self.peak * (self.final_ratio + (1 - self.final_ratio) * fall)
 
     def _one_cycle(self, step: int) -> float:

@@ -18,14 +18,14 @@ from dist_train.data.batches import Batch, Batches, ResidentBatches
 from dist_train.distributed.world import World
 from dist_train.errors import UserCodeError
 from dist_train.models.tasks.objective import Objective
-from dist_train.training.step.averaging import AveragedNet
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.forward_effects import ForwardEffects, first_of
 from dist_train.training.step.fused import prepare, unsupported_reason
-from dist_train.training.step.layers import Layer, record_layers
+from dist_train.training.step.layer_table import Layer, record_layers
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import Update, mode_to_try, try_update
 from dist_train.training.step.optimizers import load_state
+from dist_train.training.step.weight_averaging import AveragedNet
 
 _log = logging.getLogger(__name__)
 

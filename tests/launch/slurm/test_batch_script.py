@@ -17,7 +17,7 @@ from dist_train.launch.slurm import commands as slurm
 from dist_train.launch.slurm import preemption
 from dist_train.launch.slurm.batch_script import BUNDLED, BatchScript
 from dist_train.launch.slurm.commands import Partition
-from dist_train.launch.slurm.preemption import Slurm, decide_requeue
+from dist_train.launch.slurm.preemption import SlurmScheduler, decide_requeue
 from dist_train.launch.slurm.preflight import check_partition, check_submission, seconds_of
 from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
@@ -244,8 +244,8 @@ def test_run_without_progress_is_not_requeued(tmp_path: Path) -> None:
 
 
 def test_sigterm_outside_slurm_is_interrupt() -> None:
-    assert Slurm({}).classify_sigterm() == "INTERRUPT"
-    assert Slurm({"SLURM_JOB_ID": "1"}).classify_sigterm() == "INTERRUPT"  # in a batch shell, without a step
+    assert SlurmScheduler({}).classify_sigterm() == "INTERRUPT"
+    assert SlurmScheduler({"SLURM_JOB_ID": "1"}).classify_sigterm() == "INTERRUPT"  # in a batch shell, without a step
 
 
 # --- checks before a job is queued -----------------------------------------------------------------------------------

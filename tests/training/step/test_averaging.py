@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_train.errors import UserCodeError
-from dist_train.training.step.averaging import AveragedNet
+from dist_train.training.step.weight_averaging import AveragedNet
 
 DECAY = 0.9
 

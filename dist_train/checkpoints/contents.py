@@ -1,13 +1,35 @@
-"""The state of a run as plain numbers: its step, its best result and its clocks."""
+"""What a checkpoint holds. It is the folder `checkpoints/step_00001200/` with
+
+model.safetensors  the weights that are evaluated (averaged ones with ema_decay)
+training.pt        optimizer, scaler, the raw weights if averaged, window sums; read without executing code
+state.json         `TrainerState`: step, best result, clocks
+manifest.json      step, run, metrics, size and SHA-256 of the other three, and its own SHA-256; written last
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.pt", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the full state on the CPU: training can continue while it is written."""
+
+    state: TrainerState
+    model: dict[str, Tensor]
+    training: dict[str, Any]
 
 
 @dataclass
-class TrainState:
+class TrainerState:
     """The state of a run as plain numbers. The learning rate and the data order are functions of `step`."""
 
     step: int = 0

@@ -47,7 +47,7 @@ def delete(path: Path) -> None:
         run_dir.unlock()
 
 
-def deleted_runs(folder: Path) -> Iterator[DeletedRun]:
+def find_deleted(folder: Path) -> Iterator[DeletedRun]:
     """Yield the runs in the bin of a folder, the last deleted first."""
     with suppress(OSError):
         for path in sorted((folder / _BIN).iterdir(), reverse=True):
@@ -61,7 +61,7 @@ def restore(folder: Path, entry: str) -> str:
     Raises:
         RunDirError: it is not in the bin, or another run has taken its name.
     """
-    found = next((run for run in deleted_runs(folder) if run.path.name == entry), None)
+    found = next((run for run in find_deleted(folder) if run.path.name == entry), None)
     if found is None:
         raise RunDirError("The run is not in the bin any more.")
     target = folder / found.name
@@ -76,7 +76,7 @@ def restore(folder: Path, entry: str) -> str:
 
 def empty(folder: Path, older_than_s: float = 0.0) -> int:
     """Delete the runs of the bin that were deleted at least `older_than_s` ago; returns their number."""
-    old = [run for run in deleted_runs(folder) if time.time() - run.deleted >= older_than_s]
+    old = [run for run in find_deleted(folder) if time.time() - run.deleted >= older_than_s]
     for run in old:
         remove(run.path)
     return len(old)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.checkpoints.contents import TrainerState
+from dist_train.checkpoints.disk_space import CheckpointSize, check_room
 from dist_train.checkpoints.manifest import folder_of
-from dist_train.checkpoints.room import CheckpointSize, check_room
-from dist_train.checkpoints.train_state import TrainState
 from dist_train.config.loading import load_config, parse_config
 from dist_train.distributed.world import World
 from dist_train.errors import RunDirError
@@ -50,7 +50,7 @@ def test_the_size_is_that_of_the_files(settings: dict[str, Any], world: World, r
     expected = CheckpointSize.of(step.net, config).total
     take(step, 0, 1)
     checkpoints = checkpoints_of(run_dir, world, config=config)
-    checkpoints.save(TrainState(step=1), step)
+    checkpoints.save(TrainerState(step=1), step)
     checkpoints.finish()
     checkpoints.close()
     written = sum(path.stat().st_size for path in folder_of(run_dir, 1).iterdir())

@@ -19,7 +19,7 @@ from dist_train.config.loading import to_yaml
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.distributed.gpu_driver import check_gpu_driver
-from dist_train.distributed.process import detect_process
+from dist_train.distributed.process_info import detect_process
 from dist_train.distributed.signals import StopRequest
 from dist_train.errors import ConfigError, DistTrainError, LaunchError
 from dist_train.launch import jobs

@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_train.distributed.signals import StopState
 
 
-class Scheduler:
+class JobScheduler:
     """The default when there is no scheduler. Only rank zero calls it."""
 
     stop_file: Path | None = None  # the job's batch shell creates it to request that the ranks stop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.distributed.process import (
+from dist_train.distributed.process_info import (
     ProcessInfo,
     available_cores,
     detect_process,
