@@ -31,7 +31,7 @@ class Gpu:
 class Machine:
     host: str
     cores: int
-    cpu_load: float  # percent of all cores, since the last look
+    load: float  # processes that ran or waited for a processor, on average over the last minute
     mhz: float | None
     memory_used: int  # bytes
     memory_total: int
@@ -49,7 +49,6 @@ class MachineWatch:
         self._asked = -_EVERY_S
         self._gpus: list[Gpu] = []
         self._partitions: dict[str, Partition] = {}
-        psutil.cpu_percent()  # the first call starts the measurement
 
     def look(self) -> Machine:
         with self._lock:
@@ -60,7 +59,7 @@ class MachineWatch:
         return Machine(
             host=socket.gethostname(),
             cores=psutil.cpu_count() or 1,
-            cpu_load=psutil.cpu_percent(),
+            load=psutil.getloadavg()[0],
             mhz=clock.current if clock else None,
             memory_used=memory.total - memory.available,
             memory_total=memory.total,

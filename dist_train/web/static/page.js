@@ -67,7 +67,7 @@
     {title: "Accuracy, %", keys: ["train/accuracy", "val/accuracy"], scale: 100},
   ];
   const COLOURS = ["#2f6fde", "#d9730d", "#2a9d4b", "#c2379c", "#8a6d00", "#7a5ae0", "#0f8f9c", "#c23b3b"];
-  const LOG_FROM = 10;  // ratio of the largest to the smallest loss from which a log axis shows more
+  const LOG_FROM = 30;  // ratio of the largest to the smallest loss from which a log axis shows more
   const box = find("#curves");
   const runs = box ? JSON.parse(box.dataset.runs) : [];
   const loaded = new Map();  // run -> {cut, to, points}
