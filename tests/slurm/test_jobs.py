@@ -102,7 +102,7 @@ def test_submit_status_and_logs(cluster: Cluster, tmp_path: Path, monkeypatch: p
             ["--nproc=8"],
             "--nproc=8 x --cpus-per-proc=1 = 8 CPUs on a node, but no node of partition low has more than 4.",
         ),
-        (["--gpus-per-node=2"], "sbatch: error: Invalid generic resource (gres) specification"),
+        (["--gpus-per-node=2"], "sbatch: Invalid generic resource (gres) specification"),
     ],
 )
 def test_unavailable_resources_are_refused(
