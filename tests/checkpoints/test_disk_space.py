@@ -44,7 +44,7 @@ def new_net() -> nn.Module:
     ],
     ids=str,
 )
-def test_the_size_is_that_of_the_files(settings: dict[str, Any], world: World, run_dir: RunDir) -> None:
+def test_checkpoint_size_is_that_of_its_files(settings: dict[str, Any], world: World, run_dir: RunDir) -> None:
     config = parse_config({"device": "cpu", **settings})
     step = new_step(world, seed=0, config=config, make_net=new_net)
     expected = CheckpointSize.of(step.net, config).total
@@ -57,7 +57,7 @@ def test_the_size_is_that_of_the_files(settings: dict[str, Any], world: World, r
     assert 0 < written - expected < 40_000
 
 
-def test_a_start_needs_two_and_a_resumed_run_one(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_needs_room_for_two_checkpoints_resume_for_one(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     size = CheckpointSize(weights=2**20, optimizer=2**21)
 
     def leave_free(free: int) -> None:

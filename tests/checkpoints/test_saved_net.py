@@ -28,7 +28,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param  # type: ignore[no-any-return]
 
 
-def test_the_net_of_a_run(dtype: torch.dtype, run_dir: RunDir) -> None:
+def test_saved_net_is_built_as_the_run_built_it(dtype: torch.dtype, run_dir: RunDir) -> None:
     """The same one for scripts and for predictions, with what only the seed can draw again, in the run's dtype."""
     config = parse_config(
         {

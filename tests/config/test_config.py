@@ -116,7 +116,7 @@ def test_unknown_config_gets_suggestion() -> None:
         ("lr=3", None),
     ],
 )
-def test_a_config_without_its_option(command: str, given: str, meant: str | None) -> None:
+def test_config_without_option_is_suggested(command: str, given: str, meant: str | None) -> None:
     refused = CliRunner().invoke(main, [*command.split(), *given.split()])
     fix = f"Did you mean -c {meant}?" if meant else "Name one, for example -c mnist."
     assert (refused.exit_code, refused.output) == (
@@ -124,7 +124,7 @@ def test_a_config_without_its_option(command: str, given: str, meant: str | None
     )  # fmt: skip
 
 
-def test_a_second_config_without_its_option() -> None:
+def test_second_config_without_option_is_suggested() -> None:
     with pytest.raises(ConfigError, match=r'^"mnist_mlp" is not a setting\. Did you mean -c mnist_mlp\?$'):
         load_config("mnist", ["mnist_mlp"])
 
@@ -194,7 +194,7 @@ BOUND = {
 
 
 @pytest.mark.parametrize("key", [*FREE, *BOUND])
-def test_result_settings_are_those_that_can_change_the_result(key: str) -> None:
+def test_result_settings_can_change_result(key: str) -> None:
     tree: dict[Any, Any] = {}
     put(tree, key, (FREE | BOUND)[key])
     other = parse_config(tree)

@@ -88,7 +88,7 @@ def test_device_count_limits_processes(
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_a_device_that_is_not_there(device: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_device_is_refused(device: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     place = ProcessInfo(0, 0, world_size, world_size, "torchrun" if world_size > 1 else "python")
@@ -99,7 +99,7 @@ def test_a_device_that_is_not_there(device: str, world_size: int, monkeypatch: p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("command", [["train"], ["launch", "--nproc=2"]], ids=" ".join)
-def test_no_process_starts_for_a_device_that_is_not_there(
+def test_no_process_starts_for_a_missing_device(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

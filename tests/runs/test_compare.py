@@ -117,7 +117,7 @@ def test_ls_filters_and_sorts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["first"]], ids=["alone", "json", "named"])
-def test_ls_before_the_first_run(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ls_before_first_run(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DIST_TRAIN_RUNS_DIR", raising=False)
     expected = "There are no runs in {} yet. Train one: dist-train train -c mnist\n"
@@ -129,7 +129,7 @@ def test_ls_before_the_first_run(options: list[str], tmp_path: Path, monkeypatch
     assert (mistyped.exit_code, mistyped.output) == (1, "error: --in=nothing: there is no such folder.\n")
 
 
-def test_an_accuracy_that_is_no_share(tmp_path: Path) -> None:
+def test_own_accuracy_is_shown_as_number(tmp_path: Path) -> None:
     """As of a net that calls another metric so: a number, also beside runs that count correct examples."""
     for name, own in (("counted", {}), ("own", {"val/accuracy_is_own": 1})):
         run_dir = make_run(tmp_path / name, {"model": {"name": name}}, upto=30, gain=2.0 if own else 0.0)

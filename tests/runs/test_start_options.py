@@ -144,7 +144,7 @@ def test_failed_start_removes_directory_of_unstarted_run(settings: list[str], st
     ],
     ids=["constructor", "constructor of one rank", "named", "its first batch"],
 )
-def test_what_failed_ranks_leave(settings: list[str], stays: bool, tmp_path: Path) -> None:
+def test_failed_ranks_leave_no_directory(settings: list[str], stays: bool, tmp_path: Path) -> None:
     """Of ranks that another launcher than ours started."""
     (tmp_path / "nets.py").write_text(NETS)
     done = run_forked([*DIST_TRAIN, "train", *SETTINGS, *settings], tmp_path, world_size=2)

@@ -123,7 +123,7 @@ def test_doctor_on_healthy_machine(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_what_starts_the_ranks_imports_no_torch() -> None:
+def test_doctor_starts_ranks_without_torch() -> None:
     code = """if True:
         import sys
         from dist_train.cli import main

@@ -235,7 +235,7 @@ def test_folder_inside_class_is_refused(root: Path) -> None:
         load(root)
 
 
-def test_links_count_as_what_they_lead_to(root: Path) -> None:
+def test_links_are_followed(root: Path) -> None:
     (root / "train/cow").symlink_to(root / "train/dog")
     (root / "train/gone").symlink_to(root / "nothing")
     (root / "train/loop").symlink_to(root / "train/loop")
@@ -251,7 +251,7 @@ def test_links_count_as_what_they_lead_to(root: Path) -> None:
         ImageFolder(root / "train", 8)
 
 
-def test_no_file_is_asked_for_its_kind(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_images_needs_no_stat(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a network file system each question is a round trip; a listing already has the answer."""
     asked: list[str] = []
     real = os.stat

@@ -50,7 +50,7 @@ def install(said: str) -> None:
     ],
     ids=["no cluster", "no answer", "refused", "silent"],
 )
-def test_a_command_that_fails(said: str, cause: str, fix: str, command: list[str]) -> None:
+def test_slurm_failures_are_explained(said: str, cause: str, fix: str, command: list[str]) -> None:
     install(said)
     failed = CliRunner().invoke(main, command)
     asked = "sinfo" if "submit" in command else "squeue"
@@ -62,7 +62,7 @@ def test_a_command_that_fails(said: str, cause: str, fix: str, command: list[str
     assert "DNS" not in failed.output
 
 
-def test_no_slurm(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_slurm_is_named(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path("bin").absolute()))
     failed = CliRunner().invoke(main, command)
     assert failed.exit_code == 1
