@@ -17,7 +17,7 @@ from dist_train.runs.summary import summarise_existing
 
 KEPT_S = 24 * 3600.0
 _BIN = ".bin"
-_DELETED = re.compile(r"(?P<time>\d+)-(?P<name>.+)", re.DOTALL)  # nanoseconds, and the run
+_DELETED = re.compile(r"(?P<time>\d{1,19})-(?P<name>.+)", re.DOTALL)  # nanoseconds, and the run
 
 
 @dataclass(frozen=True)

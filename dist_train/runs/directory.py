@@ -21,7 +21,7 @@ from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.disk_errors import DiskErrors
 from dist_train.runs.metrics_log import MetricsFile
-from dist_train.runs.records import Error, Provenance, Result, Submission, read_record
+from dist_train.runs.records import Error, Layers, Provenance, Result, Submission, read_record
 from dist_train.runs.status_file import StatusFile, is_of_earlier_start
 
 _log = logging.getLogger(__name__)
@@ -225,6 +225,11 @@ class RunDir:
 
     def read_result(self) -> dict[str, Any]:
         return read_record(self.result, Result)
+
+    def read_layers(self) -> list[dict[str, Any]]:
+        """Return the layers of the net: name, type, output shape, parameters. [] if they were not recorded."""
+        layers: list[dict[str, Any]] = read_record(self.layers, Layers).get("layers", [])
+        return layers
 
     def read_submission(self) -> dict[str, Any]:
         return read_record(self.slurm_json, Submission)

@@ -16,7 +16,6 @@ from starlette.requests import Request
 from starlette.responses import (
     FileResponse,
     HTMLResponse,
-    JSONResponse,
     RedirectResponse,
     Response,
     StreamingResponse,
@@ -25,6 +24,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from dist_train import __version__
+from dist_train.atomic_files import to_json
 from dist_train.checkpoints.manifest import MODEL, folder_of
 from dist_train.errors import DistTrainError
 from dist_train.launch.jobs import request_save, request_stop
@@ -129,7 +129,7 @@ class Pages:
             return Response(status_code=204)
         if "application/json" in request.headers.get("accept", ""):
             page = self._list(request)["page"]
-            return JSONResponse([_plain(row) for row in page.rows])
+            return _json([_plain(row) for row in page.rows])
         return self._page(request, "rows.html", **self._list(request))
 
     def _list(self, request: Request) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Pages:
         starting = not entry.summary.may_be_running and is_starting(run_dir)
         epochs = job_view.epochs(run_dir, lines)
         uses, effective = job_view.seconds_by_use(entry)
-        pictures = [path.stem for path in sorted(run_dir.pictures.glob("*.png"))]
+        pictures = [path.stem for path in outputs.files_in(run_dir, "pictures", ".png").values()]
         return {
             **self._head(entry),
             "starting": starting,
@@ -174,7 +174,7 @@ class Pages:
             "not_started": "" if starting else job_view.not_started(entry),
             "by_class": job_view.accuracy_by_class(entry),
             "pictures": pictures,
-            "layers": job_view.layers(run_dir),
+            "layers": run_dir.read_layers(),
             "busy": self._is_busy(),
             "since": f"{len(lines)}.{inode}.{'.'.join(map(str, entry.signature))}.{entry.summary.state}.{starting}",
         }
@@ -203,7 +203,7 @@ class Pages:
             raise HTTPException(404, f"There is no log {name}.")
         start = int(offset) if offset.isascii() and offset.isdigit() and len(offset) < 19 else None
         text, end = job_view.tail(path, _LOG_BYTES, start)
-        return JSONResponse({"text": text, "offset": end})
+        return _json({"text": text, "offset": end})
 
     def files(self, request: Request) -> Response:
         entry = self._find(request)
@@ -220,7 +220,7 @@ class Pages:
         first = int(start) if start.isascii() and start.isdigit() and len(start) < 19 else 0
         if request.query_params.get("cut") != str(inode):
             first = 0
-        return JSONResponse({"cut": str(inode), "from": first, "to": len(lines), "points": list(points(lines, first))})
+        return _json({"cut": str(inode), "from": first, "to": len(lines), "points": list(points(lines, first))})
 
     def safetensors(self, request: Request) -> Response:
         step = request.path_params["step"]
@@ -251,7 +251,7 @@ class Pages:
         if self._is_busy() and "anyway" not in request.query_params:
             raise DistTrainError("A training is using this machine. Tick the box beside the image to do it anyway.")
         classes = await run_sync(children.predict, entry.summary.run_dir.path, image)
-        return JSONResponse({"classes": classes})
+        return _json({"classes": classes})
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ class Pages:
 
     def _error(self, request: Request, status: int, message: str) -> Response:
         if request.headers.get("accept", "").startswith("application/json"):
-            return JSONResponse({"error": message}, status)
+            return _json({"error": message}, status)
         return self._page(request, "error.html", status_code=status, message=message)
 
     # --- shared ------------------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ class Pages:
         text = self._templates.get_template(template).render(
             root="../" * depth, done=done, disk_free=free_bytes(self._index.folder), **values
         )
-        return HTMLResponse(text, status_code)
+        return HTMLResponse(text.encode(errors="replace"), status_code)  # a file may hold what is no text
 
 
 def _quote(name: str) -> str:
@@ -414,6 +414,10 @@ def _quote(name: str) -> str:
 def _named(name: str) -> dict[str, str]:
     """Return the header that makes a browser store an answer as a file."""
     return {"content-disposition": f"attachment; filename*=utf-8''{_quote(name)}"}
+
+
+def _json(value: Any, status_code: int = 200) -> Response:
+    return Response(to_json(value), status_code, media_type="application/json")
 
 
 def _attachment(content: bytes, name: str, kind: str) -> Response:
