@@ -142,10 +142,12 @@ class RunDir:
         """
         try:
             self._lock.acquire()
-        except (Timeout, OSError):
+        except OSError as error:
             status = self.status.read()
             if is_of_earlier_start(status, os.environ):
                 return
+            if not isinstance(error, Timeout):
+                raise self._not_writable(error) from None
             raise RunDirError(
                 f"{self.path} is in use by process {status.get('pid')} on {status.get('host')} "
                 f"(attempt {status.get('attempt')}, state {status.get('state')}). "

@@ -93,7 +93,7 @@ class Provenance(TypedDict, total=False):
     argv: list[str]
     cwd: str
     python: str
-    environment: dict[str, str]  # a named list of variables, see provenance.py
+    environment: dict[str, str]  # a named list of variables, see process.py
     data: DataFacts
     data_identity: dict[str, SplitFingerprint]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
@@ -26,11 +28,13 @@ from starlette.staticfiles import StaticFiles
 from dist_train import __version__
 from dist_train.atomic_files import to_json
 from dist_train.checkpoints.manifest import MODEL, folder_of
-from dist_train.errors import DistTrainError
-from dist_train.launch.jobs import request_save, request_stop
-from dist_train.launch.resume import describe_command, is_starting, resume
+from dist_train.errors import DistTrainError, RunDirError
+from dist_train.launch.jobs import delete_run, request_save, request_stop
+from dist_train.launch.resume import describe_command, resume
+from dist_train.launch.slurm.commands import Job
 from dist_train.runs import bin as runs_bin
 from dist_train.runs.reports.compare import METRICS, LoadedRun, compare, read_run
+from dist_train.runs.start_lock import is_starting
 from dist_train.web import children, format, job_view, outputs
 from dist_train.web.access import SESSION_S, Access
 from dist_train.web.curves import MetricsCache, points
@@ -43,6 +47,7 @@ from dist_train.web.slurm_queue import SlurmQueue
 _FORM_BYTES = 1 << 20  # at most
 _LOG_BYTES = 64 * 1024  # at most, in one answer
 _COMPARED = 40  # runs, at most
+_BYTES = "application/octet-stream"
 _AXES = ("step", "samples", "seconds")
 _EXPORTS = ("csv", "md", "json", "html", "png")
 # What was done, for the page that follows: texts are chosen here, never taken from a URL.
@@ -77,6 +82,7 @@ class Pages:
         self._index = RunIndex(folder)
         self._access = access
         self._queue = SlurmQueue()
+        threading.Thread(target=self._empty_bin, name="empty_bin", daemon=True).start()  # may take long
         self._metrics = MetricsCache()
         self._machine = MachineWatch(folder)
         self._templates = Environment(
@@ -125,24 +131,26 @@ class Pages:
         return self._page(request, "jobs.html", **self._list(request))
 
     def rows(self, request: Request) -> Response:
-        if request.query_params.get("since") == self._index.listing().version and self._queue.error is None:
+        found = self._list(request)
+        if request.query_params.get("since") == found["since"]:
             return Response(status_code=204)
         if "application/json" in request.headers.get("accept", ""):
-            page = self._list(request)["page"]
-            return _json([_plain(row) for row in page.rows])
-        return self._page(request, "rows.html", **self._list(request))
+            return _json([_plain(row) for row in found["page"].rows])
+        return self._page(request, "rows.html", **found)
 
     def _list(self, request: Request) -> dict[str, Any]:
         listing, query = self._index.listing(), Query.of(request.query_params)
-        jobs = self._queue.jobs(entry.summary for entry in listing.entries.values())
         return {
-            "page": make_page(listing, jobs, query),
+            "page": make_page(listing, self._jobs(), query),
             "query": query,
             "sorts": list(SORTS),
-            "since": listing.version,
+            "since": f"{listing.version}.{self._queue.version}",
             "error": listing.error or self._queue.error,
             "folder": self._index.folder,
         }
+
+    def _jobs(self) -> dict[str, Job]:
+        return self._queue.jobs(entry.summary for entry in self._index.listing().entries.values())
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
@@ -159,7 +167,7 @@ class Pages:
         entry = self._find(request)
         run_dir = entry.summary.run_dir
         lines, inode = self._metrics.lines(run_dir.metrics.path)
-        starting = not entry.summary.may_be_running and is_starting(run_dir)
+        starting = is_starting(run_dir)
         epochs = job_view.epochs(run_dir, lines)
         uses, effective = job_view.seconds_by_use(entry)
         pictures = [path.stem for path in outputs.files_in(run_dir, "pictures", ".png").values()]
@@ -176,7 +184,8 @@ class Pages:
             "pictures": pictures,
             "layers": run_dir.read_layers(),
             "busy": self._is_busy(),
-            "since": f"{len(lines)}.{inode}.{'.'.join(map(str, entry.signature))}.{entry.summary.state}.{starting}",
+            "since": f"{len(lines)}.{inode}.{'.'.join(map(str, entry.signature))}.{entry.summary.state}.{starting}"
+            f".{self._queue.version}",
         }
 
     def _is_busy(self) -> bool:
@@ -230,8 +239,8 @@ class Pages:
 
     def pth(self, request: Request) -> Response:
         run_dir, step = self._find(request).summary.run_dir, request.path_params["step"]
-        content = children.export_pth(run_dir.path, step)
-        return _attachment(content, f"{run_dir.path.name}-{step}.pth", "application/octet-stream")
+        stream = outputs.chunks_of(children.export_pth(run_dir.path, step))
+        return StreamingResponse(stream, media_type=_BYTES, headers=_named(f"{run_dir.path.name}-{step}.pth"))
 
     def outputs(self, request: Request) -> Response:
         run_dir = self._find(request).summary.run_dir
@@ -279,7 +288,7 @@ class Pages:
         return RedirectResponse(f"../?done={request.path_params['action']}", 303)
 
     def _action(self, name: str) -> Callable[[Path], object]:
-        actions = {"stop": request_stop, "save": request_save, "resume": resume, "delete": runs_bin.delete}
+        actions = {"stop": request_stop, "save": request_save, "resume": resume, "delete": delete_run}
         if name not in actions:
             raise HTTPException(404, "There is no such action.")
         return actions[name]
@@ -287,6 +296,13 @@ class Pages:
     def _act(self, action: Callable[[Path], object], entry: Entry) -> None:
         action(entry.summary.run_dir.path)
         self._index.forget_scan()
+        if action is delete_run:
+            self._empty_bin()
+
+    def _empty_bin(self) -> None:
+        """Remove what has been in the bin for long enough."""
+        with suppress(RunDirError):  # what cannot be removed yet stays
+            runs_bin.empty(self._index.folder, runs_bin.KEPT_S)
 
     def bin(self, request: Request) -> Response:
         return self._page(request, "bin.html", runs=list(runs_bin.deleted_runs(self._index.folder)))
@@ -322,7 +338,7 @@ class Pages:
             f".{suffix}",
             axis if axis in _AXES else "step",
         )
-        return _attachment(content, f"comparison.{suffix}", "application/octet-stream")
+        return Response(content, media_type=_BYTES, headers=_named(f"comparison.{suffix}"))
 
     def _compared(self, request: Request) -> list[LoadedRun]:
         names = list(dict.fromkeys(request.query_params.getlist("run")))[:_COMPARED]
@@ -383,7 +399,7 @@ class Pages:
 
     def _head(self, entry: Entry) -> dict[str, Any]:
         """What all pages of a run show."""
-        job = self._queue.jobs([entry.summary]).get(entry.summary.job or "")
+        job = self._jobs().get(entry.summary.job or "")
         return {
             "entry": entry,
             "summary": entry.summary,
@@ -396,7 +412,7 @@ class Pages:
         path = outputs.file_of(self._find(request).summary.run_dir, relative)
         if path is None:
             raise HTTPException(404, "There is no such file.")
-        return FileResponse(path, headers=_named(name or path.name), media_type="application/octet-stream")
+        return FileResponse(path, headers=_named(name or path.name), media_type=_BYTES)
 
     def _page(self, request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
         depth = request.scope["path"].count("/") - 1
@@ -420,17 +436,13 @@ def _json(value: Any, status_code: int = 200) -> Response:
     return Response(to_json(value), status_code, media_type="application/json")
 
 
-def _attachment(content: bytes, name: str, kind: str) -> Response:
-    return Response(content, media_type=kind, headers=_named(name))
-
-
 async def _body(request: Request, at_most: int) -> bytes:
-    content = b""
+    content = bytearray()
     async for chunk in request.stream():
         content += chunk
         if len(content) > at_most:
             raise HTTPException(413, f"More than {format.size(at_most)}.")
-    return content
+    return bytes(content)
 
 
 async def _form(request: Request) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_train.errors import LaunchError
 from dist_train.launch.subprocesses import limited_output_of
@@ -33,8 +33,8 @@ def predict(run: Path, image: bytes) -> dict[str, Any]:
     return classes
 
 
-def export_pth(run: Path, step: int) -> bytes:
-    """Return a checkpoint's weights as `torch.save` writes them, for `torch.load`.
+def export_pth(run: Path, step: int) -> BinaryIO:
+    """Return an open file with a checkpoint's weights as `torch.save` writes them. It is gone once it is closed.
 
     Raises:
         LaunchError: there is no such checkpoint, another child is at work, or it took too long.
@@ -42,7 +42,7 @@ def export_pth(run: Path, step: int) -> bytes:
     with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
         out = Path(folder) / "weights.pth"
         limited_output_of("export", str(run), str(out), "--checkpoint", str(step), timeout_s=_EXPORT_S)
-        return out.read_bytes()
+        return out.open("rb")
 
 
 def export_comparison(runs: Sequence[Path], suffix: str, axis: str) -> bytes:

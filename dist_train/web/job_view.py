@@ -16,6 +16,7 @@ from dist_train.launch.resume import start_log
 from dist_train.runs.accuracy import IS_OWN, accuracy_text
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
+from dist_train.runs.start_lock import has_failed_to_start
 from dist_train.runs.time_accounting import effective_ratio
 from dist_train.web.index import Entry
 from dist_train.web.outputs import files_in
@@ -115,12 +116,8 @@ def tail(path: Path, at_most: int, offset: int | None = None) -> tuple[str, int]
 
 def not_started(entry: Entry) -> str:
     """Return what the last start from the page printed, if it ended before it had a status."""
-    log = start_log(entry.summary.run_dir)
-    try:
-        newer = log.stat().st_mtime > entry.summary.run_dir.status.path.stat().st_mtime
-    except OSError:
-        return ""
-    return _end(entry.summary.run_dir, log.name) if newer and not entry.summary.may_be_running else ""
+    run_dir = entry.summary.run_dir
+    return _end(run_dir, start_log(run_dir).name) if has_failed_to_start(run_dir) else ""
 
 
 def _end(run_dir: RunDir, name: str) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 from dist_train.runs.directory import RunDir
@@ -63,10 +63,17 @@ def stream_zip(run_dir: RunDir, *, with_checkpoints: bool) -> Iterator[bytes]:
             with suppress(FileNotFoundError), path.open("rb") as source:
                 info = ZipInfo.from_file(path, f"{run_dir.path.name}/{relative}", strict_timestamps=False)
                 with archive.open(info, "w", force_zip64=True) as target:
-                    while chunk := source.read(_CHUNK):
+                    for chunk in chunks_of(source):
                         target.write(chunk)
                         yield out.take()
     yield out.take()
+
+
+def chunks_of(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of an open file, and close it."""
+    with file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
 def is_shown(name: str) -> bool:
