@@ -62,7 +62,7 @@ def resume(path: Path) -> None:
             _submit_again(summary)
             return
         provenance = run_dir.read_provenance()
-        folder, environment = _existing(provenance), _environment(provenance)
+        folder, environment = _existing(provenance), environment_of(provenance)
         try:
             run_dir.logs.mkdir(exist_ok=True)
             note_start(lock)
@@ -97,7 +97,7 @@ def _existing(provenance: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _environment(provenance: Mapping[str, Any]) -> dict[str, str]:
+def environment_of(provenance: Mapping[str, Any]) -> dict[str, str]:
     """Return our environment with the variables that were recorded; what the run did not set stays unset."""
     recorded = provenance.get("environment")
     replaced = OF_ONE_WANDB_RUN if recorded is None else (*OF_ONE_WANDB_RUN, *RECORDED)

@@ -70,15 +70,19 @@ def begin_detached(
     threading.Thread(target=process.wait, name="detached", daemon=True).start()  # or it would stay as a zombie
 
 
-def limited_output_of(*arguments: str, timeout_s: float) -> str:
+def limited_output_of(
+    *arguments: str, timeout_s: float, folder: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> str:
     """Return the stdout of `dist-train ARGUMENT...`, run at low priority for `timeout_s` at most.
+
+    `folder`: to run it in; None for the current one.
 
     Raises:
         LaunchError: it failed, with its message, or took too long.
     """
     with subprocess.Popen(
         ["nice", "-n", "10", sys.executable, "-m", "dist_train", *arguments], text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=without_torchrun_options(os.environ),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=without_torchrun_options(environment),
         start_new_session=True,
     ) as process:  # fmt: skip
         try:

@@ -26,6 +26,7 @@ def write_graph(folder: Path, net: nn.Module, inputs: Any) -> None:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, about what it cannot see
             with SummaryWriter(str(folder)) as writer:
-                writer.add_graph(net.eval(), inputs)
+                # In a tuple: the arguments of forward. Not strict: the net may return a dict.
+                writer.add_graph(net.eval(), (inputs,), use_strict_trace=False)
     except Exception as error:  # whatever torch or the user's net raises
         _log.warning("no graph for TensorBoard: %s", first_line(error))

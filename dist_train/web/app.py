@@ -259,7 +259,7 @@ class Pages:
         entry = await run_sync(self._find, request)
         if self._is_busy() and "anyway" not in request.query_params:
             raise DistTrainError("A training is using this machine. Tick the box beside the image to do it anyway.")
-        classes = await run_sync(children.predict, entry.summary.run_dir.path, image)
+        classes = await run_sync(children.predict, entry.summary.run_dir, image)
         return _json({"classes": classes})
 
     # --- changes -----------------------------------------------------------------------------------------------------
