@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from dist_train.errors import LaunchError
-from dist_train.launch import subprocesses
 from dist_train.launch.subprocesses import limited_output_of
 from dist_train.web import children
 from support.mounts import needs_mounts
@@ -135,7 +134,7 @@ def test_a_child_that_hangs_is_ended_with_its_own_children(tmp_path: Path, monke
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {tmp_path}/pid\nwait\n")
     program.chmod(0o755)
-    monkeypatch.setattr(subprocesses.sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(LaunchError, match="took longer than 1 s and was stopped"):
         limited_output_of("predict", timeout_s=1.0)
     pid = (tmp_path / "pid").read_text().strip()
