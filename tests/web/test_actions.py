@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -189,6 +190,23 @@ def test_two_clicks_are_one_start_and_a_run_that_is_starting_stays(tmp_path: Pat
     assert "refused" in client.get("/jobs/run").text.split('id="not-started"')[1]
     assert client.post("/jobs/run/delete", headers=SAME_ORIGIN).status_code == 303
     assert client.post("/jobs/run/delete", headers=SAME_ORIGIN).status_code == 404  # a double click
+
+
+def test_a_start_goes_on_when_the_server_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    run_dir = write_run(folder, "run", "INTERRUPT", 10)
+    run_dir.write_provenance({"num_nodes": 1, "python": str(waiting_interpreter(tmp_path)), "cwd": str(tmp_path)})
+    code = "import os, sys; from pathlib import Path; from dist_train.launch.resume import resume; "
+    code += "resume(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    server = subprocess.run([sys.executable, "-c", code, str(run_dir.path)], start_new_session=True)
+    assert server.returncode == -9
+    client, _ = client_of(folder, tmp_path)  # of the next server
+    wait_until((tmp_path / "began").exists, "start")
+    assert is_starting(run_dir)
+    assert "STARTING" in client.get("/jobs/run").text
+    assert client.post("/jobs/run/resume", headers=SAME_ORIGIN).status_code == 409
+    (tmp_path / "go").touch()
+    wait_until(lambda: not is_starting(run_dir), "end of the start")
 
 
 def test_a_start_that_has_a_status_is_neither_starting_nor_failed_while_its_launcher_ends(tmp_path: Path) -> None:

@@ -29,9 +29,13 @@
     drawCurves();
   });
 
+  let sent = false;
+  window.addEventListener("pageshow", () => { sent = false; });  // also when the browser goes back to the page
   document.addEventListener("submit", (event) => {
     const question = event.submitter?.dataset.confirm;
-    if (question && !window.confirm(question)) event.preventDefault();
+    // A double click is one request: the second would be refused, and take the place of the first one's answer.
+    if (sent || (question && !window.confirm(question))) event.preventDefault();
+    else sent = event.target.method === "post";
   });
   document.addEventListener("click", (event) => {
     const copy = event.target.closest("[data-copy]");
@@ -156,6 +160,9 @@
       if (zoomed && now !== before) return;  // do not take the zoom away
       box.replaceChildren(...made.map((each) => each.root));
       plots = made;
+      if (runs.length > 1) say("");
+    } catch (error) {
+      say(STALE + "the server cannot be reached.");
     } finally {
       drawing = false;
     }

@@ -59,20 +59,29 @@ def test_a_pass_that_fails_leaves_no_hook() -> None:
 def test_a_graph_of_inputs_of_any_kind(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     image, mask = torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
     inputs = {"tensor": image, "tuple": (image, mask), "dict": {"image": image, "mask": mask}}[kind]
-    write_graph(tmp_path, ForOdd(in_place=False), inputs)
+    write_graph(tmp_path, lambda: ForOdd(in_place=False), inputs)
     assert caplog.text == ""
     [file] = tmp_path.iterdir()
     assert b"aten::linear" in file.read_bytes()
 
 
-def test_a_net_without_a_graph_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Refusing(nn.Module):
-        def forward(self, inputs: Tensor) -> Tensor:
-            raise ValueError("not traced")
+class Refusing(nn.Module):
+    def __init__(self, *, made: bool = True) -> None:
+        super().__init__()
+        if not made:
+            raise ValueError("only one")
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        raise ValueError("not traced")
+
+
+@pytest.mark.parametrize(("made", "reason"), [(True, "not traced"), (False, "only one")])
+def test_a_net_without_a_graph_is_a_warning(
+    made: bool, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
-        write_graph(tmp_path, Refusing(), torch.zeros(2))
-    assert "no graph for TensorBoard: " in caplog.text
+        write_graph(tmp_path, lambda: Refusing(made=made), torch.zeros(2))
+    assert f"no graph for TensorBoard: {reason}" in caplog.text
 
 
 def test_a_recorded_pass_draws_and_returns_the_same() -> None:
