@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import (
     FileResponse,
     HTMLResponse,
@@ -438,10 +438,13 @@ def _json(value: Any, status_code: int = 200) -> Response:
 
 async def _body(request: Request, at_most: int) -> bytes:
     content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > at_most:
-            raise HTTPException(413, f"More than {format.size(at_most)}.")
+    try:
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > at_most:
+                raise HTTPException(413, f"More than {format.size(at_most)}.")
+    except ClientDisconnect:
+        raise HTTPException(400, "The request ended early.") from None
     return bytes(content)
 
 

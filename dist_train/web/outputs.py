@@ -15,7 +15,7 @@ from dist_train.runs.directory import RunDir
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_CHUNK = 1 << 20  # bytes
+_CHUNK = 1 << 18  # bytes; a slow reader keeps a few of them waiting
 
 
 def file_of(run_dir: RunDir, relative: str) -> Path | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -170,3 +172,20 @@ def test_pages_are_answered_while_a_child_is_at_work(tmp_path: Path, monkeypatch
     finally:
         over.set()
         thread.join()
+
+
+def test_an_upload_that_ends_early_leaves_no_traceback(tmp_path: Path) -> None:
+    client, access = client_of(tmp_path / "runs", tmp_path)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"authorization", f"token {access.token}".encode())]
+    scope = {"type": "http", "method": "POST", "path": "/bin/empty", "raw_path": b"/bin/empty", "query_string": b"",
+             "headers": headers, "root_path": "", "scheme": "http", "server": ("127.0.0.1", 80)}  # fmt: skip
+    asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 400

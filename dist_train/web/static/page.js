@@ -151,6 +151,7 @@
     try {
       const before = JSON.stringify([...loaded].map(([run, {cut, to}]) => [run, cut, to]));
       await Promise.all(runs.map(load));
+      if (runs.length > 1) say("");  // of one run, the poll of its values says it
       const axis = find("#axis").value;
       const now = JSON.stringify([...loaded].map(([run, {cut, to}]) => [run, cut, to]));
       if (now === before && box.dataset.axis === axis && plots.length) return;
@@ -160,7 +161,6 @@
       if (zoomed && now !== before) return;  // do not take the zoom away
       box.replaceChildren(...made.map((each) => each.root));
       plots = made;
-      if (runs.length > 1) say("");
     } catch (error) {
       say(STALE + "the server cannot be reached.");
     } finally {
