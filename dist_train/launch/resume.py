@@ -58,11 +58,11 @@ def resume(path: Path) -> None:
             f"{summary.name} ran on several machines or in a Slurm job of your own. Run the same command again there."
         )
     with hold_start_lock(run_dir) as lock:
-        if command[0] == "sbatch":
-            _submit_again(summary)
-            return
-        provenance = run_dir.read_provenance()
+        provenance = run_dir.read_submission() | run_dir.read_provenance()  # a job may not have begun
         folder, environment = _existing(provenance), environment_of(provenance)
+        if command[0] == "sbatch":
+            _submit_again(summary, folder, environment)
+            return
         try:
             run_dir.logs.mkdir(exist_ok=True)
             note_start(lock)
@@ -71,12 +71,12 @@ def resume(path: Path) -> None:
             raise RunDirError(f"{summary.name} cannot be started: {error.filename}: {error.strerror}.") from None
 
 
-def _submit_again(summary: Summary) -> None:
+def _submit_again(summary: Summary, folder: Path, environment: Mapping[str, str]) -> None:
     job = unfinished_jobs([summary]).get(summary.job or "")
     if is_active(job):
         raise RunDirError(f"Job {summary.job} of {summary.name} waits or runs already.")
     run_dir = summary.run_dir
-    new = commands.submit((run_dir.path / "job.sbatch").read_text())
+    new = commands.submit((run_dir.path / "job.sbatch").read_text(), folder, environment)
     write_json(run_dir.slurm_json, run_dir.read_submission() | {"job": new, "submitted": round(time.time(), 3)})
 
 

@@ -139,6 +139,7 @@ class Submission(TypedDict, total=False):
 
     job: JobId
     log: str
+    cwd: str
     submitted: Number  # time.time()
 
 

@@ -257,7 +257,7 @@ def test_a_job_is_submitted_once_and_its_run_is_not_deleted(tmp_path: Path, monk
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, text in {
-        "sbatch": f"cat > /dev/null; echo x >> {tmp_path}/submitted; echo 42",
+        "sbatch": f"cat > /dev/null; echo $PWD $WANDB_MODE >> {tmp_path}/submitted; echo 42",
         "squeue": f"[ ! -e {tmp_path}/submitted ] || echo '42|PENDING|Priority|0:00'",
     }.items():
         (commands / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -266,11 +266,12 @@ def test_a_job_is_submitted_once_and_its_run_is_not_deleted(tmp_path: Path, monk
     run_dir = write_run(tmp_path / "runs", "run", "ERROR", 10)
     (run_dir.path / "job.sbatch").write_text("#!/bin/bash\n")
     write_json(run_dir.slurm_json, {"job": "41", "submitted": 1.0})
+    run_dir.write_provenance({"num_nodes": 2, "cwd": str(tmp_path), "environment": {"WANDB_MODE": "offline"}})
     client, _ = client_of(tmp_path / "runs", tmp_path)
     answers = [client.post("/jobs/run/resume", headers=SAME_ORIGIN) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [303, 409]
     assert "Job 42 of run waits or runs already" in answers[1].text
-    assert (tmp_path / "submitted").read_text() == "x\n"
+    assert (tmp_path / "submitted").read_text() == f"{tmp_path} offline\n"  # where and as it ran, and once
     answer = client.post("/jobs/run/delete", headers=SAME_ORIGIN)
     assert (answer.status_code, "waits in the queue" in answer.text) == (409, True)
     assert run_dir.config.exists()
