@@ -21,6 +21,12 @@ REQUEUED = "DIST_TRAIN_REQUEUED"  # launch/restart.sh -> our launcher: this run 
 # Variables that identify one W&B run: code that starts several runs, or submits a job, does not pass them on.
 OF_ONE_WANDB_RUN = ("WANDB_RUN_ID", "WANDB_NAME")
 
+# Recorded in run.json, for a later start of the run. Never a key: others read the file.
+RECORDED = (
+    "CUDA_VISIBLE_DEVICES", "DIST_TRAIN_DATA_DIR", "DIST_TRAIN_RUNS_DIR", "OMP_NUM_THREADS", "PYTHONPATH",
+    "WANDB_MODE", "WANDB_PROJECT",
+)  # fmt: skip
+
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -21,6 +21,7 @@ from dist_train.launch.slurm.commands import Job
 from dist_train.launch.slurm.preemption import SlurmScheduler
 from dist_train.launch.slurm.preflight import check_partition, check_submission
 from dist_train.launch.torchrun import LaunchSpec, start_ranks
+from dist_train.runs import deleted_runs
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_options import StartOptions, check_start, find_run_dir, remove_if_not_started, valid_run_name
 from dist_train.runs.summary import Summary, summarise, summarise_existing
@@ -134,7 +135,8 @@ def submit(script: BatchScript, config: Config, start: StartOptions, run_dir: Ru
     run_dir.create()
     (run_dir.path / "job.sbatch").write_text(text)
     log = Path(script.log.replace("%x", script.job_name).replace("%j", job)).absolute()
-    write_json(run_dir.slurm_json, {"job": job, "log": str(log), "submitted": round(time.time(), 3)})
+    submission = {"job": job, "log": str(log), "cwd": str(Path.cwd()), "submitted": round(time.time(), 3)}
+    write_json(run_dir.slurm_json, submission)
     return job, run_dir
 
 
@@ -164,6 +166,11 @@ def is_waiting(job: Job | None) -> bool:
     return job is not None and job.state in _QUEUED
 
 
+def is_active(job: Job | None) -> bool:
+    """Whether a job is in the queue or at work."""
+    return is_waiting(job) or (job is not None and job.state == "RUNNING")
+
+
 def request_stop(path: Path) -> str:
     """Ask a run, or the queued job of one, to save and stop; returns what will happen.
 
@@ -186,6 +193,19 @@ def request_stop(path: Path) -> str:
             f"dist-train slurm cancel {path} takes it out of the queue instead."
         )
     return f"{path} stops after its current step, and saves first: dist-train runs tail {path} shows it."
+
+
+def delete_run(path: Path) -> None:
+    """Move a run to the bin.
+
+    Raises:
+        RunDirError: it may be running or starting, its job is in the queue, or the folder cannot be written.
+    """
+    summary = summarise_existing(path)
+    job = unfinished_jobs([summary]).get(summary.job or "")
+    if is_waiting(job):
+        raise RunDirError(f"{summary.name} waits in the queue. Cancel its job first: dist-train slurm cancel {path}")
+    deleted_runs.delete(path)
 
 
 def request_save(path: Path) -> None:

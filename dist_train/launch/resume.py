@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_train.atomic_files import write_json
-from dist_train.distributed.process_info import OF_ONE_WANDB_RUN
+from dist_train.distributed.process_info import OF_ONE_WANDB_RUN, RECORDED
 from dist_train.errors import RunDirError
+from dist_train.launch.jobs import is_active, unfinished_jobs
 from dist_train.launch.slurm import commands
 from dist_train.launch.subprocesses import begin_detached
 from dist_train.runs.directory import RunDir
-from dist_train.runs.summary import summarise_existing
-
-_LOCK = ".start.lock"  # held by a start from its command on, before it has a status
+from dist_train.runs.start_lock import hold_start_lock, note_start
+from dist_train.runs.summary import Summary, summarise_existing
 
 
 def start_log(run_dir: RunDir) -> Path:
@@ -29,7 +27,7 @@ def start_log(run_dir: RunDir) -> Path:
 
 
 def resume_command(run_dir: RunDir) -> list[str] | None:
-    """Return the command that resumes a run; None if it must be started on several machines by hand."""
+    """Return the command that resumes a run; None if that depends on its machines, or on a Slurm job of the user's."""
     script, provenance = run_dir.path / "job.sbatch", run_dir.read_provenance()
     if script.is_file():
         return ["sbatch", str(script)]
@@ -46,7 +44,8 @@ def resume(path: Path) -> None:
     Returns at once. What the start prints before it has a status is in `start_log`.
 
     Raises:
-        RunDirError: it is running, finished or starting, or ran on several machines without Slurm.
+        RunDirError: it is running, finished or starting, its job is in the queue, it ran on several machines or in a
+            job that `slurm submit` did not make, or its folder or interpreter is gone.
         LaunchError: Slurm refuses the job.
     """
     summary = summarise_existing(path)
@@ -55,33 +54,30 @@ def resume(path: Path) -> None:
         raise RunDirError(f"{summary.name} is {summary.state}: there is nothing to resume.")
     command = resume_command(run_dir)
     if command is None:
-        raise RunDirError(f"{summary.name} ran on several machines. Run the same command on each of them again.")
-    if command[0] == "sbatch":
-        job = commands.submit((run_dir.path / "job.sbatch").read_text())
-        write_json(run_dir.slurm_json, run_dir.read_submission() | {"job": job, "submitted": round(time.time(), 3)})
-        return
-    provenance = run_dir.read_provenance()
-    with _starting(run_dir) as lock:
-        run_dir.logs.mkdir(exist_ok=True)
-        begin_detached(
-            command,
-            log=start_log(run_dir),
-            folder=_existing(provenance),
-            environment=_environment(provenance),
-            inherited=lock,
+        raise RunDirError(
+            f"{summary.name} ran on several machines or in a Slurm job of your own. Run the same command again there."
         )
+    with hold_start_lock(run_dir) as lock:
+        provenance = run_dir.read_submission() | run_dir.read_provenance()  # a job may not have begun
+        folder, environment = _existing(provenance), environment_of(provenance)
+        if command[0] == "sbatch":
+            _submit_again(summary, folder, environment)
+            return
+        try:
+            run_dir.logs.mkdir(exist_ok=True)
+            note_start(lock)
+            begin_detached(command, start_log(run_dir), folder, environment, inherited=lock)
+        except OSError as error:
+            raise RunDirError(f"{summary.name} cannot be started: {error.filename}: {error.strerror}.") from None
 
 
-def is_starting(run_dir: RunDir) -> bool:
-    """Whether a start that `resume` made has not ended. Writes nothing."""
-    try:
-        with (run_dir.path / _LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # never resumed
-        pass
-    return False
+def _submit_again(summary: Summary, folder: Path, environment: Mapping[str, str]) -> None:
+    job = unfinished_jobs([summary]).get(summary.job or "")
+    if is_active(job):
+        raise RunDirError(f"Job {summary.job} of {summary.name} waits or runs already.")
+    run_dir = summary.run_dir
+    new = commands.submit((run_dir.path / "job.sbatch").read_text(), folder, environment)
+    write_json(run_dir.slurm_json, run_dir.read_submission() | {"job": new, "submitted": round(time.time(), 3)})
 
 
 def describe_command(run_dir: RunDir) -> str | None:
@@ -101,34 +97,8 @@ def _existing(provenance: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _environment(provenance: Mapping[str, Any]) -> dict[str, str]:
-    ours = {name: value for name, value in os.environ.items() if name not in OF_ONE_WANDB_RUN}
-    return ours | dict(provenance.get("environment", {}))
-
-
-@contextmanager
-def _starting(run_dir: RunDir) -> Iterator[int]:
-    """Hold the lock of a start; a child process that inherits the descriptor keeps it until it ends.
-
-    Raises:
-        RunDirError: another start holds it, or the directory cannot be written.
-    """
-    try:
-        descriptor = os.open(run_dir.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise RunDirError(f"{run_dir.path} cannot be written: {error.strerror}.") from None
-    try:
-        if not _acquire(descriptor):
-            raise RunDirError(f"{run_dir.path.name} is being started already.")
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _acquire(descriptor: int) -> bool:
-    for _ in range(10):
-        with suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.05)  # `is_starting` holds it for a moment
-    return False
+def environment_of(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return our environment with the variables that were recorded; what the run did not set stays unset."""
+    recorded = provenance.get("environment")
+    replaced = OF_ONE_WANDB_RUN if recorded is None else (*OF_ONE_WANDB_RUN, *RECORDED)
+    return {name: value for name, value in os.environ.items() if name not in replaced} | (recorded or {})

@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_train.checkpoints.manifest import manifests
 from dist_train.checkpoints.resume_hint import resume_hint
-from dist_train.launch.jobs import is_waiting, unfinished_jobs
+from dist_train.launch.jobs import is_active, unfinished_jobs
 from dist_train.launch.slurm.commands import Job
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
@@ -73,8 +73,7 @@ def _end(summary: Summary, job: Job | None) -> list[tuple[str, str]]:
         rows.append(("Slurm", f"job {summary.job}" + (f", {job.state} {job.reason}" if job else "")))
     if error := run_dir.read_error():
         rows.append(("error", describe_error(error)))
-    active = is_waiting(job) or (job is not None and job.state == "RUNNING")
-    if not summary.is_live and summary.state not in ("FINISHED", "NEW") and not active:
+    if not summary.is_live and summary.state not in ("FINISHED", "NEW") and not is_active(job):
         alone = not summary.job and run_dir.read_provenance().get("num_nodes") == 1
         rows.append(("to resume", resume_hint(run_dir, summary.world_size if alone else None)))
     return rows

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -57,7 +59,7 @@ def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mappi
 
 
 def begin_detached(
-    command: Sequence[str], *, log: Path, folder: Path, environment: Mapping[str, str], inherited: int
+    command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str], *, inherited: int
 ) -> None:
     """Start a process that outlives this one. Its output replaces `log`; it keeps the descriptor `inherited` open."""
     with log.open("wb") as file:
@@ -68,24 +70,34 @@ def begin_detached(
     threading.Thread(target=process.wait, name="detached", daemon=True).start()  # or it would stay as a zombie
 
 
-def limited_output_of(*arguments: str, timeout_s: float) -> str:
+def limited_output_of(
+    *arguments: str, timeout_s: float, folder: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> str:
     """Return the stdout of `dist-train ARGUMENT...`, run at low priority for `timeout_s` at most.
+
+    `folder`: to run it in; None for the current one.
 
     Raises:
         LaunchError: it failed, with its message, or took too long.
     """
-    command = [sys.executable, "-m", "dist_train", *arguments]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL,
-            env=without_torchrun_options(os.environ), preexec_fn=lambda: os.nice(10),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise LaunchError(f"dist-train {arguments[0]} took longer than {timeout_s:.0f} s and was stopped.") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    with subprocess.Popen(
+        ["nice", "-n", "10", sys.executable, "-m", "dist_train", *arguments], text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=without_torchrun_options(environment),
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise LaunchError(
+                f"dist-train {arguments[0]} took longer than {timeout_s:.0f} s and was stopped."
+            ) from None
+        finally:
+            with suppress(ProcessLookupError):  # its own processes too: they would keep the pipes open
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        lines = err.strip().splitlines() or [f"exit code {process.returncode}"]
         raise LaunchError(lines[-1].removeprefix("error: "))
-    return done.stdout
+    return out
 
 
 def output_of_program(*command: str, timeout_s: float) -> str:

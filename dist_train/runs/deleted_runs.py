@@ -13,11 +13,13 @@ from pathlib import Path
 from dist_train.atomic_files import remove
 from dist_train.errors import RunDirError
 from dist_train.runs.directory import RunDir
+from dist_train.runs.start_lock import hold_start_lock
 from dist_train.runs.summary import summarise_existing
 
 KEPT_S = 24 * 3600.0
 _BIN = ".bin"
-_DELETED = re.compile(r"(?P<time>\d+)-(?P<name>.+)", re.DOTALL)  # nanoseconds, and the run
+_REMOVING = ".removing_"  # name prefix of a run that is being removed
+_DELETED = re.compile(r"(?P<time>\d{1,19})-(?P<name>.+)", re.DOTALL)  # nanoseconds, and the run
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,24 @@ class DeletedRun:
 
 
 def delete(path: Path) -> None:
-    """Move a run to the bin. It holds the run's lock meanwhile, so that no start begins in it.
+    """Move a run to the bin. It holds the run's locks meanwhile, so that no start begins in it.
 
     Raises:
-        RunDirError: it may be running, or the folder cannot be written.
+        RunDirError: it may be running or starting, or the folder cannot be written.
     """
     summary = summarise_existing(path)
     if summary.may_be_running:
         raise RunDirError(f"{summary.name} is {summary.state}. Stop it first.")
     run_dir = RunDir(path)
-    run_dir.lock()
-    try:
-        (path.parent / _BIN).mkdir(exist_ok=True)
-        path.rename(path.parent / _BIN / f"{time.time_ns()}-{path.name}")
-    except OSError as error:
-        raise RunDirError(f"{path} cannot be moved to {path.parent / _BIN}: {error.strerror}.") from None
-    finally:
-        run_dir.unlock()
+    with hold_start_lock(run_dir):
+        run_dir.lock()
+        try:
+            (path.parent / _BIN).mkdir(exist_ok=True)
+            path.rename(path.parent / _BIN / f"{time.time_ns()}-{path.name}")
+        except OSError as error:
+            raise RunDirError(f"{path} cannot be moved to {path.parent / _BIN}: {error.strerror}.") from None
+        finally:
+            run_dir.unlock()
 
 
 def find_deleted(folder: Path) -> Iterator[DeletedRun]:
@@ -74,9 +77,17 @@ def restore(folder: Path, entry: str) -> str:
     return found.name
 
 
-def empty(folder: Path, older_than_s: float = 0.0) -> int:
-    """Delete the runs of the bin that were deleted at least `older_than_s` ago; returns their number."""
-    old = [run for run in find_deleted(folder) if time.time() - run.deleted >= older_than_s]
-    for run in old:
-        remove(run.path)
-    return len(old)
+def empty(folder: Path, older_than_s: float | None = None) -> None:
+    """Remove the runs of the bin for good: all, or those that were deleted at least `older_than_s` ago.
+
+    Raises:
+        RunDirError: one cannot be removed.
+    """
+    for run in find_deleted(folder):
+        if older_than_s is None or time.time() - run.deleted >= older_than_s:
+            try:  # a kill must not leave half of a run to be restored
+                run.path.rename(run.path.with_name(f"{_REMOVING}{run.path.name}"))
+            except OSError as error:
+                raise RunDirError(f"{run.path} cannot be removed: {error.strerror}.") from None
+    for path in (folder / _BIN).glob(f"{_REMOVING}*"):
+        remove(path)

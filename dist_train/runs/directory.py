@@ -21,7 +21,7 @@ from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.disk_errors import DiskErrors
 from dist_train.runs.metrics_log import MetricsFile
-from dist_train.runs.records import Error, Provenance, Result, Submission, read_record
+from dist_train.runs.records import Error, Layers, Provenance, Result, Submission, read_record
 from dist_train.runs.status_file import StatusFile, is_of_earlier_start
 
 _log = logging.getLogger(__name__)
@@ -142,10 +142,12 @@ class RunDir:
         """
         try:
             self._lock.acquire()
-        except (Timeout, OSError):
+        except OSError as error:
             status = self.status.read()
             if is_of_earlier_start(status, os.environ):
                 return
+            if not isinstance(error, Timeout):
+                raise self._not_writable(error) from None
             raise RunDirError(
                 f"{self.path} is in use by process {status.get('pid')} on {status.get('host')} "
                 f"(attempt {status.get('attempt')}, state {status.get('state')}). "
@@ -225,6 +227,11 @@ class RunDir:
 
     def read_result(self) -> dict[str, Any]:
         return read_record(self.result, Result)
+
+    def read_layers(self) -> list[dict[str, Any]]:
+        """Return the layers of the net: name, type, output shape, parameters. [] if they were not recorded."""
+        layers: list[dict[str, Any]] = read_record(self.layers, Layers).get("layers", [])
+        return layers
 
     def read_submission(self) -> dict[str, Any]:
         return read_record(self.slurm_json, Submission)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -13,6 +14,8 @@ from typing import Any
 
 from dist_train.atomic_files import parse_object, to_json, write_atomically
 
+_POSITION = ("step", "epoch", "samples", "attempt", "time", "epoch_s")
+_LARGEST = sys.float_info.max
 _log = logging.getLogger(__name__)
 
 
@@ -126,9 +129,16 @@ class MetricsFile:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Parse a line of metrics. Return None if it is incomplete or damaged."""
+    """Parse a line of metrics, without metrics that are no numbers. Return None if it is incomplete or damaged."""
     try:
         entries = parse_object(line)
     except ValueError:
         return None
-    return entries if line.endswith(b"\n") and type(entries.get("step")) is int else None
+    intact = {name: value for name, value in entries.items() if _is_intact(name, value)}
+    return intact if line.endswith(b"\n") and type(intact.get("step")) is int else None
+
+
+def _is_intact(name: str, value: Any) -> bool:
+    """Whether an entry is a number, or undefined, where a reader expects one."""
+    is_metric = "/" in name or name in _POSITION
+    return not is_metric or value is None or (isinstance(value, (int, float)) and -_LARGEST <= value <= _LARGEST)

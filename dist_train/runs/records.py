@@ -19,7 +19,7 @@ State = Literal[
 ]  # fmt: skip
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-JobId = Annotated[str, Field(pattern=r"^[0-9]+(_[0-9]+)?$")]  # job, or array job and task
+JobId = Annotated[str, Field(pattern=r"^[0-9]{1,18}(_[0-9]+)?$")]  # job, or array job and task
 
 _log = logging.getLogger(__name__)
 _reported: set[Path] = set()  # damaged files
@@ -90,9 +90,10 @@ class Provenance(TypedDict, total=False):
     step_mode: StepMode
     versions: dict[str, str | None]
     batch_plan: dict[str, Count]
+    argv: list[str]
     cwd: str
     python: str
-    environment: dict[str, str]  # a named list of variables, see provenance.py
+    environment: dict[str, str]  # a named list of variables, see process.py
     data: DataFacts
     data_identity: dict[str, SplitFingerprint]
 
@@ -104,11 +105,33 @@ class Error(TypedDict, total=False):
     host: str
     kind: str
     message: str
+    traceback: str
     exit_code: Annotated[int, Field(ge=1, le=255)]
 
 
 # result.json
-Result = TypedDict("Result", {"train_s": Number, "samples_per_s": Number | None, "test/accuracy": Number}, total=False)
+_ByClass = dict[str, Number | None]
+Result = TypedDict(
+    "Result",
+    {"train_s": Number, "samples_per_s": Number | None, "test/accuracy": Number, "test/accuracy_by_class": _ByClass,
+     "val/accuracy_by_class": _ByClass},
+    total=False,
+)  # fmt: skip
+
+
+class Layer(TypedDict):
+    """A row of the table of the net's layers."""
+
+    name: str
+    type: str
+    output: str
+    parameters: Count
+
+
+class Layers(TypedDict, total=False):
+    """layers.json, written when training begins."""
+
+    layers: list[Layer]
 
 
 class Submission(TypedDict, total=False):
@@ -116,6 +139,7 @@ class Submission(TypedDict, total=False):
 
     job: JobId
     log: str
+    cwd: str
     submitted: Number  # time.time()
 
 

@@ -178,10 +178,10 @@ def _state_of(status: Mapping[str, Any]) -> str:
     state: str = status.get("state", "NEW")
     if state in (*ENDS, "NEW"):
         return state
-    silent_s = time.time() - status.get("heartbeat", 0.0)
+    silent_s = time.time() - status.get("heartbeat", 0.0)  # negative if the clock was set back
     # A container may share this machine's name but not its process ids.
     is_local = status.get("host") == socket.gethostname() and "pid" in status
-    if silent_s > heartbeat.LATE_S and is_local and not is_alive(status["pid"]):
+    if abs(silent_s) > heartbeat.LATE_S and is_local and not is_alive(status["pid"]):
         return "KILLED"
     return "SILENT" if silent_s > heartbeat.SILENT_S else state
 

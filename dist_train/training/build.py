@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -185,8 +184,8 @@ def _start_attempt(
         run_dir.write_provenance(provenance)
         run_dir.write_layers([asdict(layer) for layer in step.layers])
         if config.tracking.tensorboard and not state.step:
-            # Another net than the one that trains, which tracing would change.
-            net = build_model(config.model, splits.input_spec, config.seed)
-            inputs = change_each(lambda tensor: tensor.to("cpu"), deepcopy(step.eager.batches.at(0, 0).inputs))
-            write_graph(run_dir.path / "tensorboard", net, inputs)
+            inputs = change_each(lambda tensor: tensor[:2].cpu().clone(), step.eager.batches.at(0, 0).inputs)
+            write_graph(
+                run_dir.path / "tensorboard", lambda: build_model(config.model, splits.input_spec, config.seed), inputs
+            )
     return provenance

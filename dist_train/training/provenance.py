@@ -17,13 +17,9 @@ import torch
 from dist_train import __version__
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.data.fingerprint import Fingerprint, differences
+from dist_train.distributed.process_info import RECORDED
 from dist_train.distributed.world import World
 
-# Never a key: others read the file.
-_ENVIRONMENT = (
-    "CUDA_VISIBLE_DEVICES", "DIST_TRAIN_DATA_DIR", "DIST_TRAIN_RUNS_DIR", "OMP_NUM_THREADS", "PYTHONPATH",
-    "WANDB_MODE", "WANDB_PROJECT",
-)  # fmt: skip
 _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
@@ -52,7 +48,7 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
 
 def recorded_environment(env: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that a later start needs again."""
-    return {name: env[name] for name in _ENVIRONMENT if name in env}
+    return {name: env[name] for name in RECORDED if name in env}
 
 
 # These determine how a step is divided: they change the result of a net that depends on the division.

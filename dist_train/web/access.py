@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import read_json, temporary_path
+from dist_train.atomic_files import atomic_write, read_json
 
 SESSION_S = 12 * 3600.0
+_TOKEN_BYTES = 32
 
 
 def state_file(address: str) -> Path:
@@ -77,7 +80,7 @@ class Access:
             self._reset()
 
     def _reset(self) -> None:
-        self._state = {"name": secrets.token_hex(4), "token": secrets.token_urlsafe(32), "sessions": {}}
+        self._state = {"name": secrets.token_hex(4), "token": secrets.token_urlsafe(_TOKEN_BYTES), "sessions": {}}
         self._write()
 
     def _read(self) -> None:
@@ -85,19 +88,30 @@ class Access:
             stat = self._path.stat()
             if (version := (stat.st_mtime_ns, stat.st_ino)) != self._version:
                 self._state, self._version = read_json(self._path), version
-        if self._state.keys() != {"name", "token", "sessions"}:  # new, or damaged
+        if not _is_intact(self._state):  # new, or damaged
             self._reset()
 
     def _write(self) -> None:
         """Write the file, readable by its owner alone. Where that is impossible the state is lost with the server."""
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary = temporary_path(self._path)
-            temporary.touch(mode=0o600, exist_ok=False)
-            temporary.write_text(json.dumps(self._state))
-            temporary.replace(self._path)
+            with atomic_write(self._path) as temporary:
+                temporary.touch(mode=0o600, exist_ok=False)
+                temporary.write_text(json.dumps(self._state))
             stat = self._path.stat()
             self._version = (stat.st_mtime_ns, stat.st_ino)
+
+
+def _is_intact(state: Mapping[str, Any]) -> bool:
+    name, token, sessions = (state.get(key) for key in ("name", "token", "sessions"))
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"[0-9a-f]+", name) is not None
+        and isinstance(token, str)
+        and len(token) >= _TOKEN_BYTES
+        and isinstance(sessions, dict)
+        and all(isinstance(until, float) for until in sessions.values())
+    )
 
 
 def _hash(session: str) -> str:

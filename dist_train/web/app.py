@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
@@ -12,11 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import (
     FileResponse,
     HTMLResponse,
-    JSONResponse,
     RedirectResponse,
     Response,
     StreamingResponse,
@@ -25,13 +26,16 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from dist_train import __version__
+from dist_train.atomic_files import to_json
 from dist_train.checkpoints.contents import MODEL
 from dist_train.checkpoints.manifest import folder_of
-from dist_train.errors import DistTrainError
-from dist_train.launch.jobs import request_save, request_stop
-from dist_train.launch.resume import describe_command, is_starting, resume
+from dist_train.errors import DistTrainError, RunDirError
+from dist_train.launch.jobs import delete_run, request_save, request_stop
+from dist_train.launch.resume import describe_command, resume
+from dist_train.launch.slurm.commands import Job
 from dist_train.runs import deleted_runs
 from dist_train.runs.reports.compare import METRICS, LoadedRun, compare, read_run
+from dist_train.runs.start_lock import is_starting
 from dist_train.web import children, format, job_view, outputs
 from dist_train.web.access import SESSION_S, Access
 from dist_train.web.curves import MetricsCache, points
@@ -44,6 +48,7 @@ from dist_train.web.slurm_queue import SlurmQueue
 _FORM_BYTES = 1 << 20  # at most
 _LOG_BYTES = 64 * 1024  # at most, in one answer
 _COMPARED = 40  # runs, at most
+_BYTES = "application/octet-stream"
 _AXES = ("step", "samples", "seconds")
 _EXPORTS = ("csv", "md", "json", "html", "png")
 # What was done, for the page that follows: texts are chosen here, never taken from a URL.
@@ -78,6 +83,7 @@ class Pages:
         self._index = RunIndex(folder)
         self._access = access
         self._queue = SlurmQueue()
+        threading.Thread(target=self._empty_bin, name="empty_bin", daemon=True).start()  # may take long
         self._metrics = MetricsCache()
         self._machine = MachineWatch(folder)
         self._templates = Environment(
@@ -126,24 +132,26 @@ class Pages:
         return self._page(request, "jobs.html", **self._list(request))
 
     def rows(self, request: Request) -> Response:
-        if request.query_params.get("since") == self._index.listing().version and self._queue.error is None:
+        found = self._list(request)
+        if request.query_params.get("since") == found["since"]:
             return Response(status_code=204)
         if "application/json" in request.headers.get("accept", ""):
-            page = self._list(request)["page"]
-            return JSONResponse([_plain(row) for row in page.rows])
-        return self._page(request, "rows.html", **self._list(request))
+            return _json([_plain(row) for row in found["page"].rows])
+        return self._page(request, "rows.html", **found)
 
     def _list(self, request: Request) -> dict[str, Any]:
         listing, query = self._index.listing(), Query.of(request.query_params)
-        jobs = self._queue.jobs(entry.summary for entry in listing.entries.values())
         return {
-            "page": make_page(listing, jobs, query),
+            "page": make_page(listing, self._jobs(), query),
             "query": query,
             "sorts": list(SORTS),
-            "since": listing.version,
+            "since": f"{listing.version}.{self._queue.version}",
             "error": listing.error or self._queue.error,
             "folder": self._index.folder,
         }
+
+    def _jobs(self) -> dict[str, Job]:
+        return self._queue.jobs(entry.summary for entry in self._index.listing().entries.values())
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
@@ -160,10 +168,10 @@ class Pages:
         entry = self._find(request)
         run_dir = entry.summary.run_dir
         lines, inode = self._metrics.lines(run_dir.metrics.path)
-        starting = not entry.summary.may_be_running and is_starting(run_dir)
+        starting = is_starting(run_dir)
         epochs = job_view.epochs(run_dir, lines)
         uses, effective = job_view.seconds_by_use(entry)
-        pictures = [path.stem for path in sorted(run_dir.pictures.glob("*.png"))]
+        pictures = [path.stem for path in outputs.files_in(run_dir, "pictures", ".png").values()]
         return {
             **self._head(entry),
             "starting": starting,
@@ -175,9 +183,10 @@ class Pages:
             "not_started": "" if starting else job_view.not_started(entry),
             "by_class": job_view.accuracy_by_class(entry),
             "pictures": pictures,
-            "layers": job_view.layers(run_dir),
+            "layers": run_dir.read_layers(),
             "busy": self._is_busy(),
-            "since": f"{len(lines)}.{inode}.{'.'.join(map(str, entry.signature))}.{entry.summary.state}.{starting}",
+            "since": f"{len(lines)}.{inode}.{'.'.join(map(str, entry.signature))}.{entry.summary.state}.{starting}"
+            f".{self._queue.version}",
         }
 
     def _is_busy(self) -> bool:
@@ -204,7 +213,7 @@ class Pages:
             raise HTTPException(404, f"There is no log {name}.")
         start = int(offset) if offset.isascii() and offset.isdigit() and len(offset) < 19 else None
         text, end = job_view.tail(path, _LOG_BYTES, start)
-        return JSONResponse({"text": text, "offset": end})
+        return _json({"text": text, "offset": end})
 
     def files(self, request: Request) -> Response:
         entry = self._find(request)
@@ -221,7 +230,7 @@ class Pages:
         first = int(start) if start.isascii() and start.isdigit() and len(start) < 19 else 0
         if request.query_params.get("cut") != str(inode):
             first = 0
-        return JSONResponse({"cut": str(inode), "from": first, "to": len(lines), "points": list(points(lines, first))})
+        return _json({"cut": str(inode), "from": first, "to": len(lines), "points": list(points(lines, first))})
 
     def safetensors(self, request: Request) -> Response:
         step = request.path_params["step"]
@@ -231,8 +240,8 @@ class Pages:
 
     def pth(self, request: Request) -> Response:
         run_dir, step = self._find(request).summary.run_dir, request.path_params["step"]
-        content = children.export_pth(run_dir.path, step)
-        return _attachment(content, f"{run_dir.path.name}-{step}.pth", "application/octet-stream")
+        stream = outputs.chunks_of(children.export_pth(run_dir.path, step))
+        return StreamingResponse(stream, media_type=_BYTES, headers=_named(f"{run_dir.path.name}-{step}.pth"))
 
     def outputs(self, request: Request) -> Response:
         run_dir = self._find(request).summary.run_dir
@@ -251,8 +260,8 @@ class Pages:
         entry = await run_sync(self._find, request)
         if self._is_busy() and "anyway" not in request.query_params:
             raise DistTrainError("A training is using this machine. Tick the box beside the image to do it anyway.")
-        classes = await run_sync(children.predict, entry.summary.run_dir.path, image)
-        return JSONResponse({"classes": classes})
+        classes = await run_sync(children.predict, entry.summary.run_dir, image)
+        return _json({"classes": classes})
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
@@ -280,7 +289,7 @@ class Pages:
         return RedirectResponse(f"../?done={request.path_params['action']}", 303)
 
     def _action(self, name: str) -> Callable[[Path], object]:
-        actions = {"stop": request_stop, "save": request_save, "resume": resume, "delete": deleted_runs.delete}
+        actions = {"stop": request_stop, "save": request_save, "resume": resume, "delete": delete_run}
         if name not in actions:
             raise HTTPException(404, "There is no such action.")
         return actions[name]
@@ -288,6 +297,13 @@ class Pages:
     def _act(self, action: Callable[[Path], object], entry: Entry) -> None:
         action(entry.summary.run_dir.path)
         self._index.forget_scan()
+        if action is delete_run:
+            self._empty_bin()
+
+    def _empty_bin(self) -> None:
+        """Remove what has been in the bin for long enough."""
+        with suppress(RunDirError):  # what cannot be removed yet stays
+            deleted_runs.empty(self._index.folder, deleted_runs.KEPT_S)
 
     def bin(self, request: Request) -> Response:
         return self._page(request, "bin.html", runs=list(deleted_runs.find_deleted(self._index.folder)))
@@ -323,7 +339,7 @@ class Pages:
             f".{suffix}",
             axis if axis in _AXES else "step",
         )
-        return _attachment(content, f"comparison.{suffix}", "application/octet-stream")
+        return Response(content, media_type=_BYTES, headers=_named(f"comparison.{suffix}"))
 
     def _compared(self, request: Request) -> list[LoadedRun]:
         names = list(dict.fromkeys(request.query_params.getlist("run")))[:_COMPARED]
@@ -371,7 +387,7 @@ class Pages:
 
     def _error(self, request: Request, status: int, message: str) -> Response:
         if request.headers.get("accept", "").startswith("application/json"):
-            return JSONResponse({"error": message}, status)
+            return _json({"error": message}, status)
         return self._page(request, "error.html", status_code=status, message=message)
 
     # --- shared ------------------------------------------------------------------------------------------------------
@@ -384,7 +400,7 @@ class Pages:
 
     def _head(self, entry: Entry) -> dict[str, Any]:
         """What all pages of a run show."""
-        job = self._queue.jobs([entry.summary]).get(entry.summary.job or "")
+        job = self._jobs().get(entry.summary.job or "")
         return {
             "entry": entry,
             "summary": entry.summary,
@@ -397,7 +413,7 @@ class Pages:
         path = outputs.file_of(self._find(request).summary.run_dir, relative)
         if path is None:
             raise HTTPException(404, "There is no such file.")
-        return FileResponse(path, headers=_named(name or path.name), media_type="application/octet-stream")
+        return FileResponse(path, headers=_named(name or path.name), media_type=_BYTES)
 
     def _page(self, request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
         depth = request.scope["path"].count("/") - 1
@@ -405,7 +421,7 @@ class Pages:
         text = self._templates.get_template(template).render(
             root="../" * depth, done=done, disk_free=free_bytes(self._index.folder), **values
         )
-        return HTMLResponse(text, status_code)
+        return HTMLResponse(text.encode(errors="replace"), status_code)  # a file may hold what is no text
 
 
 def _quote(name: str) -> str:
@@ -417,17 +433,20 @@ def _named(name: str) -> dict[str, str]:
     return {"content-disposition": f"attachment; filename*=utf-8''{_quote(name)}"}
 
 
-def _attachment(content: bytes, name: str, kind: str) -> Response:
-    return Response(content, media_type=kind, headers=_named(name))
+def _json(value: Any, status_code: int = 200) -> Response:
+    return Response(to_json(value), status_code, media_type="application/json")
 
 
 async def _body(request: Request, at_most: int) -> bytes:
-    content = b""
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > at_most:
-            raise HTTPException(413, f"More than {format.size(at_most)}.")
-    return content
+    content = bytearray()
+    try:
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > at_most:
+                raise HTTPException(413, f"More than {format.size(at_most)}.")
+    except ClientDisconnect:
+        raise HTTPException(400, "The request ended early.") from None
+    return bytes(content)
 
 
 async def _form(request: Request) -> list[tuple[str, str]]:

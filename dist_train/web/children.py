@@ -8,10 +8,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_train.errors import LaunchError
+from dist_train.launch.resume import environment_of
 from dist_train.launch.subprocesses import limited_output_of
+from dist_train.runs.directory import RunDir
 
 MAX_IMAGE_BYTES = 16 * 10**6
 _PREDICT_S, _EXPORT_S = 60.0, 300.0
@@ -19,8 +21,10 @@ _PREDICT_S, _EXPORT_S = 60.0, 300.0
 _one_at_a_time = threading.Lock()
 
 
-def predict(run: Path, image: bytes) -> dict[str, Any]:
+def predict(run_dir: RunDir, image: bytes) -> dict[str, Any]:
     """Return the most probable classes of an image by their probability.
+
+    The child runs where the run did, if that folder is there: the net may be one of the user's own.
 
     Raises:
         LaunchError: it is no image, the net does not take images, another child is at work, or it took too long.
@@ -28,13 +32,18 @@ def predict(run: Path, image: bytes) -> dict[str, Any]:
     with _child(), tempfile.NamedTemporaryFile(prefix="dist_train-") as file:
         file.write(image)
         file.flush()
-        answer = limited_output_of("predict", str(run), file.name, "--json", timeout_s=_PREDICT_S)
+        provenance = run_dir.read_provenance()
+        folder = Path(provenance.get("cwd", "."))
+        answer = limited_output_of(
+            "predict", str(run_dir.path), file.name, "--json", timeout_s=_PREDICT_S,
+            folder=folder if folder.is_dir() else None, environment=environment_of(provenance),
+        )  # fmt: skip
     classes: dict[str, Any] = json.loads(answer.splitlines()[-1])["classes"]
     return classes
 
 
-def export_pth(run: Path, step: int) -> bytes:
-    """Return a checkpoint's weights as `torch.save` writes them, for `torch.load`.
+def export_pth(run: Path, step: int) -> BinaryIO:
+    """Return an open file with a checkpoint's weights as `torch.save` writes them. It is gone once it is closed.
 
     Raises:
         LaunchError: there is no such checkpoint, another child is at work, or it took too long.
@@ -42,7 +51,7 @@ def export_pth(run: Path, step: int) -> bytes:
     with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
         out = Path(folder) / "weights.pth"
         limited_output_of("export", str(run), str(out), "--checkpoint", str(step), timeout_s=_EXPORT_S)
-        return out.read_bytes()
+        return out.open("rb")
 
 
 def export_comparison(runs: Sequence[Path], suffix: str, axis: str) -> bytes:

@@ -68,5 +68,5 @@ def points(lines: list[dict[str, Any]], start: int) -> Iterator[dict[str, float]
         yield {
             key: value
             for key, value in line.items()
-            if (key in _AXES or key.startswith(("train/", "val/"))) and isinstance(value, (int, float))
+            if (key in _AXES or key.startswith(("train/", "val/"))) and value is not None
         }

@@ -31,8 +31,10 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def size(num_bytes: float) -> str:
-    """ "21.4 MB"."""
+def size(num_bytes: float | None) -> str:
+    """ "21.4 MB"; - if unknown."""
+    if num_bytes is None:
+        return "-"
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -36,7 +35,7 @@ class Guard:
     def __init__(self, app: ASGIApp, access: Access, hosts: frozenset[str], refuse: Refuse) -> None:
         self._app = app
         self._access = access
-        self._hosts = _LOCAL | hosts
+        self._hosts = _LOCAL | {_name(host) for host in hosts}
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +80,8 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """Return the Host header without the port."""
+    """Return the Host header in lower case, without the port."""
+    host = host.lower()
     return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
 
 
@@ -90,4 +90,4 @@ def _is_same_origin(headers: Headers, host: str) -> bool:
     if site is not None:
         return site in ("same-origin", "none")
     origin = headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc == host
+    return origin is not None and origin.partition("://")[2] == host

@@ -12,6 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from dist_train.runs.summary import Summary, is_run, summarise
+from dist_train.web.outputs import is_shown
 
 SCAN_S = 1.0  # between two scans, whoever asks
 
@@ -33,7 +34,7 @@ class Entry:
     @property
     def row_id(self) -> str:
         """An id for HTML; names may hold letters that a CSS selector may not."""
-        return "run-" + sha1(self.name.encode(errors="surrogateescape")).hexdigest()[:12]
+        return "run-" + sha1(self.name.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class RunIndex:
     def _scan(self) -> None:
         try:
             with os.scandir(self.folder) as folder:
-                names = sorted(entry.name for entry in folder if not entry.name.startswith(".") and _is_dir(entry))
+                names = sorted(entry.name for entry in folder if is_shown(entry.name) and _is_dir(entry))
         except FileNotFoundError:
             names = []  # no run yet
         except OSError as error:

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import read_json
 from dist_train.checkpoints.contents import MODEL
 from dist_train.checkpoints.manifest import by_score, manifests
 from dist_train.config.loading import bundled_configs, load_config
@@ -18,10 +17,13 @@ from dist_train.launch.resume import start_log
 from dist_train.runs.accuracy_text import IS_OWN, accuracy_text
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
+from dist_train.runs.start_lock import has_failed_to_start
 from dist_train.runs.time_accounting import effective_ratio
 from dist_train.web.index import Entry
+from dist_train.web.outputs import files_in
 
 _LOG_LINES = 20  # of a failed rank
+_LOG_BYTES = 16_384  # of a failure
 
 
 @dataclass
@@ -95,8 +97,8 @@ def failure(entry: Entry) -> Failure | None:
     newest = next(iter(manifests(run_dir).values()), None)
     return Failure(
         what=what,
-        traceback=str(read_json(run_dir.error).get("traceback", "")),
-        log="\n".join(tail(run_dir.rank_log(error.get("rank", 0)), 16_384)[0].splitlines()[-_LOG_LINES:]),
+        traceback=error.get("traceback", ""),
+        log="\n".join(_end(run_dir, run_dir.rank_log(error.get("rank", 0)).name).splitlines()[-_LOG_LINES:]),
         checkpoint=newest["step"] if newest else None,
     )
 
@@ -115,31 +117,27 @@ def tail(path: Path, at_most: int, offset: int | None = None) -> tuple[str, int]
 
 def not_started(entry: Entry) -> str:
     """Return what the last start from the page printed, if it ended before it had a status."""
-    log = start_log(entry.summary.run_dir)
-    try:
-        newer = log.stat().st_mtime > entry.summary.run_dir.status.path.stat().st_mtime
-    except OSError:
-        return ""
-    return tail(log, 4096)[0].strip() if newer and not entry.summary.may_be_running else ""
+    run_dir = entry.summary.run_dir
+    return _end(run_dir, start_log(run_dir).name) if has_failed_to_start(run_dir) else ""
+
+
+def _end(run_dir: RunDir, name: str) -> str:
+    """Return the end of a log, "" if there is none of that name."""
+    path = logs(run_dir).get(name)
+    return tail(path, _LOG_BYTES)[0].strip() if path is not None else ""
 
 
 def accuracy_by_class(entry: Entry) -> list[tuple[str, float | None]]:
     """Return the accuracy of each class on the test set, else on val; [] for a run that has not finished."""
-    result = read_json(entry.summary.run_dir.result)
+    result = entry.summary.result
     found = result.get("test/accuracy_by_class") or result.get("val/accuracy_by_class") or {}
     return list(found.items())
 
 
 def logs(run_dir: RunDir) -> dict[str, Path]:
     """Return the logs of a run by name, rank zero first."""
-    found = {path.name: path for path in sorted(run_dir.logs.glob("*.log")) if not path.is_symlink()}
-    return {name: found[name] for name in sorted(found, key=lambda name: (not name.startswith("rank_"), name))}
-
-
-def layers(run_dir: RunDir) -> list[dict[str, Any]]:
-    """Return the layers of the net as the run has recorded them: name, type, output shape, parameters."""
-    recorded = read_json(run_dir.layers).get("layers", [])
-    return [layer for layer in recorded if isinstance(layer, dict)]
+    found = files_in(run_dir, "logs", ".log")
+    return {name: found[name] for name in sorted(found, key=lambda name: not name.startswith("rank_"))}
 
 
 def settings(run_dir: RunDir) -> tuple[str, list[tuple[str, Any, Any]], dict[str, Any]]:
@@ -149,8 +147,8 @@ def settings(run_dir: RunDir) -> tuple[str, list[tuple[str, Any, Any]], dict[str
         config = load_config(str(run_dir.config))
     except (DistTrainError, OSError):
         return "", [], {}
-    arguments = read_json(run_dir.run_json).get("argv", [])
-    named = [str(b) for a, b in pairwise(arguments) if a in ("-c", "--config")]
+    arguments = run_dir.read_provenance().get("argv", [])
+    named = [b for a, b in pairwise(arguments) if a in ("-c", "--config")]
     base = next((name for name in named if name in bundled_configs()), None)
     other = load_config(base).flat() if base else Config(seed=config.seed).flat()
     here = config.flat()

@@ -35,7 +35,7 @@ class Machine:
     mhz: float | None
     memory_used: int  # bytes
     memory_total: int
-    disk_free: int  # bytes, where the runs are
+    disk_free: int | None  # bytes, where the runs are
     gpus: list[Gpu]
     partitions: dict[str, Partition]
 
@@ -76,10 +76,14 @@ class MachineWatch:
             self._partitions = {}
 
 
-def free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+def free_bytes(folder: Path) -> int | None:
+    """Return the free space where a folder is, or would be. None if the file system does not say."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def _gpus() -> list[Gpu]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 from dist_train.runs.directory import RunDir
@@ -15,27 +15,37 @@ from dist_train.runs.directory import RunDir
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_CHUNK = 1 << 20  # bytes
+_CHUNK = 1 << 18  # bytes; a slow reader keeps a few of them waiting
 
 
 def file_of(run_dir: RunDir, relative: str) -> Path | None:
     """Return a regular file inside a run directory; None if there is none, or if a link leads to it or out of it."""
-    path = run_dir.path / relative
     try:
-        inside = path.resolve(strict=True) == run_dir.path.resolve(strict=True) / relative
+        root = run_dir.path.resolve(strict=True)
+        path = root / relative  # elsewhere if `relative` is absolute
+        inside = path.is_relative_to(root) and path.resolve(strict=True) == path
         return path if inside and path.is_file() else None
     except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
         return None
 
 
+def files_in(run_dir: RunDir, folder: str, suffix: str) -> dict[str, Path]:
+    """Return the files of a folder of a run by name, sorted. Links, and names that are no text, are left out."""
+    names = sorted(path.name for path in (run_dir.path / folder).glob(f"*{suffix}") if is_shown(path.name))
+    return {name: path for name in names if (path := file_of(run_dir, f"{folder}/{name}")) is not None}
+
+
 def list_files(run_dir: RunDir) -> list[tuple[str, int]]:
-    """Return the files of a run by their path in it, with their sizes in bytes. Links and hidden files are left out."""
+    """Return the files of a run by their path in it, with their sizes in bytes.
+
+    Links, hidden files, and names that are no text are left out.
+    """
     found = []
     for folder, folders, names in os.walk(run_dir.path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if is_shown(name))
         for name in sorted(names):
             path = Path(folder) / name
-            if not name.startswith(".") and not path.is_symlink() and path.is_file():
+            if is_shown(name) and not path.is_symlink() and path.is_file():
                 with suppress(OSError):  # replaced meanwhile
                     found.append((path.relative_to(run_dir.path).as_posix(), path.stat().st_size))
     return found
@@ -48,15 +58,31 @@ def stream_zip(run_dir: RunDir, *, with_checkpoints: bool) -> Iterator[bytes]:
         for relative, _ in list_files(run_dir):
             if not with_checkpoints and relative.startswith("checkpoints/"):
                 continue
-            with suppress(FileNotFoundError), (run_dir.path / relative).open("rb") as source:  # pruned meanwhile
-                info = ZipInfo.from_file(
-                    run_dir.path / relative, f"{run_dir.path.name}/{relative}", strict_timestamps=False
-                )
+            if (path := file_of(run_dir, relative)) is None:  # pruned meanwhile, or a link now
+                continue
+            with suppress(FileNotFoundError), path.open("rb") as source:
+                info = ZipInfo.from_file(path, f"{run_dir.path.name}/{relative}", strict_timestamps=False)
                 with archive.open(info, "w", force_zip64=True) as target:
-                    while chunk := source.read(_CHUNK):
+                    for chunk in chunks_of(source):
                         target.write(chunk)
                         yield out.take()
     yield out.take()
+
+
+def chunks_of(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of an open file, and close it."""
+    with file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def is_shown(name: str) -> bool:
+    """Whether the page shows a file or folder of this name: it is not hidden, and UTF-8, as each address is."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return not name.startswith(".")
 
 
 class _Buffer(io.RawIOBase):

@@ -89,7 +89,7 @@ def _socket(path: Path) -> socket.socket:
     try:
         listener.bind(str(path))
     except OSError as error:
-        raise LaunchError(f"--socket={path} cannot be used: {error.strerror}. Choose another path.") from None
+        raise LaunchError(f"--socket={path} cannot be used: {error.strerror or error}. Choose another path.") from None
     finally:
         os.umask(old_mask)
     listener.listen(_BACKLOG)

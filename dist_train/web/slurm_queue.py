@@ -22,6 +22,7 @@ class SlurmQueue:
         self._asked = -_EVERY_S
         self._jobs: dict[str, Job] = {}
         self._error: str | None = None
+        self._number = 0
 
     def jobs(self, runs: Iterable[Summary]) -> dict[str, Job]:
         """Return the jobs of unfinished runs by id, as of the last answer; asks again if that is old."""
@@ -33,12 +34,19 @@ class SlurmQueue:
             return self._jobs
 
     @property
+    def version(self) -> int:
+        """A number that changes with the answer."""
+        return self._number
+
+    @property
     def error(self) -> str | None:
         """Why the last question had no answer."""
         return self._error
 
     def _ask(self, ids: list[str]) -> None:
+        before = self._jobs, self._error
         try:
             self._jobs, self._error = commands.jobs(ids), None
         except LaunchError as error:
             self._error = str(error)
+        self._number += (self._jobs, self._error) != before

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from dist_train.atomic_files import write_json
 from dist_train.errors import RunDirError
-from dist_train.launch.resume import is_starting, resume
+from dist_train.launch.resume import resume
 from dist_train.runs import deleted_runs
+from dist_train.runs.start_lock import has_failed_to_start, hold_start_lock, is_starting
+from dist_train.runs.summary import summarise
 from dist_train.training.provenance import recorded_environment
 from support.page import SAME_ORIGIN, client_of, write_run
 from support.patience import wait_until
@@ -94,7 +99,8 @@ def test_the_bin_is_emptied_after_a_day_or_by_the_button_and_never_before(
     client.get("/")
     assert [run.name for run in deleted_runs.find_deleted(folder)] == ["old"]
     monkeypatch.setattr(time, "time", lambda: now + 24.1 * 3600)
-    assert deleted_runs.empty(folder, deleted_runs.KEPT_S) == 1
+    deleted_runs.empty(folder, deleted_runs.KEPT_S)
+    assert list(deleted_runs.find_deleted(folder)) == []
     write_run(folder, "new")
     deleted_runs.delete(folder / "new")
     assert client.post("/bin/empty", headers=SAME_ORIGIN).status_code == 303
@@ -153,3 +159,171 @@ def test_names_in_the_bin_do_not_collide(tmp_path: Path) -> None:
         write_run(tmp_path, "same")
         deleted_runs.delete(tmp_path / "same")
     assert [run.name for run in deleted_runs.find_deleted(tmp_path)] == ["same"] * 3
+
+
+def waiting_interpreter(folder: Path) -> Path:
+    """Write a program to stand for a run's Python: it notes its environment, and ends when `folder`/go is there."""
+    program = folder / "python"
+    program.write_text(
+        f"#!/bin/sh\nenv > {folder}/env.$$\necho began >> {folder}/began\n"
+        f"while [ ! -e {folder}/go ]; do sleep 0.05; done\necho refused\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+def test_two_clicks_are_one_start_and_a_run_that_is_starting_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    run_dir = write_run(folder, "run", "INTERRUPT", 10)
+    run_dir.write_provenance({"num_nodes": 1, "python": str(waiting_interpreter(tmp_path)), "cwd": str(tmp_path)})
+    client, _ = client_of(folder, tmp_path)
+    answers = [client.post("/jobs/run/resume", headers=SAME_ORIGIN).status_code for _ in range(3)]
+    assert answers == [303, 409, 409]
+    assert is_starting(run_dir)
+    assert "STARTING" in client.get("/jobs/run").text
+    answer = client.post("/jobs/run/delete", headers=SAME_ORIGIN)
+    assert (answer.status_code, "is being started already" in answer.text) == (409, True)
+    wait_until((tmp_path / "began").exists, "start")
+    (tmp_path / "go").touch()
+    wait_until(lambda: not is_starting(run_dir), "end of the start")
+    assert (tmp_path / "began").read_text() == "began\n"
+    assert "refused" in client.get("/jobs/run").text.split('id="not-started"')[1]
+    assert client.post("/jobs/run/delete", headers=SAME_ORIGIN).status_code == 303
+    assert client.post("/jobs/run/delete", headers=SAME_ORIGIN).status_code == 404  # a double click
+
+
+def test_a_start_goes_on_when_the_server_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    run_dir = write_run(folder, "run", "INTERRUPT", 10)
+    run_dir.write_provenance({"num_nodes": 1, "python": str(waiting_interpreter(tmp_path)), "cwd": str(tmp_path)})
+    code = "import os, sys; from pathlib import Path; from dist_train.launch.resume import resume; "
+    code += "resume(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    server = subprocess.run([sys.executable, "-c", code, str(run_dir.path)], start_new_session=True)
+    assert server.returncode == -9
+    client, _ = client_of(folder, tmp_path)  # of the next server
+    wait_until((tmp_path / "began").exists, "start")
+    assert is_starting(run_dir)
+    assert "STARTING" in client.get("/jobs/run").text
+    assert client.post("/jobs/run/resume", headers=SAME_ORIGIN).status_code == 409
+    (tmp_path / "go").touch()
+    wait_until(lambda: not is_starting(run_dir), "end of the start")
+
+
+def test_a_start_that_has_a_status_is_neither_starting_nor_failed_while_its_launcher_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    run_dir = write_run(folder, "run", "INTERRUPT", 10)
+    run_dir.write_provenance({"num_nodes": 1, "python": str(waiting_interpreter(tmp_path)), "cwd": str(tmp_path)})
+    resume(run_dir.path)
+    write_json(run_dir.status.path, run_dir.status.read() | {"state": "FINISHED"})
+    client, _ = client_of(folder, tmp_path)
+    assert not is_starting(run_dir)
+    assert "STARTING" not in client.get("/jobs/run").text
+    (tmp_path / "go").touch()
+    with hold_start_lock(run_dir):  # waits for the launcher, which has printed something after the last status
+        pass
+    assert "not-started" not in client.get("/jobs/run").text
+
+
+def test_go_on_has_the_environment_of_the_run_and_not_that_of_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable that the run did not set stays unset: OMP_NUM_THREADS changes the bits of sums."""
+    run_dir = write_run(tmp_path / "runs", "run", "INTERRUPT", 10)
+    (tmp_path / "go").touch()
+    run_dir.write_provenance(
+        {"num_nodes": 1, "python": str(waiting_interpreter(tmp_path)), "cwd": str(tmp_path),
+         "environment": {"WANDB_MODE": "offline"}}
+    )  # fmt: skip
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("MINE", "kept")
+    resume(run_dir.path)
+    wait_until(lambda: has_failed_to_start(run_dir), "end of the start")
+    [env] = [path.read_text().splitlines() for path in tmp_path.glob("env.*")]
+    assert not any(line.startswith("OMP_NUM_THREADS") for line in env)
+    assert {"WANDB_MODE=offline", "MINE=kept"} <= set(env)
+
+
+def test_an_interpreter_that_is_gone_is_named(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "runs", "run", "INTERRUPT", 10)
+    run_dir.write_provenance({"num_nodes": 1, "python": "/gone/python"})
+    client, _ = client_of(tmp_path / "runs", tmp_path)
+    answer = client.post("/jobs/run/resume", headers=SAME_ORIGIN)
+    assert (answer.status_code, "/gone/python: No such file" in answer.text) == (409, True)
+    assert client.get("/jobs/run").status_code == 200
+
+
+def test_a_job_is_submitted_once_and_its_run_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, text in {
+        "sbatch": f"cat > /dev/null; echo $PWD $WANDB_MODE >> {tmp_path}/submitted; echo 42",
+        "squeue": f"[ ! -e {tmp_path}/submitted ] || echo '42|PENDING|Priority|0:00'",
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    run_dir = write_run(tmp_path / "runs", "run", "ERROR", 10)
+    (run_dir.path / "job.sbatch").write_text("#!/bin/bash\n")
+    write_json(run_dir.slurm_json, {"job": "41", "submitted": 1.0})
+    run_dir.write_provenance({"num_nodes": 2, "cwd": str(tmp_path), "environment": {"WANDB_MODE": "offline"}})
+    client, _ = client_of(tmp_path / "runs", tmp_path)
+    answers = [client.post("/jobs/run/resume", headers=SAME_ORIGIN) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [303, 409]
+    assert "Job 42 of run waits or runs already" in answers[1].text
+    assert (tmp_path / "submitted").read_text() == f"{tmp_path} offline\n"  # where and as it ran, and once
+    answer = client.post("/jobs/run/delete", headers=SAME_ORIGIN)
+    assert (answer.status_code, "waits in the queue" in answer.text) == (409, True)
+    assert run_dir.config.exists()
+
+
+def test_the_bin_is_emptied_of_old_runs_at_the_start_and_after_each_delete(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    for name in ("old", "new"):
+        write_run(folder, name)
+        deleted_runs.delete(folder / name)
+    long_ago = time.time_ns() - int(1e9 * (deleted_runs.KEPT_S + 60))
+
+    def age() -> None:
+        for run in deleted_runs.find_deleted(folder):
+            if run.name == "old":
+                run.path.rename(run.path.with_name(f"{long_ago}-old"))
+
+    def in_bin() -> list[str]:
+        return [run.name for run in deleted_runs.find_deleted(folder)]
+
+    age()
+    client, _ = client_of(folder, tmp_path)
+    wait_until(lambda: in_bin() == ["new"], "removal at the start")
+    write_run(folder, "old")
+    deleted_runs.delete(folder / "old")
+    age()
+    client.get("/bin")
+    assert in_bin() == ["new", "old"]  # looking removes nothing
+    write_run(folder, "third")
+    assert client.post("/jobs/third/delete", headers=SAME_ORIGIN).status_code == 303
+    assert in_bin() == ["third", "new"]
+
+
+def test_what_a_kill_left_of_a_removed_run_is_not_offered_and_goes_with_the_next_removal(tmp_path: Path) -> None:
+    half = tmp_path / ".bin" / ".removing_1-half"
+    half.mkdir(parents=True)
+    assert list(deleted_runs.find_deleted(tmp_path)) == []
+    deleted_runs.empty(tmp_path, deleted_runs.KEPT_S)
+    assert not half.exists()
+
+
+def test_a_run_deleted_before_the_clock_was_set_back_goes_with_the_button(tmp_path: Path) -> None:
+    (tmp_path / ".bin" / f"{time.time_ns() + 10**15}-x").mkdir(parents=True)
+    deleted_runs.empty(tmp_path, deleted_runs.KEPT_S)
+    assert len(list(deleted_runs.find_deleted(tmp_path))) == 1
+    deleted_runs.empty(tmp_path)
+    assert list(deleted_runs.find_deleted(tmp_path)) == []
+
+
+def test_a_run_killed_before_the_clock_was_set_back_is_killed(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, "run", "TRAINING", 10)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    write_json(run_dir.status.path, run_dir.status.read() | {"pid": gone.pid, "heartbeat": time.time() + 3600})
+    assert summarise(run_dir.path).state == "KILLED"

@@ -240,6 +240,34 @@ def test_keyboard_alone_is_enough(prefix: list[str], browser: Browser, tmp_path:
         page.wait_for_url("**/settings")
 
 
+def test_a_double_click_is_one_request(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "run")
+    sent: list[str] = []
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.goto(f"{page.url}jobs/run")
+        page.evaluate("const button = document.querySelector('#delete'); button.click(); button.click()")
+        page.get_by_text("It is in the bin").wait_for()
+        page.go_back()
+        page.goto(f"{page.url.split('jobs')[0]}bin")
+        page.get_by_role("button", name="Restore").click()  # the next page sends again
+        page.get_by_text("It is back").wait_for()
+    assert len(sent) == 2
+
+
+def test_a_comparison_says_when_the_server_is_gone(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    for name in "ab":
+        write_run(tmp_path / "runs", name)
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        page.goto(f"{page.url}compare?run=a&run=b")
+        page.locator("#curves canvas").first.wait_for()
+        page.route("**/points**", lambda route: route.abort())
+        page.locator("#bar").get_by_text("cannot be reached").wait_for()
+        page.unroute("**/points**")
+        page.locator("#bar").wait_for(state="hidden")
+
+
 PAGES = ["", "jobs/done", "jobs/failed", "jobs/done/settings", "jobs/done/logs", "jobs/done/files",
          "compare?run=done&run=failed", "machines", "bin", "login", "jobs/nothing"]  # fmt: skip
 

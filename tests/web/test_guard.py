@@ -47,9 +47,11 @@ def test_another_host_name_is_refused_even_with_a_session(host: str, folder: Pat
     assert client.get("/", headers={"host": host}).status_code == 403
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:1", "localhost", "localhost:8080", "[::1]:8080", "gateway.example:443"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:1", "localhost", "localhost:8080", "[::1]:8080", "LOCALHOST:80", "gateway.example:443"]
+)
 def test_local_and_allowed_host_names_are_answered(host: str, folder: Path, tmp_path: Path) -> None:
-    client, _ = client_of(folder, tmp_path, hosts=frozenset({"gateway.example"}))
+    client, _ = client_of(folder, tmp_path, hosts=frozenset({"Gateway.example:443"}))
     assert client.get("/", headers={"host": host}).status_code == 200
 
 
@@ -65,6 +67,7 @@ def test_local_and_allowed_host_names_are_answered(host: str, folder: Path, tmp_
         ({"origin": "http://127.0.0.1:9999"}, False),
         ({"origin": "null"}, False),
         ({"origin": "https://evil.example"}, False),
+        ({"origin": "http://[evil"}, False),
         ({}, False),
     ],
 )
@@ -139,7 +142,24 @@ def test_the_state_file_holds_no_session_and_is_private(tmp_path: Path) -> None:
     assert access.is_session(session)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"token": 5}', '{"name": "a", "sessions": {}}', "\x00" * 40])
+STATE = '{"name": %s, "token": %s, "sessions": %s}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"token": 5}',
+        '{"name": "a", "sessions": {}}',
+        "\x00" * 40,
+        STATE % ("5", '"a"', "{}"),
+        STATE % ('"a;b"', f'"{"t" * 43}"', "{}"),
+        STATE % ('"a"', '""', "{}"),
+        STATE % ('"a"', f'"{"t" * 43}"', '{"x": "y"}'),
+    ],
+)
 def test_a_damaged_state_file_is_replaced(content: str, tmp_path: Path) -> None:
     (tmp_path / "web.json").write_text(content)
     access = Access(tmp_path / "web.json")

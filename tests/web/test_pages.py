@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -305,9 +306,9 @@ def test_weights_as_pth_and_one_child_at_a_time(tmp_path: Path, monkeypatch: pyt
         assert set(loaded) == set(file.keys())
         assert all(torch.equal(loaded[name], file.get_tensor(name)) for name in loaded)
 
-    def nested(*arguments: str, timeout_s: float) -> str:
+    def nested(*arguments: str, **options: Any) -> str:
         assert client.get("/jobs/run/checkpoints/10.pth").status_code == 409  # the first is at work
         return '{"classes": {"a": 1.0}}'
 
     monkeypatch.setattr(children, "limited_output_of", nested)
-    assert children.predict(run_dir.path, b"x") == {"a": 1.0}
+    assert children.predict(run_dir, b"x") == {"a": 1.0}

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dist_train.errors import LaunchError
 
@@ -40,14 +41,14 @@ class Job:
     time: str = ""
 
 
-def submit(script: str) -> str:
-    """Submit a batch script and return the job's id.
+def submit(script: str, folder: Path | None = None, environment: Mapping[str, str] = os.environ) -> str:
+    """Submit a batch script and return the job's id. `folder`: where the job runs; None: in the current one.
 
     Raises:
         LaunchError: there is no sbatch, or it rejects the job.
     """
-    env = {name: value for name, value in os.environ.items() if name not in _SET_BY_SCRIPT}
-    output = ask("sbatch", "--parsable", text=script, env=env)
+    env = {name: value for name, value in environment.items() if name not in _SET_BY_SCRIPT}
+    output = ask("sbatch", "--parsable", text=script, env=env, folder=folder)
     return output.strip().partition(";")[0]
 
 
@@ -109,7 +110,11 @@ def cancel(job: str) -> None:
 
 
 def ask(
-    *command: str, text: str | None = None, timeout_s: float = _ANSWER_S, env: Mapping[str, str] | None = None
+    *command: str,
+    text: str | None = None,
+    timeout_s: float = _ANSWER_S,
+    env: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> str:
     """Run a Slurm command and return its stdout.
 
@@ -117,7 +122,9 @@ def ask(
         LaunchError: the command is not installed, does not answer, or fails; with its own message.
     """
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s, env=env)
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=timeout_s, env=env, cwd=folder
+        )
     except FileNotFoundError:
         raise LaunchError(
             f"No {command[0]} on PATH: this is not a submit host of a Slurm cluster. Log in to one or load its module."

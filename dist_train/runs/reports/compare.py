@@ -74,7 +74,7 @@ class LoadedRun:
 
     @property
     def best_accuracy(self) -> float | None:
-        return max((line["val/accuracy"] for line in self.lines if "val/accuracy" in line), default=None)
+        return max((each for line in self.lines if (each := line.get("val/accuracy")) is not None), default=None)
 
     @property
     def accuracy_is_share(self) -> bool:

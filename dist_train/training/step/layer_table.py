@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 
 
 @dataclass
@@ -25,7 +26,8 @@ def record_layers(net: nn.Module) -> Iterator[list[Layer]]:
 
     Layers that were not called follow; containers without parameters of their own are left out.
     """
-    names = {id(module): name for name, module in net.named_modules()}
+    modules = dict(net.named_modules())  # before the pass, which may replace some
+    names = {id(module): name for name, module in modules.items()}
     outputs: dict[str, Any] = {}
 
     def note_output(module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -38,10 +40,9 @@ def record_layers(net: nn.Module) -> Iterator[list[Layer]]:
         yield table
     finally:
         handle.remove()
-    modules = dict(net.named_modules())
     for name in (*outputs, *(each for each in modules if each not in outputs)):
         module = modules[name]
-        parameters = sum(each.numel() for each in module.parameters(recurse=False))
+        parameters = sum(each.numel() for each in module.parameters(recurse=False) if not is_lazy(each))
         if parameters or not any(module.children()):
             shape = outputs.get(name)
             table.append(Layer(name, type(module).__name__, " x ".join(map(str, shape or ())), parameters))

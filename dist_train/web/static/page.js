@@ -29,9 +29,13 @@
     drawCurves();
   });
 
+  let sent = false;
+  window.addEventListener("pageshow", () => { sent = false; });  // also when the browser goes back to the page
   document.addEventListener("submit", (event) => {
     const question = event.submitter?.dataset.confirm;
-    if (question && !window.confirm(question)) event.preventDefault();
+    // A double click is one request: the second would be refused, and take the place of the first one's answer.
+    if (sent || (question && !window.confirm(question))) event.preventDefault();
+    else sent = event.target.method === "post";
   });
   document.addEventListener("click", (event) => {
     const copy = event.target.closest("[data-copy]");
@@ -147,6 +151,7 @@
     try {
       const before = JSON.stringify([...loaded].map(([run, {cut, to}]) => [run, cut, to]));
       await Promise.all(runs.map(load));
+      if (runs.length > 1) say("");  // of one run, the poll of its values says it
       const axis = find("#axis").value;
       const now = JSON.stringify([...loaded].map(([run, {cut, to}]) => [run, cut, to]));
       if (now === before && box.dataset.axis === axis && plots.length) return;
@@ -156,6 +161,8 @@
       if (zoomed && now !== before) return;  // do not take the zoom away
       box.replaceChildren(...made.map((each) => each.root));
       plots = made;
+    } catch (error) {
+      say(STALE + "the server cannot be reached.");
     } finally {
       drawing = false;
     }

@@ -1,0 +1,191 @@
+"""The page on disks that cannot be written and with slow child processes; user code is never in its process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dist_train.errors import LaunchError
+from dist_train.launch.subprocesses import limited_output_of
+from dist_train.web import children
+from support.mounts import needs_mounts
+from support.page import client_of, write_run
+from support.patience import wait_until
+from support.processes import DIST_TRAIN, ROOT
+from support.ranks import run_forked
+from support.trainings import SETTINGS
+
+PAGES = ["/", "/rows", "/compare?run=done&run=stopped", "/machines", "/bin", "/jobs/done", "/jobs/done/live",
+         "/jobs/done/settings", "/jobs/done/logs", "/jobs/done/files", "/jobs/done/points", "/jobs/done/outputs.zip",
+         "/jobs/done/files/config.yaml", "/jobs/nothing"]  # fmt: skip
+ACTIONS = ["/jobs/running/stop", "/jobs/running/save", "/jobs/stopped/resume", "/jobs/done/delete", "/bin/restore",
+           "/bin/empty"]  # fmt: skip
+
+# Argument: the folder of runs. The state of the sessions is on the same disk.
+ASKING = f"""
+import json, sys
+from pathlib import Path
+from dist_train.runs import deleted_runs
+from support.page import SAME_ORIGIN, client_of
+folder = Path(sys.argv[1])
+client, _ = client_of(folder, folder)
+asked = [(page, client.get(page)) for page in {PAGES}]
+entry = [run.path.name for run in deleted_runs.find_deleted(folder)][0]
+asked += [(page, client.post(page, headers=SAME_ORIGIN, data={{"entry": entry}})) for page in {ACTIONS}]
+print(json.dumps({{page: [answer.status_code, answer.text] for page, answer in asked}}))
+"""
+
+
+def asked_on(tmp_path: Path, mount: str) -> dict[str, tuple[int, str]]:
+    """Return the answers for runs on a disk that `mount`, a shell command, prepares; $1 is the folder of runs."""
+    runs = tmp_path / "runs"
+    for name, state in (("done", "FINISHED"), ("stopped", "INTERRUPT"), ("running", "TRAINING"), ("old", "FINISHED")):
+        write_run(runs, name, state, 10)
+    (runs / ".bin").mkdir()
+    (runs / "old").rename(runs / ".bin" / f"{time.time_ns()}-old")
+    command = ["unshare", "-m", "sh", "-euc", f'{mount}; exec "$0" -c "$2" "$1"', sys.executable, str(runs), ASKING]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stderr
+    answers: dict[str, tuple[int, str]] = json.loads(done.stdout)
+    return answers
+
+
+@needs_mounts
+def test_a_read_only_disk_shows_all_pages_and_each_action_says_why_not(tmp_path: Path) -> None:
+    answers = asked_on(tmp_path, 'mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"')
+    assert {page: answers[page][0] for page in PAGES} == dict.fromkeys(PAGES, 200) | {"/jobs/nothing": 404}
+    for action in ACTIONS:
+        status, text = answers[action]
+        assert (status, "Read-only file system" in text) == (409, True), (action, text)
+    assert len(list((tmp_path / "runs/.bin").iterdir())) == 1
+
+
+@needs_mounts
+def test_a_full_disk_shows_all_pages_and_loses_nothing(tmp_path: Path) -> None:
+    """What needs no room is done, the rest says why not."""
+    full = tmp_path / "full"
+    full.mkdir()
+    answers = asked_on(
+        tmp_path,
+        f'mount -t tmpfs -o size=4m,nr_inodes=400 tmpfs {full}; cp -a "$1/." {full}; mount --bind {full} "$1"; '
+        'cat /dev/zero > "$1/filler" 2> /dev/null || i=0; '
+        'while touch "$1/.filler$i" 2> /dev/null; do i=$((i+1)); done',
+    )  # fmt: skip
+    assert {page: answers[page][0] for page in PAGES} == dict.fromkeys(PAGES, 200) | {"/jobs/nothing": 404}
+    for action in ACTIONS:
+        status, text = answers[action]
+        assert status == 303 or (status == 409 and "No space left on device" in text), (action, status, text)
+    assert answers["/bin/empty"][0] == 303
+
+
+# All pages and children of a run with user code, in one process; prints what it has imported.
+EVERYTHING = f"""
+import sys
+from pathlib import Path
+from support.page import SAME_ORIGIN, HOST
+from starlette.testclient import TestClient
+from dist_train.web.access import Access
+from dist_train.web.app import make_app
+folder, image = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+access = Access(folder.parent / "web.json")
+client = TestClient(make_app(folder, access), base_url=HOST, follow_redirects=False)
+client.cookies.set(access.cookie, access.open_session())
+pages = [page.replace("done", "r") for page in {PAGES}] + ["/jobs/r/checkpoints/3.pth", "/compare.csv?run=r"]
+answers = {{page: client.get(page) for page in pages}}
+answers["predict"] = client.put("/jobs/r/predict", content=image, headers=SAME_ORIGIN)
+for page, answer in answers.items():
+    assert answer.status_code == (404 if "nothing" in page else 200), (page, answer.text)
+assert len(answers["predict"].json()["classes"]) > 1
+for action in ("stop", "resume", "delete"):
+    client.post(f"/jobs/r/{{action}}", headers=SAME_ORIGIN)
+heavy = ("torch", "numpy", "accelerate", "matplotlib", "PIL", "wandb", "own_net", "dist_train.training")
+print(sorted(name for name in sys.modules if name in heavy))
+"""
+
+
+def test_no_torch_and_no_code_of_a_user_in_the_server(tmp_path: Path) -> None:
+    """Not even after weights were converted, an image tried and a comparison exported of a run with a user's net."""
+    (tmp_path / "own_net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.fc = nn.Linear(784, 10)\n\n"
+        "    def forward(self, images):\n        return self.fc(images.flatten(1))\n"
+    )
+    settings = [*SETTINGS, "-omodel.name=own_net:Net", "-otrain_for=3 steps", "--run-name=r"]
+    train = run_forked([*DIST_TRAIN, "train", *settings], tmp_path, 1)
+    assert train.returncode == 0, train.stderr
+    picture = tmp_path / "image.png"
+    Image.new("L", (28, 28), 200).save(picture)
+    done = subprocess.run(
+        [sys.executable, "-c", EVERYTHING, str(tmp_path / "runs"), str(picture)],
+        cwd=ROOT / "tests", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_child_that_hangs_is_ended_with_its_own_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {tmp_path}/pid\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(LaunchError, match="took longer than 1 s and was stopped"):
+        limited_output_of("predict", timeout_s=1.0)
+    pid = (tmp_path / "pid").read_text().strip()
+    wait_until(lambda: not _is_running(pid), "end of the child's child")
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_pages_are_answered_while_a_child_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "runs", "run")
+    client, _ = client_of(tmp_path / "runs", tmp_path)
+    begun, over = threading.Event(), threading.Event()
+
+    def hang(*_arguments: str, timeout_s: float) -> str:
+        begun.set()
+        over.wait()
+        raise LaunchError("stopped")
+
+    monkeypatch.setattr(children, "limited_output_of", hang)
+    thread = threading.Thread(target=client.get, args=("/jobs/run/checkpoints/10.pth",))
+    thread.start()
+    try:
+        begun.wait()
+        for page in ("/", "/jobs/run", "/rows", "/machines"):
+            assert client.get(page).status_code == 200
+        for _ in range(50):  # more than there are threads: none of them waits
+            assert client.get("/jobs/run/checkpoints/10.pth").status_code == 409
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_an_upload_that_ends_early_leaves_no_traceback(tmp_path: Path) -> None:
+    client, access = client_of(tmp_path / "runs", tmp_path)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"authorization", f"token {access.token}".encode())]
+    scope = {"type": "http", "method": "POST", "path": "/bin/empty", "raw_path": b"/bin/empty", "query_string": b"",
+             "headers": headers, "root_path": "", "scheme": "http", "server": ("127.0.0.1", 80)}  # fmt: skip
+    asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 400
