@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,23 @@ class Tab:
         self._version = re.findall(r'rows\?since=([^&"]+)', self.content)[0]
         return seconds
 
+    def close(self) -> None:
+        self._connection.close()
+
 
 @contextmanager
-def server(folder: Path) -> Iterator[tuple[psutil.Process, str]]:
-    """Serve the runs in `folder`; yield the process, and the address with the token."""
+def server(folder: Path) -> Iterator[tuple[psutil.Process, Callable[[], Tab]]]:
+    """Serve the runs in `folder`; yield the process, and a function that opens a tab."""
     with tempfile.TemporaryDirectory() as own:
         log = Path(own) / "log"
         arguments = ["web", "--in", str(folder), "--port", "0"]
         has_begun, environment = lambda: "\n" in log.read_text(), {"XDG_STATE_HOME": own}
-        with running(*arguments, log=log, has_begun=has_begun, environment=environment) as pid:
-            yield psutil.Process(pid), log.read_text().splitlines()[0]
+        with (
+            running(*arguments, log=log, has_begun=has_begun, environment=environment) as pid,
+            ExitStack() as tabs,
+        ):
+            address = log.read_text().splitlines()[0]
+            yield psutil.Process(pid), lambda: tabs.enter_context(closing(Tab(address)))
 
 
 def write_runs(folder: Path, count: int) -> None:

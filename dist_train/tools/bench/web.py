@@ -19,7 +19,7 @@ from dist_train.launch.subprocesses import output_of_program, running
 from dist_train.runs.directory import RunDir
 from dist_train.tools.bench.inside import Probed
 from dist_train.tools.bench.interval import Interval
-from dist_train.tools.bench.page import Tab, percent_of_core, poll, server, write_runs
+from dist_train.tools.bench.page import percent_of_core, poll, server, write_runs
 
 Found = dict[str, float]
 
@@ -41,8 +41,8 @@ def start() -> Found:
     """Return the seconds from the command to the first answer, and those of an empty Python process."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        with server(Path(folder)) as (_, address):
-            Tab(address).get("/")
+        with server(Path(folder)) as (_, open_tab):
+            open_tab().get("/")
             seconds = time.perf_counter() - began
     began = time.perf_counter()
     output_of_program(sys.executable, "-c", "pass", timeout_s=60.0)
@@ -55,8 +55,8 @@ def list_runs(count: int, changes: int = 10, idle_s: float = 20.0) -> Found:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_runs(folder, count)
-        with server(folder) as (process, address):
-            tabs = [Tab(address), Tab(address)]
+        with server(folder) as (process, open_tab):
+            tabs = [open_tab(), open_tab()]
             tabs[0].get("/login")
             bare_s = [_bare_scan(folder) for _ in range(changes)]
             cold_s, warm_s = tabs[0].get("/"), []
@@ -99,14 +99,14 @@ def watch_training(count: int, pairs: int = 25, block_s: float = 2.0, watched_s:
 
         blocks: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         begun, one_thread = run_dir.metrics.path.exists, {"OMP_NUM_THREADS": "1"}
-        with server(folder) as (process, address), running(*train, log=log, has_begun=begun, environment=one_thread):
-            tabs = [Tab(address), Tab(address)]
+        with server(folder) as (process, open_tab), running(*train, log=log, has_begun=begun, environment=one_thread):
+            tabs = [open_tab(), open_tab()]
             percent = percent_of_core(process, tabs, watched_s, note_delays)
             for number in range(pairs):
                 for watched in (False, True) if number % 2 else (True, False):
                     began = time.time()
                     # New tabs: the server closes a connection that was quiet for some seconds.
-                    poll([Tab(address), Tab(address)] if watched else [], block_s)
+                    poll([open_tab(), open_tab()] if watched else [], block_s)
                     blocks[watched].append((began, time.time()))
         lines = list(run_dir.metrics.read())
         pairs_of_blocks = zip(blocks[True], blocks[False], strict=True)
