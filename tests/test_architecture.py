@@ -111,7 +111,14 @@ def test_torch_free_at_import() -> None:
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PRIVATE = re.compile(r"_[a-z]\w*")
 # Private names of other libraries: Accelerate has no other way to leave a world.
-PRIVATE_ELSEWHERE = {"_exit", "_global_forward_hooks", "_load_from_state_dict", "_reset_state", "_shared_state", "_version"}
+PRIVATE_ELSEWHERE = {
+    "_exit",
+    "_global_forward_hooks",
+    "_load_from_state_dict",
+    "_reset_state",
+    "_shared_state",
+    "_version",
+}
 
 
 def private_names(path: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "guards", "growth", "speedrun")
+_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "guards", "growth", "speedrun", "web")
 
 
 @click.command()
@@ -32,7 +32,8 @@ def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
     """Compare this harness with hand-written loops and other trainers: tables, JSON and pictures.
 
     Parts, all by default: speed, scaling, breakdown, startup, checkpoint, guards, growth, speedrun (four seeds a
-    repetition). Before each measurement a line on stderr says what it is and about how long all will still take.
+    repetition), web (the page of runs). Before each measurement a line on stderr says what it is and about how long
+    all will still take.
     """
     from dist_train.tools.bench.suite import Options, run
 

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -56,6 +57,36 @@ def output_of_ranks(nproc: int, module: str, *arguments: str, environment: Mappi
     """Return the combined stdout of `nproc` ranks of `python -m MODULE ARGUMENT...` under torchrun."""
     options = ["--standalone", f"--nproc-per-node={nproc}", "-m", module]
     return output_of("torch.distributed.run", *options, *arguments, environment=environment)
+
+
+@contextmanager
+def running(
+    *arguments: str, log: Path, has_begun: Callable[[], bool], environment: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """Run `dist-train ARGUMENT...` while the context lasts, and yield its process id once it `has_begun`.
+
+    Its output goes to `log`; `environment` is added to our own.
+
+    Raises:
+        LaunchError: it ended before; with its output.
+    """
+    environment = {**without_torchrun_options(os.environ), **(environment or {})}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dist_train", *arguments],
+            stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+    try:
+        while not has_begun():
+            if process.poll() is not None:
+                raise LaunchError(
+                    f"{shlex.join(arguments)} ended with exit code {process.returncode}:\n{log.read_text()}"
+                )
+            time.sleep(0.005)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def begin_detached(

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ class RunDir:
         # Created by users, from any shell.
         self.stop_request_file, self.save_request_file = self.path / "STOP", self.path / "SAVE"
         self.slurm_json = self.path / "slurm.json"  # written by `slurm submit`
-        self._lock = FileLock(self.path / ".lock", timeout=0)
+
+    @cached_property
+    def _lock(self) -> FileLock:
+        return FileLock(self.path / ".lock", timeout=0)  # readers of many runs never need it
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:05d}.log"

@@ -19,6 +19,8 @@ from dist_train.runs import heartbeat
 from dist_train.runs.directory import RunDir
 from dist_train.runs.status_file import ENDS
 
+_NOT_LIVE = frozenset({*ENDS, "KILLED", "SILENT", "NEW"})
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -34,6 +36,7 @@ class Summary:
     heartbeat: float | None  # time.time()
     best: Mapping[str, float]  # the best evaluation, keys val/...
     metrics: Mapping[str, float]  # the newest values
+    seconds: Mapping[str, float]  # wall seconds by use, over all attempts
     result: Mapping[str, Any]  # empty until the run is finished
     job: str | None  # Slurm job id
 
@@ -43,7 +46,7 @@ class Summary:
 
     @property
     def is_live(self) -> bool:
-        return self.state not in (*ENDS, "KILLED", "SILENT", "NEW")
+        return self.state not in _NOT_LIVE
 
     @property
     def may_be_running(self) -> bool:
@@ -67,12 +70,6 @@ class Summary:
     @property
     def samples_per_s(self) -> float | None:
         return self.result.get("samples_per_s") or self.metrics.get("perf/samples_per_s")
-
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """Wall seconds by use, over all attempts."""
-        seconds: dict[str, float] = self.run_dir.status.read().get("seconds", {})
-        return seconds
 
     @property
     def age_text(self) -> str:
@@ -110,6 +107,7 @@ def summarise(path: Path) -> Summary:
         heartbeat=status.get("heartbeat"),
         best=status.get("best", {}),
         metrics=status.get("metrics", {}),
+        seconds=status.get("seconds", {}),
         result=run_dir.read_result(),
         job=_job_of(status, run_dir.read_submission()),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.tools.bench import rounds, scaling, startup
+from dist_train.tools.bench import rounds, scaling, startup, web
 from dist_train.tools.bench.contest import Contest, Rounds, best_peer, ratios, table
 from dist_train.tools.bench.interval import Interval
 from dist_train.tools.bench.report import write
@@ -98,6 +98,24 @@ PROBED = {
         ]
         * 2
     },
+    "web": {
+        web.START: [{"start_s": 0.3, "python_s": 0.01}] * 2,
+        **{
+            name: [
+                {
+                    "cold_s": 0.2,
+                    "warm_s": 0.02,
+                    "bare_s": 0.002,
+                    "idle_percent": 1.5,
+                    "rss_mib": 57.0,
+                    "with_torch": False,
+                }
+            ]
+            * 2
+            for name in (web.RUNS, web.MANY_RUNS)
+        },
+        web.TRAINING: [{"delay_s": 0.6, "worst_delay_s": 1.5, "percent": 2.5, "ratio": 0.99}] * 2,
+    },
 }
 
 
@@ -122,6 +140,14 @@ def test_guards_are_measured_over_resident_and_streamed_set() -> None:
     (series,) = PARTS["guards"].series(options)
     assert [*series.measurements] == ["mlp", "mlp, streamed", "conv", "conv, streamed"]
     assert "| mlp, streamed | 2.000 | 2.010 | 0.5 (0.5 to 0.5) |" in PARTS["guards"].table(PROBED["guards"])
+
+
+def test_table_of_the_page() -> None:
+    lines = PARTS["web"].table(PROBED["web"])
+    assert lines[0].endswith("torch is not loaded.")
+    row = "| first list of 1 000 runs, s | 0.200 (0.200 to 0.200) | 100.0x (100.0 to 100.0) | < 1 |"
+    assert row in lines
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
 def test_progress_and_estimated_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
