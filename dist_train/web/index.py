@@ -12,6 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from dist_train.runs.summary import Summary, is_run, summarise
+from dist_train.web.outputs import is_shown
 
 SCAN_S = 0.9  # between two scans, whoever asks; less than between two polls, or a tab would wait for the one after
 
