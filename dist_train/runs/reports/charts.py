@@ -56,10 +56,10 @@ def learning_curves(runs: Sequence[LoadedRun], axis: Axis = "step") -> bytes:
             panel.yaxis.set_major_formatter("{x:g}")  # 0.1 instead of 10^-1
             panel.yaxis.set_minor_formatter("{x:g}")
         handles, labels = panel.get_legend_handles_labels()
-        if len(panels) == 1 or len(labels) <= _MAX_LEGEND // 2:
-            panel.legend(fontsize="small")
-        else:
+        if len(labels) > _MAX_LEGEND // 2:
             by_label |= dict(zip(labels, handles, strict=True))
+        elif labels:
+            panel.legend(fontsize="small")
     if by_label:
         labels = [*by_label][:_MAX_LEGEND]
         figure.legend([by_label[label] for label in labels], labels, loc="outside lower center",
