@@ -18,7 +18,7 @@ from dist_train.atomic_files import read_json, write_json
 from dist_train.runs.error_report import record_error
 from support.browser import chromium, namespace, needs_namespace
 from support.page import write_run
-from support.patience import wait_until
+from support.patience import PATIENCE_S, wait_until
 from support.processes import DIST_TRAIN, ROOT, started
 from support.run_files import metrics_without_times, status, status_of, step_of
 from support.tiny_runs import write_at
