@@ -21,7 +21,7 @@ from support.page import SAME_ORIGIN, client_of, write_run
 from support.patience import wait_until
 
 
-def test_stop_and_save_leave_the_requests_that_a_run_reads(tmp_path: Path) -> None:
+def test_stop_and_save_write_request_files(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run", "TRAINING", 10)
     client, _ = client_of(tmp_path, tmp_path)
     for action, file in (("stop", run_dir.stop_request_file), ("save", run_dir.save_request_file)):
@@ -34,7 +34,7 @@ def test_stop_and_save_leave_the_requests_that_a_run_reads(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("action", ["stop", "save", "resume"])
-def test_what_does_not_apply_is_refused(action: str, tmp_path: Path) -> None:
+def test_inapplicable_action_is_refused(action: str, tmp_path: Path) -> None:
     write_run(tmp_path, "run")
     client, _ = client_of(tmp_path, tmp_path)
     answer = client.post(f"/jobs/run/{action}", headers=SAME_ORIGIN)
@@ -45,7 +45,7 @@ def test_what_does_not_apply_is_refused(action: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["TRAINING", "SILENT"])
-def test_a_run_that_may_be_running_is_not_deleted(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_or_silent_run_is_not_deleted(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, "run", "TRAINING", 10)
     if state == "SILENT":
         now = time.time()
@@ -57,7 +57,7 @@ def test_a_run_that_may_be_running_is_not_deleted(state: str, tmp_path: Path, mo
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_run_that_a_start_has_locked_is_not_deleted(tmp_path: Path) -> None:
+def test_locked_run_is_not_deleted(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run")
     run_dir.lock()
     with pytest.raises(RunDirError, match="is in use"):
@@ -66,7 +66,7 @@ def test_a_run_that_a_start_has_locked_is_not_deleted(tmp_path: Path) -> None:
     deleted_runs.delete(tmp_path / "run")
 
 
-def test_a_deleted_run_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_deleted_run_is_restored_unchanged(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     run_dir = write_run(folder, "lr=0.1 x")
     before = {path.name: path.read_bytes() for path in run_dir.path.iterdir() if path.is_file()}
@@ -88,9 +88,7 @@ def test_a_deleted_run_comes_back_as_it_was(tmp_path: Path) -> None:
     assert client.post("/bin/restore", data={"entry": "../../etc"}, headers=SAME_ORIGIN).status_code == 409
 
 
-def test_the_bin_is_emptied_after_a_day_or_by_the_button_and_never_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bin_is_emptied_after_a_day_or_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, now = tmp_path / "runs", time.time()
     write_run(folder, "old")
     deleted_runs.delete(folder / "old")
@@ -107,7 +105,7 @@ def test_the_bin_is_emptied_after_a_day_or_by_the_button_and_never_before(
     assert list(deleted_runs.find_deleted(folder)) == []
 
 
-def test_what_one_run_refuses_does_not_keep_the_others(tmp_path: Path) -> None:
+def test_refusal_of_one_run_does_not_stop_others(tmp_path: Path) -> None:
     for name, state in (("a", "TRAINING"), ("b", "FINISHED"), ("c", "TRAINING")):
         write_run(tmp_path, name, state, 10)
     client, _ = client_of(tmp_path, tmp_path)
@@ -118,14 +116,14 @@ def test_what_one_run_refuses_does_not_keep_the_others(tmp_path: Path) -> None:
     assert (tmp_path / "c" / "STOP").exists()
 
 
-def test_a_run_of_several_machines_is_not_resumed_on_one(tmp_path: Path) -> None:
+def test_run_of_several_machines_is_not_resumed_on_one(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run", "INTERRUPT", 10)
     run_dir.write_provenance({"num_nodes": 2})
     with pytest.raises(RunDirError, match="several machines"):
         resume(tmp_path / "run")
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run", "INTERRUPT", 10)
     run_dir.write_provenance({"num_nodes": 1, "cwd": str(tmp_path / "gone")})
     with pytest.raises(RunDirError, match="gone, which does not exist"):
@@ -133,7 +131,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     assert not is_starting(run_dir)
 
 
-def test_a_start_that_fails_is_shown_with_what_it_printed(tmp_path: Path) -> None:
+def test_failed_start_shows_its_output(tmp_path: Path) -> None:
     """A config that no longer loads: the process ends before it has a status."""
     run_dir = write_run(tmp_path, "run", "INTERRUPT", 10)
     run_dir.config.write_text("seed: nothing\n")
@@ -145,7 +143,7 @@ def test_a_start_that_fails_is_shown_with_what_it_printed(tmp_path: Path) -> Non
     assert "seed" in text.split('id="not-started"')[1].split("</section>")[0]
 
 
-def test_the_environment_recorded_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_environment_has_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "SECRET")
     monkeypatch.setenv("DIST_TRAIN_LAUNCHER_PID", "1")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
@@ -154,7 +152,7 @@ def test_the_environment_recorded_holds_no_key(tmp_path: Path, monkeypatch: pyte
     assert not {"WANDB_API_KEY", "DIST_TRAIN_LAUNCHER_PID"} & recorded.keys()
 
 
-def test_names_in_the_bin_do_not_collide(tmp_path: Path) -> None:
+def test_names_in_bin_do_not_collide(tmp_path: Path) -> None:
     for _ in range(3):
         write_run(tmp_path, "same")
         deleted_runs.delete(tmp_path / "same")
@@ -172,7 +170,7 @@ def waiting_interpreter(folder: Path) -> Path:
     return program
 
 
-def test_two_clicks_are_one_start_and_a_run_that_is_starting_stays(tmp_path: Path) -> None:
+def test_double_click_starts_once(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     run_dir = write_run(folder, "run", "INTERRUPT", 10)
     run_dir.write_provenance({"num_nodes": 1, "python": str(waiting_interpreter(tmp_path)), "cwd": str(tmp_path)})
@@ -192,7 +190,7 @@ def test_two_clicks_are_one_start_and_a_run_that_is_starting_stays(tmp_path: Pat
     assert client.post("/jobs/run/delete", headers=SAME_ORIGIN).status_code == 404  # a double click
 
 
-def test_a_start_goes_on_when_the_server_is_killed(tmp_path: Path) -> None:
+def test_start_survives_killed_server(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     run_dir = write_run(folder, "run", "INTERRUPT", 10)
     run_dir.write_provenance({"num_nodes": 1, "python": str(waiting_interpreter(tmp_path)), "cwd": str(tmp_path)})
@@ -209,7 +207,7 @@ def test_a_start_goes_on_when_the_server_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not is_starting(run_dir), "end of the start")
 
 
-def test_a_start_that_has_a_status_is_neither_starting_nor_failed_while_its_launcher_ends(tmp_path: Path) -> None:
+def test_start_with_status_is_neither_starting_nor_failed(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     run_dir = write_run(folder, "run", "INTERRUPT", 10)
     run_dir.write_provenance({"num_nodes": 1, "python": str(waiting_interpreter(tmp_path)), "cwd": str(tmp_path)})
@@ -224,9 +222,7 @@ def test_a_start_that_has_a_status_is_neither_starting_nor_failed_while_its_laun
     assert "not-started" not in client.get("/jobs/run").text
 
 
-def test_go_on_has_the_environment_of_the_run_and_not_that_of_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_uses_environment_of_run_not_of_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that the run did not set stays unset: OMP_NUM_THREADS changes the bits of sums."""
     run_dir = write_run(tmp_path / "runs", "run", "INTERRUPT", 10)
     (tmp_path / "go").touch()
@@ -244,7 +240,7 @@ def test_go_on_has_the_environment_of_the_run_and_not_that_of_the_server(
     assert {"WANDB_MODE=offline", "MINE=kept"} <= set(env)
 
 
-def test_an_interpreter_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_interpreter_that_is_gone_is_named(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "runs", "run", "INTERRUPT", 10)
     run_dir.write_provenance({"num_nodes": 1, "python": "/gone/python"})
     client, _ = client_of(tmp_path / "runs", tmp_path)
@@ -253,7 +249,7 @@ def test_an_interpreter_that_is_gone_is_named(tmp_path: Path) -> None:
     assert client.get("/jobs/run").status_code == 200
 
 
-def test_a_job_is_submitted_once_and_its_run_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_job_is_resubmitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, text in {
@@ -277,7 +273,7 @@ def test_a_job_is_submitted_once_and_its_run_is_not_deleted(tmp_path: Path, monk
     assert run_dir.config.exists()
 
 
-def test_the_bin_is_emptied_of_old_runs_at_the_start_and_after_each_delete(tmp_path: Path) -> None:
+def test_old_deleted_runs_are_removed_at_start_and_delete(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     for name in ("old", "new"):
         write_run(folder, name)
@@ -305,7 +301,7 @@ def test_the_bin_is_emptied_of_old_runs_at_the_start_and_after_each_delete(tmp_p
     assert in_bin() == ["third", "new"]
 
 
-def test_what_a_kill_left_of_a_removed_run_is_not_offered_and_goes_with_the_next_removal(tmp_path: Path) -> None:
+def test_leftovers_of_killed_removal_are_removed(tmp_path: Path) -> None:
     half = tmp_path / ".bin" / ".removing_1-half"
     half.mkdir(parents=True)
     assert list(deleted_runs.find_deleted(tmp_path)) == []
@@ -313,7 +309,7 @@ def test_what_a_kill_left_of_a_removed_run_is_not_offered_and_goes_with_the_next
     assert not half.exists()
 
 
-def test_a_run_deleted_before_the_clock_was_set_back_goes_with_the_button(tmp_path: Path) -> None:
+def test_run_deleted_in_the_future_can_be_removed(tmp_path: Path) -> None:
     (tmp_path / ".bin" / f"{time.time_ns() + 10**15}-x").mkdir(parents=True)
     deleted_runs.empty(tmp_path, deleted_runs.KEPT_S)
     assert len(list(deleted_runs.find_deleted(tmp_path))) == 1
@@ -321,7 +317,7 @@ def test_a_run_deleted_before_the_clock_was_set_back_goes_with_the_button(tmp_pa
     assert list(deleted_runs.find_deleted(tmp_path)) == []
 
 
-def test_a_run_killed_before_the_clock_was_set_back_is_killed(tmp_path: Path) -> None:
+def test_run_killed_before_clock_was_set_back_is_killed(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run", "TRAINING", 10)
     gone = subprocess.Popen(["true"])
     gone.wait()

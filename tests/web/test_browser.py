@@ -79,7 +79,7 @@ def wait_for_state(page: Page, state: str) -> None:
     page.wait_for_function("state => document.querySelector('#live')?.dataset.state === state", arg=state)
 
 
-def test_run_of_a_shell_is_stopped_and_resumed_from_the_page_bit_identically(
+def test_run_of_shell_is_stopped_and_resumed_from_page_bit_identically(
     prefix: list[str], browser: Browser, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     undisturbed = trained_once(tmp_path_factory, "page", HELD)
@@ -156,7 +156,7 @@ def hang(_route: Route) -> None:
     pass
 
 
-def test_page_recovers_when_the_server_is_restarted(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+def test_page_recovers_when_server_is_restarted(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "one", "INTERRUPT", 10)
     with serving(prefix, tmp_path) as address:
         port = int(address.split(":")[2].split("/")[0])
@@ -174,7 +174,7 @@ def test_page_recovers_when_the_server_is_restarted(prefix: list[str], browser: 
         context.close()
 
 
-def test_login_by_a_link_on_another_site(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+def test_login_by_link_on_another_site(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
     """A link in a web mail: the cookie is strict, and the page opens all the same."""
     write_run(tmp_path / "runs", "mine")
     mail = tmp_path / "mail"
@@ -240,7 +240,7 @@ def test_keyboard_alone_is_enough(prefix: list[str], browser: Browser, tmp_path:
         page.wait_for_url("**/settings")
 
 
-def test_a_double_click_is_one_request(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+def test_double_click_is_one_request(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "run")
     sent: list[str] = []
     with serving(prefix, tmp_path) as address, opened(browser, address) as page:
@@ -256,7 +256,7 @@ def test_a_double_click_is_one_request(prefix: list[str], browser: Browser, tmp_
     assert len(sent) == 2
 
 
-def test_a_comparison_says_when_the_server_is_gone(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+def test_comparison_says_when_server_is_gone(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
     for name in "ab":
         write_run(tmp_path / "runs", name)
     with serving(prefix, tmp_path) as address, opened(browser, address) as page:
@@ -273,7 +273,7 @@ PAGES = ["", "jobs/done", "jobs/failed", "jobs/done/settings", "jobs/done/logs",
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_are_accessible_and_fit_a_phone(scheme: Any, prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+def test_pages_are_accessible_and_fit_phone(scheme: Any, prefix: list[str], browser: Browser, tmp_path: Path) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     runs = tmp_path / "runs"
@@ -322,7 +322,7 @@ def test_hostile_text_is_not_executed(prefix: list[str], browser: Browser, tmp_p
         assert page.evaluate("window.hit") is None
 
 
-def test_page_works_behind_a_prefix(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+def test_page_works_behind_prefix(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
     """All addresses are relative: a proxy may put the page below any path, and the cookie stays below it."""
     write_run(tmp_path / "runs", "run")
     (tmp_path / "proxy").mkdir()

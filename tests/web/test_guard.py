@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_page_without_a_session(page: str, folder: Path, tmp_path: Path) -> None:
+def test_no_page_without_session(page: str, folder: Path, tmp_path: Path) -> None:
     client, access = client_of(folder, tmp_path, logged_in=False)
     for cookies in ({}, {access.cookie: "guessed"}, {access.cookie: ""}):
         client.cookies = cookies
@@ -42,7 +42,7 @@ def test_no_page_without_a_session(page: str, folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "[::2]:8080", ""])
-def test_another_host_name_is_refused_even_with_a_session(host: str, folder: Path, tmp_path: Path) -> None:
+def test_another_host_name_is_refused_even_with_session(host: str, folder: Path, tmp_path: Path) -> None:
     client, _ = client_of(folder, tmp_path)
     assert client.get("/", headers={"host": host}).status_code == 403
 
@@ -71,7 +71,7 @@ def test_local_and_allowed_host_names_are_answered(host: str, folder: Path, tmp_
         ({}, False),
     ],
 )
-def test_changes_need_the_same_origin(headers: dict[str, str], allowed: bool, folder: Path, tmp_path: Path) -> None:
+def test_changes_need_same_origin(headers: dict[str, str], allowed: bool, folder: Path, tmp_path: Path) -> None:
     client, _ = client_of(folder, tmp_path)
     answer = client.post("/jobs/run/delete", headers=headers)
     assert (answer.status_code == 303) is allowed
@@ -79,12 +79,12 @@ def test_changes_need_the_same_origin(headers: dict[str, str], allowed: bool, fo
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "POST"])
-def test_the_origin_counts_for_each_method_but_get(method: str, folder: Path, tmp_path: Path) -> None:
+def test_origin_counts_for_each_method_but_get(method: str, folder: Path, tmp_path: Path) -> None:
     client, _ = client_of(folder, tmp_path)
     assert client.request(method, "/jobs/run/predict").status_code == 403
 
 
-def test_scripts_pass_with_the_token_in_a_header(folder: Path, tmp_path: Path) -> None:
+def test_scripts_pass_with_token_in_header(folder: Path, tmp_path: Path) -> None:
     client, access = client_of(folder, tmp_path, logged_in=False)
     for kind in ("token", "Bearer"):
         headers = {"authorization": f"{kind} {access.token}", "accept": "application/json"}
@@ -94,7 +94,7 @@ def test_scripts_pass_with_the_token_in_a_header(folder: Path, tmp_path: Path) -
     assert not (folder / "run").exists()
 
 
-def test_token_in_the_address_opens_a_session_without_redirect(folder: Path, tmp_path: Path) -> None:
+def test_token_in_address_opens_session_without_redirect(folder: Path, tmp_path: Path) -> None:
     client, access = client_of(folder, tmp_path, logged_in=False)
     assert client.get("/", params={"token": "guessed"}).status_code == 403
     answer = client.get("/", params={"token": access.token}, headers={"sec-fetch-site": "cross-site"})
@@ -108,7 +108,7 @@ def test_token_in_the_address_opens_a_session_without_redirect(folder: Path, tmp
     assert client.get("/").status_code == 200
 
 
-def test_the_login_form_opens_a_session(folder: Path, tmp_path: Path) -> None:
+def test_login_form_opens_session(folder: Path, tmp_path: Path) -> None:
     client, access = client_of(folder, tmp_path, logged_in=False)
     assert client.post("/login", data={"token": "guessed"}, headers=SAME_ORIGIN).status_code == 403
     assert client.post("/login", data={"token": access.token}).status_code == 403  # from another site
@@ -134,7 +134,7 @@ def test_session_survives_restart_ends_after_12_hours_can_be_revoked(
     assert restarted.get("/rows", headers={"authorization": f"token {old}"}).status_code == 403
 
 
-def test_the_state_file_holds_no_session_and_is_private(tmp_path: Path) -> None:
+def test_state_file_holds_no_session_and_is_private(tmp_path: Path) -> None:
     access = Access(tmp_path / "deep" / "web.json")
     session = access.open_session()
     assert stat.S_IMODE((tmp_path / "deep" / "web.json").stat().st_mode) == 0o600
@@ -160,7 +160,7 @@ STATE = '{"name": %s, "token": %s, "sessions": %s}'
         STATE % ('"a"', f'"{"t" * 43}"', '{"x": "y"}'),
     ],
 )
-def test_a_damaged_state_file_is_replaced(content: str, tmp_path: Path) -> None:
+def test_damaged_state_file_is_replaced(content: str, tmp_path: Path) -> None:
     (tmp_path / "web.json").write_text(content)
     access = Access(tmp_path / "web.json")
     assert len(access.token) > 40
@@ -168,7 +168,7 @@ def test_a_damaged_state_file_is_replaced(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, "/static/page.js", "/login"])
-def test_each_answer_has_the_headers(page: str, folder: Path, tmp_path: Path) -> None:
+def test_each_answer_has_headers(page: str, folder: Path, tmp_path: Path) -> None:
     client, _ = client_of(folder, tmp_path)
     headers = client.get(page).headers
     assert {name: headers[name] for name in HEADERS} == HEADERS

@@ -45,7 +45,7 @@ def assert_pages_answer(client: TestClient, what: object) -> None:
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_entries_of_any_type_never_fail_a_page(name: str, client: TestClient, tmp_path: Path) -> None:
+def test_entries_of_any_type_never_fail_page(name: str, client: TestClient, tmp_path: Path) -> None:
     path = tmp_path / "runs" / "run" / name
     before = path.read_text().splitlines()[-1:] if name == "metrics.jsonl" else []
     entries = json.loads(before[0] if before else path.read_text() if path.exists() else "{}")
@@ -57,12 +57,12 @@ def test_entries_of_any_type_never_fail_a_page(name: str, client: TestClient, tm
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"a: &a [*a]", b"[" * 500, b"? {a: b}\n: c", b"seed: 3\nseed: 4", b"5"])
-def test_any_config_never_fails_a_page(content: bytes, client: TestClient, tmp_path: Path) -> None:
+def test_any_config_never_fails_page(content: bytes, client: TestClient, tmp_path: Path) -> None:
     (tmp_path / "runs/run/config.yaml").write_bytes(content)
     assert_pages_answer(client, content)
 
 
-def test_names_that_are_no_text_are_left_out(client: TestClient, tmp_path: Path) -> None:
+def test_undecodable_names_are_left_out(client: TestClient, tmp_path: Path) -> None:
     runs = os.fsencode(tmp_path / "runs")
     for folder in (b"\xff", b"run/logs", b"run/pictures", b"run/\xff"):
         os.makedirs(runs + b"/" + folder, exist_ok=True)  # noqa: PTH103 - a name that is no text
@@ -76,7 +76,7 @@ def test_names_that_are_no_text_are_left_out(client: TestClient, tmp_path: Path)
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "%2Fetc/passwd", "..%2f..%2fwhole/config.yaml", "logs/..%2fconfig.yaml"]
 )
-def test_no_path_leads_out_of_a_run(path: str, client: TestClient) -> None:
+def test_no_path_leads_out_of_run(path: str, client: TestClient) -> None:
     assert client.get(f"/jobs/run/files/{path}").status_code == 404
 
 
@@ -94,7 +94,7 @@ def test_no_linked_log_is_shown(client: TestClient, tmp_path: Path) -> None:
     assert "SECRET" not in client.get("/jobs/run").text
 
 
-def test_a_file_that_becomes_a_link_while_an_archive_is_made_stays_out(client: TestClient, tmp_path: Path) -> None:
+def test_file_replaced_by_link_stays_out_of_archive(client: TestClient, tmp_path: Path) -> None:
     from dist_train.runs.directory import RunDir
     from dist_train.web.outputs import stream_zip
 
@@ -112,14 +112,12 @@ def test_a_file_that_becomes_a_link_while_an_archive_is_made_stays_out(client: T
 
 
 @pytest.mark.parametrize("time", ["9" * 30, "9" * 19, "0"])
-def test_odd_names_in_the_bin(time: str, client: TestClient, tmp_path: Path) -> None:
+def test_odd_names_in_bin(time: str, client: TestClient, tmp_path: Path) -> None:
     (tmp_path / "runs/.bin" / f"{time}-x").mkdir(parents=True)
     assert client.get("/bin").status_code == 200
 
 
-def test_a_file_system_that_does_not_answer_never_fails_a_page(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_file_system_never_fails_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_path: object) -> None:
         raise OSError(116, "Stale file handle")
 

@@ -31,7 +31,7 @@ def shown(listing: Listing) -> dict[str, tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_after_any_changes_it_lists_what_a_new_index_lists(seed: int, tmp_path: Path) -> None:
+def test_index_after_changes_equals_new_index(seed: int, tmp_path: Path) -> None:
     rng, index = Random(seed), RunIndex(tmp_path)
     states = ["FINISHED", "INTERRUPT", "ERROR", "TRAINING", "SETUP"]
 
@@ -64,7 +64,7 @@ def test_after_any_changes_it_lists_what_a_new_index_lists(seed: int, tmp_path: 
         before = now
 
 
-def test_what_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_runs_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         write_run(tmp_path, f"run {number}")
     index = RunIndex(tmp_path)
@@ -83,9 +83,7 @@ def test_what_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pyt
     assert read == ["run 3"]
 
 
-def test_a_run_whose_process_is_gone_is_shown_as_killed_without_a_change_of_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_state_changes_with_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, "run", "TRAINING", 10)
     index = RunIndex(tmp_path)
     first = index.listing()
@@ -97,12 +95,12 @@ def test_a_run_whose_process_is_gone_is_shown_as_killed_without_a_change_of_its_
     assert later.version != first.version
 
 
-def test_versions_of_two_servers_differ(tmp_path: Path) -> None:
+def test_versions_differ_between_servers(tmp_path: Path) -> None:
     """A browser that asks a restarted server with the old version gets the rows."""
     assert RunIndex(tmp_path).listing().version != RunIndex(tmp_path).listing().version
 
 
-def test_a_folder_that_cannot_be_read_keeps_the_last_rows_and_says_so(tmp_path: Path) -> None:
+def test_unreadable_folder_keeps_last_rows(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     write_run(folder, "run")
     index = RunIndex(folder)

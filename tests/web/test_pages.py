@@ -28,7 +28,7 @@ def rows_of(text: str) -> list[str]:
     return [part.split('"')[0] for part in text.split('name="run" value="')[1:]]
 
 
-def test_runs_at_work_come_first_then_the_newest(tmp_path: Path) -> None:
+def test_runs_at_work_come_first_then_newest(tmp_path: Path) -> None:
     import os
 
     for age, (name, state) in enumerate([("a", "FINISHED"), ("b", "TRAINING"), ("c", "ERROR"), ("d", "INTERRUPT")]):
@@ -44,7 +44,7 @@ def test_runs_at_work_come_first_then_the_newest(tmp_path: Path) -> None:
     assert "1 running, 4 in all" in client.get("/").text
 
 
-def test_a_row_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
+def test_row_shows_numbers_of_run(tmp_path: Path) -> None:
     write_run(tmp_path, "run")
     client, _ = client_of(tmp_path, tmp_path)
     text = client.get("/").text
@@ -66,7 +66,7 @@ def test_rows_are_sent_only_if_they_changed(tmp_path: Path) -> None:
     assert client.get("/rows?since=other.1").status_code == 200
 
 
-def test_the_list_has_pages(tmp_path: Path) -> None:
+def test_list_has_pages(tmp_path: Path) -> None:
     for number in range(103):
         (tmp_path / f"run{number:03}").mkdir()
         write_json(tmp_path / f"run{number:03}" / "status.json", {"state": "FINISHED"})
@@ -76,12 +76,12 @@ def test_the_list_has_pages(tmp_path: Path) -> None:
     assert "101-103 of 103" in client.get("/?sort=name&page=2").text
 
 
-def test_an_empty_folder_shows_the_first_steps(tmp_path: Path) -> None:
+def test_empty_folder_shows_first_steps(tmp_path: Path) -> None:
     client, _ = client_of(tmp_path / "runs", tmp_path)
     assert "dist-train train -c mnist" in client.get("/").text
 
 
-def test_evaluations_with_the_best_and_snapshots(tmp_path: Path) -> None:
+def test_evaluations_with_best_and_snapshots(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run")
     write_at(run_dir, 10, 0.9)
     write_at(run_dir, 15)  # between two evaluations
@@ -97,7 +97,7 @@ def test_evaluations_with_the_best_and_snapshots(tmp_path: Path) -> None:
     assert "87.50 %" in text  # of class b
 
 
-def test_a_snapshot_is_the_file_of_the_checkpoint(tmp_path: Path) -> None:
+def test_snapshot_is_file_of_checkpoint(tmp_path: Path) -> None:
     folder = write_at(write_run(tmp_path, "run"), 10)
     client, _ = client_of(tmp_path, tmp_path)
     answer = client.get("/jobs/run/checkpoints/10.safetensors")
@@ -124,7 +124,7 @@ def test_everything_as_one_archive(tmp_path: Path) -> None:
         assert archive.read("run/metrics.jsonl") == run_dir.metrics.path.read_bytes()
 
 
-def test_no_link_leads_out_of_a_run(tmp_path: Path) -> None:
+def test_no_link_leads_out_of_run(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run")
     (tmp_path / "secret").write_text("SECRET")
     (run_dir.path / "link").symlink_to(tmp_path / "secret")
@@ -144,7 +144,7 @@ def test_no_link_leads_out_of_a_run(tmp_path: Path) -> None:
     assert "SECRET" not in client.get("/jobs/run/logs").text + client.get("/jobs/run/files").text
 
 
-def test_a_log_is_followed(tmp_path: Path) -> None:
+def test_log_is_followed(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run")
     log = run_dir.rank_log(0)
     log.write_text("one\n")
@@ -159,7 +159,7 @@ def test_a_log_is_followed(tmp_path: Path) -> None:
     assert client.get("/jobs/run/log?name=rank_00000.log&offset=200000").json()["text"] == "new\n"
 
 
-def test_points_come_once_and_anew_after_a_cut(tmp_path: Path) -> None:
+def test_points_come_once_and_anew_after_cut(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run", "TRAINING", 10)
     client, _ = client_of(tmp_path, tmp_path)
     first = client.get("/jobs/run/points").json()
@@ -188,7 +188,7 @@ def test_many_points_are_thinned_but_no_evaluation_is(tmp_path: Path) -> None:
     assert sum("val/loss" in point for point in points) == 52
 
 
-def test_a_failure_says_why_and_how_to_go_on(tmp_path: Path) -> None:
+def test_failure_says_why_and_how_to_go_on(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "run", "ERROR", 10)
     write_at(run_dir, 10)
     run_dir.rank_log(1).write_text("\n".join(f"line {number}" for number in range(100)))
@@ -239,7 +239,7 @@ def test_hostile_text_in_files_is_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_damaged_and_half_deleted_runs_never_fail_a_page(seed: int, tmp_path: Path) -> None:
+def test_damaged_and_half_deleted_runs_never_fail_page(seed: int, tmp_path: Path) -> None:
     rng = Random(seed)
     run_dir = write_run(tmp_path, "run", rng.choice(["FINISHED", "ERROR", "TRAINING"]))
     write_at(run_dir, 10, 0.9)
@@ -266,7 +266,7 @@ def test_damaged_and_half_deleted_runs_never_fail_a_page(seed: int, tmp_path: Pa
     assert client.get("/jobs/run").status_code in (200, 404)  # as of the last scan, a second ago
 
 
-def test_a_comparison_puts_results_first_and_the_best_run_on_top(tmp_path: Path) -> None:
+def test_comparison_puts_results_first_and_best_run_on_top(tmp_path: Path) -> None:
     for name, accuracy in (("low", 0.5), ("high", 0.9), ("mid", 0.7)):
         run_dir = write_run(tmp_path, name)
         write_json(run_dir.result, {"state": "FINISHED", "test/accuracy": accuracy})
@@ -284,7 +284,7 @@ def test_a_comparison_puts_results_first_and_the_best_run_on_top(tmp_path: Path)
     assert client.get("/compare.exe?run=low").status_code == 404
 
 
-def test_exports_are_those_of_the_command(tmp_path: Path) -> None:
+def test_exports_are_those_of_command(tmp_path: Path) -> None:
     write_run(tmp_path, "one")
     write_run(tmp_path, "two", "INTERRUPT", 10)
     client, _ = client_of(tmp_path, tmp_path)
@@ -293,7 +293,7 @@ def test_exports_are_those_of_the_command(tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in text.splitlines()[1:]] == ["one", "two"]
 
 
-def test_weights_as_pth_and_one_child_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_as_pth_and_one_child_at_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     run_dir = write_run(tmp_path, "run")

@@ -60,7 +60,7 @@ def asked_on(tmp_path: Path, mount: str) -> dict[str, tuple[int, str]]:
 
 
 @needs_mounts
-def test_a_read_only_disk_shows_all_pages_and_each_action_says_why_not(tmp_path: Path) -> None:
+def test_read_only_disk_shows_pages_and_explains_refused_actions(tmp_path: Path) -> None:
     answers = asked_on(tmp_path, 'mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"')
     assert {page: answers[page][0] for page in PAGES} == dict.fromkeys(PAGES, 200) | {"/jobs/nothing": 404}
     for action in ACTIONS:
@@ -70,7 +70,7 @@ def test_a_read_only_disk_shows_all_pages_and_each_action_says_why_not(tmp_path:
 
 
 @needs_mounts
-def test_a_full_disk_shows_all_pages_and_loses_nothing(tmp_path: Path) -> None:
+def test_full_disk_shows_pages_and_loses_nothing(tmp_path: Path) -> None:
     """What needs no room is done, the rest says why not."""
     full = tmp_path / "full"
     full.mkdir()
@@ -112,7 +112,7 @@ print(sorted(name for name in sys.modules if name in heavy))
 """
 
 
-def test_no_torch_and_no_code_of_a_user_in_the_server(tmp_path: Path) -> None:
+def test_server_imports_neither_torch_nor_user_code(tmp_path: Path) -> None:
     """Not even after weights were converted, an image tried and a comparison exported of a run with a user's net."""
     (tmp_path / "own_net.py").write_text(
         "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
@@ -132,7 +132,7 @@ def test_no_torch_and_no_code_of_a_user_in_the_server(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_child_that_hangs_is_ended_with_its_own_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_that_hangs_is_ended_with_its_own_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {tmp_path}/pid\nwait\n")
     program.chmod(0o755)
@@ -150,7 +150,7 @@ def _is_running(pid: str) -> bool:
         return False
 
 
-def test_pages_are_answered_while_a_child_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_answered_while_child_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "runs", "run")
     client, _ = client_of(tmp_path / "runs", tmp_path)
     begun, over = threading.Event(), threading.Event()
@@ -174,7 +174,7 @@ def test_pages_are_answered_while_a_child_is_at_work(tmp_path: Path, monkeypatch
         thread.join()
 
 
-def test_an_upload_that_ends_early_leaves_no_traceback(tmp_path: Path) -> None:
+def test_upload_that_ends_early_leaves_no_traceback(tmp_path: Path) -> None:
     client, access = client_of(tmp_path / "runs", tmp_path)
     sent: list[Any] = []
 
