@@ -25,7 +25,7 @@ class Snapshot:
 
     state: TrainerState
     model: dict[str, Tensor]
-    training: dict[str, Any]
+    training: dict[str, Any]  # of `Step.state_dict`
 
 
 @dataclass

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Literal
 
 StopState = Literal["INTERRUPT", "PREEMPTED"]
-StopReason = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # TERM may mean either: Slurm sends it for both
+StopReason = Literal["TERM", "INTERRUPT", "PREEMPTED"]  # launch/slurm/preemption.py asks Slurm what a TERM means
 
 # The signals torchrun forwards to its ranks; any other one ends torchrun and leaves the ranks behind.
 HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"

@@ -1,4 +1,8 @@
-"""Preemption of a Slurm job: what SIGTERM means, whether a save fits the grace time, whether to requeue the job."""
+"""Preemption of a Slurm job.
+
+In a rank: what a SIGTERM means (training/agreement.py asks) and whether a save fits the grace time. In the batch shell,
+after the step has ended: whether to requeue the job.
+"""
 
 from __future__ import annotations
 
