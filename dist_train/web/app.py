@@ -40,8 +40,8 @@ from dist_train.web import children, format, job_view, outputs
 from dist_train.web.access import SESSION_S, Access
 from dist_train.web.curves import MetricsCache, points
 from dist_train.web.guard import Guard
-from dist_train.web.index import Entry, RunIndex
-from dist_train.web.jobs_view import SORTS, Query, Row, make_page, make_row
+from dist_train.web.run_index import Entry, RunIndex
+from dist_train.web.run_list import SORTS, Query, Row, make_page, make_row
 from dist_train.web.machine import MachineWatch, free_bytes
 from dist_train.web.slurm_queue import SlurmQueue
 

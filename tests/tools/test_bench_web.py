@@ -13,7 +13,7 @@ from dist_train.launch.subprocesses import running
 from dist_train.runs.directory import RunDir
 from dist_train.tools.bench import web
 from dist_train.tools.bench.page import server, write_runs
-from dist_train.web.index import SCAN_S
+from dist_train.web.run_index import SCAN_S
 
 
 def test_page_starts_within_some_python_starts() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-import dist_train.web.index as module
+import dist_train.web.run_index as module
 from dist_train.runs.error_report import record_error
 from support.page import client_of, write_run
 from support.tiny_runs import write_at

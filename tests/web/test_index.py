@@ -11,10 +11,10 @@ from random import Random
 
 import pytest
 
-import dist_train.web.index as module
+import dist_train.web.run_index as module
 from dist_train.atomic_files import write_json
 from dist_train.runs.summary import Summary, summarise
-from dist_train.web.index import Listing, RunIndex
+from dist_train.web.run_index import Listing, RunIndex
 from support.page import write_run
 
 

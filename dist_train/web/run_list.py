@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_train.launch.jobs import is_waiting
 from dist_train.launch.slurm.commands import Job
-from dist_train.web.index import Entry, Listing
+from dist_train.web.run_index import Entry, Listing
 
 PER_PAGE = 100
 _BUSY = ("train", "data", "evaluate", "save")  # uses of time that repeat with the steps
