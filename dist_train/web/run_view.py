@@ -19,8 +19,8 @@ from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
 from dist_train.runs.start_lock import has_failed_to_start
 from dist_train.runs.time_accounting import effective_ratio
-from dist_train.web.run_index import Entry
 from dist_train.web.outputs import files_in
+from dist_train.web.run_index import Entry
 
 _LOG_LINES = 20  # of a failed rank
 _LOG_BYTES = 16_384  # of a failure

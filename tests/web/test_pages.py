@@ -16,7 +16,7 @@ from safetensors import safe_open
 from dist_train.atomic_files import write_json
 from dist_train.checkpoints.manifest import folder_of
 from dist_train.runs.error_report import record_error
-from dist_train.web import children
+from dist_train.web import child_processes
 from support.page import client_of, write_run
 from support.tiny_runs import write_at
 
@@ -310,5 +310,5 @@ def test_weights_as_pth_and_one_child_at_time(tmp_path: Path, monkeypatch: pytes
         assert client.get("/jobs/run/checkpoints/10.pth").status_code == 409  # the first is at work
         return '{"classes": {"a": 1.0}}'
 
-    monkeypatch.setattr(children, "limited_output_of", nested)
-    assert children.predict(run_dir, b"x") == {"a": 1.0}
+    monkeypatch.setattr(child_processes, "limited_output_of", nested)
+    assert child_processes.predict(run_dir, b"x") == {"a": 1.0}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dist_train.errors import LaunchError
 from dist_train.launch.subprocesses import limited_output_of
-from dist_train.web import children
+from dist_train.web import child_processes
 from support.mounts import needs_mounts
 from support.page import client_of, write_run
 from support.patience import wait_until
@@ -160,7 +160,7 @@ def test_pages_are_answered_while_child_is_at_work(tmp_path: Path, monkeypatch: 
         over.wait()
         raise LaunchError("stopped")
 
-    monkeypatch.setattr(children, "limited_output_of", hang)
+    monkeypatch.setattr(child_processes, "limited_output_of", hang)
     thread = threading.Thread(target=client.get, args=("/jobs/run/checkpoints/10.pth",))
     thread.start()
     try:

@@ -1,0 +1,33 @@
+"""The answer to what cannot be done."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dist_train.web.site import Site, json_response
+
+
+class ErrorPages:
+    """Handlers of errors."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def http_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return self._error(request, error.status_code, error.detail)
+
+    def own_error(self, request: Request, error: Exception) -> Response:
+        return self._error(request, 409, str(error))
+
+    def disk_error(self, request: Request, error: Exception) -> Response:
+        """A file that is gone since it was listed, a full disk."""
+        assert isinstance(error, OSError)
+        return self._error(request, 503, f"{error.strerror or error}. Load the page again.")
+
+    def _error(self, request: Request, status: int, message: str) -> Response:
+        if request.headers.get("accept", "").startswith("application/json"):
+            return json_response({"error": message}, status)
+        return self._site.page(request, "error.html", status_code=status, message=message)

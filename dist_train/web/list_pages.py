@@ -1,0 +1,62 @@
+"""The list of runs, and the page of this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dist_train.web.login import Login
+from dist_train.web.machine import MachineWatch
+from dist_train.web.run_list import SORTS, Query, Row, make_page, make_row
+from dist_train.web.site import Site, json_response
+
+
+class ListPages:
+    """Handlers of the list of runs and of the machine."""
+
+    def __init__(self, site: Site, login: Login) -> None:
+        self._site = site
+        self._login = login  # the address with the token is that of the list
+        self._machine = MachineWatch(site.index.folder)
+
+    def jobs(self, request: Request) -> Response:
+        if "token" in request.query_params:
+            return self._login.begin_session(request, request.query_params["token"])
+        return self._site.page(request, "jobs.html", **self._list(request))
+
+    def rows(self, request: Request) -> Response:
+        found = self._list(request)
+        if request.query_params.get("since") == found["since"]:
+            return Response(status_code=204)
+        if "application/json" in request.headers.get("accept", ""):
+            return json_response([_plain(row) for row in found["page"].rows])
+        return self._site.page(request, "rows.html", **found)
+
+    def _list(self, request: Request) -> dict[str, Any]:
+        listing, query = self._site.index.listing(), Query.of(request.query_params)
+        return {
+            "page": make_page(listing, self._site.jobs(), query),
+            "query": query,
+            "sorts": list(SORTS),
+            "since": f"{listing.version}.{self._site.queue.version}",
+            "error": listing.error or self._site.queue.error,
+            "folder": self._site.index.folder,
+        }
+
+    def machines(self, request: Request) -> Response:
+        listing = self._site.index.listing()
+        running = [make_row(entry, None) for entry in listing.entries.values() if entry.summary.may_be_running]
+        return self._site.page(request, "machines.html", machine=self._machine.look(), running=running)
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """Return a row of the list as JSON."""
+    summary = row.entry.summary
+    return {
+        "run": summary.name, "state": row.state, "step": summary.step, "total_steps": summary.total_steps,
+        "epoch": summary.epoch, "left_s": row.left_s, "train_loss": row.train_loss,
+        "val_accuracy": summary.accuracy, "test_accuracy": summary.test_accuracy,
+        "samples_per_s": summary.samples_per_s, "world_size": summary.world_size, "job": summary.job,
+    }  # fmt: skip
