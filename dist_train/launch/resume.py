@@ -28,12 +28,12 @@ def start_log(run_dir: RunDir) -> Path:
 
 def resume_command(run_dir: RunDir) -> list[str] | None:
     """Return the command that resumes a run; None if that depends on its machines, or on a Slurm job of the user's."""
-    script, provenance = run_dir.path / "job.sbatch", run_dir.read_provenance()
+    script, provenance, status = run_dir.path / "job.sbatch", run_dir.read_provenance(), run_dir.status.read()
     if script.is_file():
         return ["sbatch", str(script)]
-    if provenance.get("num_nodes", 1) != 1 or run_dir.status.read().get("slurm_job_id"):
+    if provenance.get("num_nodes", 1) != 1 or status.get("slurm_job_id"):
         return None
-    nproc = run_dir.status.read().get("world_size") or 1
+    nproc = status.get("world_size") or 1
     python = provenance.get("python", sys.executable)
     return [python, "-m", "dist_train", "train", "--resume", str(run_dir.path), "--nproc", str(nproc)]
 

@@ -10,6 +10,7 @@ from typing import Any
 from dist_train.launch.jobs import is_waiting
 from dist_train.launch.slurm.commands import Job
 from dist_train.web.run_index import Entry, Listing
+from dist_train.web.site import whole_number
 
 PER_PAGE = 100
 _BUSY = ("train", "data", "evaluate", "save")  # uses of time that repeat with the steps
@@ -27,12 +28,12 @@ class Query:
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> Query:
         """Read the parameters of a URL; what makes no sense counts as not given."""
-        sort, page = parameters.get("sort", ""), parameters.get("page", "")
+        sort = parameters.get("sort", "")
         return cls(
             text=parameters.get("q", "").strip(),
             state=parameters.get("state", "").upper(),
             sort=sort if sort in SORTS else "newest",
-            page=max(1, int(page)) if page.isascii() and page.isdigit() and len(page) < 7 else 1,
+            page=max(1, whole_number(parameters.get("page", ""), digits=6) or 1),
         )
 
 

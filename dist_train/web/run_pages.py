@@ -16,7 +16,7 @@ from dist_train.web import child_processes, outputs, run_view
 from dist_train.web.curves import MetricsCache, points
 from dist_train.web.run_index import Entry
 from dist_train.web.run_list import make_row
-from dist_train.web.site import Site, json_response, read_body
+from dist_train.web.site import Site, json_response, read_body, whole_number
 
 _LOG_BYTES = 64 * 1024  # at most, in one answer
 
@@ -29,18 +29,25 @@ class RunPages:
         self._metrics = MetricsCache()
 
     def job(self, request: Request) -> Response:
-        return self._site.page(request, "job.html", tab="results", **self._results(request))
+        return self._site.page(request, "job.html", tab="results", **self._results(self._site.find(request)))
 
     def live(self, request: Request) -> Response:
-        found = self._results(request)
-        if request.query_params.get("since") == found["since"]:
-            return Response(status_code=204)
-        return self._site.page(request, "live.html", **found)
-
-    def _results(self, request: Request) -> dict[str, Any]:
         entry = self._site.find(request)
+        if request.query_params.get("since") == self._version(entry):  # before manifests and logs are read
+            return Response(status_code=204)
+        return self._site.page(request, "live.html", **self._results(entry))
+
+    def _version(self, entry: Entry) -> str:
+        """Return what changes whenever the results of a run do."""
         run_dir = entry.summary.run_dir
         lines, inode = self._metrics.lines(run_dir.metrics.path)
+        parts = (*entry.signature, entry.summary.state, is_starting(run_dir), self._site.queue.version)
+        return ".".join(map(str, (len(lines), inode, *parts)))
+
+    def _results(self, entry: Entry) -> dict[str, Any]:
+        since = self._version(entry)  # first: what changes meanwhile is shown by the next poll
+        run_dir = entry.summary.run_dir
+        lines, _ = self._metrics.lines(run_dir.metrics.path)
         starting = is_starting(run_dir)
         epochs = run_view.epochs(run_dir, lines)
         uses, effective = run_view.seconds_by_use(entry)
@@ -58,8 +65,7 @@ class RunPages:
             "pictures": pictures,
             "layers": run_dir.read_layers(),
             "busy": self._site.is_busy(),
-            "since": f"{len(lines)}.{inode}.{'.'.join(map(str, entry.signature))}.{entry.summary.state}.{starting}"
-            f".{self._site.queue.version}",
+            "since": since,
         }
 
     def settings(self, request: Request) -> Response:
@@ -76,12 +82,11 @@ class RunPages:
     def log(self, request: Request) -> Response:
         """The text of a log from `offset` on, as {"text", "offset"}."""
         run_dir = self._site.find(request).summary.run_dir
-        name, offset = request.query_params.get("name", ""), request.query_params.get("offset", "")
+        name = request.query_params.get("name", "")
         path = run_view.logs(run_dir).get(name)
         if path is None:
             raise HTTPException(404, f"There is no log {name}.")
-        start = int(offset) if offset.isascii() and offset.isdigit() and len(offset) < 19 else None
-        text, end = run_view.tail(path, _LOG_BYTES, start)
+        text, end = run_view.tail(path, _LOG_BYTES, whole_number(request.query_params.get("offset", "")))
         return json_response({"text": text, "offset": end})
 
     def files(self, request: Request) -> Response:
@@ -92,8 +97,7 @@ class RunPages:
     def points(self, request: Request) -> Response:
         """The numbers of a run's curves from line `from` on; `cut` changes when a resume has cut the file."""
         lines, inode = self._metrics.lines(self._site.find(request).summary.run_dir.metrics.path)
-        start = request.query_params.get("from", "")
-        first = int(start) if start.isascii() and start.isdigit() and len(start) < 19 else 0
+        first = whole_number(request.query_params.get("from", "")) or 0
         if request.query_params.get("cut") != str(inode):
             first = 0
         return json_response({"cut": str(inode), "from": first, "to": len(lines), "points": list(points(lines, first))})

@@ -86,6 +86,11 @@ def attachment_header(name: str) -> dict[str, str]:
     return {"content-disposition": f"attachment; filename*=utf-8''{quoted(name)}"}
 
 
+def whole_number(text: str, digits: int = 18) -> int | None:
+    """Return the number that a parameter of an address holds; None if it is none, or has more than `digits` digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
+
+
 def json_response(value: Any, status_code: int = 200) -> Response:
     return Response(to_json(value), status_code, media_type="application/json")
 

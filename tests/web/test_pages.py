@@ -66,6 +66,15 @@ def test_rows_are_sent_only_if_they_changed(tmp_path: Path) -> None:
     assert client.get("/rows?since=other.1").status_code == 200
 
 
+def test_results_are_sent_only_if_they_changed(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, "run", "TRAINING", 10)
+    client, _ = client_of(tmp_path, tmp_path)
+    since = client.get("/jobs/run").text.split("/live?since=")[1].split('"')[0]
+    assert client.get(f"/jobs/run/live?since={since}").status_code == 204
+    run_dir.append_metrics({"step": 12, "train/loss": 0.1})
+    assert client.get(f"/jobs/run/live?since={since}").status_code == 200
+
+
 def test_list_has_pages(tmp_path: Path) -> None:
     for number in range(103):
         (tmp_path / f"run{number:03}").mkdir()

@@ -149,16 +149,14 @@
     if (!box || drawing) return;
     drawing = true;
     try {
-      const before = JSON.stringify([...loaded].map(([run, {cut, to}]) => [run, cut, to]));
+      const state = () => JSON.stringify([...loaded].map(([run, {cut, to}]) => [run, cut, to]));
+      const before = state();
       await Promise.all(runs.map(load));
       if (runs.length > 1) say("");  // of one run, the poll of its values says it
       const axis = find("#axis").value;
-      const now = JSON.stringify([...loaded].map(([run, {cut, to}]) => [run, cut, to]));
-      if (now === before && box.dataset.axis === axis && plots.length) return;
+      if (state() === before && box.dataset.axis === axis && plots.length) return;
       box.dataset.axis = axis;
       const made = panels().map((panel) => plot(panel, axis)).filter(Boolean);
-      const zoomed = plots.some((each) => each.zoomed);
-      if (zoomed && now !== before) return;  // do not take the zoom away
       box.replaceChildren(...made.map((each) => each.root));
       plots = made;
     } catch (error) {
