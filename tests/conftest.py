@@ -38,6 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="Run all faults and jobs, not only the default subset.")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":  # the others mean the CPU, and more ranks than there are GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     deselected = [] if config.getoption("--full") else [item for item in items if item.get_closest_marker("full")]
@@ -93,19 +98,21 @@ def count(request: pytest.FixtureRequest) -> Callable[..., int]:
 
 
 @pytest.fixture
-def world(_restored_environment: None) -> Iterator[World]:
-    """A world of one process, this one."""
-    from accelerate.state import AcceleratorState, GradientState
+def process_state(_restored_environment: None) -> Iterator[None]:
+    """Restores what joining a world changes in this process."""
+    from dist_train.distributed.process_state import preserve_process_state
 
+    with preserve_process_state():
+        yield
+
+
+@pytest.fixture
+def world(process_state: None) -> World:
+    """A world of one process, this one."""
     from dist_train.config.loading import parse_config
     from dist_train.distributed.world import World
 
-    before = dict(os.environ)
-    yield World.join(parse_config({"device": "cpu"}))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    os.environ.clear()
-    os.environ.update(before)
+    return World.join(parse_config({"device": "cpu"}))
 
 
 @pytest.fixture

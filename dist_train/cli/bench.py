@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 _PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "guards", "growth", "speedrun", "web")
+_ON_A_GPU = ("gpu",)  # only if named
 
 
 @click.command()
-@click.argument("parts", nargs=-1, type=click.Choice(_PARTS), metavar="[PART]...")
+@click.argument("parts", nargs=-1, type=click.Choice([*_PARTS, *_ON_A_GPU]), metavar="[PART]...")
 @click.option("--net", "nets", multiple=True, default=("mlp", "bks", "conv"), show_default=True, metavar="NET")
 @click.option("--precision", "precisions", multiple=True, default=("no",), type=click.Choice(["no", "bf16"]))
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: 64, for scaling 512.")
@@ -32,8 +33,8 @@ def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
     """Compare this harness with hand-written loops and other trainers: tables, JSON and pictures.
 
     Parts, all by default: speed, scaling, breakdown, startup, checkpoint, guards, growth, speedrun (four seeds a
-    repetition), web (the page of runs). Before each measurement a line on stderr says what it is and about how long
-    all will still take.
+    repetition), web (the page of runs); and gpu, only if named. Before each measurement a line on stderr says what it
+    is and about how long all will still take.
     """
     from dist_train.tools.bench.suite import Options, run
 

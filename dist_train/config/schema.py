@@ -217,12 +217,16 @@ class Config(_Settings):
     per_device_batch_size: Annotated[BatchSize, MayChange] = 1024
     # no, or autocast to bf16 or fp16. None: the choice of `accelerate launch`, else no.
     mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None
+    # On NVIDIA GPUs: round the factors of float32 matrix products and convolutions to TF32 (a mantissa of 10 bits, not
+    # 23), which is faster. None: torch's defaults, which do so for convolutions only.
+    tf32: bool | None = None
     # Type of weights and arithmetic. float64 is slow; it tells rounding differences from real ones.
     dtype: Literal["float32", "float64"] = "float32"
     # auto: cuda if there is one, else mps for a single process, else cpu.
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], MayChange] = "auto"
-    # How an update runs: eager, compile (torch.compile) or graph (CUDA graph), with equal results within rounding.
-    # auto: compile on cpu or graph on cuda if it is supported and faster, else eager.
+    # How an update runs: eager, compile (torch.compile, on cuda captured too) or graph (CUDA graph), with equal results
+    # within rounding.
+    # auto: compile, on cuda else graph, if that is supported, faster and soon pays off; else eager.
     step_mode: Annotated[WantedMode, MayChange] = "auto"
     max_grad_norm: PositiveFloat | None = None  # clip the gradient to this global L2 norm; None: no clipping
     label_smoothing: Fraction = 0.0  # of cross-entropy

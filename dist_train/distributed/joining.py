@@ -50,6 +50,8 @@ def set_up_process(config: Config, process: ProcessInfo, device: str) -> int:
     if device == "cuda" and process.world_size > 1:
         # Accelerate uses it as the device index, which is 0 for a task that sees only its own device.
         os.environ["LOCAL_RANK"] = str(process.local_rank % torch.cuda.device_count())
+    if config.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     torch.set_default_dtype(getattr(torch, config.dtype))
     return threads
 

@@ -20,10 +20,11 @@ _LOGGERS = ("dist_train", "py.warnings")
 
 @contextmanager
 def preserve_process_state() -> Iterator[None]:
-    """Leave what belongs to the process as it was: environment, sys.path, default dtype, threads, random generators,
-    logging, and the state of Accelerate, which is new inside."""
+    """Leave what belongs to the process as it was: environment, sys.path, default dtype, TF32, threads, random
+    generators, logging, and the state of Accelerate, which is new inside."""
     environment, path = dict(os.environ), list(sys.path)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     python, numpy = random.getstate(), np.random.get_state()
     shared = [dict(state._shared_state) for state in _SHARED]
     loggers = [(each, each.level, each.propagate, each.handlers[:]) for each in map(logging.getLogger, _LOGGERS)]
@@ -47,6 +48,7 @@ def preserve_process_state() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_default_dtype(dtype)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.set_num_threads(threads)
         sys.path[:] = path
         os.environ.clear()

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +32,22 @@ def seed_everything(seed: int) -> None:
     seed_torch(seed)
 
 
-def generator_states() -> tuple[Any, ...]:
-    """Return the states of these generators; two results are equal if nothing was drawn in between."""
-    states = [random.getstate(), pickle.dumps(np.random.get_state()), _bytes_of(torch.get_rng_state())]
+class GeneratorStates(NamedTuple):
+    """The states of these generators: equal if nothing was drawn in between."""
+
+    host: tuple[Any, ...]
+    device: bytes | None  # None: the device is the CPU
+
+
+def generator_states() -> GeneratorStates:
+    """Return the states of the generators that `seed_everything` seeds."""
+    host = (random.getstate(), pickle.dumps(np.random.get_state()), _bytes_of(torch.get_rng_state()))
+    device = None
     if torch.cuda.is_initialized():
-        states.append(_bytes_of(torch.cuda.get_rng_state()))
+        device = _bytes_of(torch.cuda.get_rng_state())
     elif torch.backends.mps.is_available():
-        states.append(_bytes_of(torch.mps.get_rng_state()))
-    return tuple(states)
+        device = _bytes_of(torch.mps.get_rng_state())
+    return GeneratorStates(host, device)
 
 
 def _bytes_of(state: Tensor) -> bytes:

@@ -167,7 +167,9 @@ class World:
 
         Collective: every rank must call this.
         """
-        self.accelerator.wait_for_everyone()
+        if self.size > 1:
+            # Not Accelerate's: on a machine with GPUs it names one, also for ranks on the CPU.
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def check_shared(self, folder: Path) -> None:
         """Check that every rank sees the folder that rank zero writes to.

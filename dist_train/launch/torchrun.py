@@ -48,7 +48,7 @@ class LaunchSpec:
             sys.executable, "-m", "torch.distributed.run",
             *(self.nodes.options(self.run_dir) if self.nodes else ["--standalone"]), f"--nproc-per-node={self.nproc}",
             *([f"--max-restarts={self.max_restarts}"] if self.max_restarts else []),
-            f"--signals-to-handle={HANDLED_SIGNALS}", f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
+            f"--signals-to-handle={HANDLED_SIGNALS}",
             "-m", "dist_train", *self.arguments,
         ]  # fmt: skip
 
@@ -59,6 +59,8 @@ class LaunchSpec:
             RUN_DIR: str(self.run_dir.path),
             ASKED_AT: repr(self.asked_at),
             LAUNCHER_PID: str(os.getpid()),
+            # Not the option of the same name, which torch 2.11 does not have.
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S)),
         }
 
     def __str__(self) -> str:

@@ -82,6 +82,11 @@ def check_model_exists(config: ModelConfig) -> None:
         check_object(config.name)
 
 
+def is_library_net(config: ModelConfig) -> bool:
+    """Whether the net is one of torchvision's or timm's."""
+    return config.bundle is None and config.name.startswith(("torchvision:", "timm:"))
+
+
 def _reject_lazy_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
@@ -228,7 +233,7 @@ def _needed(config: ModelConfig, spec: DataSpec, *keys: str) -> dict[str, int]:
             needed[key] = value
         elif key not in config.args:
             # torchvision and timm have no argument of this name; for them only the data set can provide it.
-            data_only = key == "in_channels" and config.name.startswith(("torchvision:", "timm:"))
+            data_only = key == "in_channels" and is_library_net(config)
             fix = fixes[key] + ("." if data_only else f", or set model.args.{key}.")
             raise ConfigError(f"model.name={config.name} needs {key}, which the data set does not provide. {fix}")
     return needed

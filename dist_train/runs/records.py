@@ -88,6 +88,7 @@ class Provenance(TypedDict, total=False):
     cpu: str
     mixed_precision: Precision
     step_mode: StepMode
+    channels_last: bool
     versions: dict[str, str | None]
     batch_plan: dict[str, Count]
     argv: list[str]

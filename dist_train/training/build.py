@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_train.checkpoints.contents import TrainerState
@@ -26,7 +27,8 @@ from dist_train.distributed import watchdog
 from dist_train.distributed.job_scheduler import JobScheduler
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
-from dist_train.models.registry import build_model
+from dist_train.models.registry import build_model, is_library_net
+from dist_train.models.tasks.objective import Objective
 from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen
 from dist_train.runs.start_options import StartOptions
@@ -35,6 +37,7 @@ from dist_train.training.provenance import collect_provenance
 from dist_train.training.recorder import RunRecorder
 from dist_train.training.start_report import report_limits, report_start
 from dist_train.training.step.lr_schedule import LearningRate
+from dist_train.training.step.memory_format import is_faster_in_channels_last
 from dist_train.training.step.train_step import Step
 from dist_train.training.tensorboard_graph import write_graph
 from dist_train.training.tracking import Tracker
@@ -48,12 +51,19 @@ class Components:
     sampler: ShardSampler
     learning_rate: LearningRate
     step: Step
+    channels_last: bool  # chosen by a trial
 
 
 def build_components(
-    config: Config, world: World, splits: Splits, change: Callable[[nn.Module], None] = lambda net: None
+    config: Config,
+    world: World,
+    splits: Splits,
+    channels_last: bool | None = None,
+    change: Callable[[nn.Module], None] = lambda net: None,
 ) -> Components:
     """Build the components. `change` may modify the net before anything else holds a reference to it.
+
+    `channels_last`: whether a net of torchvision or timm is trained in this memory format. None: if it is faster.
 
     Collective: every rank must call this.
     """
@@ -70,8 +80,15 @@ def build_components(
     if config.ddp.sync_batchnorm and world.device.type == "cuda" and world.size > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     change(net)
+    net.to(world.device)
     batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
-    return Components(sampler, learning_rate, Step(config, world, net, batches, plan, learning_rate))
+    if channels_last is None:
+        objective = Objective(net, config.label_smoothing)
+        channels_last = is_library_net(config.model) and is_faster_in_channels_last(net, batches, objective, world)
+    if channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    step = Step(config, world, net, batches, plan, learning_rate)
+    return Components(sampler, learning_rate, step, channels_last)
 
 
 def build_trainer(
@@ -88,7 +105,8 @@ def build_trainer(
 
     Collective: every rank must call this.
     """
-    components = build_components(config, world, splits)
+    before = run_dir.read_provenance()
+    components = build_components(config, world, splits, before.get("channels_last", False) if before else None)
     sampler, learning_rate, step = components.sampler, components.learning_rate, components.step
     total_steps = learning_rate.total_steps
     checkpoints = Checkpoints(
@@ -175,7 +193,7 @@ def _start_attempt(
         report_start(config, run_dir, splits, sampler, step.net, state, total_steps, provenance)
     # A resumed run keeps the mode that was chosen when it began.
     step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
-    provenance["step_mode"] = step.mode
+    provenance |= {"step_mode": step.mode, "channels_last": components.channels_last}
     if world.is_rank_zero:
         report_limits(step, provenance, before)
         cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from dist_train.distributed.process_info import ProcessInfo
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, LaunchError
 from dist_train.launch import jobs
+from dist_train.runs.directory import RunDir
+from support.processes import run
 from support.ranks import join_group, run_on_ranks
 
 PAGES = 12_288  # 48 MiB: more than malloc keeps by default
@@ -97,7 +100,6 @@ def test_missing_device_is_refused(device: str, world_size: int, monkeypatch: py
         choose_device(parse_config({"device": device}), place)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("command", [["train"], ["launch", "--nproc=2"]], ids=" ".join)
 def test_no_process_starts_for_a_missing_device(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,3 +136,13 @@ def test_freed_memory_is_reused(tmp_path: Path) -> None:
     """Not each of the 50 allocations takes new pages from the kernel."""
     run_on_ranks(count_page_faults, tmp_path / "faults", world_size=1)
     assert int((tmp_path / "faults").read_text()) < 25 * PAGES
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_ranks_on_the_cpu_of_a_machine_with_a_gpu_train(tmp_path: Path) -> None:
+    """More of them than it has GPUs."""
+    command = [sys.executable, "-m", "dist_train", "launch", f"--nproc={torch.cuda.device_count() + 1}", "-c", "smoke"]
+    done = run([*command, "--run-name", "r", "device=cpu", "train_for=4 steps"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert RunDir(tmp_path / "runs/r").read_result()["step"] == 4

@@ -183,7 +183,7 @@ def test_rank_hangs(nproc: int, rank: int, tmp_path: Path, row: Callable[..., No
 
 def test_rank_frozen(tmp_path: Path, row: Callable[..., None]) -> None:
     """The frozen rank cannot exit by itself, and the others do not wait for it."""
-    with started(train("stall_timeout_s=20"), tmp_path, TORCHELASTIC_SHUTDOWN_TIMEOUT="5") as process:
+    with started(train("stall_timeout_s=20"), tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5") as process:
         wait_until(lambda: step_of(tmp_path / "runs/r") >= 8, "training")
         (pid,) = [pid for pid in alive(tmp_path) if b"RANK=1\0" in (Path("/proc") / f"{pid}/environ").read_bytes()
                   and b"dist_train" in (Path("/proc") / f"{pid}/cmdline").read_bytes()]  # fmt: skip

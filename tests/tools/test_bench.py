@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from dist_train.cli import main
 from dist_train.tools.bench import rounds, scaling, startup, web
 from dist_train.tools.bench.contest import Contest, Rounds, best_peer, ratios, table
 from dist_train.tools.bench.interval import Interval
@@ -119,9 +121,17 @@ PROBED = {
 }
 
 
+ON_GPU = [{"mlp, fp32": {
+    "dist_train graph": {"ms": [1.0, 1.1, 1.0], "launches": 3.0, "waits": 0.0, "start": 0.5},
+    "bare loop": {"ms": [2.0, 2.2, 3.0]},
+    "captured by hand": {"ms": [0.5, 0.55, 0.5]},
+}}]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("part", "found"),
     [
+        ("gpu", ON_GPU),
         ("speed", [Contest(Task(net="mlp"), SPEED)]),
         ("scaling", [Contest(Task(net="conv", batch_size=512), SCALING)]),
         ("startup", [{startup.HELP: 0.1, startup.IMPORTS: 1.0, startup.FIRST_STEP: 1.5}] * 3),
@@ -203,3 +213,18 @@ def test_parts_from_command_line(tmp_path: Path) -> None:
     ]
     (probed,) = json.loads((tmp_path / "found/breakdown.json").read_text())["found"]["mlp"]
     assert probed.keys() >= {"forward", "backward", "whole step"}
+
+
+def test_table_of_a_gpu() -> None:
+    lines = PARTS["gpu"].table(ON_GPU)
+    assert (
+        "| mlp, fp32 | dist_train graph | 1.000 | 2.00x (2.00 to 3.00) | 0.50x (0.50 to 0.50) | 3.0 | 0.0 | 0.5 |"
+        in lines
+    )
+    assert "| mlp, fp32 | bare loop | 2.200 |  | 0.25x (0.17 to 0.25) |  |  |  |" in lines
+
+
+def test_gpu_part_needs_a_gpu() -> None:
+    refused = CliRunner().invoke(main, ["bench", "gpu"])
+    assert refused.exit_code == 2
+    assert refused.output == "error: bench gpu: no CUDA device is available. The other parts run on a CPU.\n"

@@ -298,13 +298,7 @@ def test_loss_in_bf16_is_not_rounded_to_bf16(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["loss"] == pytest.approx(ours, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("recorded", "exported"),
-    [
-        ("no", "bf16"),
-        pytest.param("fp16", "fp16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="then it is used")),
-    ],
-)
+@pytest.mark.parametrize(("recorded", "exported"), [("no", "bf16"), ("fp16", "fp16")])
 def test_evaluation_uses_precision_of_run(recorded: str, exported: str, tmp_path: Path) -> None:
     """A net trained in fp16 can be evaluated on a CPU."""
     train_on_ranks(own(model={"name": "mlp"}), tmp_path / "r")

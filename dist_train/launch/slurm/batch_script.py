@@ -112,23 +112,26 @@ class BatchScript:
             ]
         # torchrun and accelerate default to one thread.
         threads = "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SRUN_CPUS_PER_TASK + NPROC - 1) / NPROC))}"
-        shutdown_s, join_s = max(SHUTDOWN_TIMEOUT_S, self.lead_s), math.ceil(self.join_timeout_s)
+        # Not the option of the same name, which torch 2.11 does not have.
+        shutdown = f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(SHUTDOWN_TIMEOUT_S, self.lead_s)}"
+        join_s = math.ceil(self.join_timeout_s)
         if self.launcher == "torchrun":
             return [
                 ranks,
                 threads,
+                shutdown,
                 "# torchrun on each node. It has to forward USR1, which otherwise kills it and orphans its ranks.",
                 f'{srun} "$PYTHON" -m torch.distributed.run \\',
                 '  --nnodes="$SLURM_NNODES" --nproc-per-node="$NPROC" --rdzv-backend=c10d \\',
                 '  --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \\',
                 f"  --rdzv-conf=join_timeout={join_s} \\",
-                f"  --signals-to-handle={HANDLED_SIGNALS} --shutdown-timeout={shutdown_s} \\",
+                f"  --signals-to-handle={HANDLED_SIGNALS} \\",
                 f"  {train}",
             ]
         return [
             ranks,
             threads,
-            f"export TORCHELASTIC_SHUTDOWN_TIMEOUT={shutdown_s}",
+            shutdown,
             "# accelerate launch on each node, in a shell that expands the number of its node.",
             "# shellcheck disable=SC2016",
             f"""{srun} bash -c 'exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --mixed_precision no \\""",

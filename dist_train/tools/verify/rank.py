@@ -59,13 +59,13 @@ def run(trial: Trial) -> Outcome:
     Collective: every rank calls this with the same trial.
     """
     config = load_config(trial.config)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
     splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
     world = World.join(config)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     outcome = Outcome(on_cpu=world.device.type == "cpu")
     components = build_components(
-        config, world, splits, change=lambda net: outcome.frozen.extend(freeze_for_comparison(net))
+        config, world, splits, channels_last=False, change=lambda net: outcome.frozen.extend(freeze_for_comparison(net))
     )
     step, state, total = components.step, TrainerState(), components.learning_rate.total_steps
     if total < trial.steps:

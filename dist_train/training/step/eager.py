@@ -18,6 +18,7 @@ from dist_train.training.step.counts import Counts, Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import unchanged
 from dist_train.training.step.optimizers import bare_step, build_optimizer
+from dist_train.training.step.weight_averaging import AveragedNet
 
 
 class EagerUpdate:
@@ -31,6 +32,7 @@ class EagerUpdate:
         batches: Batches,
         plan: BatchPlan,
         learning_rate: LearningRate,
+        ema: AveragedNet | None,
     ) -> None:
         """Collective: every rank must call this."""
         self.world = world
@@ -38,11 +40,12 @@ class EagerUpdate:
         self.batches = batches
         self.plan = plan
         self.learning_rate = learning_rate
+        self.ema = ema
         self.window = Counts(world.device)  # since the last log
         self.objective = Objective(net, config.label_smoothing)
         self.parameters = list(net.parameters())
         self.max_grad_norm = config.max_grad_norm
-        self.norm: Tensor | None = None  # of the last update's gradient, if the update computed it
+        self.norm: Tensor | None = None  # of the last update's gradient, once something has computed it
         self._seed = config.seed
         self._seed_generators = seeding_for(net, training=True)
 
@@ -76,11 +79,14 @@ class EagerUpdate:
                 # sum of the parts is the mean over the global batch.
                 self._backward(loss / micro_steps if micro_steps > 1 else loss)  # saves 40 us per step
             self.window.add(loss, count_correct(output, batch.targets), len(batch))
+        self.norm = None
         if self.max_grad_norm is not None:
             self.norm = self.world.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimize()
         if self.overflows is not None and scale is not None:
             self.overflows.record_update(scale)
+        if self.ema is not None:
+            self.ema.update(self.net, is_first=step == 0)
 
     def perturbed(self, step: int) -> None:
         """Do the update on inputs with rounding errors added, to measure the effect of rounding alone."""
@@ -107,10 +113,10 @@ class EagerUpdate:
 
     def grad_norm(self) -> float:
         """Return the L2 norm of the last update's gradient, before clipping. Waits for the device."""
-        if self.norm is not None:
-            return float(self.norm)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
+        if self.norm is None:
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            self.norm = nn.utils.get_total_norm(gradients)
+        return float(self.norm)
 
     def _backward(self, loss: Tensor) -> None:
         if self.overflows is not None:
@@ -125,8 +131,9 @@ class EagerUpdate:
     # --- the state that an update changes --------------------------------------------------------------------------
 
     def state(self) -> list[Tensor]:
-        """Return the device tensors that an update changes: weights, buffers, the window's sums, optimizer state."""
-        return [*self.net.parameters(), *self.net.buffers(), self.window.sums, *self._optimizer_state()]
+        """Return the device tensors that an update changes: weights, buffers, sums, averages, optimizer state."""
+        averages = self.ema.state_dict().values() if self.ema is not None else ()
+        return [*self.net.parameters(), *self.net.buffers(), self.window.sums, *averages, *self._optimizer_state()]
 
     def make_optimizer_state(self, step: int) -> None:
         """Create the optimizer state that the first update creates, set to zero as in all our optimizers."""

@@ -31,7 +31,7 @@ class ForwardEffects:
         self._net = net
         self._attributes: list[dict[str, Any]] = []  # after each pass
         self._changes: dict[str, None] = {}  # ordered set: buffers that a forward changes, except BatchNorm's
-        self._draws = False
+        self._draws = self._draws_on_host = False
         self._loss = ""
 
     @contextmanager
@@ -43,7 +43,9 @@ class ForwardEffects:
             for module, path, old in before:
                 if not isinstance(module, _BatchNorm) and not _is_same(old, self._net.get_buffer(path)):
                     self._changes[path] = None
-        self._draws |= generator_states() != generators
+        now = generator_states()
+        self._draws |= now != generators
+        self._draws_on_host |= now.host != generators.host
         self._attributes.append(dict(_plain_attributes(self._net)))
 
     def check_loss(self, objective: Objective, output: Any, targets: Any, size: int) -> None:
@@ -82,6 +84,15 @@ class ForwardEffects:
             return []
         first, last = self._attributes[0], self._attributes[-1]
         return [name for name in first if name in last and not _is_same(first[name], last[name])]
+
+    @property
+    def replay_obstacle(self) -> str:
+        """Why replaying the kernels of one pass is not the same as calling the net again; "" if no reason was seen."""
+        if self.unsaved:
+            return f"each forward changes {first_of(self.unsaved)}, which a replayed one does not"
+        if self._draws_on_host:
+            return "forward draws random numbers on the host, which a replayed one repeats"
+        return ""
 
 
 def first_of(names: Sequence[str]) -> str:

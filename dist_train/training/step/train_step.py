@@ -23,7 +23,7 @@ from dist_train.training.step.forward_effects import ForwardEffects, first_of
 from dist_train.training.step.fused import prepare, unsupported_reason
 from dist_train.training.step.layer_table import Layer, record_layers
 from dist_train.training.step.lr_schedule import LearningRate
-from dist_train.training.step.mode_selection import Update, mode_to_try, try_update
+from dist_train.training.step.mode_selection import Update, modes_to_try, try_update
 from dist_train.training.step.optimizers import load_state
 from dist_train.training.step.weight_averaging import AveragedNet
 
@@ -58,7 +58,7 @@ class Step:
         self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
         self.mode: StepMode = "eager"  # until `warm_up`
         self.warm_up_s = 0.0
-        self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate)
+        self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate, self.ema)
         self.window = self.eager.window
         self._update: Update = self.eager
         self.effects = ForwardEffects(net)  # this and the next are filled by `warm_up`
@@ -74,8 +74,6 @@ class Step:
         """Do update number `step` (from 0) over one global batch. Does not wait for the device."""
         self._update(step)
         self._restored_norm = None
-        if self.ema is not None:
-            self.ema.update_parameters(self.net)
 
     def warm_up(self, step: int, wanted: WantedMode = "eager") -> None:
         """Run two passes whose gradients are discarded, before the first step of an attempt; then set the mode.
@@ -91,6 +89,16 @@ class Step:
             UserCodeError: the net, its loss and the data do not fit together.
         """
         began = time.perf_counter()
+        pass_s = self._first_passes(step)
+        self._choose_mode(step, wanted, pass_s)
+        self.warm_up_s = time.perf_counter() - began
+
+    def _first_passes(self, step: int) -> float:
+        """Do both passes and return the seconds of the second. Leaves no autograd graph: one that was made on another
+        stream disturbs the capture of a CUDA graph.
+
+        Collective: every rank must call this.
+        """
         eager = self.eager
         for _ in range(2):
             self.world.synchronize()
@@ -116,8 +124,7 @@ class Step:
             with eager.error_context("on its data", Batch(None, labels, torch.arange(len(labels)))):
                 eager.objective.check_labels(output, labels)
         eager.clear_gradients()
-        self._choose_mode(step, wanted, pass_s)
-        self.warm_up_s = time.perf_counter() - began
+        return pass_s
 
     def _check_gradients(self) -> None:
         """Raise if a parameter has no gradient: DDP would wait for it forever."""
@@ -155,8 +162,8 @@ class Step:
         Collective: every rank must call this.
         """
         tensors = [*self._stay_finite, self.window.sums]
-        bad = sum((~torch.isfinite(t.detach())).sum().to(self.world.device, torch.float32) for t in tensors)
-        return self.world.all_reduce(torch.as_tensor(bad, device=self.world.device)).item() == 0
+        bad = torch.tensor(0.0 if _all_finite(tensors) else 1.0, device=self.world.device)
+        return self.world.all_reduce(bad).item() == 0
 
     # --- state -----------------------------------------------------------------------------------------------------
 
@@ -196,22 +203,24 @@ class Step:
     # --- the mode of the update ------------------------------------------------------------------------------------
 
     def _choose_mode(self, step: int, wanted: WantedMode, pass_s: float) -> None:
-        """Keep the eager update or switch to an equivalent one: the `wanted` mode, or with `auto` a faster one."""
+        """Keep the eager update, or switch to an equivalent one: the `wanted` mode, or with `auto` a faster one."""
         left = self.eager.learning_rate.total_steps - step
-        mode = mode_to_try(self.world.device.type, left, pass_s) if wanted == "auto" else wanted
-        if mode == "eager":
-            if wanted == "auto":
-                _log.info(
-                    "step_mode=auto: eager, since a trial of another mode would not pay off in the remaining %d steps",
-                    left,
-                )
-            return
-        why_not = unsupported_reason(self.eager, mode, self._config) or self._try(
-            step, mode, must_be_faster=wanted == "auto"
-        )
-        if why_not:
-            level = logging.INFO if wanted == "auto" else logging.WARNING
-            _log.log(level, "step_mode=%s: keeps the eager update: %s", wanted, why_not)
+        auto = wanted == "auto"
+        modes = modes_to_try(self.world.device.type, left, pass_s) if wanted == "auto" else (wanted,)
+        if not modes:
+            _log.info(
+                "step_mode=auto: eager, since a trial of another mode would not pay off in the remaining %d steps", left
+            )
+        for mode in modes:
+            if mode == "eager":
+                return
+            why_not = unsupported_reason(self.eager, self.effects, mode, self._config) or self._try(
+                step, mode, must_be_faster=auto
+            )
+            if not why_not:
+                return
+            level = logging.INFO if auto else logging.WARNING
+            _log.log(level, "step_mode=%s: keeps the eager update: %s", wanted if len(modes) == 1 else mode, why_not)
 
     def _try(self, step: int, mode: StepMode, must_be_faster: bool) -> str:
         """Try this mode and switch to it; or return why not, with everything restored."""
@@ -240,6 +249,18 @@ class Step:
             self._update, self.mode = update, mode
             _log.info("step_mode=%s: %s", mode, result)
         return why_not
+
+
+@torch.no_grad()
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Whether all elements are finite. Waits for the device.
+
+    A sum is finite unless an element is not, or it overflows; only then are the elements looked at. For a million
+    parameters on a CPU this takes 0.3 ms instead of 4.3.
+    """
+    parts = [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
+    sums = torch.stack([part.sum().to(tensors[0].device, torch.float32) for part in parts])
+    return bool(sums.isfinite().all()) or all(bool(part.isfinite().all()) for part in parts)
 
 
 def _check_state(net: nn.Module) -> None:

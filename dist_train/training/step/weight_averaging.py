@@ -38,23 +38,30 @@ class AveragedNet(AveragedModel):
                 f"ema_decay={decay}: {kind} cannot be copied: {type(error).__name__}: {error}. Set ema_decay=null."
             ) from error
         self.requires_grad_(False)
+        self.n_averaged = self.n_averaged.to(next(net.parameters()).device)  # counted by a captured update too
         self._average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Average in the weights of `model`. Called once after each update; the first call copies."""
-        average = bool(self.n_averaged > 0)
+    def update(self, model: nn.Module, *, is_first: bool) -> None:
+        """Average in the weights of `model`, once after each update; after the first one of a run, copy them.
+
+        AveragedModel's `update_parameters` reads `n_averaged` to know whether it is the first: it waits for the device,
+        and cannot be captured.
+        """
         averaged: list[Tensor] = []
         current: list[Tensor] = []
         for mine, theirs, has_average in _pairs(self.module, model):
-            if average and has_average and (mine.is_floating_point() or mine.is_complex()):
+            if not is_first and has_average and (mine.is_floating_point() or mine.is_complex()):
                 averaged.append(mine)
                 current.append(theirs)
             else:
                 mine.copy_(theirs)
         if averaged:
             self._average(averaged, current, self.n_averaged)
-        self.n_averaged += 1
+        if is_first:
+            self.n_averaged.fill_(1)
+        else:
+            self.n_averaged += 1
 
 
 def _pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Tensor, bool]]:

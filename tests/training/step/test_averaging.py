@@ -41,12 +41,12 @@ def averaged_net(steps: int = 5) -> tuple[Net, AveragedNet, list[dict[str, Tenso
     torch.manual_seed(0)
     net = Net()
     ema, states = AveragedNet(net, DECAY), []
-    for _ in range(steps):
+    for number in range(steps):
         net(torch.randn(8, 4))
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.add_(torch.ones_like(parameter))
-        ema.update_parameters(net)
+        ema.update(net, is_first=number == 0)
         states.append(deepcopy(net.state_dict()))
     return net, ema, states
 
@@ -69,8 +69,9 @@ def test_state_and_weights_equal_torch() -> None:
     theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     assert ema.state_dict().keys() == theirs.state_dict().keys()
     theirs.load_state_dict(ema.state_dict())
-    for each in (ema, theirs):
-        each.update_parameters(net)
+    ema.update(net, is_first=False)
+    theirs.update_parameters(net)
+    assert ema.n_averaged == theirs.n_averaged == 6
     for (name, actual), expected in zip(ema.module.named_parameters(), theirs.module.parameters(), strict=True):
         assert name == "steps" or torch.equal(actual, expected), name
 
