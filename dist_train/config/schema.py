@@ -7,6 +7,7 @@ when a run resumes, because that cannot change the result; all others must stay 
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -44,6 +45,13 @@ def _not_seconds(text: object) -> Duration:
     if duration.unit == "s":
         raise ValueError("write it in steps or epochs: a time in seconds would fall on another step after a resume")
     return duration
+
+
+def _with_unit(text: object) -> object:
+    number = str(text).strip()
+    if re.fullmatch(r"[\d.]+", number):
+        raise ValueError(f"{number} epochs or {number} steps? Write the unit")
+    return text
 
 
 def _yaml_no(value: object) -> object:
@@ -104,9 +112,16 @@ class DataConfig(_Settings):
     bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_dataset.py
     # Folder of the data. None: $DIST_TRAIN_DATA_DIR, else the folder dist_train in the user's cache folder.
     root: Annotated[FilePath | None, MayChange] = None
+    # A validation set of its own: the loader's val split, else its test split, else its training split, read from
+    # this folder instead of `root`. The training set's own val split is not used; its test split stays the test split.
+    val_root: Annotated[FilePath | None, MayChange] = None
+    # Another loader for the validation set, as `bundle`: its UserValDataset, else its UserDataset, which reads
+    # `val_root`, else `root`.
+    val_bundle: FilePath | None = None
     split: str | None = None  # for emnist only: balanced, byclass, bymerge, digits, letters or mnist
     image_size: PositiveInt | None = None  # for image_folder only: pixels per side of the resized square images
-    # Training examples held out for validation. 0: validate on the set's own val split, else on its test split.
+    # Training examples held out for validation; not with a validation set of its own. 0: validate on `val_root` or
+    # `val_bundle`, else on the set's own val split, else on its test split.
     val_examples: NonNegativeInt = 0
     normalize: Normalize | None = None  # None: pixels / 255 only
     augment: AugmentConfig | None = None  # random changes of training images; None: no changes
@@ -121,6 +136,9 @@ class ModelConfig(_Settings):
     # mlp, bks, guide, conv, fast, speedrun, torchvision:NAME, timm:NAME, or your own class as package.module:Class.
     name: str = "mlp"
     bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_model.py
+    # Initial weights: a .safetensors file or a .pth file with a state dict, also of a net that DDP, torch.compile or
+    # AveragedModel wrapped. All must fit; a last layer of another shape is left out. None: drawn from the seed.
+    weights: FilePath | None = None
     args: Options = {}  # keyword arguments of the net's class, for example model.args.dropout=0
 
 
@@ -211,7 +229,8 @@ class TrackingConfig(_Settings):
 
 class Config(_Settings):
     seed: int = Field(0, ge=0, lt=2**63)  # determines initial weights, data order, dropout and augmentation
-    train_for: Steps = Duration(5, "epochs")  # length of the training
+    # Length of the training, with its unit: 5 epochs or 600 steps.
+    train_for: Annotated[Steps, BeforeValidator(_with_unit)] = Duration(5, "epochs")
     global_batch_size: BatchSize = 64  # examples per optimizer step, over all ranks and micro-steps
     # At most this many examples per forward pass; gradient accumulation does the rest. Lower it to save memory.
     per_device_batch_size: Annotated[BatchSize, MayChange] = 1024

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
-from dist_train.data.sets.image_set import Examples, yields_pixels
-from dist_train.errors import ConfigError, did_you_mean
+from dist_train.data.sets.image_set import (
+    Examples,
+    classes_of,
+    describe_value,
+    example_at,
+    num_examples,
+    yields_pixels,
+)
+from dist_train.errors import ConfigError, DataError, did_you_mean
 
 
 def check_settings(config: DataConfig) -> None:
@@ -24,6 +31,17 @@ def check_settings(config: DataConfig) -> None:
             f"Known: {', '.join(SETS)}, image_folder. For your own, set data.name=package.module:Name."
         )
     label = "data.bundle" if kind == "bundle" else f"data.name={name}"
+    if config.val_bundle is not None and kind != "bundle":
+        raise ConfigError(
+            f"data.val_bundle={config.val_bundle} goes with a data.bundle, and the training set is data.name={name}. "
+            f"Remove data.val_bundle, or set data.bundle."
+        )
+    for setting, path in (("val_bundle", config.val_bundle), ("val_root", config.val_root)):
+        if path is not None and config.val_examples:
+            raise ConfigError(
+                f"data.val_examples={config.val_examples} holds out training examples, and data.{setting}={path} is a "
+                f"validation set of its own. Set data.val_examples=0, or remove data.{setting}."
+            )
     for setting, value, owner, belongs in (
         ("split", config.split, "emnist", kind == "emnist"),
         ("image_size", config.image_size, "image_folder", kind == "image_folder"),
@@ -36,6 +54,35 @@ def check_settings(config: DataConfig) -> None:
         raise ConfigError(f"data.name=emnist {had}. Set data.split to one of: {', '.join(EMNIST_CLASSES)}.")
     if kind == "image_folder" and config.image_size is None:
         raise ConfigError("data.name=image_folder needs data.image_size, the pixels per side. Set data.image_size=64.")
+
+
+def check_validation_set(train: Examples, val: Examples, settings: str) -> None:
+    """Check that the validation set which `settings` name has the inputs and the classes of the training set.
+
+    Where the training inputs differ in size among themselves, so may those of the validation set.
+
+    Raises:
+        DataError
+    """
+    label = f"The validation set of {settings}"
+    inputs = {_describe_input(train, index) for index in (0, num_examples(train) - 1)}
+    found = _describe_input(val, 0)
+    if len(inputs) == 1 and found not in inputs:
+        raise DataError(f"{label} has inputs {found}, the training set {inputs.pop()}. Convert both in the same way.")
+    (names, count), (expected_names, expected_count) = classes_of(val), classes_of(train)
+    if count is not None and expected_count is not None and count != expected_count:
+        raise DataError(f"{label} has {count} classes, the training set {expected_count}. Give both the same classes.")
+    for index, (name, expected) in enumerate(zip(names or (), expected_names or (), strict=False)):
+        if name != expected:
+            raise DataError(
+                f"{label} has {name} as class {index}, the training set {expected}. Give both the same classes in the "
+                f"same order."
+            )
+
+
+def _describe_input(examples: Examples, index: int) -> str:
+    example = example_at(examples, index)
+    return describe_value(example[0] if isinstance(example, (tuple, list)) and example else example)
 
 
 def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, int, int] | None) -> None:
