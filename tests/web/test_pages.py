@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import shutil
@@ -104,6 +105,30 @@ def test_evaluations_with_best_and_snapshots(tmp_path: Path) -> None:
     assert table.count(".safetensors</a>") == 2
     assert "f1" in table
     assert "87.50 %" in text  # of class b
+
+
+def test_csv_of_evaluations_holds_numbers_of_table(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, "run")
+    write_at(run_dir, 15)  # a snapshot between two evaluations is no row
+    run_dir.append_metrics({"step": 30, "epoch": 3.0, "epoch_s": None, "val/loss": 0.123456789, "val/a,b": 7.0})
+    run_dir.append_metrics({"step": 40, "val/loss": None, "val/accuracy": 0.5, "val/accuracy_is_own": 1})
+    client, _ = client_of(tmp_path, tmp_path)
+    text = client.get("/jobs/run").text
+    assert 'href="../jobs/run/evaluations.csv"' in text
+    answer = client.get("/jobs/run/evaluations.csv")
+    assert answer.headers["content-disposition"] == "attachment; filename*=utf-8''run-evaluations.csv"
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [(row["step"], row["epoch"], row["epoch_s"]) for row in rows] == [
+        ("10", "1.0", "1.5"), ("20", "2.0", "1.5"), ("30", "3.0", ""), ("40", "", "")
+    ]  # fmt: skip
+    assert [row["val/loss"] for row in rows] == ["0.1", "0.05", "0.123456789", ""]
+    assert [row["val/a,b"] for row in rows] == ["", "", "7.0", ""]
+    for row in rows:  # as in the table, there rounded
+        cells = text.split(f'id="step-{row["step"]}"')[1].split("</tr>")[0]
+        train_loss, val_loss = (f"{float(row[key]):.4f}" if row[key] else "-" for key in ("train/loss", "val/loss"))
+        assert f"<td>{train_loss}</td><td>{val_loss}</td>" in cells
+        if row["val/accuracy"] and row["step"] != "40":
+            assert f"{100 * float(row['val/accuracy']):.2f} %" in cells
 
 
 def test_snapshot_is_file_of_checkpoint(tmp_path: Path) -> None:
