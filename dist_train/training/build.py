@@ -99,7 +99,7 @@ def build_trainer(
         on_first_save=scheduler.on_first_save,
     )
     state = _restore(config, checkpoints, step, start)
-    provenance = _start_attempt(config, world, run_dir, splits, components, state)
+    provenance = _start_attempt(config, world, run_dir, splits, components, state, start)
     audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.add
     world.barrier()
@@ -160,14 +160,16 @@ def _start_attempt(
     splits: Splits,
     components: Components,
     state: TrainerState,
+    start: StartOptions,
 ) -> dict[str, Any]:
     """Warm the step up; on rank zero, report the start and record its provenance, which is returned.
 
     Collective: every rank must call this.
     """
     step, sampler = components.step, components.sampler
-    provenance = collect_provenance(world, sampler.plan, world.hosts()) | {"data": splits.description}
     before = run_dir.read_provenance() if state.step else {}
+    init_from = before.get("init_from") if state.step else start.init_from_text
+    provenance = collect_provenance(world, sampler.plan, world.hosts(), init_from) | {"data": splits.description}
     provenance["data_identity"] = before.get("data_identity") or splits.fingerprints
     if world.is_rank_zero:
         run_dir.status.record_resume(state.step, world.size)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from dist_train.errors import DistTrainError
-from dist_train.launch.resume import describe_command
+from dist_train.launch.resume import describe_command, describe_new_start
 from dist_train.runs.start_lock import is_starting
 from dist_train.web import child_processes, outputs, run_view
 from dist_train.web.curves import MetricsCache, points
@@ -128,4 +128,5 @@ class RunPages:
             "row": make_row(entry, job),
             "job": job,
             "command": describe_command(entry.summary.run_dir),
+            "new_start": describe_new_start(entry.summary.run_dir),
         }

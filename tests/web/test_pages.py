@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import shutil
@@ -16,6 +17,7 @@ from safetensors import safe_open
 
 from dist_train.atomic_files import write_json
 from dist_train.checkpoints.manifest import folder_of
+from dist_train.launch.resume import describe_new_start
 from dist_train.runs.error_report import record_error
 from dist_train.web import child_processes
 from support.page import client_of, write_run
@@ -105,6 +107,14 @@ def test_evaluations_with_best_and_snapshots(tmp_path: Path) -> None:
     assert table.count(".safetensors</a>") == 2
     assert "f1" in table
     assert "87.50 %" in text  # of class b
+
+
+@pytest.mark.parametrize("state", ["TRAINING", "FINISHED", "INTERRUPT"])
+def test_each_run_shows_command_that_trains_it_anew(state: str, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, "run", state)
+    client, _ = client_of(tmp_path, tmp_path)
+    shown = client.get("/jobs/run").text.split('id="new-start"')[1].split("</code>")[0].split("<code>")[1]
+    assert html.unescape(shown) == describe_new_start(run_dir)
 
 
 def test_csv_of_evaluations_holds_numbers_of_table(tmp_path: Path) -> None:
