@@ -256,6 +256,57 @@ def test_double_click_is_one_request(prefix: list[str], browser: Browser, tmp_pa
     assert len(sent) == 2
 
 
+# Keeps the charts that the page makes in `charts`, by title.
+KEEP_CHARTS = """
+let own;
+window.charts = {};
+const keep = {construct: (target, [options, ...rest]) => charts[options.title] = new target(options, ...rest)};
+Object.defineProperty(window, "uPlot", {get: () => own, set: (made) => { own = new Proxy(made, keep); }});
+"""
+SHOWS = "([step, loss]) => charts.Loss.data[0].at(-1) === step && charts.Loss.data[1].at(-1) === loss"
+RANGE = "() => [charts.Loss.scales.x.min, charts.Loss.scales.x.max]"
+
+
+def test_zoom_survives_updates(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    """Also an update in the middle of a drag, and one that changes the curves of the chart."""
+    run_dir = write_run(tmp_path / "runs", "run", "TRAINING", 10)
+
+    def appended(step: int, loss: float) -> None:
+        line = {"step": step, "samples": 8 * step, "time": 1000.0 + step, "attempt": 1, "train/loss": loss}
+        run_dir.append_metrics(line)
+        page.wait_for_function(SHOWS, arg=[step, loss])
+
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        page.add_init_script(KEEP_CHARTS)
+        page.goto(f"{page.url}jobs/run")
+        page.wait_for_function("() => window.charts.Loss?.data[0].at(-1) === 10")
+        appended(12, 0.2)
+        assert page.evaluate(RANGE) == [2, 12]  # not zoomed: it grows
+        plotted = page.locator("#curves .u-over").first
+        plotted.scroll_into_view_if_needed()
+        box = plotted.bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 50)
+        appended(12, 0.3)  # the last point again: nothing moves
+        page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 50)
+        page.mouse.up()
+        zoomed = page.evaluate(RANGE)
+        assert zoomed == pytest.approx([5, 8], abs=0.1)
+        appended(14, 0.1)
+        assert page.evaluate(RANGE) == zoomed
+        appended(16, 0.0001)  # from here on with a logarithmic axis: another chart
+        page.wait_for_function("() => charts.Loss.scales.y.distr === 3")
+        assert page.evaluate(RANGE) == zoomed
+        plotted.dblclick()
+        appended(18, 0.1)
+        assert page.evaluate(RANGE) == [2, 18]
+        page.locator("#axis").select_option("samples")
+        page.wait_for_function("() => charts.Loss.data[0].at(-1) === 144")
+        assert page.evaluate(RANGE) == [16, 144]
+
+
 def test_comparison_says_when_server_is_gone(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
     for name in "ab":
         write_run(tmp_path / "runs", name)
