@@ -23,6 +23,7 @@ from support.processes import DIST_TRAIN, ROOT, started
 from support.run_files import metrics_without_times, status, status_of, step_of
 from support.tiny_runs import write_at
 from support.trainings import HELD, STEPS, release, train, trained_once
+from support.user_nets import READY
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Route
@@ -86,8 +87,10 @@ def test_run_of_shell_is_stopped_and_resumed_from_page_bit_identically(
     run_dir = tmp_path / "runs" / "r"
     with serving(prefix, tmp_path) as address, opened(browser, address) as page:
         page.get_by_text("dist-train train -c mnist").wait_for()  # no run yet
-        with started(train(nproc=1), tmp_path) as training:
-            page.get_by_role("link", name="r", exact=True).click()  # it appears by itself
+        with started(train("model.name=support.user_nets:GatedInSetUp", nproc=1), tmp_path) as training:
+            page.locator("#body tr[data-state=SETUP]").get_by_role("link", name="r").click()  # it appears by itself
+            wait_for_state(page, "SETUP")
+            (tmp_path / READY).touch()
             wait_for_state(page, "TRAINING")
             wait_until(lambda: step_of(run_dir) > 0, "step")
             page.get_by_role("button", name="Save now").click()
