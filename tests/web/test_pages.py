@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,9 +21,10 @@ from dist_train.checkpoints.manifest import folder_of
 from dist_train.launch.resume import describe_new_start
 from dist_train.runs.error_report import record_error
 from dist_train.web import child_processes
-from support.page import client_of, write_run
+from support.page import OF_TABLE, client_of, write_run
 from support.tiny_runs import write_at
 
+TABLE, COLUMNS = OF_TABLE
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -282,15 +284,22 @@ def test_hostile_text_in_files_is_text(tmp_path: Path) -> None:
         assert HOSTILE not in client.get(page).text, page
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_damaged_and_half_deleted_runs_never_fail_page(seed: int, tmp_path: Path) -> None:
-    rng = Random(seed)
-    run_dir = write_run(tmp_path, "run", rng.choice(["FINISHED", "ERROR", "TRAINING"]))
+def test_damaged_and_half_deleted_runs_never_fail_page(
+    tmp_path: Path, count: Callable[..., int], row: Callable[..., None]
+) -> None:
+    histories = count(200, 12)
+    for seed in range(histories):
+        damage_and_look(tmp_path / str(seed), Random(seed))
+    row("six random damages to the files of a run, each followed by all pages", histories, "no 500, other runs shown")
+
+
+def damage_and_look(folder: Path, rng: Random) -> None:
+    run_dir = write_run(folder, "run", rng.choice(["FINISHED", "ERROR", "TRAINING"]))
     write_at(run_dir, 10, 0.9)
     record_error(run_dir.error, ValueError("x"), 0, 1, "trace")
     write_json(run_dir.layers, {"layers": []})
-    write_run(tmp_path, "whole")
-    client, _ = client_of(tmp_path, tmp_path)
+    write_run(folder, "whole")
+    client, _ = client_of(folder, folder)
     for _ in range(6):
         files = sorted(path for path in run_dir.path.rglob("*") if path.is_file())
         for path in rng.sample(files, min(2, len(files))):
