@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := pytest -q -n 4 --dist loadgroup
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup train test test-all faults sets nets cluster cluster-full cpus check fix exactness bench bench-gpu test-gpu clean
+.PHONY: help setup train test test-all faults sets nets web-full cluster cluster-full cpus check fix exactness bench bench-gpu test-gpu clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -49,6 +49,9 @@ sets: $(VENV)/.test  ## random user data sets and nets: stopped, resumed with a 
 
 nets: $(VENV)/.test  ## torchvision and timm nets: trained, resumed, evaluated, exported
 	$(PYTEST) --full tests/models/test_nets_of_others.py
+
+web-full: $(VENV)/.test  ## the page of runs: all tests, long fuzzing and random histories; prints the table of docs/web.md
+	$(PYTEST) --full tests/web
 
 # The kernels that MKL and oneDNN use on other processors. Threads that spin while waiting would slow all others.
 CPUS := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 MKL_CBWR=AVX512 ONEDNN_MAX_CPU_ISA=AVX2

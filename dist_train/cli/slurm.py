@@ -47,14 +47,8 @@ def _job_options(command: Any) -> Any:
     return start_options(command)
 
 
-_OF_JOB = (
-    "launcher", "nodes", "nproc", "cpus_per_proc", "gpus_per_node", "time", "partition", "log", "lead_s",
-    "max_requeues", "options", "setup",
-)  # fmt: skip
-
-
 def _resolve(options: dict[str, Any]) -> tuple[BatchScript, Config, StartOptions]:
-    from dist_train.launch.slurm.batch_script import BatchScript
+    from dist_train.launch.slurm.batch_script import OPTIONS, BatchScript
 
     arguments = train_arguments(options)
     config, start = arguments.resolve(STARTED)
@@ -64,7 +58,7 @@ def _resolve(options: dict[str, Any]) -> tuple[BatchScript, Config, StartOptions
         job_name=start.config_name,
         join_timeout_s=config.setup_timeout_s,
         python=sys.executable,
-        **{name: options[name] for name in _OF_JOB},
+        **{name: options[name] for name in OPTIONS},
     )
     return script, config, start
 

@@ -144,7 +144,10 @@ def submit(script: BatchScript, config: Config, start: StartOptions, run_dir: Ru
     run_dir.create()
     (run_dir.path / "job.sbatch").write_text(text)
     log = Path(script.log.replace("%x", script.job_name).replace("%j", job)).absolute()
-    submission = {"job": job, "log": str(log), "cwd": str(Path.cwd()), "submitted": round(time.time(), 3)}
+    submission = {
+        "job": job, "log": str(log), "cwd": str(Path.cwd()), "options": script.submit_options(),
+        "submitted": round(time.time(), 3),
+    }  # fmt: skip
     write_json(run_dir.slurm_json, submission)
     return job, run_dir
 

@@ -1,12 +1,13 @@
-"""Resume a run as it was started, in processes that outlive this one."""
+"""Resume a run as it was started, in processes that outlive this one; the commands for a shell that do so, or anew."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from dist_train.launch.slurm import commands
 from dist_train.launch.subprocesses import begin_detached
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_lock import hold_start_lock, note_start
+from dist_train.runs.start_options import valid_run_name
 from dist_train.runs.summary import Summary, summarise_existing
+
+_NAME_LENGTH = 200  # letters; a file name has 255 bytes
 
 
 def start_log(run_dir: RunDir) -> Path:
@@ -33,9 +37,19 @@ def resume_command(run_dir: RunDir) -> list[str] | None:
         return ["sbatch", str(script)]
     if provenance.get("num_nodes", 1) != 1 or status.get("slurm_job_id"):
         return None
-    nproc = status.get("world_size") or 1
-    python = provenance.get("python", sys.executable)
-    return [python, "-m", "dist_train", "train", "--resume", str(run_dir.path), "--nproc", str(nproc)]
+    nproc = status.get("world_size") or provenance.get("world_size", 1)
+    options = ["--resume", str(run_dir.path), "--nproc", str(nproc), *_init_from(provenance)]
+    return [*_program(provenance), "train", *options]
+
+
+def _program(provenance: Mapping[str, Any]) -> list[str]:
+    return [provenance.get("python", sys.executable), "-m", "dist_train"]
+
+
+def _init_from(provenance: Mapping[str, Any]) -> list[str]:
+    """Return the option of a run that begins with the weights of another one."""
+    other = provenance.get("init_from")
+    return ["--init-from", other] if other else []
 
 
 def resume(path: Path) -> None:
@@ -82,9 +96,43 @@ def _submit_again(summary: Summary, folder: Path, environment: Mapping[str, str]
 
 def describe_command(run_dir: RunDir) -> str | None:
     """Return the command that resumes the run, for a shell in any folder; None as `resume_command`."""
-    command, provenance = resume_command(run_dir), run_dir.read_provenance()
-    if command is None:
+    command = resume_command(run_dir)
+    return _for_shell(command, run_dir.read_provenance()) if command is not None else None
+
+
+def describe_new_start(run_dir: RunDir) -> str | None:
+    """Return the command that trains the same anew under another name, for a shell in any folder.
+
+    For a run on several machines without Slurm it is the command for each of them. None: there are no settings yet.
+    """
+    if not run_dir.config.is_file():
         return None
+    provenance = run_dir.read_submission() | run_dir.read_provenance()
+    status = run_dir.status.read()
+    ranks = status.get("world_size") or provenance.get("world_size", 1)
+    nodes = provenance.get("num_nodes") or 1
+    where = ["train", "--nproc", str(ranks)]
+    if "job" in provenance or status.get("slurm_job_id"):
+        options = provenance.get("options", [f"--nodes={nodes}", f"--nproc={ranks // nodes}"])
+        where = ["slurm", "submit", *options]
+    elif nodes > 1:
+        meeting_point = next(iter(provenance.get("hosts", [])), "HOST")
+        where = ["launch", f"--nnodes={nodes}", f"--rdzv-endpoint={meeting_point}", "--nproc", str(ranks // nodes)]
+    precision = provenance.get("mixed_precision", "no")  # a launcher may have set it
+    settings = ["-o", f"mixed_precision={precision}"] if precision != "no" else []
+    what = ["-c", str(run_dir.config), "--run-name", _free_name(run_dir.path), *settings, *_init_from(provenance)]
+    threads = {"OMP_NUM_THREADS": str(provenance["num_threads"])} if "num_threads" in provenance else {}
+    recorded = provenance | {"environment": provenance.get("environment", {}) | threads}
+    return _for_shell([*_program(provenance), *where, *what], recorded)
+
+
+def _free_name(run: Path) -> str:
+    own = valid_run_name(run.name)[:_NAME_LENGTH]
+    return next(name for number in itertools.count(2) if not (run.parent / (name := f"{own}-{number}")).exists())
+
+
+def _for_shell(command: Sequence[str], provenance: Mapping[str, Any]) -> str:
+    """Return a command with the folder and the environment that were recorded."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(provenance.get("environment", {}).items())]
     folder = [f"cd {shlex.quote(provenance['cwd'])} &&"] if "cwd" in provenance else []
     return " ".join([*folder, *settings, shlex.join(command)])

@@ -39,7 +39,7 @@ def run_details(path: Path) -> list[tuple[str, str]]:
 
 def _computation(run_dir: RunDir) -> list[tuple[str, str]]:
     provenance = run_dir.read_provenance()
-    if not provenance:
+    if "device" not in provenance:  # it did not reach training
         return []
     device, threads, mode, precision = (
         provenance.get(name, "?") for name in ("device", "num_threads", "step_mode", "mixed_precision")

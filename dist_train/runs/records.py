@@ -83,12 +83,13 @@ class InitialWeights(TypedDict):
 
 
 class Provenance(TypedDict, total=False):
-    """run.json, written by the newest attempt that reached training."""
+    """run.json, written by the newest attempt that reached training; before the first checkpoint by each attempt."""
 
     attempt: Count
     wandb_id: Annotated[str, Field(min_length=1)]
     world_size: Count
     num_nodes: Count
+    hosts: list[str]
     num_threads: Count
     device: str
     cpu: str
@@ -100,7 +101,8 @@ class Provenance(TypedDict, total=False):
     argv: list[str]
     cwd: str
     python: str
-    environment: dict[str, str]  # a named list of variables, see process.py
+    environment: dict[str, str]  # a named list of variables, see process_info.py
+    init_from: str | None  # a run directory
     initial_weights: InitialWeights  # of `model.weights`
     data: DataFacts
     data_identity: dict[str, SplitFingerprint]
@@ -148,6 +150,7 @@ class Submission(TypedDict, total=False):
     job: JobId
     log: str
     cwd: str
+    options: list[str]  # of `slurm submit`
     submitted: Number  # time.time()
 
 

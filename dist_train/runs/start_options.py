@@ -38,6 +38,11 @@ class StartOptions:
     # time.perf_counter() when the command was given. All processes of a machine share this clock.
     asked_at: float = field(default_factory=time.perf_counter)
 
+    @property
+    def init_from_text(self) -> str | None:
+        """`init_from` as run.json records it."""
+        return str(self.init_from.absolute()) if self.init_from is not None else None
+
 
 def find_run_dir(config: Config, start: StartOptions, *, claim: bool = False) -> RunDir:
     """Return the run directory: the given one, else by run name, else by job or sweep, else by time.

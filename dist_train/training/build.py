@@ -109,7 +109,8 @@ def build_trainer(
     Collective: every rank must call this.
     """
     before = run_dir.read_provenance()
-    components = build_components(config, world, splits, before.get("channels_last", False) if before else None)
+    channels_last = before.get("channels_last", False) if "step_mode" in before else None  # as when it began
+    components = build_components(config, world, splits, channels_last)
     sampler, learning_rate, step = components.sampler, components.learning_rate, components.step
     total_steps = learning_rate.total_steps
     checkpoints = Checkpoints(
@@ -120,7 +121,7 @@ def build_trainer(
         on_first_save=scheduler.on_first_save,
     )
     state, initial_weights = _restore(config, checkpoints, step, start)
-    provenance = _start_attempt(config, world, run_dir, splits, components, state, initial_weights)
+    provenance = _start_attempt(config, world, run_dir, splits, components, state, start, initial_weights)
     audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.add
     world.barrier()
@@ -199,6 +200,7 @@ def _start_attempt(
     splits: Splits,
     components: Components,
     state: TrainerState,
+    start: StartOptions,
     initial_weights: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Warm the step up; on rank zero, report the start and record its provenance, which is returned.
@@ -206,8 +208,9 @@ def _start_attempt(
     Collective: every rank must call this.
     """
     step, sampler = components.step, components.sampler
-    provenance = collect_provenance(world, sampler.plan, world.hosts()) | {"data": splits.description}
     before = run_dir.read_provenance() if state.step else {}
+    init_from = before.get("init_from") if state.step else start.init_from_text
+    provenance = collect_provenance(world, sampler.plan, world.hosts(), init_from) | {"data": splits.description}
     provenance["data_identity"] = before.get("data_identity") or splits.fingerprints
     if recorded := initial_weights or before.get("initial_weights"):
         provenance["initial_weights"] = recorded

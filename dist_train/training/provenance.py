@@ -23,26 +23,37 @@ from dist_train.distributed.world import World
 _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
-def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[str, Any]:
-    """Return what determines the numbers of a run, and what later readers need."""
+def collect_provenance(world: World, plan: BatchPlan, hosts: list[str], init_from: str | None) -> dict[str, Any]:
+    """Return what determines the numbers of a run, and what later readers need.
+
+    `init_from`: the run whose weights it began with.
+    """
     cuda = world.device.type == "cuda"
     return {
         "dist_train": __version__,
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _PACKAGES}},
         "git_commit": git_commit(Path.cwd()),
+        **describe_start(world, hosts, init_from),
+        "batch_plan": asdict(plan),
+        "device": torch.cuda.get_device_name(world.device) if cuda else world.device.type,
+        "mixed_precision": world.mixed_precision,
+        "cpu": cpu_model(),
+    }
+
+
+def describe_start(world: World, hosts: list[str], init_from: str | None) -> dict[str, Any]:
+    """Return what a later start needs to be the same."""
+    return {
         "argv": sys.argv,
         "cwd": str(Path.cwd()),
         "python": sys.executable,
         "environment": recorded_environment(os.environ),
+        "init_from": init_from,
         "started_by": world.process.started_by,
         "hosts": hosts,
         "world_size": world.size,
         "num_nodes": len(set(hosts)),
-        "batch_plan": asdict(plan),
-        "device": torch.cuda.get_device_name(world.device) if cuda else world.device.type,
-        "mixed_precision": world.mixed_precision,
         "num_threads": world.num_threads,
-        "cpu": cpu_model(),
     }
 
 

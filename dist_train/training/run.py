@@ -27,7 +27,7 @@ from dist_train.runs.records import State
 from dist_train.runs.start_options import StartOptions, check_start, find_run_dir
 from dist_train.training.build import build_trainer
 from dist_train.training.failures import FailureHandler
-from dist_train.training.provenance import changed_data
+from dist_train.training.provenance import changed_data, describe_start
 from dist_train.training.start_report import report_results
 
 _log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def run_training(
         if not world.is_rank_zero:  # with a hundred nodes, only rank zero prints
             failure_handler.errors = redirect_output(run_dir.rank_log(world.rank))
         world = _same_threads(world, run_dir)
+        _record_start(world, run_dir, start)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
         with build_trainer(config, world, run_dir, splits, start, request, started, scheduler) as trainer:
             # The set-up is over: compiling may take long, a step must not.
@@ -115,6 +116,15 @@ def _check_same_data(world: World, splits: Splits) -> None:
     ]
     for text in filter(None, world.gather("".join(said[:1]))):
         raise DataError(text)
+
+
+def _record_start(world: World, run_dir: RunDir, start: StartOptions) -> None:
+    """Record how the run was started before the set-up, which may be killed, so that it can be started like that again.
+
+    Collective: every rank must call this.
+    """
+    description = describe_start(world, world.hosts(), start.init_from_text)
+    world.on_rank_zero(lambda: None if run_dir.holds_checkpoints else run_dir.write_provenance(description))
 
 
 def _same_threads(world: World, run_dir: RunDir) -> World:

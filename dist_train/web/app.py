@@ -57,6 +57,7 @@ def _routes(site: Site, login: Login) -> list[Route | Mount]:
         Route("/jobs/{name}/logs", run.logs),
         Route("/jobs/{name}/log", run.log),
         Route("/jobs/{name}/points", run.points),
+        Route("/jobs/{name}/evaluations.csv", run.evaluations),
         Route("/jobs/{name}/files", run.files),
         Route("/jobs/{name}/files/{path:path}", files.file),
         Route("/jobs/{name}/checkpoints/{step:int}.safetensors", files.safetensors),

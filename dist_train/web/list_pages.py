@@ -1,4 +1,4 @@
-"""The list of runs, and the page of this machine."""
+"""The list of runs, and the page of machines."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dist_train.web.login import Login
-from dist_train.web.machine import MachineWatch
-from dist_train.web.run_list import SORTS, Query, Row, make_page, make_row
+from dist_train.web.run_list import SORTS, Query, Row, make_page
 from dist_train.web.site import Site, json_response
 
 
 class ListPages:
-    """Handlers of the list of runs and of the machine."""
+    """Handlers of the list of runs and of the machines."""
 
     def __init__(self, site: Site, login: Login) -> None:
         self._site = site
         self._login = login  # the address with the token is that of the list
-        self._machine = MachineWatch(site.index.folder)
 
     def jobs(self, request: Request) -> Response:
         if "token" in request.query_params:
@@ -46,9 +44,7 @@ class ListPages:
         }
 
     def machines(self, request: Request) -> Response:
-        listing = self._site.index.listing()
-        running = [make_row(entry, None) for entry in listing.entries.values() if entry.summary.may_be_running]
-        return self._site.page(request, "machines.html", machine=self._machine.look(), running=running)
+        return self._site.page(request, "machines.html")
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -1,22 +1,20 @@
-"""This machine, as the page shows it: processors, memory, disk, GPUs, and Slurm's partitions."""
+"""This machine, as the page shows it: processors, memory, disk, GPUs."""
 
 from __future__ import annotations
 
 import shutil
 import socket
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from dist_train.errors import LaunchError
-from dist_train.launch.slurm import commands
-from dist_train.launch.slurm.commands import Partition
 from dist_train.launch.subprocesses import output_of_program
+from dist_train.web.background import Background
 
-_EVERY_S = 30.0  # between questions to Slurm and to the GPU's driver
+_EVERY_S = 2.0  # between questions to the GPUs' driver
+_ANSWER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class Gpu:
     load: float | None  # percent
     used_mib: float | None
     total_mib: float | None
+    processes: tuple[int, ...]  # ids of those that compute on it
 
 
 @dataclass(frozen=True)
@@ -37,24 +36,16 @@ class Machine:
     memory_total: int
     disk_free: int | None  # bytes, where the runs are
     gpus: list[Gpu]
-    partitions: dict[str, Partition]
 
 
 class MachineWatch:
-    """Reads the machine's state when somebody looks. Slow answers come from a thread and are shown at the next look."""
+    """Reads the machine's state when somebody looks. What the GPUs' driver says is shown at the next look."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock = threading.Lock()
-        self._asked = -_EVERY_S
-        self._gpus: list[Gpu] = []
-        self._partitions: dict[str, Partition] = {}
+        self._gpus = Background[list[Gpu]](_ask_driver, [], _EVERY_S)
 
     def look(self) -> Machine:
-        with self._lock:
-            if time.monotonic() - self._asked >= _EVERY_S:
-                self._asked = time.monotonic()
-                threading.Thread(target=self._ask, name="machine", daemon=True).start()
         memory, clock = psutil.virtual_memory(), psutil.cpu_freq()
         return Machine(
             host=socket.gethostname(),
@@ -64,16 +55,8 @@ class MachineWatch:
             memory_used=memory.total - memory.available,
             memory_total=memory.total,
             disk_free=free_bytes(self._folder),
-            gpus=self._gpus,
-            partitions=self._partitions,
+            gpus=self._gpus.latest(),
         )
-
-    def _ask(self) -> None:
-        self._gpus = _gpus()
-        try:
-            self._partitions = commands.partitions()
-        except LaunchError:
-            self._partitions = {}
 
 
 def free_bytes(folder: Path) -> int | None:
@@ -86,15 +69,29 @@ def free_bytes(folder: Path) -> int | None:
         return None
 
 
-def _gpus() -> list[Gpu]:
-    query = "--query-gpu=name,utilization.gpu,memory.used,memory.total"
+def _ask_driver(_before: list[Gpu]) -> list[Gpu]:
+    """Return the GPUs; none without nvidia-smi."""
     try:
-        text = output_of_program("nvidia-smi", query, "--format=csv,noheader,nounits", timeout_s=5.0)
+        gpus = _query("gpu", "uuid,name,utilization.gpu,memory.used,memory.total")
+        computing = _query("compute-apps", "gpu_uuid,pid")
     except LaunchError:
         return []
-    found = []
-    for line in text.splitlines():
-        name, *numbers = (part.strip() for part in line.rsplit(",", 3))
-        load, used, total = (float(each) if each.replace(".", "", 1).isdigit() else None for each in numbers)
-        found.append(Gpu(name, load, used, total))
-    return found
+    return [
+        Gpu(
+            name, _number(load), _number(used), _number(total),
+            tuple(int(pid) for gpu, pid in computing if gpu == uuid and pid.isdigit()),
+        )
+        for uuid, name, load, used, total in gpus
+    ]  # fmt: skip
+
+
+def _query(what: str, columns: str) -> list[list[str]]:
+    options = (f"--query-{what}={columns}", "--format=csv,noheader,nounits")
+    lines = output_of_program("nvidia-smi", *options, timeout_s=_ANSWER_S).splitlines()
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+    return [row for row in rows if len(row) == columns.count(",") + 1]
+
+
+def _number(text: str) -> float | None:
+    """Return a number; None for what the driver does not know, such as [N/A]."""
+    return float(text) if text.replace(".", "", 1).isdigit() else None

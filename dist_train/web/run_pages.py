@@ -7,16 +7,16 @@ from typing import Any
 from anyio.to_thread import run_sync
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from dist_train.errors import DistTrainError
-from dist_train.launch.resume import describe_command
+from dist_train.launch.resume import describe_command, describe_new_start
 from dist_train.runs.start_lock import is_starting
 from dist_train.web import child_processes, outputs, run_view
 from dist_train.web.curves import MetricsCache, points
 from dist_train.web.run_index import Entry
 from dist_train.web.run_list import make_row
-from dist_train.web.site import Site, json_response, read_body, whole_number
+from dist_train.web.site import Site, attachment_header, json_response, read_body, whole_number
 
 _LOG_BYTES = 64 * 1024  # at most, in one answer
 
@@ -102,6 +102,14 @@ class RunPages:
             first = 0
         return json_response({"cut": str(inode), "from": first, "to": len(lines), "points": list(points(lines, first))})
 
+    def evaluations(self, request: Request) -> Response:
+        """The table of evaluations as a file."""
+        run_dir = self._site.find(request).summary.run_dir
+        lines, _ = self._metrics.lines(run_dir.metrics.path)
+        stream = run_view.evaluations_csv(run_view.epochs(run_dir, lines))
+        headers = attachment_header(f"{run_dir.path.name}-evaluations.csv")
+        return StreamingResponse(stream, media_type="text/csv", headers=headers)
+
     async def predict(self, request: Request) -> Response:
         """The most probable classes of the image in the body."""
         image = await read_body(request, child_processes.MAX_IMAGE_BYTES)
@@ -120,4 +128,5 @@ class RunPages:
             "row": make_row(entry, job),
             "job": job,
             "command": describe_command(entry.summary.run_dir),
+            "new_start": describe_new_start(entry.summary.run_dir),
         }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +16,7 @@ from dist_train.config.loading import bundled_configs, load_config
 from dist_train.config.schema import Config
 from dist_train.errors import DistTrainError
 from dist_train.launch.resume import start_log
-from dist_train.runs.accuracy_text import IS_OWN, accuracy_text
+from dist_train.runs.accuracy_text import IS_OWN
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
 from dist_train.runs.start_lock import has_failed_to_start
@@ -34,9 +36,7 @@ class Epoch:
     epoch: float | None = None
     seconds: float | None = None
     train_loss: float | None = None
-    val_loss: float | None = None
-    val_accuracy: str | None = None
-    own: dict[str, float] = field(default_factory=dict)  # the user's metrics
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # keys val/...; empty for a snapshot between evaluations
     snapshot: bool = False
     is_best: bool = False
 
@@ -57,17 +57,8 @@ def epochs(run_dir: RunDir, lines: Sequence[Mapping[str, Any]]) -> list[Epoch]:
         train_loss = line.get("train/loss", train_loss)
         if "val/loss" not in line:
             continue
-        own = {key.removeprefix("val/"): value for key, value in line.items() if key.startswith("val/")}
-        loss, *_ = (own.pop(name, None) for name in ("loss", "accuracy", "seen", IS_OWN))
-        rows[line["step"]] = Epoch(
-            line["step"],
-            line.get("epoch"),
-            line.get("epoch_s"),
-            train_loss,
-            loss,
-            accuracy_text(line, "val", " %"),
-            own,
-        )
+        metrics = {key: value for key, value in line.items() if key.startswith("val/")}
+        rows[line["step"]] = Epoch(line["step"], line.get("epoch"), line.get("epoch_s"), train_loss, metrics)
     found = manifests(run_dir)
     for folder, manifest in found.items():
         rows.setdefault(manifest["step"], Epoch(manifest["step"])).snapshot = (folder / MODEL).is_file()
@@ -77,7 +68,27 @@ def epochs(run_dir: RunDir, lines: Sequence[Mapping[str, Any]]) -> list[Epoch]:
 
 
 def own_metrics(rows: Sequence[Epoch]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row.own))
+    """Return the keys of the user's metrics, val/..."""
+    common = ("val/loss", "val/accuracy", "val/seen", f"val/{IS_OWN}")
+    return list(dict.fromkeys(key for row in rows for key in row.metrics if key not in common))
+
+
+def evaluations_csv(rows: Sequence[Epoch]) -> Iterator[bytes]:
+    """Yield the lines of a CSV file with a row for each evaluation, the oldest first: the numbers of the table, exact.
+
+    The columns are named as in metrics.jsonl.
+    """
+    keys = ["val/loss", "val/accuracy", *own_metrics(rows)]
+    yield _csv_line(["epoch", "step", "epoch_s", "train/loss", *keys])
+    for row in reversed(rows):
+        if row.metrics:
+            yield _csv_line([row.epoch, row.step, row.seconds, row.train_loss, *map(row.metrics.get, keys)])
+
+
+def _csv_line(cells: Sequence[Any]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue().encode(errors="replace")
 
 
 def seconds_by_use(entry: Entry) -> tuple[list[tuple[str, float, float]], float]:

@@ -16,7 +16,7 @@ from dist_train import __version__
 from dist_train.atomic_files import to_json
 from dist_train.launch.slurm.commands import Job
 from dist_train.web import format
-from dist_train.web.machine import free_bytes
+from dist_train.web.machines import Machines
 from dist_train.web.run_index import Entry, RunIndex
 from dist_train.web.slurm_queue import SlurmQueue
 
@@ -38,6 +38,7 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.index = RunIndex(folder)
         self.queue = SlurmQueue()
+        self.machines = Machines(self.index)
         self._templates = Environment(
             loader=PackageLoader("dist_train.web"),
             autoescape=select_autoescape(default=True),
@@ -71,7 +72,7 @@ class Site:
         depth = request.scope["path"].count("/") - 1
         done = _DONE.get(request.query_params.get("done", ""), "")
         text = self._templates.get_template(template).render(
-            root="../" * depth, done=done, disk_free=free_bytes(self.index.folder), **values
+            root="../" * depth, done=done, machines=self.machines, **values
         )
         return HTMLResponse(text.encode(errors="replace"), status_code)  # a file may hold what is no text
 

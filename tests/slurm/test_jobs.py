@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.launch.resume import describe_new_start
+from dist_train.runs.directory import RunDir
 from support.cluster import Cluster
 from support.jobs import SCRIPTS, ended, submit
 from support.patience import wait_until
-from support.run_files import status_of, train_losses
+from support.run_files import metrics_without_times, status_of, train_losses
 from support.trainings import SETTINGS, trained_once
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
@@ -76,7 +78,7 @@ def test_two_nodes_of_two_ranks_equal_one_process(
 
 
 def test_submit_status_and_logs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished run is not submitted again."""
+    """A finished run is not submitted again, but under another name."""
     monkeypatch.chdir(tmp_path)
     ours = [sys.executable, "-m", "dist_train", "slurm"]
     output = cluster.ask(
@@ -91,6 +93,11 @@ def test_submit_status_and_logs(cluster: Cluster, tmp_path: Path, monkeypatch: p
     assert "FINISHED" in table
     assert "ended, state FINISHED" in cluster.ask(*ours, "logs", "runs/mine")
     assert "finished already" in cluster.ask(*ours, "submit", "--run-name=mine", *EXACT)
+    output = cluster.ask("sh", "-c", describe_new_start(RunDir(run_dir)))  # as the page shows it
+    again = tmp_path / "runs/mine-2"
+    wait_until(lambda: ended(cluster, output.split()[1].rstrip(","), again), "end")
+    assert metrics_without_times(again) == metrics_without_times(run_dir)
+    assert RunDir(again).read_submission()["options"] == RunDir(run_dir).read_submission()["options"]
 
 
 @pytest.mark.parametrize(

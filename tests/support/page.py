@@ -13,6 +13,9 @@ from dist_train.runs.directory import RunDir
 from dist_train.web.access import Access
 from dist_train.web.app import make_app
 
+# Title and columns of the table in docs/web.md. A module adds rows to it with `TABLE, COLUMNS = OF_TABLE`.
+OF_TABLE = ("the page", ("what", "cases", "outcome"))
+
 HOST = "http://127.0.0.1:8080"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dist_train.models.nets import Bks, Mlp
 from support.user_sets import mnist_part
 
 OPEN = "open"
+READY = "ready"
 
 
 class Drawing(Mlp):
@@ -56,11 +58,28 @@ class Gated(_Held, Mlp):
         return super().forward(images)
 
 
+class GatedInSetUp(Gated):
+    """Its first call, which is in the set-up, lasts until READY exists in the current folder."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        while not Path(READY).exists():
+            time.sleep(0.05)
+        return super().forward(images)
+
+
 class GatedBks(_Held, Bks):
     """A gated net with convolutions and dropout."""
 
     def forward(self, images: Tensor) -> Tensor:
         self.hold()
+        return super().forward(images)
+
+
+class KilledInSetUp(Mlp):
+    """Its process is killed at the first call, which is in the set-up."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(images)
 
 

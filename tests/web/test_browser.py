@@ -23,6 +23,7 @@ from support.processes import DIST_TRAIN, ROOT, started
 from support.run_files import metrics_without_times, status, status_of, step_of
 from support.tiny_runs import write_at
 from support.trainings import HELD, STEPS, release, train, trained_once
+from support.user_nets import READY
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Route
@@ -86,8 +87,10 @@ def test_run_of_shell_is_stopped_and_resumed_from_page_bit_identically(
     run_dir = tmp_path / "runs" / "r"
     with serving(prefix, tmp_path) as address, opened(browser, address) as page:
         page.get_by_text("dist-train train -c mnist").wait_for()  # no run yet
-        with started(train(nproc=1), tmp_path) as training:
-            page.get_by_role("link", name="r", exact=True).click()  # it appears by itself
+        with started(train("model.name=support.user_nets:GatedInSetUp", nproc=1), tmp_path) as training:
+            page.locator("#body tr[data-state=SETUP]").get_by_role("link", name="r").click()  # it appears by itself
+            wait_for_state(page, "SETUP")
+            (tmp_path / READY).touch()
             wait_for_state(page, "TRAINING")
             wait_until(lambda: step_of(run_dir) > 0, "step")
             page.get_by_role("button", name="Save now").click()
@@ -254,6 +257,57 @@ def test_double_click_is_one_request(prefix: list[str], browser: Browser, tmp_pa
         page.get_by_role("button", name="Restore").click()  # the next page sends again
         page.get_by_text("It is back").wait_for()
     assert len(sent) == 2
+
+
+# Keeps the charts that the page makes in `charts`, by title.
+KEEP_CHARTS = """
+let own;
+window.charts = {};
+const keep = {construct: (target, [options, ...rest]) => charts[options.title] = new target(options, ...rest)};
+Object.defineProperty(window, "uPlot", {get: () => own, set: (made) => { own = new Proxy(made, keep); }});
+"""
+SHOWS = "([step, loss]) => charts.Loss.data[0].at(-1) === step && charts.Loss.data[1].at(-1) === loss"
+RANGE = "() => [charts.Loss.scales.x.min, charts.Loss.scales.x.max]"
+
+
+def test_zoom_survives_updates(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    """Also an update in the middle of a drag, and one that changes the curves of the chart."""
+    run_dir = write_run(tmp_path / "runs", "run", "TRAINING", 10)
+
+    def appended(step: int, loss: float) -> None:
+        line = {"step": step, "samples": 8 * step, "time": 1000.0 + step, "attempt": 1, "train/loss": loss}
+        run_dir.append_metrics(line)
+        page.wait_for_function(SHOWS, arg=[step, loss])
+
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        page.add_init_script(KEEP_CHARTS)
+        page.goto(f"{page.url}jobs/run")
+        page.wait_for_function("() => window.charts.Loss?.data[0].at(-1) === 10")
+        appended(12, 0.2)
+        assert page.evaluate(RANGE) == [2, 12]  # not zoomed: it grows
+        plotted = page.locator("#curves .u-over").first
+        plotted.scroll_into_view_if_needed()
+        box = plotted.bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 50)
+        appended(12, 0.3)  # the last point again: nothing moves
+        page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 50)
+        page.mouse.up()
+        zoomed = page.evaluate(RANGE)
+        assert zoomed == pytest.approx([5, 8], abs=0.1)
+        appended(14, 0.1)
+        assert page.evaluate(RANGE) == zoomed
+        appended(16, 0.0001)  # from here on with a logarithmic axis: another chart
+        page.wait_for_function("() => charts.Loss.scales.y.distr === 3")
+        assert page.evaluate(RANGE) == zoomed
+        plotted.dblclick()
+        appended(18, 0.1)
+        assert page.evaluate(RANGE) == [2, 18]
+        page.locator("#axis").select_option("samples")
+        page.wait_for_function("() => charts.Loss.data[0].at(-1) === 144")
+        assert page.evaluate(RANGE) == [16, 144]
 
 
 def test_comparison_says_when_server_is_gone(prefix: list[str], browser: Browser, tmp_path: Path) -> None:

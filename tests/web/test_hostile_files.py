@@ -40,7 +40,14 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
 
 
 def assert_pages_answer(client: TestClient, what: object) -> None:
-    for page in ("/", "/jobs/run", "/jobs/run/points", "/jobs/run/settings", "/compare?run=run&run=whole"):
+    for page in (
+        "/",
+        "/jobs/run",
+        "/jobs/run/points",
+        "/jobs/run/evaluations.csv",
+        "/jobs/run/settings",
+        "/compare?run=run&run=whole",
+    ):
         assert client.get(page).status_code < 500, (what, page)
 
 

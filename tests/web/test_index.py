@@ -15,7 +15,9 @@ import dist_train.web.run_index as module
 from dist_train.atomic_files import write_json
 from dist_train.runs.summary import Summary, summarise
 from dist_train.web.run_index import Listing, RunIndex
-from support.page import write_run
+from support.page import OF_TABLE, client_of, write_run
+
+TABLE, COLUMNS = OF_TABLE
 
 
 @pytest.fixture(autouse=True)
@@ -30,38 +32,69 @@ def shown(listing: Listing) -> dict[str, tuple[object, ...]]:
     }
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_index_after_changes_equals_new_index(seed: int, tmp_path: Path) -> None:
-    rng, index = Random(seed), RunIndex(tmp_path)
-    states = ["FINISHED", "INTERRUPT", "ERROR", "TRAINING", "SETUP"]
+STATES = ["FINISHED", "INTERRUPT", "ERROR", "TRAINING", "SETUP"]
 
-    def any_run() -> Path:
-        return tmp_path / f"run {rng.randrange(6)}"
+
+def change(folder: Path, rng: Random) -> None:
+    """Make one random change to one of a few runs."""
 
     def status(path: Path) -> None:
-        if path.is_dir():
-            write_json(path / "status.json", {"state": rng.choice(states), "step": rng.randrange(20)})
+        write_json(path / "status.json", {"state": rng.choice(STATES), "step": rng.randrange(20)})
 
-    def remove_result(path: Path) -> None:
-        if path.is_dir():
-            (path / "result.json").unlink(missing_ok=True)
-
-    changes: list[Callable[[Path], object]] = [
-        lambda path: write_run(tmp_path, path.name, rng.choice(states)),
-        status,
+    of_any_run: list[Callable[[Path], object]] = [
+        lambda path: write_run(folder, path.name, rng.choice(STATES)),
         lambda path: shutil.rmtree(path, ignore_errors=True),
-        lambda path: path.is_dir() and (path / "status.json").write_text("{"),
-        lambda path: path.is_dir() and path.rename(tmp_path / f"run {rng.randrange(6, 9)} {time.time_ns()}"),
-        remove_result,
-        lambda path: (tmp_path / f"file {rng.randrange(3)}").write_text("not a run"),
+        lambda path: (folder / f"file {rng.randrange(3)}").write_text("not a run"),
     ]
-    before = index.listing()
-    for _ in range(25):
-        rng.choice(changes)(any_run())
-        now = index.listing()
-        assert shown(now) == shown(RunIndex(tmp_path).listing())
-        assert (now.version == before.version) == (shown(now) == shown(before))
-        before = now
+    of_existing_run: list[Callable[[Path], object]] = [
+        status,
+        lambda path: (path / "status.json").write_text("{"),
+        lambda path: path.rename(folder / f"run {rng.randrange(6, 9)} {time.time_ns()}"),
+        lambda path: (path / "result.json").unlink(missing_ok=True),
+    ]
+    path = folder / f"run {rng.randrange(6)}"
+    rng.choice(of_any_run + of_existing_run * path.is_dir())(path)
+
+
+def test_index_after_changes_equals_new_index(
+    tmp_path: Path, count: Callable[..., int], row: Callable[..., None]
+) -> None:
+    histories = count(400, 8)
+    for seed in range(histories):
+        folder, rng = tmp_path / str(seed), Random(seed)
+        folder.mkdir()
+        index = RunIndex(folder)
+        before = index.listing()
+        for _ in range(25):
+            change(folder, rng)
+            now = index.listing()
+            assert shown(now) == shown(RunIndex(folder).listing()), seed
+            assert (now.version == before.version) == (shown(now) == shown(before)), seed
+            before = now
+        shutil.rmtree(folder)
+    row("25 random changes to the folder of runs", histories, "the list equals that of a new server after each")
+
+
+def test_thousands_of_runs(tmp_path: Path, count: Callable[..., int], row: Callable[..., None]) -> None:
+    """Each is on exactly one page, in the order asked for, and a change is seen."""
+    folder, number = tmp_path / "runs", count(10_000, 250)
+    for each in range(number):
+        (folder / f"run{each:05}").mkdir(parents=True)
+        (folder / f"run{each:05}/status.json").write_text(f'{{"state": "FINISHED", "step": {each}}}')
+    client, _ = client_of(folder, tmp_path)
+
+    def rows_of(query: str) -> list[str]:
+        parts = client.get(f"/rows?{query}").text.split('name="run" value="')[1:]
+        return [part.partition('"')[0] for part in parts]
+
+    pages = [rows_of(f"sort=name&page={page}") for page in range(1, number // 100 + 2)]
+    assert [name for page in pages for name in page] == [f"run{each:05}" for each in range(number)][: 100 * len(pages)]
+    assert rows_of("q=run00123") == ["run00123"]
+    since = client.get("/").text.split("rows?since=")[1].split("&")[0]
+    assert client.get(f"/rows?since={since}").status_code == 204
+    write_json(folder / "run00123/status.json", {"state": "TRAINING", "heartbeat": time.time()})
+    assert rows_of(f"since={since}&sort=name")[:2] == ["run00123", "run00000"]
+    row("runs in one folder", f"{number:,}", "each on one page in the order asked for; a change is seen")
 
 
 def test_unchanged_runs_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

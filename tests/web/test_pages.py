@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import html
 import io
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,11 +18,13 @@ from safetensors import safe_open
 
 from dist_train.atomic_files import write_json
 from dist_train.checkpoints.manifest import folder_of
+from dist_train.launch.resume import describe_new_start
 from dist_train.runs.error_report import record_error
 from dist_train.web import child_processes
-from support.page import client_of, write_run
+from support.page import OF_TABLE, client_of, write_run
 from support.tiny_runs import write_at
 
+TABLE, COLUMNS = OF_TABLE
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -104,6 +109,38 @@ def test_evaluations_with_best_and_snapshots(tmp_path: Path) -> None:
     assert table.count(".safetensors</a>") == 2
     assert "f1" in table
     assert "87.50 %" in text  # of class b
+
+
+@pytest.mark.parametrize("state", ["TRAINING", "FINISHED", "INTERRUPT"])
+def test_each_run_shows_command_that_trains_it_anew(state: str, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, "run", state)
+    client, _ = client_of(tmp_path, tmp_path)
+    shown = client.get("/jobs/run").text.split('id="new-start"')[1].split("</code>")[0].split("<code>")[1]
+    assert html.unescape(shown) == describe_new_start(run_dir)
+
+
+def test_csv_of_evaluations_holds_numbers_of_table(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, "run")
+    write_at(run_dir, 15)  # a snapshot between two evaluations is no row
+    run_dir.append_metrics({"step": 30, "epoch": 3.0, "epoch_s": None, "val/loss": 0.123456789, "val/a,b": 7.0})
+    run_dir.append_metrics({"step": 40, "val/loss": None, "val/accuracy": 0.5, "val/accuracy_is_own": 1})
+    client, _ = client_of(tmp_path, tmp_path)
+    text = client.get("/jobs/run").text
+    assert 'href="../jobs/run/evaluations.csv"' in text
+    answer = client.get("/jobs/run/evaluations.csv")
+    assert answer.headers["content-disposition"] == "attachment; filename*=utf-8''run-evaluations.csv"
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [(row["step"], row["epoch"], row["epoch_s"]) for row in rows] == [
+        ("10", "1.0", "1.5"), ("20", "2.0", "1.5"), ("30", "3.0", ""), ("40", "", "")
+    ]  # fmt: skip
+    assert [row["val/loss"] for row in rows] == ["0.1", "0.05", "0.123456789", ""]
+    assert [row["val/a,b"] for row in rows] == ["", "", "7.0", ""]
+    for row in rows:  # as in the table, there rounded
+        cells = text.split(f'id="step-{row["step"]}"')[1].split("</tr>")[0]
+        train_loss, val_loss = (f"{float(row[key]):.4f}" if row[key] else "-" for key in ("train/loss", "val/loss"))
+        assert f"<td>{train_loss}</td><td>{val_loss}</td>" in cells
+        if row["val/accuracy"] and row["step"] != "40":
+            assert f"{100 * float(row['val/accuracy']):.2f} %" in cells
 
 
 def test_snapshot_is_file_of_checkpoint(tmp_path: Path) -> None:
@@ -247,15 +284,22 @@ def test_hostile_text_in_files_is_text(tmp_path: Path) -> None:
         assert HOSTILE not in client.get(page).text, page
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_damaged_and_half_deleted_runs_never_fail_page(seed: int, tmp_path: Path) -> None:
-    rng = Random(seed)
-    run_dir = write_run(tmp_path, "run", rng.choice(["FINISHED", "ERROR", "TRAINING"]))
+def test_damaged_and_half_deleted_runs_never_fail_page(
+    tmp_path: Path, count: Callable[..., int], row: Callable[..., None]
+) -> None:
+    histories = count(200, 12)
+    for seed in range(histories):
+        damage_and_look(tmp_path / str(seed), Random(seed))
+    row("six random damages to the files of a run, each followed by all pages", histories, "no 500, other runs shown")
+
+
+def damage_and_look(folder: Path, rng: Random) -> None:
+    run_dir = write_run(folder, "run", rng.choice(["FINISHED", "ERROR", "TRAINING"]))
     write_at(run_dir, 10, 0.9)
     record_error(run_dir.error, ValueError("x"), 0, 1, "trace")
     write_json(run_dir.layers, {"layers": []})
-    write_run(tmp_path, "whole")
-    client, _ = client_of(tmp_path, tmp_path)
+    write_run(folder, "whole")
+    client, _ = client_of(folder, folder)
     for _ in range(6):
         files = sorted(path for path in run_dir.path.rglob("*") if path.is_file())
         for path in rng.sample(files, min(2, len(files))):

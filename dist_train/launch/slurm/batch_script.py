@@ -15,6 +15,11 @@ from dist_train.errors import ConfigError
 
 Launcher = Literal["torchrun", "srun", "accelerate"]
 
+# Fields that are options of `slurm submit`.
+OPTIONS = (
+    "launcher", "nodes", "nproc", "cpus_per_proc", "gpus_per_node", "time", "partition", "log", "lead_s",
+    "max_requeues", "options", "setup",
+)  # fmt: skip
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and surrogates
 _MULTILINE_FIELDS = ("setup", "usage")  # shell lines, and our own comment
 _OPTIONS = {"options": "--sbatch", "arguments": "An argument", "job_name": "The name", "python": "The Python"}
@@ -58,6 +63,16 @@ class BatchScript:
                 if field.name not in _MULTILINE_FIELDS and isinstance(text, str) and _CONTROL.search(text):
                     option = _OPTIONS.get(field.name, f"--{field.name}")
                     raise ConfigError(f"{option}={text!r} contains a control character. Remove it.")
+
+    def submit_options(self) -> list[str]:
+        """Return the options of `slurm submit` that request the same."""
+        defaults, options = BatchScript(), []
+        for name in OPTIONS:
+            value = getattr(self, name)
+            if name in ("nodes", "nproc") or value != getattr(defaults, name):
+                option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+                options += [f"{option}={each}" for each in (value if isinstance(value, tuple) else (value,))]
+        return options
 
     def render(self) -> str:
         """Return the complete script."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -82,16 +83,77 @@ class Partition:
     is_default: bool
 
 
-def partitions() -> dict[str, Partition]:
+def partitions(timeout_s: float = _ANSWER_S) -> dict[str, Partition]:
     """Return the partitions by name."""
     found: dict[str, Partition] = {}
-    rows = ask("sinfo", "--exact", "--noconvert", "--noheader", "--format=%P|%D|%c|%l")
+    rows = ask("sinfo", "--exact", "--noconvert", "--noheader", "--format=%P|%D|%c|%l", timeout_s=timeout_s)
     for line in rows.splitlines():  # one for each kind of node in a partition
         name, nodes, cpus, limit = line.split("|")
         previous = found.get(name.rstrip("*"), Partition(0, 0, limit, name.endswith("*")))
         found[name.rstrip("*")] = replace(
             previous, nodes=previous.nodes + int(nodes), cpus=max(previous.cpus, int(cpus))
         )
+    return found
+
+
+@dataclass(frozen=True)
+class NodeJob:
+    """A job that runs on a node."""
+
+    job: str
+    user: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster."""
+
+    partitions: tuple[str, ...]
+    state: str  # idle, mixed, allocated, down*, ...
+    cpus: int
+    cpus_allocated: int
+    memory_mib: int
+    gres: str  # such as gpu:h100:4; (null): none
+    jobs: tuple[NodeJob, ...]
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.jobs) or self.cpus_allocated > 0
+
+
+def nodes(timeout_s: float = _ANSWER_S) -> dict[str, Node]:
+    """Return the nodes by name, each with the jobs that run on it."""
+    jobs: dict[str, list[NodeJob]] = {}
+    running = ask("squeue", "--noheader", "--states=RUNNING,COMPLETING", "--format=%i|%u|%N", timeout_s=timeout_s)
+    for line in running.splitlines():
+        job, user, where = line.split("|", 2)
+        for name in names_in(where):
+            jobs.setdefault(name, []).append(NodeJob(job, user))
+    found: dict[str, Node] = {}
+    rows = ask("sinfo", "--Node", "--noconvert", "--noheader", "--format=%N|%R|%T|%C|%m|%G", timeout_s=timeout_s)
+    for line in rows.splitlines():  # one for each partition of a node
+        name, partition, state, cpus, memory, gres = line.split("|")
+        allocated, _idle, _other, total = map(int, cpus.split("/"))
+        others = found[name].partitions if name in found else ()
+        found[name] = Node((*others, partition), state, total, allocated, int(memory), gres, tuple(jobs.get(name, [])))
+    return found
+
+
+def names_in(nodelist: str) -> list[str]:
+    """Return the names of a Slurm node list: n7, n08 and n09 of "n7,n[08-09]"."""
+    found = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        pieces = [_numbers(piece) if number % 2 else [piece] for number, piece in enumerate(re.split(r"[\[\]]", part))]
+        found += ["".join(pieces) for pieces in itertools.product(*pieces)]
+    return found
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Return the numbers of "08-10,12" with the zeros of each first one."""
+    found = []
+    for each in ranges.split(","):
+        first, _, last = each.partition("-")
+        found += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
     return found
 
 

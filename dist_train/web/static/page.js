@@ -75,7 +75,7 @@
   const box = find("#curves");
   const runs = box ? JSON.parse(box.dataset.runs) : [];
   const loaded = new Map();  // run -> {cut, to, points}
-  let plots = [];
+  let plots = [];  // {title, axis, kind: what must be drawn anew when it changes, uplot}
   let drawing = false;
 
   async function load(run) {
@@ -134,15 +134,29 @@
     const low = Math.min(...values), high = Math.max(...values);
     const ink = getComputedStyle(document.body).color;
     const width = Math.max(260, Math.min(560, box.clientWidth));
+    const distr = /loss/i.test(panel.title) && low > 0 && high / low >= LOG_FROM ? 3 : 1;
+    const joined = uPlot.join(curves.map(({data}) => data));
+    const kind = JSON.stringify([axis, distr, ink, width, curves.map(({label}) => label)]);
+    const before = plots.find(({title}) => title === panel.title);
+    const {min, max} = before?.uplot.scales.x ?? {};
+    const isZoomed = before?.axis === axis && (min > before.uplot.data[0][0] || max < before.uplot.data[0].at(-1));
+    if (before?.kind === kind) {  // the same chart with more points: a drag that is under way goes on
+      before.uplot.setData(joined, !isZoomed);
+      if (isZoomed) before.uplot.redraw();
+      return before;
+    }
     const lines = {stroke: ink, grid: {stroke: "#8884", width: 1}, ticks: {stroke: "#8884", width: 1}};
-    return new uPlot({
+    const uplot = new uPlot({
       title: panel.title, width, height: 300,
-      scales: {x: {time: false}, y: {distr: /loss/i.test(panel.title) && low > 0 && high / low >= LOG_FROM ? 3 : 1}},
+      scales: {x: {time: false}, y: {distr}},
       axes: [lines, {...lines, size: 64}],
-      series: [{label: axis}, ...curves.map(({label, colour, dash, data}) => ({
-        label, stroke: colour, width: 1.5, dash, spanGaps: true, points: {show: data[0].length < 30, size: 5},
+      series: [{label: axis}, ...curves.map(({label, colour, dash}) => ({
+        label, stroke: colour, width: 1.5, dash, spanGaps: true,
+        points: {show: ({data}, number) => data[number].filter((value) => value != null).length < 30, size: 5},
       }))],
-    }, uPlot.join(curves.map(({data}) => data)), null);
+    }, joined, null);
+    if (isZoomed) uplot.setScale("x", {min, max});
+    return {title: panel.title, axis, kind, uplot};
   }
 
   async function drawCurves() {
@@ -157,7 +171,9 @@
       if (state() === before && box.dataset.axis === axis && plots.length) return;
       box.dataset.axis = axis;
       const made = panels().map((panel) => plot(panel, axis)).filter(Boolean);
-      box.replaceChildren(...made.map((each) => each.root));
+      if (made.length !== plots.length || made.some((each, number) => each !== plots[number])) {
+        box.replaceChildren(...made.map(({uplot}) => uplot.root));
+      }
       plots = made;
     } catch (error) {
       say(STALE + "the server cannot be reached.");
