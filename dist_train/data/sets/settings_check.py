@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
-from dist_train.data.sets.image_set import Examples, yields_pixels
 from dist_train.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from dist_train.data.sets.image_set import Examples
 
 
 def check_settings(config: DataConfig) -> None:
@@ -45,6 +49,8 @@ def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, in
     Raises:
         ConfigError
     """
+    from dist_train.data.sets.image_set import yields_pixels  # imports torch, which `check_settings` does not need
+
     for setting in ("normalize", "augment"):
         if getattr(config, setting) is not None and not yields_pixels(train):
             label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
