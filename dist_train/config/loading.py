@@ -85,6 +85,14 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
     return {key: (_value_text(mine, key), _value_text(theirs, key)) for key in keys}
 
 
+def overrides_between(base: Config, config: Config) -> list[str]:
+    """Return the overrides that turn `base` into `config`, `runs_dir` excepted."""
+    before, missing = base.flat(), object()
+    settings = config.flat()
+    settings.pop("runs_dir")
+    return [f"{key}={value_text(value)}" for key, value in settings.items() if before.get(key, missing) != value]
+
+
 def _value_text(settings: Mapping[str, Any], key: str) -> str:
     return value_text(settings[key]) if key in settings else "not set"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dist_train.atomic_files import write_json
 from dist_train.config.schema import Config
@@ -25,6 +27,7 @@ from dist_train.runs import deleted_runs
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_options import StartOptions, check_start, find_run_dir, remove_if_not_started, valid_run_name
 from dist_train.runs.summary import Summary, summarise, summarise_existing
+from dist_train.runs.train_arguments import TrainArguments
 
 _QUEUED = ("PENDING", "CONFIGURING")  # states of a job, for the first time or requeued
 _NOT_STARTED = ("NEW", "PREEMPTED")  # states of a run, until the job that is to start or to continue it does so
@@ -104,6 +107,22 @@ def find_finished(config: Config, start: StartOptions) -> RunDir | None:
 
 def _named(config: Config, start: StartOptions) -> RunDir | None:
     return find_run_dir(config, start) if start.run_name or start.run_dir else None
+
+
+def batch_script(arguments: TrainArguments, config: Config, start: StartOptions, **requested: Any) -> BatchScript:
+    """Return the script of a job that trains a run. `requested`: fields of BatchScript, such as nodes and time.
+
+    Raises:
+        ConfigError: one of them contains a control character.
+    """
+    run_name = (f"--run-name={start.run_name}",) if start.run_name else ()
+    return BatchScript(
+        arguments=arguments.of_a_rank()[1:] + run_name,
+        job_name=start.config_name,
+        join_timeout_s=config.setup_timeout_s,
+        python=sys.executable,
+        **requested,
+    )
 
 
 def check_job(script: BatchScript, config: Config, start: StartOptions) -> RunDir | None:
