@@ -30,7 +30,7 @@ def check_bundle(path: Path, filename: str, name: str, setting: str) -> None:
         ConfigError: `path` does not exist.
         UserCodeError: the file or the class is missing, or the file fails.
     """
-    file = _find(path, filename, f"{setting}={path}")
+    file = find_bundled(path, filename, f"{setting}={path}")
     if not defines(file, name):
         class_of(import_bundled(file, f"{setting}={path}"), name)
 
@@ -38,11 +38,16 @@ def check_bundle(path: Path, filename: str, name: str, setting: str) -> None:
 def open_bundle(path: Path, filename: str, setting: str) -> ModuleType:
     """Import `filename` from the folder or zip `path`. Raises ConfigError or UserCodeError, as `check_bundle`."""
     label = f"{setting}={path}"
-    return import_bundled(_find(path, filename, label), label)
+    return import_bundled(find_bundled(path, filename, label), label)
 
 
-def _find(path: Path, filename: str, label: str) -> Path:
-    """Return the file `filename` in a folder or zip."""
+def find_bundled(path: Path, filename: str, label: str) -> Path:
+    """Return the file `filename` in a folder or zip. `label` begins the messages of errors.
+
+    Raises:
+        ConfigError: `path` does not exist.
+        UserCodeError: the file is missing.
+    """
     path = path.expanduser()
     if not path.exists():
         raise ConfigError(f"{label}: no such file or folder. Give a folder or a zip that holds {filename}.")

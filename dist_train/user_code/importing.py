@@ -53,6 +53,33 @@ def check_object(spec: str) -> None:
         load_object(spec)
 
 
+def check_object_source(setting: str, spec: str) -> None:
+    """Check `package.module:Name` without importing anything. What only an import could tell is accepted.
+
+    Raises:
+        ConfigError: `spec` does not have this form.
+        UserCodeError: there is no such module, or its source shows no such name.
+    """
+    module_name, name, source = _look_up(spec)
+    top = module_name.partition(".")[0]
+    if source is None:
+        if importlib.util.find_spec(top) is None:
+            raise UserCodeError(f"{setting}={_missing_module(spec, module_name, top)}")
+        return
+    if source.suffix != ".py":
+        return
+    try:
+        tree = ast.parse(source.read_bytes(), str(source))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise user_code_error(f"{setting}={spec} cannot be imported", error) from None
+    own = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    nodes = [*ast.walk(tree)]
+    bound = {node.id for node in nodes if isinstance(node, ast.Name)}
+    bound |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    if name not in own and not bound & {name, "*", "__getattr__"}:
+        raise UserCodeError(f"{setting}={spec}: {source} has no {name}.{did_you_mean(name, own)}")
+
+
 def defines(source: Path, name: str) -> bool:
     """Return whether the source of a Python file shows a top-level class, function or value of this name."""
     try:
