@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.atomic_files import write_json
-from dist_train.distributed.process_info import OF_ONE_WANDB_RUN, RECORDED
+from dist_train.distributed.process_info import ASKED_AT, OF_ONE_WANDB_RUN, RECORDED
 from dist_train.errors import RunDirError
 from dist_train.launch.jobs import is_active, unfinished_jobs
 from dist_train.launch.slurm import commands
@@ -22,19 +22,23 @@ from dist_train.runs.summary import Summary, summarise_existing
 
 
 def start_log(run_dir: RunDir) -> Path:
-    """Return the log of the last start that `resume` made: what it printed before it had a status."""
+    """Return the log of the last start that was made from outside a shell: what it printed."""
     return run_dir.logs / "start.log"
 
 
 def resume_command(run_dir: RunDir) -> list[str] | None:
     """Return the command that resumes a run; None if that depends on its machines, or on a Slurm job of the user's."""
-    script, provenance, status = run_dir.path / "job.sbatch", run_dir.read_provenance(), run_dir.status.read()
+    script = run_dir.path / "job.sbatch"
     if script.is_file():
         return ["sbatch", str(script)]
-    if provenance.get("num_nodes", 1) != 1 or status.get("slurm_job_id"):
-        return None
-    nproc = status.get("world_size") or 1
-    python = provenance.get("python", sys.executable)
+    elsewhere = _recorded(run_dir).get("num_nodes", 1) != 1 or run_dir.status.read().get("slurm_job_id")
+    return None if elsewhere else _train_command(run_dir)
+
+
+def _train_command(run_dir: RunDir) -> list[str]:
+    recorded, status = _recorded(run_dir), run_dir.status.read()
+    nproc = status.get("world_size") or recorded.get("world_size") or recorded.get("nproc") or 1
+    python = recorded.get("python", sys.executable)
     return [python, "-m", "dist_train", "train", "--resume", str(run_dir.path), "--nproc", str(nproc)]
 
 
@@ -52,23 +56,42 @@ def resume(path: Path) -> None:
     run_dir = summary.run_dir
     if summary.may_be_running or summary.state == "FINISHED":
         raise RunDirError(f"{summary.name} is {summary.state}: there is nothing to resume.")
+    if summary.state in ("CREATED", "QUEUED"):
+        raise RunDirError(f"{summary.name} is {summary.state}: the queue begins it.")
     command = resume_command(run_dir)
     if command is None:
         raise RunDirError(
             f"{summary.name} ran on several machines or in a Slurm job of your own. Run the same command again there."
         )
     with hold_start_lock(run_dir) as lock:
-        provenance = run_dir.read_submission() | run_dir.read_provenance()  # a job may not have begun
-        folder, environment = _existing(provenance), environment_of(provenance)
         if command[0] == "sbatch":
-            _submit_again(summary, folder, environment)
+            recorded = _recorded(run_dir)
+            _submit_again(summary, _existing(recorded), environment_of(recorded))
             return
-        try:
-            run_dir.logs.mkdir(exist_ok=True)
-            note_start(lock)
-            begin_detached(command, start_log(run_dir), folder, environment, inherited=lock)
-        except OSError as error:
-            raise RunDirError(f"{summary.name} cannot be started: {error.filename}: {error.strerror}.") from None
+        begin_start(run_dir, lock)
+
+
+def begin_start(run_dir: RunDir, lock: int) -> None:
+    """Begin the launcher of a run as files of the run tell. `lock`: of `hold_start_lock`; the launcher keeps it.
+
+    Raises:
+        RunDirError: its folder or its interpreter is gone, or its directory cannot be written.
+    """
+    recorded = _recorded(run_dir)
+    folder = _existing(recorded)
+    try:
+        run_dir.logs.mkdir(exist_ok=True)
+        asked_at = {ASKED_AT: repr(time.perf_counter())}  # a STOP file from now on is meant for this start
+        note_start(run_dir)
+        environment = environment_of(recorded) | asked_at
+        begin_detached(_train_command(run_dir), start_log(run_dir), folder, environment, inherited=lock)
+    except OSError as error:
+        raise RunDirError(f"{run_dir.path.name} cannot be started: {error.filename}: {error.strerror}.") from None
+
+
+def _recorded(run_dir: RunDir) -> dict[str, Any]:
+    """Return how the run was started. A job of the queue or of Slurm may not have begun yet, or not have got far."""
+    return run_dir.read_job() | run_dir.read_submission() | run_dir.read_provenance()
 
 
 def _submit_again(summary: Summary, folder: Path, environment: Mapping[str, str]) -> None:
@@ -82,7 +105,7 @@ def _submit_again(summary: Summary, folder: Path, environment: Mapping[str, str]
 
 def describe_command(run_dir: RunDir) -> str | None:
     """Return the command that resumes the run, for a shell in any folder; None as `resume_command`."""
-    command, provenance = resume_command(run_dir), run_dir.read_provenance()
+    command, provenance = resume_command(run_dir), _recorded(run_dir)
     if command is None:
         return None
     settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(provenance.get("environment", {}).items())]

@@ -90,10 +90,14 @@ def running(
 
 
 def begin_detached(
-    command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str], *, inherited: int
-) -> None:
-    """Start a process that outlives this one. Its output replaces `log`; it keeps the descriptor `inherited` open."""
-    with log.open("wb") as file:
+    command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str], *, inherited: int,
+    append: bool = False,
+) -> None:  # fmt: skip
+    """Start a process that outlives this one, and keeps the descriptor `inherited` open.
+
+    Its output replaces what is in `log`, or with `append` follows it.
+    """
+    with log.open("ab" if append else "wb") as file:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             pass_fds=(inherited,), start_new_session=True,

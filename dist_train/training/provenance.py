@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import torch
 from dist_train import __version__
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.data.fingerprint import Fingerprint, differences
-from dist_train.distributed.process_info import RECORDED
+from dist_train.distributed.process_info import surroundings
 from dist_train.distributed.world import World
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
@@ -31,9 +30,7 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _PACKAGES}},
         "git_commit": git_commit(Path.cwd()),
         "argv": sys.argv,
-        "cwd": str(Path.cwd()),
-        "python": sys.executable,
-        "environment": recorded_environment(os.environ),
+        **surroundings(),
         "started_by": world.process.started_by,
         "hosts": hosts,
         "world_size": world.size,
@@ -44,11 +41,6 @@ def collect_provenance(world: World, plan: BatchPlan, hosts: list[str]) -> dict[
         "num_threads": world.num_threads,
         "cpu": cpu_model(),
     }
-
-
-def recorded_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that a later start needs again."""
-    return {name: env[name] for name in RECORDED if name in env}
 
 
 # These determine how a step is divided: they change the result of a net that depends on the division.
