@@ -17,6 +17,7 @@ from dist_train.web.compare_pages import ComparePages
 from dist_train.web.downloads import Downloads
 from dist_train.web.error_pages import ErrorPages
 from dist_train.web.guard import Guard
+from dist_train.web.job_pages import JobPages
 from dist_train.web.list_pages import ListPages
 from dist_train.web.login import Login
 from dist_train.web.run_pages import RunPages
@@ -40,12 +41,17 @@ def make_app(folder: Path, access: Access, hosts: frozenset[str] = frozenset()) 
 
 def _routes(site: Site, login: Login) -> list[Route | Mount]:
     listed, run, files = ListPages(site, login), RunPages(site), Downloads(site)
-    actions, comparison = Actions(site), ComparePages(site)
+    actions, comparison, jobs = Actions(site), ComparePages(site), JobPages(site)
     return [
         Route("/", listed.jobs),
         Route("/rows", listed.rows),
         Route("/machines", listed.machines),
         Route("/login", login.login, methods=["GET", "POST"]),
+        Route("/new", jobs.new),
+        Route("/new/check", jobs.check, methods=["POST"]),
+        Route("/new/try", jobs.try_batch, methods=["POST"]),
+        Route("/new/create", jobs.create, methods=["POST"]),
+        Route("/new/run", jobs.run, methods=["POST"]),
         Route("/compare", comparison.compare),
         Route("/compare.{suffix}", comparison.export_comparison),
         Route("/bin", actions.bin),

@@ -116,7 +116,7 @@ _OF_DATA = ("data.name", "data.args", "data.split", "data.image_size", "data.nor
 _FIELDS: tuple[Setting | Choice, ...] = (
     Choice("model", "Model", Kind.MODELS, "model.bundle", "model.name", NETS, belonging=("model.args",)),
     Choice("loader", "Data loader", Kind.LOADERS, "data.bundle", "data.name", tuple(SETS), belonging=_OF_DATA),
-    Choice("dataset", "Data set", Kind.DATASETS, "data.root", nothing="the folder of bundled sets"),
+    Choice("dataset", "Data set", Kind.DATASETS, "data.root", nothing="in its usual folder"),
     Setting("optimizer.name", "Optimizer", choices=tuple(OPTIMIZERS)),
     Setting("optimizer.lr", "Learning rate"),
     Setting("max_grad_norm", "Clip gradients", "to this norm; empty: never"),
@@ -133,6 +133,11 @@ _SLURM = {"nodes": "--nodes", "per_node": "--nproc", "gpus_per_node": "--gpus-pe
           "partition": "--partition"}  # fmt: skip
 WHERE = {"where": "local", "nproc": "1", "nodes": "1", "per_node": "1", "gpus_per_node": "0", "time": "60",
          "partition": ""}  # fmt: skip
+LABELS = {
+    "config": "Config", "name": "Name", **{each.name: each.label for each in _FIELDS}, LINES: "Other settings",
+    "where": "Where", "nproc": "Processes", "nodes": "Nodes", "per_node": "Processes per node",
+    "gpus_per_node": "GPUs per node", "time": "Time limit", "partition": "Partition",
+}  # fmt: skip
 _DEFAULTS = Config(seed=0).flat()
 _OWNERS = {each.name: each.name for each in _FIELDS if isinstance(each, Setting)} | {
     key: each.name for each in _FIELDS if isinstance(each, Choice) for key in (each.path, each.by_name, *each.belonging)
