@@ -54,14 +54,25 @@ def find_bundled(path: Path, filename: str, label: str) -> Path:
     if path.is_file() and path.suffix == ".py":
         path = path.parent
     folder = path if path.is_dir() else unpack_archive(path, label)
-    # The file is at the top level, or in a subfolder if the zip holds a folder.
+    try:
+        return locate(folder, filename)
+    except UserCodeError as error:
+        raise UserCodeError(f"{label}: {error}") from None
+
+
+def locate(folder: Path, filename: str) -> Path:
+    """Return the file `filename` of a bundle: at the top of its folder, or in a subfolder if a zip held a folder.
+
+    Raises:
+        UserCodeError: it is missing, or in several subfolders.
+    """
     candidates = [folder, *sorted(sub for sub in folder.iterdir() if sub.is_dir() and sub.name != "__MACOSX")]
     matches = [candidate for candidate in candidates if (candidate / filename).is_file()]
     if matches[:1] != [folder] and len(matches) != 1:
         names = sorted(str(file.relative_to(folder)) for candidate in candidates for file in candidate.glob("*.py"))
         near = "" if filename in map(os.path.basename, names) else did_you_mean(filename, names)
         raise UserCodeError(
-            f"{label}: {filename} is missing or in several folders. Found: {', '.join(names) or 'no .py file'}.{near}"
+            f"{filename} is missing or in several folders. Found: {', '.join(names) or 'no .py file'}.{near}"
         )
     return matches[0].resolve() / filename
 

@@ -33,7 +33,7 @@ from dist_train.user_code.contents import (
     contents_of_code,
     contents_of_data,
 )
-from dist_train.user_code.source_check import SourceCheck, check_source
+from dist_train.user_code.source_check import DATASET_FILE, MODEL_FILE, SourceCheck, check_source
 from dist_train.user_code.weights_file import keep_weights
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
@@ -240,7 +240,7 @@ def _check(kind: Kind, files: Path) -> SourceCheck:
         names = sorted(path.name for path in files.iterdir())
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         return SourceCheck(", ".join(names[:_SHOWN]) + more or "empty")
-    return check_source(files, "bks_model.py" if kind == Kind.MODELS else "bks_dataset.py")
+    return check_source(files, MODEL_FILE if kind == Kind.MODELS else DATASET_FILE)
 
 
 def _data_limits(folder: Path) -> Limits:
