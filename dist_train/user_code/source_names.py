@@ -110,7 +110,7 @@ def read_source(path: Path) -> Source:
     """Raises SyntaxError or ValueError if it is not Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(path.read_bytes(), str(path))
     names, attached = Names().visit(tree.body), set()
     is_open = "__getattr__" in {getattr(node, "name", "") for node in tree.body}
     for node in ast.walk(tree):

@@ -32,7 +32,7 @@ from dist_train.user_code import library
 from dist_train.user_code.bundles import find_bundled
 from dist_train.user_code.importing import check_object_source
 from dist_train.user_code.library import Kind, Version
-from dist_train.user_code.source_check import check_source
+from dist_train.user_code.source_check import DATASET_FILE, MODEL_FILE, check_source
 
 Texts = Mapping[str, str]  # by field
 
@@ -50,6 +50,7 @@ class Setting:
     unit: str = ""  # of a number without one
     if_empty: str = ""  # what an empty field means
     choices: tuple[str, ...] = ()
+    belonging: tuple[str, ...] = ()  # settings that another text sets back to their defaults
 
     def overrides(self, text: str) -> list[str]:
         with_unit = f"{text} {self.unit}" if self.unit and re.fullmatch(r"[\d.]+", text) else text
@@ -76,12 +77,11 @@ class Choice:
 
     def overrides(self, text: str) -> list[str]:
         """Raises LibraryError: there is no such version, or it has no weights."""
-        reset = [f"{key}={value_text(_DEFAULTS[key])}" for key in self.belonging]
         is_path, in_library = text.startswith("/"), "/" in text and ":" not in text
         if self.by_name and not is_path and not in_library:
-            return [*reset, f"{self.path}=", f"{self.by_name}={value_text(text)}"]
+            return [f"{self.path}=", f"{self.by_name}={value_text(text)}"]
         path = text if is_path or not text else self._path_in_library(text)
-        return [*reset, f"{self.path}={value_text(path or None)}"]
+        return [f"{self.path}={value_text(path or None)}"]
 
     def _path_in_library(self, text: str) -> str:
         name, _, version = text.partition("/")
@@ -113,11 +113,12 @@ class Choice:
 
 _OF_DATA = ("data.name", "data.args", "data.split", "data.image_size", "data.normalize", "data.augment",
             "data.val_examples")  # fmt: skip
+_OF_OPTIMIZER = tuple(f"optimizer.{name}" for name in sorted(set().union(*OPTIMIZERS.values())))
 _FIELDS: tuple[Setting | Choice, ...] = (
     Choice("model", "Model", Kind.MODELS, "model.bundle", "model.name", NETS, belonging=("model.args",)),
     Choice("loader", "Data loader", Kind.LOADERS, "data.bundle", "data.name", tuple(SETS), belonging=_OF_DATA),
     Choice("dataset", "Data set", Kind.DATASETS, "data.root", nothing="in its usual folder"),
-    Setting("optimizer.name", "Optimizer", choices=tuple(OPTIMIZERS)),
+    Setting("optimizer.name", "Optimizer", choices=tuple(OPTIMIZERS), belonging=_OF_OPTIMIZER),
     Setting("optimizer.lr", "Learning rate"),
     Setting("max_grad_norm", "Clip gradients", "to this norm; empty: never"),
     Setting("global_batch_size", "Batch size", "all processes together"),
@@ -176,7 +177,9 @@ def _shown(config: Config) -> dict[str, str]:
 def _overrides(name: str, texts: Texts, before: Texts) -> list[str]:
     """Return the overrides of a field. `before`: the texts of the config that they change."""
     shown, text = FIELDS[name], texts[name].strip()
-    return [] if isinstance(shown, Choice) and text == before[name] else shown.overrides(text)
+    if text == before[name]:
+        return []
+    return [*(f"{key}={value_text(_DEFAULTS[key])}" for key in shown.belonging), *shown.overrides(text)]
 
 
 # --- checking ------------------------------------------------------------------------------------------------------
@@ -268,7 +271,7 @@ def _config(texts: Texts, found: Checked) -> Config | None:
         found.refuse("config", error)
         return None
     overrides = []
-    for name in FIELDS.keys() & texts.keys():
+    for name in (name for name in FIELDS if name in texts):
         try:
             overrides += _parsed(_overrides(name, texts, before))
         except DistTrainError as error:
@@ -298,7 +301,7 @@ def _check_net(config: Config) -> None:
     """Check that the net is there, as far as its name and its source show it."""
     model = config.model
     if model.bundle is not None:
-        _check_bundle(model.bundle, "bks_model.py", "model.bundle")
+        _check_bundle(model.bundle, MODEL_FILE, "model.bundle")
     elif ":" not in model.name:
         check_own_name(model)
     elif not model.name.startswith(("torchvision:", "timm:")):
@@ -309,14 +312,14 @@ def _check_data(config: Config) -> None:
     """Check that the data loaders are there, as far as their names and their source show it."""
     check_settings(config.data)
     if config.data.bundle is not None:
-        _check_bundle(config.data.bundle, "bks_dataset.py", "data.bundle")
+        _check_bundle(config.data.bundle, DATASET_FILE, "data.bundle")
     elif ":" in config.data.name:
         check_object_source("data.name", config.data.name)
 
 
 def _check_bundle(path: Path, filename: str, setting: str) -> None:
-    if path.is_file():
-        return  # to be unpacked when the job starts
+    if path.expanduser().is_file() and path.suffix != ".py":
+        return  # it is unpacked when the job starts
     folder = find_bundled(path, filename, f"{setting}={path}").parent
     problems = check_source(folder, filename).problems
     if problems:
@@ -325,6 +328,8 @@ def _check_bundle(path: Path, filename: str, setting: str) -> None:
 
 def _check_name(name: str, folder: Path, found: Checked) -> None:
     try:
+        if not name:
+            raise ConfigError("--run-name is empty: give the job a name.")
         check_run_name("--run-name", name, folder)
         if _exists(name, folder):
             raise ConfigError(f"--run-name={name}: there is a run of this name. Use {free_name(name, folder)}.")
