@@ -14,6 +14,7 @@ from dist_train.cli.bench import bench
 from dist_train.cli.config import config
 from dist_train.cli.data import data
 from dist_train.cli.doctor import doctor
+from dist_train.cli.library import library
 from dist_train.cli.queue import queue
 from dist_train.cli.results import evaluate, export, predict
 from dist_train.cli.runs import runs
@@ -76,5 +77,6 @@ for _command in (
     bench,
     config,
     data,
+    library,
 ):
     main.add_command(_command)

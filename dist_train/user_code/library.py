@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 from dist_train.atomic_files import fsync, read_json, remove, remove_leftovers, temporary_path, write_json
@@ -230,8 +231,6 @@ def _add(
             raise LibraryError(f"{kind}/{name} cannot be kept in {home}: {error.strerror or error}.") from error
         finally:
             remove(temporary)
-            with suppress(OSError):  # it holds versions
-                home.rmdir()
     return find(kind, name, folder.name)
 
 
@@ -256,22 +255,24 @@ def _changing(kind: Kind, name: str) -> Iterator[Path]:
     """Hold the lock of a name, and yield its folder. What killed processes left there is removed."""
     if not NAME.fullmatch(name):
         raise LibraryError(
-            f"{name!r} is no name: letters, digits and ._=+- without spaces, at most 100, a letter first."
+            f"{name!r} is no name: letters, digits and ._=+- without spaces, at most 100, a letter or digit first."
         )
     home = library_root() / kind / name
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(home.parent / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise LibraryError(f"{home} cannot be written: {error.strerror}. Set DIST_TRAIN_DATA_DIR.") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        home.mkdir(exist_ok=True)  # removed by the last holder
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LibraryError(f"{kind}/{name} is being changed by another process. Try again in a moment.") from None
         remove_leftovers(home)
         yield home
-    except BlockingIOError:
-        raise LibraryError(f"{kind}/{name} is being changed by another process. Try again in a moment.") from None
     finally:
+        with suppress(OSError):  # it holds versions, or was never made
+            home.rmdir()
         os.close(descriptor)
 
 
@@ -285,10 +286,16 @@ def uses(runs: Path) -> dict[tuple[Kind, str, str], list[str]]:
     found: dict[tuple[Kind, str, str], list[str]] = {}
     for config in sorted((*runs.glob("*/config.yaml"), *runs.glob(".bin/*/config.yaml"))):
         with suppress(OSError):
-            text = config.read_text(errors="replace")
-            for kind, name, version, _ in dict.fromkeys(_USE.findall(text)):
-                found.setdefault((Kind(kind), name, version), []).append(config.parent.name)
+            stat = config.stat()
+            for key in _named_in(config, (stat.st_mtime_ns, stat.st_ino)):
+                found.setdefault(key, []).append(config.parent.name)
     return found
+
+
+@lru_cache(maxsize=20_000)  # the page asks for the same thousand files whenever its list changes
+def _named_in(config: Path, _signature: tuple[int, int]) -> frozenset[tuple[Kind, str, str]]:
+    found = _USE.findall(config.read_text(errors="replace"))
+    return frozenset((Kind(kind), name, version) for kind, name, version, _ in found)
 
 
 def delete(kind: Kind, name: str, version: str | None = None, *, runs: Path) -> None:
@@ -311,5 +318,3 @@ def delete(kind: Kind, name: str, version: str | None = None, *, runs: Path) -> 
             gone = temporary_path(home / each.version)  # a kill must not leave half of a version
             each.path.parent.rename(gone)
             remove(gone)
-        with suppress(OSError):  # it holds other versions
-            home.rmdir()
