@@ -104,9 +104,16 @@ class DataConfig(_Settings):
     bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_dataset.py
     # Folder of the data. None: $DIST_TRAIN_DATA_DIR, else the folder dist_train in the user's cache folder.
     root: Annotated[FilePath | None, MayChange] = None
+    # A validation set of its own: the loader's val split, else its test split, else its training split, read from
+    # this folder instead of `root`. The training set's own val split is not used; its test split stays the test split.
+    val_root: Annotated[FilePath | None, MayChange] = None
+    # Another loader for the validation set, as `bundle`: its UserValDataset, else its UserDataset, which reads
+    # `val_root`, else `root`.
+    val_bundle: FilePath | None = None
     split: str | None = None  # for emnist only: balanced, byclass, bymerge, digits, letters or mnist
     image_size: PositiveInt | None = None  # for image_folder only: pixels per side of the resized square images
-    # Training examples held out for validation. 0: validate on the set's own val split, else on its test split.
+    # Training examples held out for validation; not with a validation set of its own. 0: validate on `val_root` or
+    # `val_bundle`, else on the set's own val split, else on its test split.
     val_examples: NonNegativeInt = 0
     normalize: Normalize | None = None  # None: pixels / 255 only
     augment: AugmentConfig | None = None  # random changes of training images; None: no changes

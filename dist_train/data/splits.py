@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_train.config.paths import default_data_root
 from dist_train.config.schema import DataConfig
 from dist_train.data.child_process import run_in_child
 from dist_train.data.fingerprint import Fingerprint, fingerprint_split
-from dist_train.data.sets.bundle import load_dataset_bundle
-from dist_train.data.sets.image_folder import ImageFolder, check_folder, load_image_folder
+from dist_train.data.sets.examples_check import check_pixels, check_validation_set
+from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import (
     Examples,
     ImageSet,
     Subset,
+    classes_of,
     example_at,
     num_examples,
     subset_of,
     yields_pixels,
 )
-from dist_train.data.sets.named_sets import load_named
-from dist_train.data.sets.settings_check import check_pixels, check_settings
-from dist_train.data.sets.user_sets import check_map_style, load_user_sets
+from dist_train.data.sets.settings_check import check_settings
+from dist_train.data.sets.source import Source
 from dist_train.distributed.rng import derive_seed
 from dist_train.errors import ConfigError, DataError
-from dist_train.user_code.bundles import check_bundle
-from dist_train.user_code.importing import check_object, wrap_user_errors
+from dist_train.user_code.importing import wrap_user_errors
 
 
 @dataclass(frozen=True)
@@ -89,16 +86,9 @@ def check_data_exists(config: DataConfig) -> None:
         ConfigError, DataError, UserCodeError: see `load_splits`.
     """
     check_settings(config)
-    if config.bundle is not None:
-        check_bundle(config.bundle, "bks_dataset.py", "UserDataset", "data.bundle")
-    elif ":" in config.name:
-        check_object(config.name)
-    elif config.image_size is not None:
-        check_folder(_root(config))
-
-
-def _root(config: DataConfig) -> Path:
-    return (config.root or default_data_root()).expanduser().absolute()
+    for source in (Source.of_training(config), Source.of_validation(config)):
+        if source is not None:
+            source.check()
 
 
 def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Splits:
@@ -110,17 +100,34 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
         UserCodeError: the user's data set raises an error.
     """
     check_settings(config)
-    found = _load(config, _root(config), ranks_per_node)
+    found, name_of_val, own_validation = _load(config, ranks_per_node)
     user_splits = [split for split, examples in found.items() if not isinstance(examples, (ImageSet, ImageFolder))]
     # If workers will be forked, a user's set stays unused here, even its length: using it may open a file.
     in_child = user_splits if config.num_workers else []
-    summary = run_in_child(_summarise, found, seed) if in_child else _summarise(found, seed)
+    arguments = found, seed, own_validation
+    summary = run_in_child(_summarise, *arguments) if in_child else _summarise(*arguments)
     found |= {split: Subset(found[split], range(summary.fingerprints[split]["count"])) for split in in_child}
     check_pixels(config, found["train"], summary.image_shape)
-    return Splits(*_add_validation(config, seed, found), summary)
+    return Splits(*_add_validation(config, seed, found, name_of_val), summary)
 
 
-def _summarise(found: Mapping[str, Examples], seed: int) -> DataSummary:
+def _load(config: DataConfig, ranks_per_node: int) -> tuple[dict[str, Examples], str, str]:
+    """Return the splits, the name of `val`, and the settings of a validation set of its own, "" if there is none."""
+    source, validation = Source.of_training(config), Source.of_validation(config)
+    found = source.load(ranks_per_node)
+    if validation is None:
+        return found, source.name_of("val"), ""
+    [(split, found["val"])] = validation.load(ranks_per_node).items()
+    name = validation.name_of(split)
+    if split == "train" and (validation.root, validation.config.bundle) == (source.root, source.config.bundle):
+        raise ConfigError(
+            f"{validation} names the training set itself, {name}. Name another folder or loader, or set "
+            f"data.val_examples=1000 instead."
+        )
+    return found, f"{name} ({validation})", str(validation)
+
+
+def _summarise(found: Mapping[str, Examples], seed: int, own_validation: str) -> DataSummary:
     fingerprints = {}
     for split, examples in found.items():
         with wrap_user_errors(f"The {split} set", "cannot be read"):
@@ -129,14 +136,12 @@ def _summarise(found: Mapping[str, Examples], seed: int) -> DataSummary:
             fingerprints[split] = fingerprint_split(examples, seed)
     train = found["train"]
     with wrap_user_errors("The train set", "cannot be read"):
-        classes, num_classes = getattr(train, "classes", None), getattr(train, "num_classes", None)
-        counted = len(classes) if isinstance(classes, Sized) else None
-        return DataSummary(
-            image_shape=_image_shape(train),
-            num_classes=num_classes if isinstance(num_classes, int) else counted,
-            classes=list(map(str, classes)) if isinstance(classes, (list, tuple)) else None,
-            fingerprints=fingerprints,
-        )
+        classes, num_classes = classes_of(train)
+        image_shape = _image_shape(train)
+    if own_validation:
+        with wrap_user_errors("The validation set", "cannot be read"):
+            check_validation_set(train, found["val"], own_validation)
+    return DataSummary(image_shape, num_classes, classes, fingerprints)
 
 
 def _image_shape(train: Examples) -> tuple[int, int, int] | None:
@@ -148,35 +153,20 @@ def _image_shape(train: Examples) -> tuple[int, int, int] | None:
     return channels, height, width
 
 
-def _load(config: DataConfig, root: Path, ranks_per_node: int) -> dict[str, Examples]:
-    if config.bundle is not None:
-        train, val = load_dataset_bundle(config.bundle, root)
-        found = {"train": check_map_style(train, f"The training set of {config.bundle}")}
-        if val is not None:
-            found["val"] = check_map_style(val, f"The validation set of {config.bundle}")
-        return found
-    if ":" in config.name:
-        return load_user_sets(config.name, root, config.args)
-    if config.image_size is not None:
-        return load_image_folder(root, config.image_size, config.resident, ranks_per_node)
-    train_set, test_set = load_named(config.name, root, config.split)
-    return {"train": train_set, "test": test_set}
-
-
 _SplitsAndSource = tuple[Examples, Examples | None, Examples | None, str]
 
 
-def _add_validation(config: DataConfig, seed: int, found: dict[str, Examples]) -> _SplitsAndSource:
+def _add_validation(config: DataConfig, seed: int, found: dict[str, Examples], name_of_val: str) -> _SplitsAndSource:
     """Return the splits and the origin of `val`."""
     train, val, test = found["train"], found.get("val"), found.get("test")
     held_out, total = config.val_examples, num_examples(train)
     if not held_out:
         if val is not None:
-            return train, val, test, _name_of_val(config)
+            return train, val, test, name_of_val
         return train, test, test, "none" if test is None else "the test split"
     if val is not None:
         raise ConfigError(
-            f"data.val_examples={held_out}, but a validation set exists already: {_name_of_val(config)}. "
+            f"data.val_examples={held_out}, but a validation set exists already: {name_of_val}. "
             "Set data.val_examples=0."
         )
     if held_out >= total:
@@ -189,9 +179,3 @@ def _add_validation(config: DataConfig, seed: int, found: dict[str, Examples]) -
     val = subset_of(train, shuffled[:held_out].sort().values)
     train = subset_of(train, shuffled[held_out:].sort().values)
     return train, val, test, f"{held_out} examples held out of train"
-
-
-def _name_of_val(config: DataConfig) -> str:
-    if config.bundle is not None:
-        return "UserValDataset"
-    return "val/" if config.image_size is not None else f"{config.name}(split='val')"

@@ -72,7 +72,7 @@ def check_model_exists(config: ModelConfig) -> None:
     """
     source, colon, name = config.name.partition(":")
     if config.bundle is not None:
-        check_bundle(config.bundle, "bks_model.py", "UserModel", "model.bundle")
+        check_bundle(config.bundle, "bks_model.py", "model.bundle", "UserModel")
     elif not colon:
         check_own_name(config)
     elif source == "torchvision":

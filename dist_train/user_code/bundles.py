@@ -23,16 +23,17 @@ _folders: set[Path] = set()  # folders of the bundles that this process has open
 # --- finding and importing ---------------------------------------------------------------------------------------
 
 
-def check_bundle(path: Path, filename: str, name: str, setting: str) -> None:
-    """Check that the bundle has the class `name`. The file is executed only if its source does not show the class.
+def check_bundle(path: Path, filename: str, setting: str, *names: str) -> None:
+    """Check that the bundle has one of the classes `names`. The file is executed only if its source shows none.
 
     Raises:
         ConfigError: `path` does not exist.
         UserCodeError: the file or the class is missing, or the file fails.
     """
     file = find_bundled(path, filename, f"{setting}={path}")
-    if not defines(file, name):
-        class_of(import_bundled(file, f"{setting}={path}"), name)
+    if not any(defines(file, name) for name in names):
+        module = import_bundled(file, f"{setting}={path}")
+        class_of(module, next((name for name in names if hasattr(module, name)), names[0]))
 
 
 def open_bundle(path: Path, filename: str, setting: str) -> ModuleType:

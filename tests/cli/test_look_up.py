@@ -28,6 +28,10 @@ def _code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bundle").mkdir()
     for name in ("bks_model.py", "bks_dataset.py"):
         (tmp_path / "bundle" / name).write_text(BUNDLE)
+    (tmp_path / "for_validation").mkdir()
+    (tmp_path / "for_validation/bks_dataset.py").write_text(f"{RUN}class UserValDataset: ...\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures/train").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 
 
@@ -39,6 +43,7 @@ COMMANDS = [["config", "validate"], ["train", "--dry-run"]]
     [
         ["model.name=shown:Net"], ["model.name=shown:make"], ["data.name=shown:Set"], ["model.name=hidden:Net"],
         ["model.bundle=bundle", "data.bundle=bundle", "data.normalize=null"], ["model.name=torchvision:resnet18"],
+        ["data.bundle=bundle", "data.val_bundle=for_validation", "data.val_root=anywhere", "data.normalize=null"],
         ["data.name=cifar10", "data.normalize=null"],  # it can be fetched
     ],
     ids=" ".join,
@@ -63,6 +68,12 @@ def test_existing_names_are_valid(command: list[str], settings: list[str]) -> No
         ("data.name=mnisst", "Did you mean mnist?"),
         ("data.name=nothing:Set", "no module nothing"),
         ("data.name=image_folder data.image_size=8 data.root=nowhere", "There is no folder"),
+        ("data.bundle=bundle data.normalize=null data.val_bundle=nowhere", "data.val_bundle=nowhere: no such file or"),
+        (
+            "data.bundle=bundle data.normalize=null data.val_bundle=empty",
+            "data.val_bundle=empty: bks_dataset.py is",
+        ),
+        ("data.name=image_folder data.image_size=8 data.root=pictures data.val_root=nowhere", "Set data.val_root to"),
     ],
 )
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dist_train.config.schema import AugmentConfig, DataConfig, Normalize
-from dist_train.data import splits as module
+from dist_train.data.sets import source as module
 from dist_train.data.sets.image_set import ImageSet, num_examples
 from dist_train.data.sets.settings_check import check_settings
 from dist_train.data.splits import Splits, load_splits
@@ -137,9 +137,9 @@ class UserValDataset(UserDataset): ...
 @pytest.fixture
 def bundle(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replace data.sets.bundle; return its calls and, as the last item, the sets it returns."""
-    calls: list[Any] = [(UserDataset(), UserValDataset())]
+    calls: list[Any] = [{"train": UserDataset(), "val": UserValDataset()}]
 
-    def load_dataset_bundle(path: Path, data_root: Path) -> Any:
+    def load_dataset_bundle(path: Path, data_root: Path, *_: object) -> Any:
         calls.insert(0, (path, data_root))
         return calls[-1]
 
@@ -155,7 +155,7 @@ def test_bundle_provides_validation_set(bundle: list[Any], tmp_path: Path) -> No
     splits = load_bundle(tmp_path)
     assert bundle[0] == (Path("code"), tmp_path)
     assert splits.val_source == "UserValDataset"
-    assert (splits.train, splits.val, splits.test) == (*bundle[-1], None)
+    assert (splits.train, splits.val, splits.test) == (*bundle[-1].values(), None)
     assert (splits.in_channels, splits.image_size, splits.num_classes) == (1, None, None)  # 4 x 6 is not square
     with pytest.raises(ConfigError, match="a validation set exists already: UserValDataset"):
         load_bundle(tmp_path, val_examples=5)
@@ -164,7 +164,7 @@ def test_bundle_provides_validation_set(bundle: list[Any], tmp_path: Path) -> No
 
 
 def test_held_out_examples_of_bundle_keep_its_collate(bundle: list[Any], tmp_path: Path) -> None:
-    bundle[-1] = (UserDataset(), None)
+    bundle[-1] = {"train": UserDataset()}
     assert load_bundle(tmp_path).val_source == "none"
     splits = load_bundle(tmp_path, val_examples=5)
     assert splits.val is not None

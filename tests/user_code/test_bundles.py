@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from dist_train.data.sets.bundle import load_dataset_bundle
+from dist_train.data.sets.image_set import num_examples
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.models.bundle import load_model_bundle
 from dist_train.torchvision_compat import import_torchvision
@@ -116,11 +117,11 @@ def tutorial_as(form: str, folder: Path) -> Path:
 @pytest.mark.parametrize("form", ["folder", "zip", "zip of a folder"])
 def test_tutorial_runs_unchanged(form: str, tmp_path: Path, tiny_mnist: list[Path]) -> None:
     path, root = tutorial_as(form, tmp_path), tmp_path / "data"
-    train, val = load_dataset_bundle(path, root)
+    sets: dict[str, Any] = load_dataset_bundle(path, root)
+    train, val = sets.values()
     assert tiny_mnist
-    assert val is not None
     assert (type(train).__name__, type(val).__name__) == ("UserDataset", "UserValDataset")
-    images, labels = train.collate([train[index] for index in range(4)])  # type: ignore[attr-defined]
+    images, labels = train.collate([train[index] for index in range(4)])
     assert images.shape == (4, 1, 28, 28)
     assert labels.tolist() == [0, 1, 2, 3]
     assert (root / "UserDataset").readlink() == Path("MNIST")
@@ -135,15 +136,15 @@ def test_tutorial_runs_unchanged(form: str, tmp_path: Path, tiny_mnist: list[Pat
 def test_tutorial_with_bundled_mnist(tmp_path: Path) -> None:
     train: Any
     val: Any
-    train, val = load_dataset_bundle(TUTORIAL, tmp_path / "data")
+    train, val = load_dataset_bundle(TUTORIAL, tmp_path / "data").values()
     assert (len(train), len(val)) == (60_000, 10_000)
     assert [int(label) for label in train.targets[:5]] == [5, 0, 4, 1, 9]
 
 
 def test_validation_set_is_optional(tmp_path: Path) -> None:
-    train, val = load_dataset_bundle(write(tmp_path / "b", bks_dataset=DATASET), tmp_path / "data")
-    assert val is None
-    assert train.path == str(tmp_path / "data")  # type: ignore[attr-defined]
+    sets: dict[str, Any] = load_dataset_bundle(write(tmp_path / "b", bks_dataset=DATASET), tmp_path / "data")
+    assert [*sets] == ["train"]
+    assert sets["train"].path == str(tmp_path / "data")
 
 
 # --- several bundles in one process, workers ---
@@ -155,7 +156,7 @@ def test_bundles_with_same_helper_names_are_separate(tmp_path: Path) -> None:
         write(tmp_path / name, helpers=f"WHO = {name!r}\n", bks_dataset=head + DATASET + "    who = WHO + WHERE\n")
         write(tmp_path / name, bks_model="from helpers import WHO\n" + MODEL + "    who = WHO\n")
         write(tmp_path / name / "parts", __init__="", deep=f"WHERE = {name!r}\n")
-    data: list[Any] = [load_dataset_bundle(tmp_path / name, tmp_path / "data")[0] for name in ("a", "b", "a")]
+    data: list[Any] = [load_dataset_bundle(tmp_path / name, tmp_path / "data")["train"] for name in ("a", "b", "a")]
     nets: list[Any] = [load_model_bundle(tmp_path / name) for name in ("a", "b")]
     assert [found.who for found in data] == ["aa", "bb", "aa"]
     assert [net.who for net in nets] == ["a", "b"]
@@ -180,7 +181,7 @@ def test_spawned_worker_can_unpickle_set(tmp_path: Path) -> None:
     source += "        return self.kept\n"
     source = source.replace("self.path = data_path", "self.path = data_path; self.kept = Twice()")
     folder = write(tmp_path / "b", my_transforms=helper, bks_dataset=source)
-    train, _ = load_dataset_bundle(folder, tmp_path / "data")
+    train = load_dataset_bundle(folder, tmp_path / "data")["train"]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool_result = pool.apply(lengths, (pickle.dumps(train),))
     assert pool_result == (3, "Twice")
@@ -258,8 +259,7 @@ def test_model_arguments(tmp_path: Path) -> None:
 
 
 def load_at_once(arguments: tuple[Path, Path]) -> int:
-    train, _ = load_dataset_bundle(*arguments)
-    return len(train)  # type: ignore[arg-type]
+    return num_examples(load_dataset_bundle(*arguments)["train"])
 
 
 def test_ranks_load_bundle_concurrently(tmp_path: Path, cache: Path) -> None:
@@ -295,8 +295,8 @@ def test_occupied_link_path_is_refused(occupant: str, tmp_path: Path, tiny_mnist
 def test_variant_of_mnist_is_linked_without_download(tmp_path: Path, tiny_mnist: list[Path]) -> None:
     source = (TUTORIAL / "bks_dataset.py").read_text().replace("MNIST", "FashionMNIST")
     write_mnist(tmp_path / "data" / "FashionMNIST" / "raw", count=7)
-    train, _ = load_dataset_bundle(write(tmp_path / "b", bks_dataset=source), tmp_path / "data")
-    assert len(train) == 7  # type: ignore[arg-type]
+    sets = load_dataset_bundle(write(tmp_path / "b", bks_dataset=source), tmp_path / "data")
+    assert num_examples(sets["train"]) == 7
     assert tiny_mnist == []
 
 

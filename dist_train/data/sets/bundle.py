@@ -6,42 +6,51 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_train.data.sets.download import fetch
+from dist_train.data.sets.image_set import Examples
+from dist_train.data.sets.split_choice import Choice, every_split
+from dist_train.data.sets.user_sets import check_map_style
 from dist_train.errors import ConfigError, DataError, UserCodeError
 from dist_train.user_code.bundles import check_method, class_of, import_bundled, label_of, open_bundle
 from dist_train.user_code.importing import wrap_user_errors
 
-if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+_CLASSES = {"train": "UserDataset", "val": "UserValDataset"}
 
 
-def load_dataset_bundle(path: Path, data_root: Path) -> tuple[Dataset[Any], Dataset[Any] | None]:
-    """Return UserDataset and UserValDataset (None if not defined), built with `data_path=data_root`.
+def load_dataset_bundle(
+    path: Path,
+    data_root: Path,
+    choose: Choice = every_split,
+    path_setting: str = "data.bundle",
+    root_setting: str = "data.root",
+) -> dict[str, Examples]:
+    """Return UserDataset as "train" and UserValDataset, if it is defined, as "val", built with `data_path=data_root`.
 
     Raises:
         ConfigError: `path` does not exist, or the data set is iterable-style.
         DataError: `data_root` cannot be created, or the bundled MNIST cannot be unpacked there.
         UserCodeError: the bundle does not have this interface, or raises an error.
     """
-    module = open_bundle(path, "bks_dataset.py", "data.bundle")
-    train_class = class_of(module, "UserDataset")
-    val_class = class_of(module, "UserValDataset") if hasattr(module, "UserValDataset") else None
-    classes = [train_class] if val_class is None else [train_class, val_class]
-    for cls in classes:
+    module = open_bundle(path, "bks_dataset.py", path_setting)
+    chosen = choose([split for split, name in _CLASSES.items() if hasattr(module, name)])
+    classes = {split: class_of(module, _CLASSES[split]) for split in chosen}
+    for cls in classes.values():
         _check_dataset(cls)
         _pickle_with_module(cls, module)
     try:
         data_root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"data.root={data_root} cannot be created: {error.strerror}. Set data.root.") from error
-    _link_torchvision_folders(module, data_root)
-    sets = []
-    for cls in classes:
+        raise DataError(
+            f"{root_setting}={data_root} cannot be created: {error.strerror}. Set {root_setting}."
+        ) from error
+    _link_torchvision_folders(module, data_root, root_setting)
+    sets: dict[str, Examples] = {}
+    for split, cls in classes.items():
         with wrap_user_errors(label_of(cls), f"made with data_path={str(data_root)!r} failed"):
-            sets.append(cls(str(data_root)))
-    return sets[0], sets[1] if val_class else None
+            sets[split] = check_map_style(cls(str(data_root)), f"{_CLASSES[split]} of {path}")
+    return sets
 
 
 class _Module:
@@ -86,7 +95,7 @@ def _check_dataset(cls: type) -> None:
     check_method(cls, "collate", "batch")
 
 
-def _link_torchvision_folders(module: ModuleType, data_root: Path) -> None:
+def _link_torchvision_folders(module: ModuleType, data_root: Path, root_setting: str) -> None:
     """Link the folder of each class derived from torchvision's MNIST family to the folder of its base.
 
     The family reads `<root>/<class name>/raw`: `class UserDataset(MNIST)` would find no files there and download them.
@@ -100,10 +109,10 @@ def _link_torchvision_folders(module: ModuleType, data_root: Path) -> None:
         if base.__name__ == "MNIST":
             fetch("mnist", data_root, None)
         if cls.__name__ != base.__name__:
-            _link(data_root / cls.__name__, data_root / base.__name__, cls)
+            _link(data_root / cls.__name__, data_root / base.__name__, cls, root_setting)
 
 
-def _link(link: Path, target: Path, cls: type) -> None:
+def _link(link: Path, target: Path, cls: type, root_setting: str) -> None:
     try:
         target.mkdir(exist_ok=True)
         try:
@@ -114,10 +123,10 @@ def _link(link: Path, target: Path, cls: type) -> None:
             actual = f"a link to {link.readlink()}" if link.is_symlink() else "a file or folder"
             raise UserCodeError(
                 f"{label_of(cls)} reads its files from {link}, which is {actual} and not a link to {target.name}. "
-                "Give each bundle its own data.root, or move this away."
+                f"Give each bundle its own {root_setting}, or move this away."
             ) from None
     except OSError as error:
         raise UserCodeError(
             f"{label_of(cls)} needs the link {link} -> {target.name}, which cannot be created: {error.strerror}. "
-            "Set data.root to a writable folder."
+            f"Set {root_setting} to a writable folder."
         ) from error

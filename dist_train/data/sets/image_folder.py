@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 
 from dist_train.data.sets.available_memory import available_bytes
 from dist_train.data.sets.image_set import Examples, ImageSet
+from dist_train.data.sets.split_choice import Choice, every_split
 from dist_train.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -91,32 +93,38 @@ class ImageFolder(Dataset[Any]):
         return ImageSet(images, self.labels, self.classes, self.names)
 
 
-def check_folder(root: Path) -> None:
-    """Check that `root` has a train folder.
+def split_folders(root: Path, choose: Choice = every_split, root_setting: str = "data.root") -> dict[str, Path]:
+    """Return the folders of the chosen splits by name: of "train", "val" and "test", where they exist.
 
     Raises:
-        DataError: it has none.
+        DataError: the first of them does not exist.
     """
-    if not (root / "train").is_dir():
-        raise DataError(f"There is no folder {root / 'train'}. Set data.root to the folder that holds train/CLASS/*.")
+    present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    folders = {name: root / name for name in choose(present)}
+    first = next(iter(folders))
+    if first not in present:
+        raise DataError(
+            f"There is no folder {folders[first]}. Set {root_setting} to the folder that holds {first}/CLASS/*."
+        )
+    return folders
 
 
 def load_image_folder(
-    root: Path, image_size: int, resident: bool | None = None, ranks_per_node: int = 1
+    folders: Mapping[str, Path], image_size: int, resident: bool | None = None, ranks_per_node: int = 1
 ) -> dict[str, Examples]:
-    """Return the splits by name: "train", and "val" and "test" if their folders exist.
+    """Return the splits in `folders`, by name.
 
     They are decoded into memory at once if `resident` is True or, if it is None, when they take at most half of the
     free memory divided by the ranks per node.
 
     Raises:
-        DataError: no train folder, no images, splits with different classes, an image that cannot be decoded.
+        DataError: no images, splits with different classes, an image that cannot be decoded.
     """
-    check_folder(root)
-    found = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    splits = {name: ImageFolder(folder, image_size) for name, folder in found.items()}
-    for name, split in splits.items():
-        _check_classes(root / name, split.classes, splits["train"].classes)
+    splits = {name: ImageFolder(folder, image_size) for name, folder in folders.items()}
+    first, *others = splits
+    for name in others:
+        _check_classes(folders[name], splits[name].classes, splits[first].classes)
+    root = folders[first].parent
     if resident is None:
         needed, free = sum(split.num_bytes for split in splits.values()), available_bytes()
         resident = free is None or needed <= free // 2 // ranks_per_node

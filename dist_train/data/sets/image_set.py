@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -121,6 +121,14 @@ def example_at(examples: Examples, index: int) -> Any:
         if isinstance(error, (IndexError, KeyError)):
             hint = f" Its len() is {len(locate(examples, index)[0])}: is that too large?"
         raise user_code_error(f"{describe_example(examples, index)} cannot be made", error, hint) from error
+
+
+def classes_of(examples: Examples) -> tuple[list[str] | None, int | None]:
+    """Return the names of the classes and their number; None where the set does not define them."""
+    classes, count = getattr(examples, "classes", None), getattr(examples, "num_classes", None)
+    names = list(map(str, classes)) if isinstance(classes, (list, tuple)) else None
+    counted = len(classes) if isinstance(classes, Sized) else None
+    return names, count if isinstance(count, int) else counted
 
 
 def describe_value(value: Any) -> str:

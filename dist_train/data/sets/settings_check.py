@@ -1,15 +1,10 @@
-"""Validation of the `data` settings against each other and against the data set."""
+"""Validation of the `data` settings against each other, before any data or torch is loaded."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
 from dist_train.errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from dist_train.data.sets.image_set import Examples
 
 
 def check_settings(config: DataConfig) -> None:
@@ -28,6 +23,17 @@ def check_settings(config: DataConfig) -> None:
             f"Known: {', '.join(SETS)}, image_folder. For your own, set data.name=package.module:Name."
         )
     label = "data.bundle" if kind == "bundle" else f"data.name={name}"
+    if config.val_bundle is not None and kind != "bundle":
+        raise ConfigError(
+            f"data.val_bundle={config.val_bundle} goes with a data.bundle, and the training set is data.name={name}. "
+            f"Remove data.val_bundle, or set data.bundle."
+        )
+    for setting, path in (("val_bundle", config.val_bundle), ("val_root", config.val_root)):
+        if path is not None and config.val_examples:
+            raise ConfigError(
+                f"data.val_examples={config.val_examples} holds out training examples, and data.{setting}={path} is a "
+                f"validation set of its own. Set data.val_examples=0, or remove data.{setting}."
+            )
     for setting, value, owner, belongs in (
         ("split", config.split, "emnist", kind == "emnist"),
         ("image_size", config.image_size, "image_folder", kind == "image_folder"),
@@ -40,34 +46,3 @@ def check_settings(config: DataConfig) -> None:
         raise ConfigError(f"data.name=emnist {had}. Set data.split to one of: {', '.join(EMNIST_CLASSES)}.")
     if kind == "image_folder" and config.image_size is None:
         raise ConfigError("data.name=image_folder needs data.image_size, the pixels per side. Set data.image_size=64.")
-
-
-def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, int, int] | None) -> None:
-    """Check that the pixel settings fit the images [C, H, W]; sets without pixels (most user code) have their own
-    transforms.
-
-    Raises:
-        ConfigError
-    """
-    from dist_train.data.sets.image_set import yields_pixels  # imports torch, which `check_settings` does not need
-
-    for setting in ("normalize", "augment"):
-        if getattr(config, setting) is not None and not yields_pixels(train):
-            label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
-            raise ConfigError(
-                f"data.{setting} does not apply to {label}, which has its own transforms. Remove data.{setting}."
-            )
-    channels, *sides = image_shape or (0, 0, 0)
-    if config.augment is not None and config.augment.shift >= (side := min(sides)):
-        raise ConfigError(
-            f"data.augment.shift={config.augment.shift} shifts images of {side} pixels out of the frame. "
-            f"Set it to less than {side}."
-        )
-    if config.normalize is None:
-        return
-    given = len(config.normalize.mean)
-    if channels != given:
-        raise ConfigError(
-            f"data.normalize has {given} channels, the images of data.name={config.name} have {channels}. "
-            f"Set {channels} numbers for mean and for std."
-        )

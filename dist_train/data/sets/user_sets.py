@@ -11,12 +11,13 @@ from torch.utils.data import IterableDataset
 
 from dist_train.data.sets.data_folder import locked
 from dist_train.data.sets.image_set import Examples
+from dist_train.data.sets.split_choice import Choice, every_split
 from dist_train.errors import ConfigError
 from dist_train.user_code.importing import check_arguments, load_object, parameters_of, wrap_user_errors
 
 
-def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Examples]:
-    """Return the splits of `name`, under "train", "val" and "test".
+def load_user_sets(name: str, root: Path, args: dict[str, Any], choose: Choice = every_split) -> dict[str, Examples]:
+    """Return the chosen splits of `name`, under "train", "val" and "test".
 
     The callable is called with `root` if it accepts that, with `args`, and with the first of these arguments that it
     accepts and `args` does not set:
@@ -40,10 +41,26 @@ def load_user_sets(name: str, root: Path, args: dict[str, Any]) -> dict[str, Exa
     splits: dict[str, Examples] = {}
     # One process at a time if the set downloads itself: torchvision's downloads are not safe to run concurrently.
     with locked(root) if args.get("download") else nullcontext():
-        for split, selection in _selections(target, set(named) - set(args), name).items():
+        selections = _selections(target, set(named) - set(args), name)
+        for split in choose(selections):
+            selection = selections[split]
             call = f"{name}({', '.join(f'{key}={value!r}' for key, value in selection.items())})"
             splits[split] = check_map_style(_call(target, given | selection, call), call)
     return splits
+
+
+def check_takes_root(name: str, args: dict[str, Any], settings: str) -> None:
+    """Check that the folder which `settings` give reaches the callable `name`.
+
+    Raises:
+        ConfigError: it has no argument `root`, or `args` sets it.
+        UserCodeError: it cannot be found, or raises an error.
+    """
+    named, _ = parameters_of(load_object(name))
+    taken = f"data.args.root={args['root']} sets it" if "root" in args else ""
+    if taken or "root" not in named:
+        reason = taken or f"{name} has no argument root"
+        raise ConfigError(f"{settings} is passed on as root, but {reason}. Change that, or remove data.val_root.")
 
 
 def check_map_style(dataset: Any, what: str) -> Examples:

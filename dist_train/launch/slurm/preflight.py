@@ -77,13 +77,14 @@ def _check_data(config: Config) -> None:
 
     if config.data.bundle:
         return
-    root = config.data.root or default_data_root()
-    for dataset in available_sets(root):
-        if dataset.name == config.data.name and not dataset.present:
-            raise DataError(
-                f"data.name={dataset.name} is not in {root}, and compute nodes often have no network. "
-                f"Fetch it here first: dist-train data fetch {dataset.name} --root {root}"
-            )
+    own_validation = [config.data.val_root] if config.data.val_root is not None else []
+    for root in (config.data.root or default_data_root(), *own_validation):
+        for dataset in available_sets(root):
+            if dataset.name == config.data.name and not dataset.present:
+                raise DataError(
+                    f"data.name={dataset.name} is not in {root}, and compute nodes often have no network. "
+                    f"Fetch it here first: dist-train data fetch {dataset.name} --root {root}"
+                )
 
 
 def seconds_of(time: str) -> int:

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from dist_train.config.schema import DataConfig, Normalize
 from dist_train.data.sets import image_folder as module
 from dist_train.data.sets.available_memory import available_bytes
-from dist_train.data.sets.image_folder import ImageFolder, decode, load_image_folder
+from dist_train.data.sets.image_folder import ImageFolder, decode, load_image_folder, split_folders
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
 from dist_train.data.splits import load_splits
 from dist_train.errors import ConfigError, DataError
@@ -184,7 +184,7 @@ def test_free_memory_decides_by_default(
     needed = 8 * 3 * 8 * 8  # eight images
     monkeypatch.setattr(module, "available_bytes", lambda: int(needed * free_per_byte))
     with caplog.at_level(logging.INFO):
-        splits = load_image_folder(root, 8, None, ranks_per_node)
+        splits = load_image_folder(split_folders(root), 8, None, ranks_per_node)
     assert {isinstance(split, ImageSet) for split in splits.values()} == {in_memory}
     assert ("streamed" in caplog.text) is not in_memory
 

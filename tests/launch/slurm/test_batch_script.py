@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
+from dist_train.data.sets.catalog import SETS
 from dist_train.errors import ConfigError, DataError
 from dist_train.launch.slurm import commands as slurm
 from dist_train.launch.slurm import preemption
@@ -285,6 +286,17 @@ def test_missing_data_is_refused_before_submission(tmp_path: Path) -> None:
     config = parse_config({"data": {"name": "cifar10", "root": str(tmp_path)}})
     with pytest.raises(DataError, match="dist-train data fetch cifar10"):
         check_submission(BatchScript(), config)
+
+
+def test_missing_validation_data_are_refused_before_submission(tmp_path: Path) -> None:
+    known = SETS["kmnist"]
+    for path in known.files(tmp_path / "here"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    data = {"name": "kmnist", "root": str(tmp_path / "here")}
+    check_submission(BatchScript(), parse_config({"data": data}))
+    with pytest.raises(DataError, match=f"data fetch kmnist --root {tmp_path}/there"):
+        check_submission(BatchScript(), parse_config({"data": data | {"val_root": str(tmp_path / "there")}}))
 
 
 @pytest.mark.parametrize(
