@@ -111,13 +111,25 @@ class Choice:
                     yield f"{entry.name}/{version.version}", version
 
 
+_HELD_OUT = ("data.val_examples",)
 _OF_DATA = ("data.name", "data.args", "data.split", "data.image_size", "data.normalize", "data.augment",
-            "data.val_examples")  # fmt: skip
+            *_HELD_OUT)  # fmt: skip
 _OF_OPTIMIZER = tuple(f"optimizer.{name}" for name in sorted(set().union(*OPTIMIZERS.values())))
 _FIELDS: tuple[Setting | Choice, ...] = (
     Choice("model", "Model", Kind.MODELS, "model.bundle", "model.name", NETS, belonging=("model.args",)),
     Choice("loader", "Data loader", Kind.LOADERS, "data.bundle", "data.name", tuple(SETS), belonging=_OF_DATA),
     Choice("dataset", "Data set", Kind.DATASETS, "data.root", nothing="in its usual folder"),
+    Choice(
+        "val_loader", "Loader for validation", Kind.LOADERS, "data.val_bundle", nothing="the same", belonging=_HELD_OUT
+    ),
+    Choice(
+        "val_dataset",
+        "Data set for validation",
+        Kind.DATASETS,
+        "data.val_root",
+        nothing="the same",
+        belonging=_HELD_OUT,
+    ),
     Setting("optimizer.name", "Optimizer", choices=tuple(OPTIMIZERS), belonging=_OF_OPTIMIZER),
     Setting("optimizer.lr", "Learning rate"),
     Setting("max_grad_norm", "Clip gradients", "to this norm; empty: never"),
@@ -311,6 +323,8 @@ def _check_net(config: Config) -> None:
 def _check_data(config: Config) -> None:
     """Check that the data loaders are there, as far as their names and their source show it."""
     check_settings(config.data)
+    if config.data.val_bundle is not None:
+        _folder_of(config.data.val_bundle, DATASET_FILE, "data.val_bundle")
     if config.data.bundle is not None:
         _check_bundle(config.data.bundle, DATASET_FILE, "data.bundle")
     elif ":" in config.data.name:
@@ -318,12 +332,17 @@ def _check_data(config: Config) -> None:
 
 
 def _check_bundle(path: Path, filename: str, setting: str) -> None:
-    if path.expanduser().is_file() and path.suffix != ".py":
-        return  # it is unpacked when the job starts
-    folder = find_bundled(path, filename, f"{setting}={path}").parent
-    problems = check_source(folder, filename).problems
+    folder = _folder_of(path, filename, setting)
+    problems = check_source(folder, filename).problems if folder is not None else ()
     if problems:
         raise UserCodeError("\n".join(f"{setting}={path}: {problem}" for problem in problems))
+
+
+def _folder_of(path: Path, filename: str, setting: str) -> Path | None:
+    """Return the folder of a bundle's file; None if it is in a zip, which is unpacked when the job starts."""
+    if path.expanduser().is_file() and path.suffix != ".py":
+        return None
+    return find_bundled(path, filename, f"{setting}={path}").parent
 
 
 def _check_name(name: str, folder: Path, found: Checked) -> None:

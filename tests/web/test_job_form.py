@@ -115,6 +115,9 @@ MISTAKES = [
     ({"loader": "emnist"}, "loader", "data.name=emnist needs data.split"),
     ({"dataset": "/nowhere"}, None, ""),  # it is made when the job runs
     ({"dataset": "mnist-emtpy"}, "dataset", "There is no mnist-emtpy among the datasets"),
+    ({"val_loader": "mnits"}, "val_loader", "There is no mnits among the loaders"),
+    ({"val_loader": "/nowhere"}, "val_loader", "data.val_bundle=/nowhere goes with a data.bundle"),
+    ({"val_dataset": "/x", "lines": "data.val_examples=5"}, LINES, "is a validation set of its own"),
     ({"lines": "optimizer.learning_rate=1"}, LINES, "Did you mean optimizer.lr?"),
     ({"lines": "optimizer.momentum=0.9"}, LINES, "adam has no momentum"),
     ({"lines": "momentum"}, LINES, '"momentum" is not a setting.'),
@@ -187,6 +190,11 @@ def test_uploaded_model_loader_and_data_set(runs: Path, tmp_path: Path) -> None:
         config = settings_of(runs, model=f"bks{version}", loader="mnist/", dataset="mnist-empty")
         assert (config.model.bundle, config.data.bundle, config.data.root) == (model.path, loader.path, empty.path)
         assert (config.data.name, config.data.normalize) == ("mnist", None)
+    other = settings_of(runs, loader="mnist/", val_loader="mnist/", val_dataset="mnist-empty", dataset="/elsewhere")
+    assert (other.data.val_bundle, other.data.val_root) == (loader.path, empty.path)
+    held_out = settings_of(runs, lines="data.val_examples=9")
+    texts = {**texts_of(held_out, BASE), "name": "job", "val_dataset": "mnist-empty"}
+    assert texts[LINES] == "data.val_examples=9"
     texts = texts_of(config, BASE)
     chosen = (f"bks/{model.version}", f"mnist/{loader.version}", f"mnist-empty/{empty.version}")
     assert (texts["model"], texts["loader"], texts["dataset"], texts[LINES]) == (*chosen, "")
