@@ -158,7 +158,8 @@ def _limited(
 def _raise_failure(process: subprocess.Popen[str], err: str) -> None:
     if process.returncode:
         lines = err.strip().splitlines() or [f"exit code {process.returncode}"]
-        raise LaunchError(lines[-1].removeprefix("error: "))
+        first = next((number for number, line in enumerate(lines) if line.startswith("error: ")), -1)
+        raise LaunchError("\n".join(lines[first:]).removeprefix("error: "))
 
 
 def output_of_program(*command: str, timeout_s: float) -> str:

@@ -18,7 +18,7 @@ from dist_train.runs.directory import RunDir
 from dist_train.runs.train_arguments import TrainArguments
 
 MAX_IMAGE_BYTES = 16 * 10**6
-_PREDICT_S, _EXPORT_S, TRY_S = 60.0, 300.0, 300.0
+_PREDICT_S, _EXPORT_S, _TRY_S = 60.0, 300.0, 300.0
 
 _one_at_a_time = threading.Lock()
 
@@ -76,7 +76,10 @@ def try_batch(arguments: TrainArguments) -> str:
     """
     with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
         trial = replace(arguments, overrides=(*arguments.overrides, f"runs_dir={folder}", "tracking.pictures=false"))
-        printed = limited_output_of(*trial.of_a_rank(), "--fast-dev-run", "--run-name=trial", timeout_s=TRY_S)
+        try:
+            printed = limited_output_of(*trial.of_a_rank(), "--fast-dev-run", "--run-name=trial", timeout_s=_TRY_S)
+        except LaunchError as error:
+            raise LaunchError(RunDir(Path(folder) / "trial").read_error().get("message", str(error))) from None
         return "\n".join(line for line in printed.splitlines() if folder not in line)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,8 @@ from dist_train.config.loading import bundled_configs, load_config
 from dist_train.errors import ConfigError, LaunchError, RunDirError
 from dist_train.launch import jobs
 from dist_train.launch.job_queue import create_job, enqueue, ensure_keeper
+from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.runs.directory import RunDir
-from dist_train.runs.summary import is_run
 from dist_train.web import child_processes
 from dist_train.web.job_form import FIELDS, LABELS, Checked, Job, check, free_name, nearest_config, texts_of
 from dist_train.web.site import Site, json_response, quoted, read_form
@@ -30,6 +31,7 @@ class JobPages:
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        self._creating = threading.Lock()
 
     def new(self, request: Request) -> Response:
         """The form, filled in from a bundled config or from an old run."""
@@ -67,36 +69,34 @@ class JobPages:
         return await self._answer(request, run=True)
 
     async def _answer(self, request: Request, *, run: bool) -> Response:
-        """Create a job, and queue it to be run. If a run has its name already, that one is shown."""
-        texts, checked = await self._read(request)
-        name = texts.get("name", "")
-        done = "there"
-        if await run_sync(self._site.index.find, name) is None:
-            if checked.job is not None and checked.job.script is not None and not run:
-                checked = Checked(errors={"where": "The queue of Slurm's jobs is Slurm's: choose Create and run."})
-            if checked.job is None:
-                return self._refuse(request, texts, checked)
-            if await run_sync(self._create, checked.job, run):
-                done = "run" if run else "create"
-        self._site.index.forget_scan()
-        return RedirectResponse(f"../jobs/{quoted(name)}?done={done}", 303)
+        texts = dict(await read_form(request))
+        checked, done = await run_sync(self._create, texts, run)
+        if not done:
+            return self._refuse(request, texts, checked)
+        return RedirectResponse(f"../jobs/{quoted(texts['name'])}?done={done}", 303)
 
-    def _create(self, job: Job, run: bool) -> bool:
-        """Return False if there is a run of that name by now."""
-        run_dir = RunDir(self._site.index.folder / job.name)
-        try:
-            if job.script is None:
-                create_job(run_dir, job.config, job.nproc)
+    def _create(self, texts: dict[str, str], run: bool) -> tuple[Checked, str]:
+        """Create a job, and queue it to be run. Returns what was done: nothing if a run has its name already."""
+        with self._creating:  # the second of two clicks finds what the first has created
+            folder = self._site.index.folder
+            if self._site.index.find(texts.get("name", "")) is not None:
+                return Checked(), "there"
+            checked = check(texts, folder)
+            job = checked.job
+            if job is not None and job.script is not None and not run:
+                checked.refuse("where", "The queue of Slurm's jobs is Slurm's: choose Create and run.")
+            if job is None or checked.errors:
+                return checked, ""
+            run_dir = RunDir(folder / job.name)
+            if job.script is not None:
+                _submit(job, job.script, run_dir)
             else:
-                _submit(job, run_dir)
-        except RunDirError:
-            if not is_run(run_dir.path):
-                raise
-            return False
-        if job.script is None and run:
-            enqueue(run_dir.path)
-            ensure_keeper(self._site.index.folder)
-        return True
+                create_job(run_dir, job.config, job.nproc)
+                if run:
+                    enqueue(run_dir.path)
+                    ensure_keeper(folder)
+            self._site.index.forget_scan()
+        return checked, "run" if run else "create"
 
     async def _read(self, request: Request) -> tuple[dict[str, str], Checked]:
         texts = dict(await read_form(request))
@@ -120,14 +120,13 @@ class JobPages:
         )  # fmt: skip
 
 
-def _submit(job: Job, run_dir: RunDir) -> None:
-    """Raises RunDirError if there is a run of that name, and what `slurm submit` raises."""
-    assert job.script is not None
-    known = jobs.check_job(job.script, job.config, job.start)
-    if not run_dir.create(new=True):  # a second click finds it
-        raise RunDirError(f"{run_dir.path} is there already.")
+def _submit(job: Job, script: BatchScript, run_dir: RunDir) -> None:
+    """Queue a job of Slurm as `slurm submit` does. If Slurm refuses it, its name is free again."""
+    known = jobs.check_job(script, job.config, job.start)
+    if not run_dir.create(new=True):
+        raise RunDirError(f"{run_dir.path} exists already. Choose another name.")
     try:
-        jobs.submit(job.script, job.config, job.start, known)
-    except BaseException:
+        jobs.submit(script, job.config, job.start, known)
+    except LaunchError:
         shutil.rmtree(run_dir.path)
         raise

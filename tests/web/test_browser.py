@@ -222,8 +222,8 @@ def test_comparison_says_when_server_is_gone(prefix: list[str], browser: Browser
         page.locator("#bar").wait_for(state="hidden")
 
 
-PAGES = ["", "jobs/done", "jobs/failed", "jobs/done/settings", "jobs/done/logs", "jobs/done/files",
-         "compare?run=done&run=failed", "machines", "bin", "login", "jobs/nothing"]  # fmt: skip
+PAGES = ["", "new", "new?from=failed", "jobs/done", "jobs/failed", "jobs/done/settings", "jobs/done/logs",
+         "jobs/done/files", "compare?run=done&run=failed", "machines", "bin", "login", "jobs/nothing"]  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -293,6 +293,15 @@ def test_page_works_behind_prefix(prefix: list[str], browser: Browser, tmp_path:
                     page.get_by_role("link", name=name).click()
                     page.get_by_role("heading", name="run", exact=True).wait_for()
                 page.locator("#curves canvas").first.wait_for()
+                page.get_by_role("button", name="Copy").click()
+                page.get_by_label("Learning rate").fill("fast")
+                page.get_by_text("optimizer.lr=fast").wait_for()
+                page.get_by_label("Learning rate").fill("0.5")
+                page.locator("#fine").wait_for()
+                page.get_by_role("button", name="Create", exact=True).click()
+                page.get_by_text("It is created").wait_for()
+                page.get_by_role("link", name="Jobs").click()
+                page.get_by_role("link", name="run", exact=True).click()
                 page.on("dialog", lambda dialog: dialog.accept())
                 page.get_by_role("button", name="Delete").click()
                 page.get_by_text("It is in the bin").wait_for()
