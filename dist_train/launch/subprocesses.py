@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -126,7 +126,7 @@ def limited_output_of(
     return out
 
 
-def limited_lines_of(*arguments: str) -> Iterator[str]:
+def limited_lines_of(*arguments: str) -> Generator[str]:
     """Yield the lines that `dist-train ARGUMENT...` prints, run at low priority until it ends or this is closed.
 
     Raises:

@@ -117,6 +117,23 @@ def path_of(kind: Kind, name: str, version: str | None = None) -> Path:
     return find(kind, name, version).path
 
 
+def last_change(kind: Kind) -> int:
+    """Return a number that changes when a name or a version is added or deleted."""
+    newest = 0
+    for folder in (library_root() / kind, *_visible(library_root() / kind)):
+        with suppress(OSError):
+            newest = max(newest, folder.stat().st_mtime_ns)
+    return newest
+
+
+def check_name(name: str) -> None:
+    """Raise LibraryError if `name` cannot be one."""
+    if not NAME.fullmatch(name):
+        raise LibraryError(
+            f"{name!r} is no name: letters, digits and ._=+- without spaces, at most 100, a letter or digit first."
+        )
+
+
 def _versions(kind: Kind, name: str) -> tuple[Version, ...]:
     folders = [each for each in _visible(library_root() / kind / name) if _VERSION.fullmatch(each.name)]
     found = (_read(kind, name, folder) for folder in sorted(folders, key=lambda each: _number(each.name)))
@@ -253,10 +270,7 @@ def _data_limits(folder: Path) -> Limits:
 @contextmanager
 def _changing(kind: Kind, name: str) -> Iterator[Path]:
     """Hold the lock of a name, and yield its folder. What killed processes left there is removed."""
-    if not NAME.fullmatch(name):
-        raise LibraryError(
-            f"{name!r} is no name: letters, digits and ._=+- without spaces, at most 100, a letter or digit first."
-        )
+    check_name(name)
     home = library_root() / kind / name
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -274,6 +288,14 @@ def _changing(kind: Kind, name: str) -> Iterator[Path]:
         with suppress(OSError):  # it holds versions, or was never made
             home.rmdir()
         os.close(descriptor)
+
+
+def remove_unfinished(kind: Kind | None = None, name: str = "") -> None:
+    """Remove what killed processes left of a version that they were adding: under one name, or everywhere."""
+    homes = [(kind, name)] if kind else [(each, home.name) for each in Kind for home in _visible(library_root() / each)]
+    for where in homes:
+        with suppress(LibraryError), _changing(*where):  # or another process is adding there
+            pass
 
 
 # --- deleting ----------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ _DONE = {
     "delete": "It is in the bin for 24 hours.",
     "restore": "It is back.",
     "empty": "The bin is empty.",
+    "add": "It is being added.",
+    "remove": "It is deleted.",
 }
 
 
