@@ -73,6 +73,8 @@ class JobPages:
         checked, done = await run_sync(self._create, texts, run)
         if not done:
             return self._refuse(request, texts, checked)
+        if _wants_json(request):
+            return json_response({"run": texts["name"], "done": done}, 200 if done == "there" else 201)
         return RedirectResponse(f"../jobs/{quoted(texts['name'])}?done={done}", 303)
 
     def _create(self, texts: dict[str, str], run: bool) -> tuple[Checked, str]:
@@ -103,7 +105,7 @@ class JobPages:
         return texts, await run_sync(check, texts, self._site.index.folder)
 
     def _refuse(self, request: Request, texts: dict[str, str], checked: Checked) -> Response:
-        if request.headers.get("accept", "").startswith("application/json"):
+        if _wants_json(request):
             return json_response({"errors": checked.errors}, 422)
         try:
             whole = texts_of(load_config(texts.get("config", "")), texts.get("config", "")) | {"name": ""}
@@ -118,6 +120,10 @@ class JobPages:
             request, "new_job.html", texts=texts, checked=checked, fields=FIELDS, labels=LABELS, swapping=False,
             configs=list(bundled_configs()), runs=[entry.name for entry in runs], **values,
         )  # fmt: skip
+
+
+def _wants_json(request: Request) -> bool:
+    return "application/json" in request.headers.get("accept", "")
 
 
 def _submit(job: Job, script: BatchScript, run_dir: RunDir) -> None:
