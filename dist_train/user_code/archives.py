@@ -123,7 +123,7 @@ _END, _END_64, _LOCATOR_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4
 
 
 def _check_directory(file: BinaryIO, label: str, limits: Limits) -> None:
-    """Refuse a directory that is too large before zipfile reads it. Each entry has a mark, whatever the archive says."""
+    """Refuse a directory that is too large, before zipfile reads it. Each entry in it has a mark, whatever it says."""
     end, size = _find_directory(file)
     if size > limits.directory_bytes:
         most = f"{limits.directory_bytes / 2**20:.0f} MiB"
