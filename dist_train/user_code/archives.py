@@ -61,8 +61,8 @@ def unpack_archive(archive: Path, label: str) -> Path:
 def unpack(archive: Path, folder: Path, label: str, limits: Limits, progress: Progress = lambda *_: None) -> Contents:
     """Unpack the zip `archive` into the new folder `folder`.
 
-    Nothing is written before all names are known to be safe. The number of entries and the size of the directory are
-    read first: Python's zipfile needs 0.5 kB for each entry.
+    Nothing is written before all names are known to be safe. The size of the directory is read and its entries are
+    counted first: Python's zipfile needs 0.5 kB for each.
 
     Raises:
         UserCodeError: `archive` is not a zip, is damaged, is larger than `limits`, or has unsafe entries.
@@ -83,7 +83,9 @@ def _readable(label: str) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise UserCodeError(f"{label} needs more memory than unpacking may take. Pack fewer files.") from None
+        raise UserCodeError(
+            f"{label} needs more memory than unpacking may take. Pack it again with fewer files."
+        ) from None
     except (*_DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; that of a damaged bz2 stream has no number
@@ -121,34 +123,31 @@ _END, _END_64, _LOCATOR_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4
 
 
 def _check_directory(file: BinaryIO, label: str, limits: Limits) -> None:
-    """Refuse a directory that is too large, from the record at the end of the archive."""
-    size = file.seek(0, 2)
-    start = file.seek(max(0, size - _END.size - 2**16))  # a comment may follow
+    """Refuse a directory that is too large, before zipfile reads it. Each entry in it has a mark, whatever it says."""
+    end, size = _find_directory(file)
+    if size > limits.directory_bytes:
+        most = f"{limits.directory_bytes / 2**20:.0f} MiB"
+        raise UserCodeError(f"{label} has a directory of {size / 2**20:.0f} MiB, more than {most}. {limits.advice}")
+    file.seek(max(0, end - size))
+    if (count := file.read(size).count(b"PK\x01\x02")) > limits.entries:
+        raise _too_many(label, count, limits)
+
+
+def _find_directory(file: BinaryIO) -> tuple[int, int]:
+    """Return where the directory of an archive ends, and its size in bytes, from the record at the archive's end."""
+    start = file.seek(max(0, file.seek(0, 2) - _END.size - 2**16))  # a comment may follow the record
     tail = file.read()
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) < at + _END.size:
         raise zipfile.BadZipFile("it has no directory at its end")
-    _, _, _, _, count, directory, _, _ = _END.unpack_from(tail, at)
-    locator = start + at - _LOCATOR_64.size
-    if locator >= 0:
-        file.seek(locator)
-        magic, _, offset, _ = _LOCATOR_64.unpack(file.read(_LOCATOR_64.size))
-        if magic == b"PK\x06\x07":
-            # Where something was put before the archive the offset is wrong, but the record precedes its locator.
-            for place in (offset, locator - _END_64.size):
-                if 0 <= place <= size - _END_64.size:
-                    file.seek(place)
-                    record = _END_64.unpack(file.read(_END_64.size))
-                    if record[0] == b"PK\x06\x06":
-                        count, directory = max(count, record[7]), max(directory, record[8])
-    file.seek(0)
-    if count > limits.entries:
-        raise _too_many(label, count, limits)
-    if directory > limits.directory_bytes:
-        raise UserCodeError(
-            f"{label} has a directory of {directory / 2**20:.0f} MiB, more than {limits.directory_bytes / 2**20:.0f} "
-            f"MiB. {limits.advice}"
-        )
+    end, size = start + at, _END.unpack_from(tail, at)[5]
+    record = end - _LOCATOR_64.size - _END_64.size
+    if record >= 0:
+        file.seek(record)
+        fields, locator = _END_64.unpack(file.read(_END_64.size)), file.read(_LOCATOR_64.size)
+        if locator.startswith(b"PK\x06\x07") and fields[0] == b"PK\x06\x06":
+            return record, fields[8]
+    return end, size
 
 
 def _check_entries(entries: Sequence[zipfile.ZipInfo], label: str, limits: Limits) -> None:

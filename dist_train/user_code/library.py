@@ -211,10 +211,10 @@ def add_empty(name: str) -> Version:
     Raises:
         LibraryError: there is a data set of that name, or as `add_zip`.
     """
-    if _versions(Kind.DATASETS, name):
-        raise LibraryError(f"There is a data set {name} already. Choose another name.")
 
     def fill(files: Path) -> Contents:
+        if _versions(Kind.DATASETS, name):
+            raise LibraryError(f"There is a data set {name} already. Choose another name.")
         files.mkdir()
         return ContentsDigest().contents()
 

@@ -352,6 +352,7 @@ def test_upload_is_cut_and_gone_on_with_in_constant_memory(
         for part in content(0, length):
             expected.update(part)
         assert received == expected.digest()
+        assert tus.ask("DELETE", url, VERSION).status == 204
     assert more < 20
     seconds = time.monotonic() - began
     row(
