@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from dist_train.cli import main
 from dist_train.config.loading import load_config, parse_config
+from dist_train.distributed.process_info import ASKED_AT
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.launch import gpus
 from dist_train.launch.job_queue import create_job, enqueue, ensure_keeper, places, take_back, waiting_jobs
@@ -22,6 +23,7 @@ from dist_train.launch.jobs import delete_run, request_stop
 from dist_train.launch.keeper import begin, jobs_at_work, keep
 from dist_train.launch.resume import resume
 from dist_train.runs import deleted_runs, kernel_lock
+from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_lock import hold_start_lock, note_start
 from dist_train.runs.summary import summarise
@@ -215,6 +217,17 @@ def test_job_is_begun_once_by_two_that_try(tmp_path: Path) -> None:
     assert trace(tmp_path) == ["begin a", "end a"]
 
 
+def test_stop_of_a_starting_job_is_not_taken_for_an_old_one(tmp_path: Path) -> None:
+    """A STOP file from before a start is removed by it; this one was written before any Python of the start ran."""
+    [job] = queued(tmp_path, "a")
+    assert begin(job, {"environment": {}})
+    assert "after its first step" in request_stop(job.path)
+    wait_until(lambda: trace(tmp_path) == ["begin a"], "begin")
+    [asked_at] = [line for line in (tmp_path / "env.a").read_text().splitlines() if line.startswith(f"{ASKED_AT}=")]
+    begin_attempt(job, load_config(str(job.config)), "id", asked_at=float(asked_at.partition("=")[2]))
+    assert job.stop_request_file.exists()
+
+
 def test_job_that_was_started_in_a_shell_is_not_begun(tmp_path: Path) -> None:
     [job] = queued(tmp_path, "a")
     job.status.begin({"attempt": 1}, job.status.time_accounting)
@@ -375,7 +388,7 @@ def test_page_runs_and_takes_back(tmp_path: Path) -> None:
     assert client.post("/jobs/mine/take_back", headers=SAME_ORIGIN).status_code == 303
     assert (state(job), ">Run</button>" in client.get("/jobs/mine").text) == ("CREATED", True)
     assert client.post("/jobs/first/stop", headers=SAME_ORIGIN).status_code == 303
-    assert (runs / "first" / "STOP").exists()  # a launcher obeys it: test_stop_of_a_starting_job
+    assert (runs / "first" / "STOP").exists()
     client.post("/jobs/mine/run", headers=SAME_ORIGIN)
     assert client.post("/jobs/mine/delete", headers=SAME_ORIGIN).status_code == 303
     assert client.get("/jobs/mine").status_code == 404

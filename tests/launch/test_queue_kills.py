@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -23,6 +24,7 @@ import pytest
 from dist_train.config.loading import load_config
 from dist_train.launch.job_queue import create_job, enqueue, ensure_keeper, waiting_jobs
 from dist_train.launch.resume import resume
+from dist_train.runs import kernel_lock
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_lock import is_starting
 from dist_train.runs.summary import summarise
@@ -123,7 +125,8 @@ def kill_keeper_at(nth: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> b
     jobs = queued(folder, "a", "b")
     monkeypatch.setenv("LINE_KILL", armed(folder / "killed", "keeper", nth))
     ensure_keeper(folder / "runs")
-    wait_until(lambda: not keepers(folder), "end of the keeper")
+    lock = folder / "runs" / f".queue.{socket.gethostname()}.lock"
+    wait_until(lambda: not kernel_lock.is_held(lock), "end of the keeper")
     monkeypatch.delenv("LINE_KILL")
     if lines_reached(folder / "killed") < nth:
         return None
@@ -242,12 +245,12 @@ def test_killed_at_random_moments(
     server = Server(tmp_path)
     try:
         for role in order:
-            while not waiting_jobs(tmp_path / "runs"):
-                jobs.append(training_job(tmp_path, f"job{len(jobs):03d}"))
             victims: list[int] = []
             while not victims:  # the one to be killed may just have been
                 moment = time.monotonic() + draw.uniform(0.0, 4.0)
                 while time.monotonic() < moment:
+                    if not waiting_jobs(tmp_path / "runs"):
+                        jobs.append(training_job(tmp_path, f"job{len(jobs):03d}"))
                     server.look()
                     assert max(Counter(launched(tmp_path)).values(), default=0) <= 1
                     time.sleep(0.2)
