@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from dist_train.errors import LaunchError
 from dist_train.launch.subprocesses import output_of_program
 
+_DRIVER = Path("/dev/nvidiactl")
 _TIMEOUT_S = 10.0
 
 
 def all_gpus() -> list[str]:
-    """Return the UUIDs of the GPUs by their index; [] where there is no nvidia-smi, or no GPU."""
+    """Return the UUIDs of the GPUs by their index; [] where there is no driver.
+
+    Raises:
+        LaunchError: the driver does not answer.
+    """
     return _ask("--query-gpu=uuid")
 
 
 def busy_gpus() -> set[str]:
-    """Return the UUIDs of the GPUs that a process computes on, also one that the queue did not begin."""
+    """Return the UUIDs of the GPUs that a process computes on, also one that the queue did not begin.
+
+    Raises:
+        LaunchError: the driver does not answer.
+    """
     return set(_ask("--query-compute-apps=gpu_uuid"))
 
 
@@ -37,5 +47,7 @@ def _ask(query: str) -> list[str]:
     try:
         text = output_of_program("nvidia-smi", query, "--format=csv,noheader", timeout_s=_TIMEOUT_S)
     except LaunchError:
+        if _DRIVER.exists():  # no answer does not mean no GPU: two jobs must not get the same
+            raise
         return []
     return [line.strip() for line in text.splitlines() if line.startswith("GPU-")]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import read_json, write_json
+from dist_train.atomic_files import fsync, read_json, remove, write_json
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.distributed.process_info import surroundings
@@ -40,8 +40,13 @@ def create_job(run_dir: RunDir, config: Config, nproc: int) -> None:
     BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
     if not run_dir.create(new=True):
         raise RunDirError(f"{run_dir.path} exists already. Choose another --run-name for the job.")
-    run_dir.write_config(config)
-    run_dir.write_job({"nproc": nproc, **surroundings()})
+    try:
+        run_dir.write_config(config)
+        run_dir.write_job({"nproc": nproc, **surroundings()})
+    except RunDirError:
+        remove(run_dir.path)  # or the name would be taken by half a job
+        raise
+    fsync(run_dir.path.parent)
 
 
 def enqueue(path: Path) -> None:
@@ -52,7 +57,7 @@ def enqueue(path: Path) -> None:
     """
     with changing(path.parent):
         job = _job_in_state(path, "CREATED")
-        numbers = (read_json(other).get("number", 0) for other in path.parent.glob("*/job.json"))
+        numbers = (RunDir(other.parent).read_job().get("number", 0) for other in path.parent.glob("*/job.json"))
         RunDir(path).write_job(job | {"number": max(numbers, default=0) + 1, "host": socket.gethostname()})
 
 
@@ -121,8 +126,8 @@ def ensure_keeper(runs_root: Path, jobs: int | None = None) -> None:
 
 def jobs_at_a_time(runs_root: Path) -> int:
     """Return how many jobs may be at work at a time on this host."""
-    found: int = read_json(_of_host(runs_root, "json")).get("jobs", 1)
-    return found
+    found = read_json(_of_host(runs_root, "json")).get("jobs")
+    return found if isinstance(found, int) and found > 0 else 1
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dist_train.config.schema import Config
 from dist_train.distributed.process_info import persistent_run_name
 from dist_train.distributed.signals import StopRequest
 from dist_train.errors import DistTrainError, LaunchError, RunDirError
+from dist_train.launch.job_queue import take_back
 from dist_train.launch.machines import Nodes, stop_run_to_rejoin
 from dist_train.launch.slurm import commands
 from dist_train.launch.slurm.batch_script import BatchScript
@@ -197,6 +198,8 @@ def request_stop(path: Path) -> str:
         RunDirError: It is not running and not queued, or its directory cannot be written.
     """
     summary = summarise_existing(path)
+    if summary.state == "QUEUED":
+        raise RunDirError(f"{path} waits in the queue of this machine: dist-train queue rm {path} takes it out.")
     job = None if summary.may_be_running else unfinished_jobs([summary]).get(summary.job or "")
     starting = job is not None and job.state == "RUNNING" and summary.state in _NOT_STARTED
     queued = is_waiting(job) or starting
@@ -211,6 +214,8 @@ def request_stop(path: Path) -> str:
             f"Job {summary.job} of {path} has not begun: it stops after its first step, and saves first. "
             f"dist-train slurm cancel {path} takes it out of the queue instead."
         )
+    if summary.state == "STARTING":
+        return f"{path} is starting: it stops after its first step, and saves first."
     return f"{path} stops after its current step, and saves first: dist-train runs tail {path} shows it."
 
 
@@ -224,6 +229,8 @@ def delete_run(path: Path) -> None:
     job = unfinished_jobs([summary]).get(summary.job or "")
     if is_waiting(job):
         raise RunDirError(f"{summary.name} waits in the queue. Cancel its job first: dist-train slurm cancel {path}")
+    if summary.state == "QUEUED":  # restored, it must not be begun by surprise
+        take_back(path)
     deleted_runs.delete(path)
 
 

@@ -25,14 +25,16 @@ _EVERY_S = 0.5  # between two looks, while no job can be begun
 
 def keep(runs_root: Path, lock: int, say: Callable[[str], object]) -> None:
     """Begin the jobs that wait on this host; return when none does. `lock`: the descriptor of the keeper's lock."""
+    said = ""
     while (job := _first(runs_root, lock)) is not None:
         try:
             given = _resources(job.run_dir, jobs_at_work(runs_root), jobs_at_a_time(runs_root))
             if given is not None and begin(job.run_dir, given):
                 say(f"{job.name}: begun")
                 continue
-        except DistTrainError as error:  # the disk is full, for example
-            say(f"{job.name}: {error}")
+        except DistTrainError as error:  # the disk is full, for example: once more, but said once
+            if (text := f"{job.name}: {error}") != said:
+                say(said := text)
         time.sleep(_EVERY_S)
 
 

@@ -94,7 +94,7 @@ def test_tutorial_in_browser(
         page.get_by_label("Snapshot every").fill("5")
         page.get_by_text("fine: global batch 64 = 64 per device").wait_for()
         page.get_by_role("button", name="Create and run").click()
-        page.get_by_text("It is in the queue").wait_for()
+        page.get_by_text("It waits in the queue").wait_for()
         for state in ("SETUP", "TRAINING"):
             with held(run_dir, state):
                 wait_for_state(page, state)
