@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 TUTORIAL = ROOT / "tests/bundles/mnist_bks"
-LENGTHS = [("300 steps", 0.85), full("10", 0.95)]  # what the field for epochs holds, and the least accuracy
+# What the field for epochs holds, and the least accuracy.
+LENGTHS = [("150 steps", 0.75), full("10", 0.95)]
 
 
 def zipped(folder: Path, name: str) -> Path:
@@ -92,6 +94,7 @@ def test_tutorial_in_browser(
         page.get_by_label("Learning rate").fill("0.001")
         page.get_by_label("Epochs").fill(length)
         page.get_by_label("Snapshot every").fill("5")
+        page.get_by_label("One name=value a line").fill("final_train_eval=false")
         page.get_by_text("fine: global batch 64 = 64 per device").wait_for()
         page.get_by_role("button", name="Create and run").click()
         page.get_by_text("It waits in the queue").wait_for()
@@ -102,12 +105,34 @@ def test_tutorial_in_browser(
         result = read_json(run_dir / "result.json")
         assert result["val/accuracy"] > least
         assert page.locator("#epochs tbody tr").first.locator("td").nth(5).inner_text() == (
-            f"{result['val/accuracy']:g} best"
+            f"{100 * result['val/accuracy']:.2f} % best"
         )
         link = page.locator("#epochs a", has_text=".pth").first
-        assert re.search(rf"/{result['step']}\\.pth$", link.get_attribute("href") or "")
+        assert (link.get_attribute("href") or "").endswith(f"/{result['step']}.pth")
         with page.expect_download() as download:
             link.click()
         assert accuracy_of(download.value.path(), tmp_path / "mnist") > least - 0.05
         page.get_by_role("link", name="Settings").click()
         page.get_by_text("model.bundle").first.wait_for()
+
+
+@pytest.mark.parametrize(("length", "least"), LENGTHS)
+def test_tutorial_by_curl(length: str, least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script of docs/web.md."""
+    [script] = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/web.md").read_text(), re.DOTALL)
+    script = script.replace("train_for=10 ", f"train_for='{length}' -d lines=final_train_eval=false ")
+    monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "data"))
+    for name in ("bks_dataset", "bks_model"):
+        zipped(tmp_path, name)
+    with serving([], tmp_path) as address:
+        page, _, token = address.partition("/?token=")
+        script = script.replace("http://127.0.0.1:8080", page)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=os.environ | {"token": token},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read_json(tmp_path / "runs/tutorial/result.json")
+    assert result["val/accuracy"] > least
+    assert f'"val/accuracy": {result["val/accuracy"]}' in done.stdout
+    assert accuracy_of(tmp_path / "snapshot.pth", tmp_path / "mnist") > least - 0.05
