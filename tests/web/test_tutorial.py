@@ -6,36 +6,26 @@ import os
 import re
 import signal
 import subprocess
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from dist_train.atomic_files import read_json
-from dist_train.data.sets.named_sets import load_named
-from dist_train.user_code.bundles import open_bundle
 from support.browser import needs_namespace, opened, serving, wait_for_state
 from support.jobs import full
 from support.patience import wait_until
 from support.processes import ROOT
 from support.run_files import status_of
+from support.tutorial import accuracy_of, fill_form, upload_all, zipped
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser
 
-TUTORIAL = ROOT / "tests/bundles/mnist_bks"
 # What the field for epochs holds, and the least accuracy.
 LENGTHS = [("150 steps", 0.75), full("10", 0.95)]
-
-
-def zipped(folder: Path, name: str) -> Path:
-    with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
-        archive.write(TUTORIAL / f"{name}.py", f"{name}.py")
-    return folder / f"{name}.zip"
 
 
 @contextmanager
@@ -50,28 +40,6 @@ def held(run_dir: Path, state: str) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def add(page: Page, base: str, kind: str, name: str, archive: Path | None) -> None:
-    """Upload a zip by the form of a kind, or create an empty data set."""
-    page.goto(f"{base}{kind}")
-    page.get_by_label("Name", exact=True).fill(name)
-    if archive is None:
-        page.get_by_role("button", name="Create an empty one").click()
-    else:
-        page.get_by_label("Zip", exact=True).set_input_files(archive)
-        page.get_by_role("button", name="Add", exact=True).click()
-    page.get_by_role("link", name=f"Download {name} version 1").wait_for()
-
-
-def accuracy_of(weights: Path, folder: Path) -> float:
-    """Return the accuracy on 1000 test images of weights that torch alone reads."""
-    _, test = load_named("mnist", folder, None)
-    net = open_bundle(TUTORIAL, "bks_model.py", "model.bundle").UserModel()
-    net.load_state_dict(torch.load(weights, weights_only=True))
-    with torch.no_grad():
-        logits = net.eval()((test.images[:1000] / 255 - 0.1307) / 0.3081)
-    return float((logits.argmax(1) == test.labels[:1000]).float().mean())
-
-
 @needs_namespace
 @pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize(("length", "least"), LENGTHS)
@@ -81,20 +49,8 @@ def test_tutorial_in_browser(
     monkeypatch.setenv("DIST_TRAIN_DATA_DIR", str(tmp_path / "data"))
     run_dir = tmp_path / "runs/tutorial"
     with serving(prefix, tmp_path) as address, opened(browser, address) as page:
-        base = page.url
-        add(page, base, "loaders", "mnist", zipped(tmp_path, "bks_dataset"))
-        add(page, base, "models", "bks", zipped(tmp_path, "bks_model"))
-        add(page, base, "datasets", "mnist-empty", None)
-        page.get_by_role("link", name="New job").click()
-        page.get_by_label("Name", exact=True).fill("tutorial")
-        page.get_by_label("Model", exact=True).select_option("bks, version 1")
-        page.get_by_label("Data loader", exact=True).select_option("mnist, version 1")
-        page.get_by_label("Data set", exact=True).select_option("mnist-empty, version 1")
-        page.get_by_label("Batch size").fill("64")
-        page.get_by_label("Learning rate").fill("0.001")
-        page.get_by_label("Epochs").fill(length)
-        page.get_by_label("Snapshot every").fill("5")
-        page.get_by_label("One name=value a line").fill("final_train_eval=false")
+        upload_all(page, page.url, tmp_path)
+        fill_form(page, length)
         page.get_by_text("fine: global batch 64 = 64 per device").wait_for()
         page.get_by_role("button", name="Create and run").click()
         page.get_by_text("It waits in the queue").wait_for()
