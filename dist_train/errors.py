@@ -10,6 +10,7 @@ DistTrainError
   TrainingDiverged  the loss is not finite                            exit 1
   OutOfMemory       the device or the machine is out of memory        exit 1
   UserCodeError     user code fails or lacks the expected interface   exit 1
+  LibraryError      a model or data set cannot be kept, or is in use  exit 1
 
 A message has one or a few lines: the setting as the user typed it, the arithmetic, and the fix last.
 """
@@ -57,6 +58,10 @@ class OutOfMemory(DistTrainError):
 
 
 class UserCodeError(DistTrainError):
+    pass
+
+
+class LibraryError(DistTrainError):
     pass
 
 

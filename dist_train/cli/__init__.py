@@ -14,6 +14,8 @@ from dist_train.cli.bench import bench
 from dist_train.cli.config import config
 from dist_train.cli.data import data
 from dist_train.cli.doctor import doctor
+from dist_train.cli.library import library
+from dist_train.cli.queue import queue
 from dist_train.cli.results import evaluate, export, predict
 from dist_train.cli.runs import runs
 from dist_train.cli.slurm import slurm
@@ -67,6 +69,7 @@ for _command in (
     runs,
     web,
     sweep,
+    queue,
     slurm,
     wandb,
     verify,
@@ -74,5 +77,6 @@ for _command in (
     bench,
     config,
     data,
+    library,
 ):
     main.add_command(_command)

@@ -45,10 +45,7 @@ def config_validate(config_name: str, overrides: tuple[str, ...], settings: tupl
     check_net_and_data(found)
     check_initial_weights(found)
     plan = BatchPlan.fit(found.global_batch_size, found.per_device_batch_size, nproc)
-    click.echo(
-        f"{config_name} is fine: global batch {plan.global_batch_size} = {plan.per_device_batch_size} per device "
-        f"x {plan.grad_accum_steps} micro-steps x {plan.world_size} processes"
-    )
+    click.echo(f"{config_name} is fine: {plan.describe()}")
 
 
 @config.command("diff")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,19 +47,12 @@ def _job_options(command: Any) -> Any:
 
 
 def _resolve(options: dict[str, Any]) -> tuple[BatchScript, Config, StartOptions]:
-    from dist_train.launch.slurm.batch_script import OPTIONS, BatchScript
+    from dist_train.launch.jobs import batch_script
+    from dist_train.launch.slurm.batch_script import OPTIONS
 
     arguments = train_arguments(options)
     config, start = arguments.resolve(STARTED)
-    of_train = arguments.of_a_rank()[1:] + ((f"--run-name={start.run_name}",) if start.run_name else ())
-    script = BatchScript(
-        arguments=of_train,
-        job_name=start.config_name,
-        join_timeout_s=config.setup_timeout_s,
-        python=sys.executable,
-        **{name: options[name] for name in OPTIONS},
-    )
-    return script, config, start
+    return batch_script(arguments, config, start, **{name: options[name] for name in OPTIONS}), config, start
 
 
 @slurm.command()

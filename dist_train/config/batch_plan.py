@@ -24,6 +24,15 @@ class BatchPlan:
     def global_batch_size(self) -> int:
         return self.per_rank_batch_size * self.world_size
 
+    def describe(self) -> str:
+        """ "global batch 64 = 32 per device x 1 micro-step x 2 processes"."""
+        factors = (
+            f"{self.per_device_batch_size} per device",
+            _counted(self.grad_accum_steps, "micro-step"),
+            _counted(self.world_size, "process"),
+        )
+        return f"global batch {self.global_batch_size} = {' x '.join(factors)}"
+
     def with_smaller_forwards(self) -> BatchPlan | None:
         """Return a plan for the same global batch with more micro-steps, or None if a forward has only one example."""
         smaller = [d for d in _divisors(self.per_rank_batch_size) if d < self.per_device_batch_size]
@@ -58,6 +67,11 @@ class BatchPlan:
                 f"Set global_batch_size to at most {num_examples}."
             )
         return num_examples // self.global_batch_size
+
+
+def _counted(number: int, noun: str) -> str:
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{plural}"
 
 
 def _divisors(number: int) -> list[int]:

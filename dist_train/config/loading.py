@@ -85,10 +85,21 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
     return {key: (_value_text(mine, key), _value_text(theirs, key)) for key in keys}
 
 
+def overrides_between(base: Config, config: Config) -> list[str]:
+    """Return the overrides that turn `base` into `config`, `runs_dir` excepted."""
+    before, missing = base.flat(), object()
+    settings = config.flat()
+    settings.pop("runs_dir")
+    return [f"{key}={value_text(value)}" for key, value in settings.items() if before.get(key, missing) != value]
+
+
 def _value_text(settings: Mapping[str, Any], key: str) -> str:
-    if key not in settings:
-        return "not set"
-    text = yaml.dump(settings[key], Dumper=_Dumper, default_flow_style=True, width=math.inf, sort_keys=False)
+    return value_text(settings[key]) if key in settings else "not set"
+
+
+def value_text(value: Any) -> str:
+    """Return a value as YAML on one line, as it is written after `key=`."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")  # the end of a document that is a single value
 
 
@@ -167,21 +178,30 @@ def parse_config(tree: dict[Any, Any]) -> Config:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}
+        node = node[section]
+    node[name] = value
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Return the dotted name and the value of `key=value`.
+
+    Raises:
+        ConfigError: it does not have this form.
+    """
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         fix = _as_config(override) or "Write it as key=value, for example optimizer.lr=3e-4."
         raise ConfigError(f'"{override}" is not a setting. {fix}')
     try:
-        value = _read_yaml(text) if text else None
+        return key.strip(), _read_yaml(text) if text else None
     except yaml.YAMLError:
         raise ConfigError(f'The value of "{override}" is not YAML. Quote it, for example {key}=\'"text"\'.') from None
-    node = tree
-    for part in parts[:-1]:
-        if not isinstance(node.get(part), dict):
-            node[part] = {}
-        node = node[part]
-    node[parts[-1]] = value
 
 
 def listed(override: str) -> list[str]:

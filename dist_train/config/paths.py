@@ -49,12 +49,25 @@ def _can_write(folder: Path) -> bool:
 
 @cache
 def _temporary_cache(own: Path) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"dist_train-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # another user created it first
+    try:
+        folder = own_temporary_folder()
+    except PermissionError:
         folder = Path(tempfile.mkdtemp(prefix="dist_train-"))
     if os.environ.get("RANK", "0") == "0":
         _log.warning("%s is not writable: caches go to %s. Set XDG_CACHE_HOME to choose another folder.", own, folder)
+    return folder
+
+
+def own_temporary_folder() -> Path:
+    """Return the folder of this user among the temporary files of this machine; it is created if need be.
+
+    Raises:
+        PermissionError: another user created it first.
+    """
+    folder = Path(tempfile.gettempdir()) / f"dist_train-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} is not yours.")
     return folder
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_train.config.schema import DataConfig
 from dist_train.data.child_process import run_in_child
 from dist_train.data.fingerprint import Fingerprint, fingerprint_split
+from dist_train.data.sets.examples_check import check_pixels, check_validation_set
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import (
     Examples,
@@ -23,7 +24,7 @@ from dist_train.data.sets.image_set import (
     subset_of,
     yields_pixels,
 )
-from dist_train.data.sets.settings_check import check_pixels, check_settings, check_validation_set
+from dist_train.data.sets.settings_check import check_settings
 from dist_train.data.sets.source import Source
 from dist_train.distributed.rng import derive_seed
 from dist_train.errors import ConfigError, DataError

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from dist_train.errors import LaunchError
 
@@ -21,7 +24,7 @@ REQUEUED = "DIST_TRAIN_REQUEUED"  # launch/restart.sh -> our launcher: this run 
 # Variables that identify one W&B run: code that starts several runs, or submits a job, does not pass them on.
 OF_ONE_WANDB_RUN = ("WANDB_RUN_ID", "WANDB_NAME")
 
-# Recorded in run.json, for a later start of the run. Never a key: others read the file.
+# Recorded in run.json and job.json, for a later start of the run. Never a key: others read the file.
 RECORDED = (
     "CUDA_VISIBLE_DEVICES", "DIST_TRAIN_DATA_DIR", "DIST_TRAIN_RUNS_DIR", "OMP_NUM_THREADS", "PYTHONPATH",
     "WANDB_MODE", "WANDB_PROJECT",
@@ -170,6 +173,15 @@ def threads_per_process(processes: int, env: Mapping[str, str]) -> int:
     """Return OMP_NUM_THREADS (the first number of a list), else the available cores divided by `processes`."""
     explicit = re.match(r"\s*0*([1-9]\d*)", env.get("OMP_NUM_THREADS", ""))
     return int(explicit[1]) if explicit else max(1, available_cores() // processes)
+
+
+def surroundings() -> dict[str, Any]:
+    """Return the folder, the interpreter and the RECORDED variables of this process, for a later start."""
+    return {
+        "cwd": str(Path.cwd()),
+        "python": sys.executable,
+        "environment": {name: os.environ[name] for name in RECORDED if name in os.environ},
+    }
 
 
 def without_torchrun_options(env: Mapping[str, str]) -> dict[str, str]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dist_train.atomic_files import write_json
 from dist_train.config.schema import Config
 from dist_train.distributed.process_info import persistent_run_name
 from dist_train.distributed.signals import StopRequest
 from dist_train.errors import DistTrainError, LaunchError, RunDirError
+from dist_train.launch.job_queue import take_back
 from dist_train.launch.machines import Nodes, stop_run_to_rejoin
 from dist_train.launch.slurm import commands
 from dist_train.launch.slurm.batch_script import BatchScript
@@ -32,6 +35,7 @@ from dist_train.runs.start_options import (
     valid_run_name,
 )
 from dist_train.runs.summary import Summary, summarise, summarise_existing
+from dist_train.runs.train_arguments import TrainArguments
 
 _QUEUED = ("PENDING", "CONFIGURING")  # states of a job, for the first time or requeued
 _NOT_STARTED = ("NEW", "PREEMPTED")  # states of a run, until the job that is to start or to continue it does so
@@ -113,6 +117,22 @@ def _named(config: Config, start: StartOptions) -> RunDir | None:
     return find_run_dir(config, start) if start.run_name or start.run_dir else None
 
 
+def batch_script(arguments: TrainArguments, config: Config, start: StartOptions, **requested: Any) -> BatchScript:
+    """Return the script of a job that trains a run. `requested`: fields of BatchScript, such as nodes and time.
+
+    Raises:
+        ConfigError: one of them contains a control character.
+    """
+    run_name = (f"--run-name={start.run_name}",) if start.run_name else ()
+    return BatchScript(
+        arguments=arguments.of_a_rank()[1:] + run_name,
+        job_name=start.config_name,
+        join_timeout_s=config.setup_timeout_s,
+        python=sys.executable,
+        **requested,
+    )
+
+
 def check_job(script: BatchScript, config: Config, start: StartOptions) -> RunDir | None:
     """See that Slurm can run the job. Returns the run's directory if it is known before the job has an id.
 
@@ -190,6 +210,8 @@ def request_stop(path: Path) -> str:
         RunDirError: It is not running and not queued, or its directory cannot be written.
     """
     summary = summarise_existing(path)
+    if summary.state == "QUEUED":
+        raise RunDirError(f"{path} waits in the queue of this machine: dist-train queue rm {path} takes it out.")
     job = None if summary.may_be_running else unfinished_jobs([summary]).get(summary.job or "")
     starting = job is not None and job.state == "RUNNING" and summary.state in _NOT_STARTED
     queued = is_waiting(job) or starting
@@ -204,6 +226,8 @@ def request_stop(path: Path) -> str:
             f"Job {summary.job} of {path} has not begun: it stops after its first step, and saves first. "
             f"dist-train slurm cancel {path} takes it out of the queue instead."
         )
+    if summary.state == "STARTING":
+        return f"{path} is starting: it stops after its first step, and saves first."
     return f"{path} stops after its current step, and saves first: dist-train runs tail {path} shows it."
 
 
@@ -217,6 +241,8 @@ def delete_run(path: Path) -> None:
     job = unfinished_jobs([summary]).get(summary.job or "")
     if is_waiting(job):
         raise RunDirError(f"{summary.name} waits in the queue. Cancel its job first: dist-train slurm cancel {path}")
+    if summary.state == "QUEUED":  # restored, it must not be begun by surprise
+        take_back(path)
     deleted_runs.delete(path)
 
 

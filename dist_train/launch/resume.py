@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.atomic_files import write_json
-from dist_train.distributed.process_info import OF_ONE_WANDB_RUN, RECORDED
+from dist_train.distributed.process_info import ASKED_AT, OF_ONE_WANDB_RUN, RECORDED
 from dist_train.errors import RunDirError
 from dist_train.launch.jobs import is_active, unfinished_jobs
 from dist_train.launch.slurm import commands
@@ -26,29 +26,36 @@ _NAME_LENGTH = 200  # letters; a file name has 255 bytes
 
 
 def start_log(run_dir: RunDir) -> Path:
-    """Return the log of the last start that `resume` made: what it printed before it had a status."""
+    """Return the log of the last start that was made from outside a shell: what it printed."""
     return run_dir.logs / "start.log"
 
 
 def resume_command(run_dir: RunDir) -> list[str] | None:
     """Return the command that resumes a run; None if that depends on its machines, or on a Slurm job of the user's."""
-    script, provenance, status = run_dir.path / "job.sbatch", run_dir.read_provenance(), run_dir.status.read()
+    script = run_dir.path / "job.sbatch"
     if script.is_file():
         return ["sbatch", str(script)]
-    if provenance.get("num_nodes", 1) != 1 or status.get("slurm_job_id"):
-        return None
-    nproc = status.get("world_size") or provenance.get("world_size", 1)
-    options = ["--resume", str(run_dir.path), "--nproc", str(nproc), *_init_from(provenance)]
-    return [*_program(provenance), "train", *options]
+    elsewhere = _recorded(run_dir).get("num_nodes", 1) != 1 or run_dir.status.read().get("slurm_job_id")
+    return None if elsewhere else _train_command(run_dir)
 
 
-def _program(provenance: Mapping[str, Any]) -> list[str]:
-    return [provenance.get("python", sys.executable), "-m", "dist_train"]
+def _train_command(run_dir: RunDir) -> list[str]:
+    recorded = _recorded(run_dir)
+    options = ["--resume", str(run_dir.path), "--nproc", str(_world_size(run_dir, recorded)), *_init_from(recorded)]
+    return [*_program(recorded), "train", *options]
 
 
-def _init_from(provenance: Mapping[str, Any]) -> list[str]:
+def _world_size(run_dir: RunDir, recorded: Mapping[str, Any]) -> int:
+    return run_dir.status.read().get("world_size") or recorded.get("world_size") or recorded.get("nproc") or 1
+
+
+def _program(recorded: Mapping[str, Any]) -> list[str]:
+    return [recorded.get("python", sys.executable), "-m", "dist_train"]
+
+
+def _init_from(recorded: Mapping[str, Any]) -> list[str]:
     """Return the option of a run that begins with the weights of another one."""
-    other = provenance.get("init_from")
+    other = recorded.get("init_from")
     return ["--init-from", other] if other else []
 
 
@@ -66,23 +73,42 @@ def resume(path: Path) -> None:
     run_dir = summary.run_dir
     if summary.may_be_running or summary.state == "FINISHED":
         raise RunDirError(f"{summary.name} is {summary.state}: there is nothing to resume.")
+    if summary.state in ("CREATED", "QUEUED"):
+        raise RunDirError(f"{summary.name} is {summary.state}: the queue begins it.")
     command = resume_command(run_dir)
     if command is None:
         raise RunDirError(
             f"{summary.name} ran on several machines or in a Slurm job of your own. Run the same command again there."
         )
     with hold_start_lock(run_dir) as lock:
-        provenance = run_dir.read_submission() | run_dir.read_provenance()  # a job may not have begun
-        folder, environment = _existing(provenance), environment_of(provenance)
         if command[0] == "sbatch":
-            _submit_again(summary, folder, environment)
+            recorded = _recorded(run_dir)
+            _submit_again(summary, _existing(recorded), environment_of(recorded))
             return
-        try:
-            run_dir.logs.mkdir(exist_ok=True)
-            note_start(lock)
-            begin_detached(command, start_log(run_dir), folder, environment, inherited=lock)
-        except OSError as error:
-            raise RunDirError(f"{summary.name} cannot be started: {error.filename}: {error.strerror}.") from None
+        begin_start(run_dir, lock)
+
+
+def begin_start(run_dir: RunDir, lock: int) -> None:
+    """Begin the launcher of a run as files of the run tell. `lock`: of `hold_start_lock`; the launcher keeps it.
+
+    Raises:
+        RunDirError: its folder or its interpreter is gone, or its directory cannot be written.
+    """
+    recorded = _recorded(run_dir)
+    folder = _existing(recorded)
+    try:
+        run_dir.logs.mkdir(exist_ok=True)
+        asked_at = {ASKED_AT: repr(time.perf_counter())}  # a STOP file from now on is meant for this start
+        note_start(run_dir)
+        environment = environment_of(recorded) | asked_at
+        begin_detached(_train_command(run_dir), start_log(run_dir), folder, environment, inherited=lock)
+    except OSError as error:
+        raise RunDirError(f"{run_dir.path.name} cannot be started: {error.filename}: {error.strerror}.") from None
+
+
+def _recorded(run_dir: RunDir) -> dict[str, Any]:
+    """Return how the run was started. A job of the queue or of Slurm may not have begun yet, or not have got far."""
+    return run_dir.read_job() | run_dir.read_submission() | run_dir.read_provenance()
 
 
 def _submit_again(summary: Summary, folder: Path, environment: Mapping[str, str]) -> None:
@@ -97,7 +123,7 @@ def _submit_again(summary: Summary, folder: Path, environment: Mapping[str, str]
 def describe_command(run_dir: RunDir) -> str | None:
     """Return the command that resumes the run, for a shell in any folder; None as `resume_command`."""
     command = resume_command(run_dir)
-    return _for_shell(command, run_dir.read_provenance()) if command is not None else None
+    return _for_shell(command, _recorded(run_dir)) if command is not None else None
 
 
 def describe_new_start(run_dir: RunDir) -> str | None:
@@ -107,12 +133,11 @@ def describe_new_start(run_dir: RunDir) -> str | None:
     """
     if not run_dir.config.is_file():
         return None
-    provenance = run_dir.read_submission() | run_dir.read_provenance()
-    status = run_dir.status.read()
-    ranks = status.get("world_size") or provenance.get("world_size", 1)
+    provenance = _recorded(run_dir)
+    ranks = _world_size(run_dir, provenance)
     nodes = provenance.get("num_nodes") or 1
     where = ["train", "--nproc", str(ranks)]
-    if "job" in provenance or status.get("slurm_job_id"):
+    if "job" in provenance or run_dir.status.read().get("slurm_job_id"):
         options = provenance.get("options", [f"--nodes={nodes}", f"--nproc={ranks // nodes}"])
         where = ["slurm", "submit", *options]
     elif nodes > 1:

@@ -7,12 +7,13 @@ from typing import Any
 
 from dist_train.checkpoints.manifest import manifests
 from dist_train.checkpoints.resume_hint import resume_hint
+from dist_train.launch.job_queue import places, waiting_jobs
 from dist_train.launch.jobs import is_active, unfinished_jobs
 from dist_train.launch.slurm.commands import Job
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
 from dist_train.runs.reports.compare import LoadedRun, read_run
-from dist_train.runs.summary import Summary
+from dist_train.runs.summary import NOT_BEGUN, Summary
 from dist_train.runs.time_accounting import effective_ratio
 
 
@@ -67,13 +68,18 @@ def _speed(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _end(summary: Summary, job: Job | None) -> list[tuple[str, str]]:
-    """The job, the error, and how to resume a run that ended early."""
+    """The job, its place in the queue, the error, and how to resume a run that ended early."""
     rows, run_dir = [], summary.run_dir
+    if summary.state == "QUEUED":
+        place = places(waiting_jobs(run_dir.path.parent)).get(summary.name)
+        rows.append(("queue", f"place {place} on {summary.queue_host}"))
+    if summary.state == "CREATED":
+        rows.append(("to begin", f"dist-train queue add {run_dir.path}"))
     if summary.job:
         rows.append(("Slurm", f"job {summary.job}" + (f", {job.state} {job.reason}" if job else "")))
     if error := run_dir.read_error():
         rows.append(("error", describe_error(error)))
-    if not summary.is_live and summary.state not in ("FINISHED", "NEW") and not is_active(job):
+    if not summary.is_live and summary.state not in ("FINISHED", *NOT_BEGUN) and not is_active(job):
         alone = not summary.job and run_dir.read_provenance().get("num_nodes") == 1
         rows.append(("to resume", resume_hint(run_dir, summary.world_size if alone else None)))
     return rows

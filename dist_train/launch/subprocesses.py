@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -90,10 +90,14 @@ def running(
 
 
 def begin_detached(
-    command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str], *, inherited: int
-) -> None:
-    """Start a process that outlives this one. Its output replaces `log`; it keeps the descriptor `inherited` open."""
-    with log.open("wb") as file:
+    command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str], *, inherited: int,
+    append: bool = False,
+) -> None:  # fmt: skip
+    """Start a process that outlives this one, and keeps the descriptor `inherited` open.
+
+    Its output replaces what is in `log`, or with `append` follows it.
+    """
+    with log.open("ab" if append else "wb") as file:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             pass_fds=(inherited,), start_new_session=True,
@@ -111,24 +115,51 @@ def limited_output_of(
     Raises:
         LaunchError: it failed, with its message, or took too long.
     """
-    with subprocess.Popen(
-        ["nice", "-n", "10", sys.executable, "-m", "dist_train", *arguments], text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=without_torchrun_options(environment),
-        start_new_session=True,
-    ) as process:  # fmt: skip
+    with _limited(arguments, folder, environment) as process:
         try:
             out, err = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             raise LaunchError(
                 f"dist-train {arguments[0]} took longer than {timeout_s:.0f} s and was stopped."
             ) from None
+        _raise_failure(process, err)
+    return out
+
+
+def limited_lines_of(*arguments: str) -> Generator[str]:
+    """Yield the lines that `dist-train ARGUMENT...` prints, run at low priority until it ends or this is closed.
+
+    Raises:
+        LaunchError: it failed, with its message.
+    """
+    with _limited(arguments, None, os.environ) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+        _raise_failure(process, process.communicate()[1])
+
+
+@contextmanager
+def _limited(
+    arguments: Sequence[str], folder: Path | None, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[str]]:
+    """Start `dist-train ARGUMENT...` at low priority. At the end it is killed, with its own processes."""
+    with subprocess.Popen(
+        ["nice", "-n", "10", sys.executable, "-m", "dist_train", *arguments], text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=without_torchrun_options(environment),
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
         finally:
             with suppress(ProcessLookupError):  # its own processes too: they would keep the pipes open
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _raise_failure(process: subprocess.Popen[str], err: str) -> None:
     if process.returncode:
         lines = err.strip().splitlines() or [f"exit code {process.returncode}"]
-        raise LaunchError(lines[-1].removeprefix("error: "))
-    return out
+        first = next((number for number, line in enumerate(lines) if line.startswith("error: ")), -1)
+        raise LaunchError("\n".join(lines[first:]).removeprefix("error: "))
 
 
 def output_of_program(*command: str, timeout_s: float) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.errors import ConfigError
+from dist_train.models.names import NETS
 
 
 class Mlp(nn.Module):
@@ -139,9 +140,7 @@ class Speedrun(nn.Module):
         return logits
 
 
-MODELS: dict[str, type[nn.Module]] = {
-    "mlp": Mlp, "bks": Bks, "guide": Guide, "conv": Conv, "fast": Fast, "speedrun": Speedrun
-}  # fmt: skip
+MODELS: dict[str, type[nn.Module]] = dict(zip(NETS, (Mlp, Bks, Guide, Conv, Fast, Speedrun), strict=True))
 
 
 def _side(name: str, image_size: int, side_of: Callable[[int], int]) -> int:

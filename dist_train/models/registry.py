@@ -13,8 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from dist_train.config.schema import ModelConfig
 from dist_train.distributed.rng import derive_seed, seeded
-from dist_train.errors import ConfigError, DataError, DistTrainError, UserCodeError, did_you_mean
+from dist_train.errors import ConfigError, DataError, DistTrainError, UserCodeError
 from dist_train.models.bundle import load_model_bundle
+from dist_train.models.names import check_own_name, unknown_net
 from dist_train.models.nets import MODELS
 from dist_train.torchvision_compat import import_torchvision
 from dist_train.user_code.bundles import check_bundle
@@ -73,7 +74,7 @@ def check_model_exists(config: ModelConfig) -> None:
     if config.bundle is not None:
         check_bundle(config.bundle, "bks_model.py", "model.bundle", "UserModel")
     elif not colon:
-        _check_own_name(config)
+        check_own_name(config)
     elif source == "torchvision":
         _check_torchvision(name, config)
     elif source == "timm":
@@ -97,14 +98,8 @@ def _reject_lazy_layers(model: nn.Module) -> None:
             )
 
 
-def _check_own_name(config: ModelConfig) -> None:
-    if config.name not in MODELS:
-        others = "torchvision:NAME, timm:NAME, package.module:Class"
-        raise _unknown(config, "", list(MODELS), f"Nets: {', '.join(MODELS)}; {others}.")
-
-
 def _own(config: ModelConfig, spec: DataSpec) -> nn.Module:
-    _check_own_name(config)
+    check_own_name(config)
     make = MODELS[config.name]
     check_arguments(make, config.args, "model.args")
     try:
@@ -139,7 +134,7 @@ def _check_torchvision(name: str, config: ModelConfig) -> None:
     models = import_torchvision().models
     names = models.list_models(module=models)  # the classifiers
     if name not in names:
-        raise _unknown(config, "torchvision:", names, "See https://pytorch.org/vision/stable/models.html.")
+        raise unknown_net(config, "torchvision:", names, "See https://pytorch.org/vision/stable/models.html.")
 
 
 def _torchvision(name: str, config: ModelConfig, spec: DataSpec) -> nn.Module:
@@ -194,7 +189,7 @@ def _import_timm(name: str, config: ModelConfig) -> Any:
             raise
         raise ConfigError(f"model.name={config.name} needs timm: pip install 'dist-train[timm]'.") from None
     if not timm.is_model(name):
-        raise _unknown(config, "timm:", timm.list_models(), "timm.list_models() has all names.")
+        raise unknown_net(config, "timm:", timm.list_models(), "timm.list_models() has all names.")
     return timm
 
 
@@ -237,11 +232,6 @@ def _needed(config: ModelConfig, spec: DataSpec, *keys: str) -> dict[str, int]:
             fix = fixes[key] + ("." if data_only else f", or set model.args.{key}.")
             raise ConfigError(f"model.name={config.name} needs {key}, which the data set does not provide. {fix}")
     return needed
-
-
-def _unknown(config: ModelConfig, prefix: str, names: list[str], where: str) -> ConfigError:
-    hint = did_you_mean(config.name.removeprefix(prefix), names, prefix)
-    return ConfigError(f"model.name={config.name}: no such net.{hint} {where}")
 
 
 def _cannot_construct(config: ModelConfig, error: Exception) -> DistTrainError:

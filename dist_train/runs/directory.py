@@ -22,7 +22,7 @@ from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.disk_errors import DiskErrors
 from dist_train.runs.metrics_log import MetricsFile
-from dist_train.runs.records import Error, Layers, Provenance, Result, Submission, read_record
+from dist_train.runs.records import Error, Layers, Provenance, QueuedJob, Result, Submission, read_record
 from dist_train.runs.status_file import StatusFile, is_of_earlier_start
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class RunDir:
         # Created by users, from any shell.
         self.stop_request_file, self.save_request_file = self.path / "STOP", self.path / "SAVE"
         self.slurm_json = self.path / "slurm.json"  # written by `slurm submit`
+        self.job_json = self.path / "job.json"  # of the queue
 
     @cached_property
     def _lock(self) -> FileLock:
@@ -190,6 +191,15 @@ class RunDir:
         with self._disk_errors.tolerated(self.run_json, required=True):
             write_json(self.run_json, {**provenance, **kept})
 
+    def write_job(self, job: Mapping[str, Any]) -> None:
+        """Write job.json.
+
+        Raises:
+            RunDirError: the file cannot be written.
+        """
+        with self._disk_errors.tolerated(self.job_json, required=True):
+            write_json(self.job_json, job)
+
     def write_result(self, results: Mapping[str, Any]) -> None:
         """Write result.json.
 
@@ -239,6 +249,9 @@ class RunDir:
 
     def read_submission(self) -> dict[str, Any]:
         return read_record(self.slurm_json, Submission)
+
+    def read_job(self) -> dict[str, Any]:
+        return read_record(self.job_json, QueuedJob)
 
 
 def step_of(folder: Path) -> int | None:

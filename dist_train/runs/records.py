@@ -154,6 +154,19 @@ class Submission(TypedDict, total=False):
     submitted: Number  # time.time()
 
 
+class QueuedJob(TypedDict, total=False):
+    """job.json, written when a job is created, and again when it is queued and when it is begun."""
+
+    nproc: Annotated[int, Field(ge=1, lt=2**31)]
+    cwd: str
+    python: str
+    environment: dict[str, str]  # as in run.json
+    number: Count  # in the queue; absent while it is not queued
+    host: str  # whose keeper begins it
+    begun: Number  # time.time() when a keeper did
+    gpus: list[str]  # that the keeper gave it
+
+
 def read_record(path: Path, kind: Any) -> dict[str, Any]:
     """Read a file with one of these schemas. Return {} if it does not exist.
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from dist_train.errors import RunDirError
+from dist_train.runs import kernel_lock
 from dist_train.runs.directory import RunDir
 
-_NAME = ".start.lock"  # its modification time is that of the newest start
+NAME = ".start.lock"  # empty until a start is noted; its modification time is that of the newest one
 _ENDING_S = 5.0  # a launcher may take this long to end after its training has
 
 
@@ -23,58 +23,48 @@ def hold_start_lock(run_dir: RunDir) -> Iterator[int]:
         RunDirError: a start holds it, or the directory cannot be written.
     """
     try:
-        descriptor = os.open(run_dir.path / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _acquire(run_dir)
     except OSError as error:
         raise RunDirError(f"{run_dir.path} cannot be written: {error.strerror}.") from None
+    if descriptor is None:
+        raise RunDirError(f"{run_dir.path.name} is being started already.")
     try:
-        if not _acquire(run_dir, descriptor):
-            raise RunDirError(f"{run_dir.path.name} is being started already.")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def note_start(descriptor: int) -> None:
-    """Record that a start begins now. `descriptor`: of the held lock."""
-    os.utime(descriptor)
+def note_start(run_dir: RunDir) -> None:
+    """Record that a start begins now. Needs the lock."""
+    (run_dir.path / NAME).write_text("started\n")
 
 
 def is_starting(run_dir: RunDir) -> bool:
     """Whether a start has neither a status nor ended. Writes nothing."""
-    return _is_held(run_dir) and not _has_status(run_dir)
+    return _lacks_status(run_dir) and kernel_lock.is_held(run_dir.path / NAME)
 
 
 def has_failed_to_start(run_dir: RunDir) -> bool:
     """Whether the last start that was noted ended before it had a status."""
-    return (run_dir.path / _NAME).exists() and not _has_status(run_dir) and not _is_held(run_dir)
+    return _lacks_status(run_dir) and not kernel_lock.is_held(run_dir.path / NAME)
 
 
-def _acquire(run_dir: RunDir, descriptor: int) -> bool:
+def _acquire(run_dir: RunDir) -> int | None:
     until = time.monotonic() + _ENDING_S
-    while time.monotonic() < until:
-        with suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        if is_starting(run_dir):
-            return False
+    while (descriptor := kernel_lock.acquire(run_dir.path / NAME)) is None:
+        if is_starting(run_dir) or time.monotonic() > until:
+            return None
         time.sleep(0.05)
-    return False
+    return descriptor
 
 
-def _is_held(run_dir: RunDir) -> bool:
+def _lacks_status(run_dir: RunDir) -> bool:
+    """Whether a start was noted, and no status was written since."""
     try:
-        with (run_dir.path / _NAME).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        noted = (run_dir.path / NAME).stat()
     except OSError:  # never started
-        pass
-    return False
-
-
-def _has_status(run_dir: RunDir) -> bool:
-    """Whether the status was written since the last start that was noted."""
-    try:
-        return run_dir.status.path.stat().st_mtime_ns > (run_dir.path / _NAME).stat().st_mtime_ns
-    except OSError:
         return False
+    try:
+        return noted.st_size > 0 and run_dir.status.path.stat().st_mtime_ns <= noted.st_mtime_ns
+    except OSError:
+        return True

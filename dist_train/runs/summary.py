@@ -17,9 +17,11 @@ from dist_train.distributed.launcher_watch import is_alive
 from dist_train.errors import RunDirError
 from dist_train.runs import heartbeat
 from dist_train.runs.directory import RunDir
+from dist_train.runs.start_lock import is_starting
 from dist_train.runs.status_file import ENDS
 
-_NOT_LIVE = frozenset({*ENDS, "KILLED", "SILENT", "NEW"})
+NOT_BEGUN = ("NEW", "CREATED", "QUEUED")
+_NOT_LIVE = frozenset({*ENDS, *NOT_BEGUN, "KILLED", "SILENT"})
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Summary:
     """What is known of a run without reading all of its metrics. None: unknown, or not known yet."""
 
     run_dir: RunDir
-    state: str  # of status.json, or KILLED: the process is gone; SILENT: no heartbeat for a while; NEW: never started
+    # Of status.json, or KILLED: the process is gone; SILENT: no heartbeat for a while; STARTING: begun from outside a
+    # shell, and without a status yet; CREATED, QUEUED: a job of the queue; NEW: never started.
+    state: str
     step: int
     total_steps: int | None
     epoch: float | None
@@ -39,6 +43,8 @@ class Summary:
     seconds: Mapping[str, float]  # wall seconds by use, over all attempts
     result: Mapping[str, Any]  # empty until the run is finished
     job: str | None  # Slurm job id
+    queue_host: str | None  # of a job that is queued: whose keeper begins it
+    queue_number: int | None
 
     @property
     def name(self) -> str:
@@ -95,10 +101,10 @@ class Summary:
 def summarise(path: Path) -> Summary:
     """Summarise the run in `path`, which need not exist yet."""
     run_dir = RunDir(path)
-    status = run_dir.status.read()
+    status, queued = run_dir.status.read(), run_dir.read_job()
     return Summary(
         run_dir=run_dir,
-        state=_state_of(status),
+        state=_state_of(run_dir, status, queued),
         step=status.get("step", 0),
         total_steps=status.get("total_steps"),
         epoch=status.get("epoch"),
@@ -110,6 +116,8 @@ def summarise(path: Path) -> Summary:
         seconds=status.get("seconds", {}),
         result=run_dir.read_result(),
         job=_job_of(status, run_dir.read_submission()),
+        queue_host=queued.get("host"),
+        queue_number=queued.get("number"),
     )
 
 
@@ -172,9 +180,13 @@ def is_run(path: Path) -> bool:
         return False
 
 
-def _state_of(status: Mapping[str, Any]) -> str:
-    state: str = status.get("state", "NEW")
-    if state in (*ENDS, "NEW"):
+def _state_of(run_dir: RunDir, status: Mapping[str, Any], queued: Mapping[str, Any]) -> str:
+    if is_starting(run_dir):
+        return "STARTING"
+    if "state" not in status:
+        return _state_before_status(run_dir, queued)
+    state: str = status["state"]
+    if state in ENDS:
         return state
     silent_s = time.time() - status.get("heartbeat", 0.0)  # negative if the clock was set back
     # A container may share this machine's name but not its process ids.
@@ -182,6 +194,14 @@ def _state_of(status: Mapping[str, Any]) -> str:
     if abs(silent_s) > heartbeat.LATE_S and is_local and not is_alive(status["pid"]):
         return "KILLED"
     return "SILENT" if silent_s > heartbeat.SILENT_S else state
+
+
+def _state_before_status(run_dir: RunDir, queued: Mapping[str, Any]) -> str:
+    if "begun" in queued:
+        return "ERROR" if run_dir.error.exists() else "KILLED"
+    if "number" in queued:
+        return "QUEUED"
+    return "CREATED" if queued else "NEW"
 
 
 def _job_of(status: Mapping[str, Any], submitted: Mapping[str, Any]) -> str | None:

@@ -26,10 +26,7 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
         DistTrainError: an example is taken twice.
     """
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world_size)
-    yield (
-        f"global batch {plan.global_batch_size} = {plan.per_device_batch_size} per device x {plan.grad_accum_steps} "
-        f"micro-steps x {world_size} processes"
-    )
+    yield plan.describe()
     splits = load_splits(config.data, config.seed, 1)
     examples = num_examples(splits.train)
     taken = _taken(examples, plan, config.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import torch
 from dist_train import __version__
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.data.fingerprint import Fingerprint, differences
-from dist_train.distributed.process_info import RECORDED
+from dist_train.distributed.process_info import surroundings
 from dist_train.distributed.world import World
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
@@ -45,9 +44,7 @@ def describe_start(world: World, hosts: list[str], init_from: str | None) -> dic
     """Return what a later start needs to be the same."""
     return {
         "argv": sys.argv,
-        "cwd": str(Path.cwd()),
-        "python": sys.executable,
-        "environment": recorded_environment(os.environ),
+        **surroundings(),
         "init_from": init_from,
         "started_by": world.process.started_by,
         "hosts": hosts,
@@ -55,11 +52,6 @@ def describe_start(world: World, hosts: list[str], init_from: str | None) -> dic
         "num_nodes": len(set(hosts)),
         "num_threads": world.num_threads,
     }
-
-
-def recorded_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that a later start needs again."""
-    return {name: env[name] for name in RECORDED if name in env}
 
 
 # These determine how a step is divided: they change the result of a net that depends on the division.

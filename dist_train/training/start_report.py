@@ -44,10 +44,7 @@ def report_start(
         config.model.bundle or config.model.name, f"{sum(p.numel() for p in net.parameters()):,}",
         provenance["device"], provenance["num_threads"], provenance["mixed_precision"],
     )  # fmt: skip
-    _log.info(
-        "global batch %d = %d per device x %d micro-steps x %d processes",
-        plan.global_batch_size, plan.per_device_batch_size, plan.grad_accum_steps, plan.world_size,
-    )  # fmt: skip
+    _log.info("%s", plan.describe())
     if plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < config.per_device_batch_size:
         _log.warning(
             "%d examples per process have no divisor between %d and per_device_batch_size=%d: small batches are slow. "

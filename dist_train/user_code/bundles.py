@@ -30,7 +30,7 @@ def check_bundle(path: Path, filename: str, setting: str, *names: str) -> None:
         ConfigError: `path` does not exist.
         UserCodeError: the file or the class is missing, or the file fails.
     """
-    file = _find(path, filename, f"{setting}={path}")
+    file = find_bundled(path, filename, f"{setting}={path}")
     if not any(defines(file, name) for name in names):
         module = import_bundled(file, f"{setting}={path}")
         class_of(module, next((name for name in names if hasattr(module, name)), names[0]))
@@ -39,25 +39,41 @@ def check_bundle(path: Path, filename: str, setting: str, *names: str) -> None:
 def open_bundle(path: Path, filename: str, setting: str) -> ModuleType:
     """Import `filename` from the folder or zip `path`. Raises ConfigError or UserCodeError, as `check_bundle`."""
     label = f"{setting}={path}"
-    return import_bundled(_find(path, filename, label), label)
+    return import_bundled(find_bundled(path, filename, label), label)
 
 
-def _find(path: Path, filename: str, label: str) -> Path:
-    """Return the file `filename` in a folder or zip."""
+def find_bundled(path: Path, filename: str, label: str) -> Path:
+    """Return the file `filename` in a folder or zip. `label` begins the messages of errors.
+
+    Raises:
+        ConfigError: `path` does not exist.
+        UserCodeError: the file is missing.
+    """
     path = path.expanduser()
     if not path.exists():
         raise ConfigError(f"{label}: no such file or folder. Give a folder or a zip that holds {filename}.")
     if path.is_file() and path.suffix == ".py":
         path = path.parent
     folder = path if path.is_dir() else unpack_archive(path, label)
-    # The file is at the top level, or in a subfolder if the zip holds a folder.
+    try:
+        return locate(folder, filename)
+    except UserCodeError as error:
+        raise UserCodeError(f"{label}: {error}") from None
+
+
+def locate(folder: Path, filename: str) -> Path:
+    """Return the file `filename` of a bundle: at the top of its folder, or in a subfolder if a zip held a folder.
+
+    Raises:
+        UserCodeError: it is missing, or in several subfolders.
+    """
     candidates = [folder, *sorted(sub for sub in folder.iterdir() if sub.is_dir() and sub.name != "__MACOSX")]
     matches = [candidate for candidate in candidates if (candidate / filename).is_file()]
     if matches[:1] != [folder] and len(matches) != 1:
         names = sorted(str(file.relative_to(folder)) for candidate in candidates for file in candidate.glob("*.py"))
         near = "" if filename in map(os.path.basename, names) else did_you_mean(filename, names)
         raise UserCodeError(
-            f"{label}: {filename} is missing or in several folders. Found: {', '.join(names) or 'no .py file'}.{near}"
+            f"{filename} is missing or in several folders. Found: {', '.join(names) or 'no .py file'}.{near}"
         )
     return matches[0].resolve() / filename
 

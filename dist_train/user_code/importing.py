@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 
 from dist_train.errors import ConfigError, DistTrainError, UserCodeError, did_you_mean
 from dist_train.torchvision_compat import import_torchvision, is_missing_operator
+from dist_train.user_code.source_names import read_source
 
 
 def load_object(spec: str) -> Any:
@@ -51,6 +52,29 @@ def check_object(spec: str) -> None:
     _module_name, name, source = _look_up(spec)
     if source is None or not defines(source, name):
         load_object(spec)
+
+
+def check_object_source(setting: str, spec: str) -> None:
+    """Check `package.module:Name` without importing anything. What only an import could tell is accepted.
+
+    Raises:
+        ConfigError: `spec` does not have this form.
+        UserCodeError: there is no such module, or its source shows no such name.
+    """
+    module_name, name, source = _look_up(spec)
+    top = module_name.partition(".")[0]
+    if source is None:
+        if top not in sys.modules and importlib.util.find_spec(top) is None:
+            raise UserCodeError(f"{setting}={_missing_module(spec, module_name, top)}")
+        return
+    if source.suffix != ".py":
+        return
+    try:
+        found = read_source(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise user_code_error(f"{setting}={spec} cannot be imported", error) from None
+    if name not in found.names.bound and not found.names.stars and not found.is_open:
+        raise UserCodeError(f"{setting}={spec}: {source} has no {name}.{did_you_mean(name, found.names.bound)}")
 
 
 def defines(source: Path, name: str) -> bool:

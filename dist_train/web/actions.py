@@ -1,4 +1,4 @@
-"""What the buttons do: stop, save, resume, delete, restore."""
+"""What the buttons do: run, take back, stop, save, resume, delete, restore."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from dist_train.errors import DistTrainError, RunDirError
+from dist_train.launch.job_queue import enqueue, ensure_keeper, take_back
 from dist_train.launch.jobs import delete_run, request_save, request_stop
 from dist_train.launch.resume import resume
 from dist_train.runs import deleted_runs
@@ -28,7 +29,7 @@ class Actions:
         threading.Thread(target=self._empty_bin, name="empty_bin", daemon=True).start()  # may take long
 
     async def act(self, request: Request) -> Response:
-        """Stop, save, resume or delete a run, then show it, or the list if it is gone."""
+        """Do something to a run, then show it, or the list if it is gone."""
         action = request.path_params["action"]
         await run_sync(self._act, self._action(action), await run_sync(self._site.find, request))
         target = (
@@ -52,7 +53,10 @@ class Actions:
         return RedirectResponse(f"../?done={request.path_params['action']}", 303)
 
     def _action(self, name: str) -> Callable[[Path], object]:
-        actions = {"stop": request_stop, "save": request_save, "resume": resume, "delete": delete_run}
+        actions: dict[str, Callable[[Path], object]] = {
+            "run": _queue, "take_back": take_back, "stop": request_stop, "save": request_save, "resume": resume,
+            "delete": delete_run,
+        }  # fmt: skip
         if name not in actions:
             raise HTTPException(404, "There is no such action.")
         return actions[name]
@@ -81,3 +85,8 @@ class Actions:
             raise HTTPException(404, "There is no such action.")
         self._site.index.forget_scan()
         return RedirectResponse(f"../bin?done={action}", 303)
+
+
+def _queue(path: Path) -> None:
+    enqueue(path)
+    ensure_keeper(path.parent)

@@ -11,16 +11,20 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from dist_train.errors import DistTrainError
+from dist_train.user_code.library import Kind
 from dist_train.web.access import Access
 from dist_train.web.actions import Actions
 from dist_train.web.compare_pages import ComparePages
 from dist_train.web.downloads import Downloads
 from dist_train.web.error_pages import ErrorPages
 from dist_train.web.guard import Guard
+from dist_train.web.job_pages import JobPages
+from dist_train.web.library_pages import LibraryPages
 from dist_train.web.list_pages import ListPages
 from dist_train.web.login import Login
 from dist_train.web.run_pages import RunPages
 from dist_train.web.site import Site
+from dist_train.web.uploads import Uploads
 
 
 def make_app(folder: Path, access: Access, hosts: frozenset[str] = frozenset()) -> Starlette:
@@ -40,12 +44,17 @@ def make_app(folder: Path, access: Access, hosts: frozenset[str] = frozenset()) 
 
 def _routes(site: Site, login: Login) -> list[Route | Mount]:
     listed, run, files = ListPages(site, login), RunPages(site), Downloads(site)
-    actions, comparison = Actions(site), ComparePages(site)
+    actions, comparison, jobs, uploads = Actions(site), ComparePages(site), JobPages(site), Uploads()
     return [
         Route("/", listed.jobs),
         Route("/rows", listed.rows),
         Route("/machines", listed.machines),
         Route("/login", login.login, methods=["GET", "POST"]),
+        Route("/new", jobs.new),
+        Route("/new/check", jobs.check, methods=["POST"]),
+        Route("/new/try", jobs.try_batch, methods=["POST"]),
+        Route("/new/create", jobs.create, methods=["POST"]),
+        Route("/new/run", jobs.run, methods=["POST"]),
         Route("/compare", comparison.compare),
         Route("/compare.{suffix}", comparison.export_comparison),
         Route("/bin", actions.bin),
@@ -66,5 +75,25 @@ def _routes(site: Site, login: Login) -> list[Route | Mount]:
         Route("/jobs/{name}/pictures/{picture}.png", files.picture),
         Route("/jobs/{name}/predict", run.predict, methods=["PUT"]),
         Route("/jobs/{name}/{action}", actions.act, methods=["POST"]),
+        *_library_routes(LibraryPages(site, uploads)),
+        Route("/uploads", uploads.create, methods=["POST"]),
+        Route("/uploads", uploads.options, methods=["OPTIONS"]),
+        Route("/uploads/{upload}", uploads.look, methods=["HEAD"]),
+        Route("/uploads/{upload}", uploads.append, methods=["PATCH"]),
+        Route("/uploads/{upload}", uploads.terminate, methods=["DELETE"]),
         Mount("/static", StaticFiles(packages=[("dist_train.web", "static")])),
     ]
+
+
+def _library_routes(library: LibraryPages) -> list[Route]:
+    found = []
+    for kind in Kind:
+        found += [
+            Route(f"/{kind}", library.page),
+            Route(f"/{kind}", library.add, methods=["POST"]),
+            Route(f"/{kind}/{{name}}/delete", library.delete, methods=["POST"]),
+            Route(f"/{kind}/{{name}}/cancel", library.cancel, methods=["POST"]),
+            Route(f"/{kind}/{{name}}/{{version}}/delete", library.delete, methods=["POST"]),
+            Route(f"/{kind}/{{name}}/{{version}}.zip", library.download),
+        ]
+    return found

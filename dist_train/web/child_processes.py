@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +15,10 @@ from dist_train.errors import LaunchError
 from dist_train.launch.resume import environment_of
 from dist_train.launch.subprocesses import limited_output_of
 from dist_train.runs.directory import RunDir
+from dist_train.runs.train_arguments import TrainArguments
 
 MAX_IMAGE_BYTES = 16 * 10**6
-_PREDICT_S, _EXPORT_S = 60.0, 300.0
+_PREDICT_S, _EXPORT_S, _TRY_S = 60.0, 300.0, 300.0
 
 _one_at_a_time = threading.Lock()
 
@@ -66,10 +68,25 @@ def export_comparison(runs: Sequence[Path], suffix: str, axis: str) -> bytes:
         return out.read_bytes()
 
 
+def try_batch(arguments: TrainArguments) -> str:
+    """Train for a few steps in a folder that is removed at the end; return what the training printed.
+
+    Raises:
+        LaunchError: net and data do not go together, another child is at work, or it took too long.
+    """
+    with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
+        trial = replace(arguments, overrides=(*arguments.overrides, f"runs_dir={folder}", "tracking.pictures=false"))
+        try:
+            printed = limited_output_of(*trial.of_a_rank(), "--fast-dev-run", "--run-name=trial", timeout_s=_TRY_S)
+        except LaunchError as error:
+            raise LaunchError(RunDir(Path(folder) / "trial").read_error().get("message", str(error))) from None
+        return "\n".join(line for line in printed.splitlines() if folder not in line)
+
+
 @contextmanager
 def _child() -> Iterator[None]:
     if not _one_at_a_time.acquire(blocking=False):
-        raise LaunchError("Another picture or export is being worked on. Try again in a moment.")
+        raise LaunchError("Another picture, export or trial is being worked on. Try again in a moment.")
     try:
         yield
     finally:

@@ -17,7 +17,9 @@ class ErrorPages:
 
     def http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return self._error(request, error.status_code, error.detail)
+        answer = self._error(request, error.status_code, error.detail)
+        answer.headers.update(error.headers or {})
+        return answer
 
     def own_error(self, request: Request, error: Exception) -> Response:
         return self._error(request, 409, str(error))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dist_train.errors import RunDirError
+from dist_train.launch.job_queue import ensure_keeper, is_of_this_host
+from dist_train.runs.summary import Summary
 from dist_train.web.login import Login
 from dist_train.web.run_list import SORTS, Query, Row, make_page
 from dist_train.web.site import Site, json_response
@@ -34,6 +39,7 @@ class ListPages:
 
     def _list(self, request: Request) -> dict[str, Any]:
         listing, query = self._site.index.listing(), Query.of(request.query_params)
+        self._look_after_queue(entry.summary for entry in listing.entries.values())
         return {
             "page": make_page(listing, self._site.jobs(), query),
             "query": query,
@@ -42,6 +48,12 @@ class ListPages:
             "error": listing.error or self._site.queue.error,
             "folder": self._site.index.folder,
         }
+
+    def _look_after_queue(self, runs: Iterable[Summary]) -> None:
+        """Begin the keeper of the queue if jobs wait: the last one may have been killed."""
+        if any(run.state == "QUEUED" and is_of_this_host(run) for run in runs):
+            with suppress(RunDirError):  # a full disk: the list can be read
+                ensure_keeper(self._site.index.folder)
 
     def machines(self, request: Request) -> Response:
         return self._site.page(request, "machines.html")
@@ -55,4 +67,5 @@ def _plain(row: Row) -> dict[str, Any]:
         "epoch": summary.epoch, "left_s": row.left_s, "train_loss": row.train_loss,
         "val_accuracy": summary.accuracy, "test_accuracy": summary.test_accuracy,
         "samples_per_s": summary.samples_per_s, "world_size": summary.world_size, "job": summary.job,
+        "place": row.place,
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -53,15 +53,33 @@ def list_files(run_dir: RunDir) -> list[tuple[str, int]]:
 
 def stream_zip(run_dir: RunDir, *, with_checkpoints: bool) -> Iterator[bytes]:
     """Yield the bytes of an archive of a run's files. Nothing is written to the disk."""
+    found = (relative for relative, _ in list_files(run_dir))
+    wanted = (relative for relative in found if with_checkpoints or not relative.startswith("checkpoints/"))
+    # Files may have been pruned meanwhile, or be links now.
+    paths = ((relative, path) for relative in wanted if (path := file_of(run_dir, relative)) is not None)
+    yield from _stream((f"{run_dir.path.name}/{relative}", path) for relative, path in paths)
+
+
+def stream_folder(folder: Path) -> Iterator[bytes]:
+    """Yield the bytes of an archive of all files in a folder, hidden ones too. Nothing is written to the disk."""
+
+    def files() -> Iterator[tuple[str, Path]]:
+        for parent, folders, names in os.walk(folder):
+            folders.sort()
+            for path in (Path(parent, name) for name in sorted(names)):
+                if path.is_file() and not path.is_symlink():
+                    yield path.relative_to(folder).as_posix(), path
+
+    yield from _stream(files())
+
+
+def _stream(files: Iterable[tuple[str, Path]]) -> Iterator[bytes]:
+    """Yield the bytes of an archive of files, given with their names in it."""
     out = _Buffer()
     with ZipFile(out, "w", ZIP_STORED) as archive:  # weights and pictures do not compress
-        for relative, _ in list_files(run_dir):
-            if not with_checkpoints and relative.startswith("checkpoints/"):
-                continue
-            if (path := file_of(run_dir, relative)) is None:  # pruned meanwhile, or a link now
-                continue
+        for name, path in files:
             with suppress(FileNotFoundError), path.open("rb") as source:
-                info = ZipInfo.from_file(path, f"{run_dir.path.name}/{relative}", strict_timestamps=False)
+                info = ZipInfo.from_file(path, name, strict_timestamps=False)
                 with archive.open(info, "w", force_zip64=True) as target:
                     for chunk in chunks_of(source):
                         target.write(chunk)

@@ -11,6 +11,7 @@ from hashlib import sha1
 from pathlib import Path
 from uuid import uuid4
 
+from dist_train.runs import start_lock
 from dist_train.runs.summary import Summary, is_run, summarise
 from dist_train.web.outputs import is_shown
 
@@ -118,12 +119,13 @@ def _may_be_run(entry: os.DirEntry[str]) -> bool:
 
 
 def _signature(entry: os.DirEntry[str]) -> _Signature:
-    """Return what changes whenever a file of the run is replaced or its status is written."""
+    """Return what changes whenever a file of the run is replaced, its status is written or a start is noted."""
     found = entry.stat()
     signature: _Signature = (found.st_ino, found.st_mtime_ns)
-    with suppress(OSError):
-        status = os.stat(f"{entry.path}/status.json")  # noqa: PTH116 - a Path would take as long as the rest of a scan
-        signature += (status.st_ino, status.st_mtime_ns)
+    for name in ("status.json", start_lock.NAME):
+        with suppress(OSError):
+            file = os.stat(f"{entry.path}/{name}")  # noqa: PTH116 - a Path would take as long as the rest of a scan
+            signature += (file.st_ino, file.st_mtime_ns)
     return signature
 
 

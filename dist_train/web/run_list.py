@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dist_train.launch.job_queue import in_order, places
 from dist_train.launch.jobs import is_waiting
 from dist_train.launch.slurm.commands import Job
+from dist_train.runs.summary import NOT_BEGUN
 from dist_train.web.run_index import Entry, Listing
 from dist_train.web.site import whole_number
 
@@ -42,16 +44,33 @@ class Row:
     """A run in the list."""
 
     entry: Entry
-    state: str  # of its summary, or QUEUED
+    state: str  # of its summary, or QUEUED: also in Slurm's queue
     left_s: float | None  # seconds to go, as far as the steps so far tell
+    place: int | None = None  # in the queue of its machine
 
     @property
     def is_active(self) -> bool:
         return self.entry.summary.may_be_running or self.state == "QUEUED"
 
     @property
+    def may_stop(self) -> bool:
+        return self.is_active and not self.may_take_back
+
+    @property
     def may_resume(self) -> bool:
-        return not self.is_active and self.state not in ("FINISHED", "NEW")
+        return not self.is_active and self.state not in ("FINISHED", *NOT_BEGUN)
+
+    @property
+    def may_queue(self) -> bool:
+        return self.state == "CREATED"
+
+    @property
+    def may_take_back(self) -> bool:
+        return self.entry.summary.state == "QUEUED"
+
+    @property
+    def may_delete(self) -> bool:
+        return not self.is_active or self.may_take_back
 
     @property
     def train_loss(self) -> float | None:
@@ -81,15 +100,18 @@ SORTS: dict[str, Callable[[Row], Any]] = {
 }
 
 
-def make_row(entry: Entry, job: Job | None) -> Row:
+def make_row(entry: Entry, job: Job | None, place: int | None = None) -> Row:
     summary = entry.summary
     state = "QUEUED" if not summary.may_be_running and is_waiting(job) else summary.state
-    return Row(entry, state, _left_s(entry) if summary.is_live else None)
+    return Row(entry, state, _left_s(entry) if summary.is_live else None, place)
 
 
 def make_page(listing: Listing, jobs: Mapping[str, Job], query: Query) -> JobsPage:
     """Return one page of the list: runs at work first, then in the order asked for."""
-    rows = [make_row(entry, jobs.get(entry.summary.job or "")) for entry in listing.entries.values()]
+    place = places(in_order(entry.summary for entry in listing.entries.values()))
+    rows = [
+        make_row(entry, jobs.get(entry.summary.job or ""), place.get(name)) for name, entry in listing.entries.items()
+    ]
     matching = [row for row in rows if _matches(row, query)]
     matching.sort(key=lambda row: (not row.is_active, SORTS[query.sort](row), row.entry.name))
     pages = max(1, math.ceil(len(matching) / PER_PAGE))

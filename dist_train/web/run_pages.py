@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from dist_train.errors import DistTrainError
+from dist_train.launch.job_queue import in_order, places
 from dist_train.launch.resume import describe_command, describe_new_start
-from dist_train.runs.start_lock import is_starting
 from dist_train.web import child_processes, outputs, run_view
 from dist_train.web.curves import MetricsCache, points
 from dist_train.web.run_index import Entry
@@ -41,26 +41,24 @@ class RunPages:
         """Return what changes whenever the results of a run do."""
         run_dir = entry.summary.run_dir
         lines, inode = self._metrics.lines(run_dir.metrics.path)
-        parts = (*entry.signature, entry.summary.state, is_starting(run_dir), self._site.queue.version)
+        parts = (*entry.signature, entry.summary.state, self._place(entry), self._site.queue.version)
         return ".".join(map(str, (len(lines), inode, *parts)))
 
     def _results(self, entry: Entry) -> dict[str, Any]:
         since = self._version(entry)  # first: what changes meanwhile is shown by the next poll
         run_dir = entry.summary.run_dir
         lines, _ = self._metrics.lines(run_dir.metrics.path)
-        starting = is_starting(run_dir)
         epochs = run_view.epochs(run_dir, lines)
         uses, effective = run_view.seconds_by_use(entry)
         pictures = [path.stem for path in outputs.files_in(run_dir, "pictures", ".png").values()]
         return {
             **self._head(entry),
-            "starting": starting,
             "epochs": epochs,
             "own": run_view.own_metrics(epochs),
             "uses": uses,
             "effective": effective,
-            "failure": None if starting else run_view.failure(entry),
-            "not_started": "" if starting else run_view.not_started(entry),
+            "failure": run_view.failure(entry),
+            "not_started": run_view.not_started(entry),
             "by_class": run_view.accuracy_by_class(entry),
             "pictures": pictures,
             "layers": run_dir.read_layers(),
@@ -125,8 +123,13 @@ class RunPages:
         return {
             "entry": entry,
             "summary": entry.summary,
-            "row": make_row(entry, job),
+            "row": make_row(entry, job, self._place(entry)),
             "job": job,
             "command": describe_command(entry.summary.run_dir),
             "new_start": describe_new_start(entry.summary.run_dir),
         }
+
+    def _place(self, entry: Entry) -> int | None:
+        """Return the place of a job in the queue."""
+        listed = self._site.index.listing().entries.values()
+        return places(in_order(other.summary for other in listed)).get(entry.name)

@@ -102,7 +102,7 @@ def failure(entry: Entry) -> Failure | None:
     """Return why the run ended, where it did not end by itself."""
     run_dir = entry.summary.run_dir
     error = run_dir.read_error()
-    if not error and entry.summary.state != "KILLED":
+    if entry.summary.may_be_running or (not error and entry.summary.state != "KILLED"):
         return None
     what = describe_error(error) if error else "Its process is gone, and it left no error: it was killed."
     newest = next(iter(manifests(run_dir).values()), None)

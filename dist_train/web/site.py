@@ -23,12 +23,18 @@ from dist_train.web.slurm_queue import SlurmQueue
 _FORM_BYTES = 1 << 20  # at most
 # What was done, for the page that follows: texts are chosen here, never taken from a URL.
 _DONE = {
+    "run": "It waits in the queue, and begins when it is its turn.",
+    "take_back": "It is out of the queue.",
     "stop": "It stops after its current step, and saves first.",
     "save": "It saves after its current step.",
     "resume": "It is starting, and goes on where it was saved.",
+    "create": "It is created, and waits to be run.",
+    "there": "There is a run of this name already. Nothing was created.",
     "delete": "It is in the bin for 24 hours.",
     "restore": "It is back.",
     "empty": "The bin is empty.",
+    "add": "It is being added.",
+    "remove": "It is deleted.",
 }
 
 

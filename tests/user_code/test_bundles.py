@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dist_train.errors import ConfigError, UserCodeError
 from dist_train.models.bundle import load_model_bundle
 from dist_train.torchvision_compat import import_torchvision
 from dist_train.user_code import archives
+from dist_train.user_code.contents import CODE
 from support.processes import ROOT
 
 import_torchvision()  # here and not in a test: importing it changes the environment (torch._dynamo does)
@@ -333,7 +335,7 @@ def test_links_and_special_files_are_rejected(kind: int, tmp_path: Path, cache: 
 
 
 def test_zip_bomb_is_stopped(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_BYTES", 2 * 2**20)
+    monkeypatch.setattr("dist_train.user_code.archives.CODE", replace(CODE, bytes=2 * 2**20))
     archive = tmp_path / "b.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("bks_model.py", MODEL)
@@ -344,7 +346,7 @@ def test_zip_bomb_is_stopped(tmp_path: Path, cache: Path, monkeypatch: pytest.Mo
 
 
 def test_understated_size_in_header_is_rejected(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
+    monkeypatch.setattr("dist_train.user_code.archives.CODE", replace(CODE, bytes=2**20))
     archive = tmp_path / "b.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a", bytes(4 * 2**20))
@@ -356,9 +358,9 @@ def test_understated_size_in_header_is_rejected(tmp_path: Path, cache: Path, mon
 
 def test_too_many_entries_are_rejected(tmp_path: Path, cache: Path) -> None:
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
-        for number in range(archives.MAX_ENTRIES + 1):
+        for number in range(CODE.entries + 1):
             file.writestr(f"{number}.py", "")
-    assert f"has {archives.MAX_ENTRIES + 1} entries" in refusal(tmp_path / "b.zip", cache)
+    assert f"has {CODE.entries + 1} entries" in refusal(tmp_path / "b.zip", cache)
 
 
 @pytest.mark.parametrize("second", ["a.py", "a.py/b.py"])
@@ -386,7 +388,7 @@ def test_encrypted_entries_and_nul_names_are_rejected(tmp_path: Path, cache: Pat
 
 
 def test_zip_larger_than_limit_is_not_opened(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
+    monkeypatch.setattr("dist_train.user_code.archives.CODE", replace(CODE, bytes=2**20))
     (tmp_path / "b.zip").write_bytes(bytes(2**20 + 1))
     assert "holds more than 1 MiB" in refusal(tmp_path / "b.zip", cache)
 

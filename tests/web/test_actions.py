@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from dist_train.atomic_files import write_json
+from dist_train.distributed.process_info import surroundings
 from dist_train.errors import RunDirError
 from dist_train.launch.resume import resume
 from dist_train.runs import deleted_runs
 from dist_train.runs.start_lock import has_failed_to_start, hold_start_lock, is_starting
 from dist_train.runs.summary import summarise
-from dist_train.training.provenance import recorded_environment
 from support.page import SAME_ORIGIN, client_of, write_run
 from support.patience import wait_until
 
@@ -147,7 +147,7 @@ def test_recorded_environment_has_no_keys(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WANDB_API_KEY", "SECRET")
     monkeypatch.setenv("DIST_TRAIN_LAUNCHER_PID", "1")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    recorded = recorded_environment(os.environ)
+    recorded = surroundings()["environment"]
     assert recorded["WANDB_PROJECT"] == "mine"
     assert not {"WANDB_API_KEY", "DIST_TRAIN_LAUNCHER_PID"} & recorded.keys()
 
@@ -180,7 +180,7 @@ def test_double_click_starts_once(tmp_path: Path) -> None:
     assert is_starting(run_dir)
     assert "STARTING" in client.get("/jobs/run").text
     answer = client.post("/jobs/run/delete", headers=SAME_ORIGIN)
-    assert (answer.status_code, "is being started already" in answer.text) == (409, True)
+    assert (answer.status_code, "STARTING. Stop it first." in answer.text) == (409, True)
     wait_until((tmp_path / "began").exists, "start")
     (tmp_path / "go").touch()
     wait_until(lambda: not is_starting(run_dir), "end of the start")

@@ -26,9 +26,10 @@ from support.trainings import SETTINGS
 
 PAGES = ["/", "/rows", "/compare?run=done&run=stopped", "/machines", "/bin", "/jobs/done", "/jobs/done/live",
          "/jobs/done/settings", "/jobs/done/logs", "/jobs/done/files", "/jobs/done/points", "/jobs/done/outputs.zip",
-         "/jobs/done/files/config.yaml", "/jobs/nothing"]  # fmt: skip
+         "/jobs/done/files/config.yaml", "/new", "/new?from=done",
+         "/jobs/nothing"]  # fmt: skip
 ACTIONS = ["/jobs/running/stop", "/jobs/running/save", "/jobs/stopped/resume", "/jobs/done/delete", "/bin/restore",
-           "/bin/empty"]  # fmt: skip
+           "/bin/empty", "/new/create"]  # fmt: skip
 
 # Argument: the folder of runs. The state of the sessions is on the same disk.
 ASKING = f"""
@@ -40,7 +41,8 @@ folder = Path(sys.argv[1])
 client, _ = client_of(folder, folder)
 asked = [(page, client.get(page)) for page in {PAGES}]
 entry = [run.path.name for run in deleted_runs.find_deleted(folder)][0]
-asked += [(page, client.post(page, headers=SAME_ORIGIN, data={{"entry": entry}})) for page in {ACTIONS}]
+form = {{"entry": entry, "config": "smoke", "name": "new"}}
+asked += [(page, client.post(page, headers=SAME_ORIGIN, data=form)) for page in {ACTIONS}]
 print(json.dumps({{page: [answer.status_code, answer.text] for page, answer in asked}}))
 """
 
@@ -102,6 +104,11 @@ client.cookies.set(access.cookie, access.open_session())
 pages = [page.replace("done", "r") for page in {PAGES}] + ["/jobs/r/checkpoints/3.pth", "/compare.csv?run=r"]
 answers = {{page: client.get(page) for page in pages}}
 answers["predict"] = client.put("/jobs/r/predict", content=image, headers=SAME_ORIGIN)
+texts = {{"config": "mnist_bks", "lines": "model.name=own_net:Net", "name": "new"}}
+for action in ("check", "try", "create"):
+    answers[action] = client.post(f"/new/{{action}}", data=texts, headers=SAME_ORIGIN)
+assert "It works" in answers["try"].text, answers["try"].text
+assert answers.pop("create").status_code == 303
 for page, answer in answers.items():
     assert answer.status_code == (404 if "nothing" in page else 200), (page, answer.text)
 assert len(answers["predict"].json()["classes"]) > 1

@@ -26,6 +26,9 @@
   document.addEventListener("htmx:after:swap", () => {
     const jobs = find("#jobs");
     if (jobs) document.title = `${jobs.dataset.running} running - dist_train`;
+    for (const field of document.querySelectorAll("[aria-describedby^=error-]")) {
+      field.setAttribute("aria-invalid", find(`#${field.getAttribute("aria-describedby")}`).textContent !== "");
+    }
     drawCurves();
   });
 
@@ -58,6 +61,7 @@
       k: () => links[Math.max(at - 1, 0)]?.focus(),
       x: () => row?.querySelector("input").click(),
       s: () => row?.querySelector("[id$=-stop]")?.click(),
+      n: () => location.assign(`${root}new`),
     };
     if (actions[event.key]) {
       event.preventDefault();

@@ -1,0 +1,138 @@
+"""The page on which jobs are made."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from anyio.to_thread import run_sync
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from dist_train.config.loading import bundled_configs, load_config
+from dist_train.errors import ConfigError, LaunchError, RunDirError
+from dist_train.launch import jobs
+from dist_train.launch.job_queue import create_job, enqueue, ensure_keeper
+from dist_train.launch.slurm.batch_script import BatchScript
+from dist_train.runs.directory import RunDir
+from dist_train.web import child_processes
+from dist_train.web.job_form import FIELDS, LABELS, Checked, Job, check, free_name, nearest_config, texts_of
+from dist_train.web.site import Site, json_response, quoted, read_form
+
+_FIRST = "mnist_bks"  # the config to start from
+_OFFERED = 500  # runs to copy, the newest
+
+
+class JobPages:
+    """Handlers of the form of a new job."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._creating = threading.Lock()
+
+    def new(self, request: Request) -> Response:
+        """The form, filled in from a bundled config or from an old run."""
+        base, copied = request.query_params.get("config", _FIRST), request.query_params.get("from", "")
+        entry = self._site.index.find(copied)
+        if (copied and entry is None) or base not in bundled_configs():
+            raise HTTPException(404, f"There is no {f'run {copied}' if copied else f'config {base}'}.")
+        config = load_config(base if entry is None else str(entry.summary.run_dir.config))
+        base = base if entry is None else nearest_config(config)
+        texts = texts_of(config, base) | {"name": free_name(copied or base, self._site.index.folder)}
+        if entry is not None and entry.summary.world_size:
+            texts["nproc"] = str(entry.summary.world_size)
+        return self._form(request, texts, check(texts, self._site.index.folder), copied=copied)
+
+    async def check(self, request: Request) -> Response:
+        """What is wrong with the form, and the command that does the same."""
+        _, checked = await self._read(request)
+        return self._site.page(request, "checked.html", checked=checked, labels=LABELS, swapping=True)
+
+    async def try_batch(self, request: Request) -> Response:
+        """Train for a few steps, in a process of its own."""
+        _, checked = await self._read(request)
+        output, error = "", "Mend the form first." if checked.job is None else ""
+        if checked.job is not None:
+            try:
+                output = await run_sync(child_processes.try_batch, checked.job.arguments)
+            except LaunchError as failure:
+                error = str(failure)
+        return self._site.page(request, "tried.html", output=output, error=error)
+
+    async def create(self, request: Request) -> Response:
+        return await self._answer(request, run=False)
+
+    async def run(self, request: Request) -> Response:
+        return await self._answer(request, run=True)
+
+    async def _answer(self, request: Request, *, run: bool) -> Response:
+        texts = dict(await read_form(request))
+        checked, done = await run_sync(self._create, texts, run)
+        if not done:
+            return self._refuse(request, texts, checked)
+        if _wants_json(request):
+            return json_response({"run": texts["name"], "done": done}, 200 if done == "there" else 201)
+        return RedirectResponse(f"../jobs/{quoted(texts['name'])}?done={done}", 303)
+
+    def _create(self, texts: dict[str, str], run: bool) -> tuple[Checked, str]:
+        """Create a job, and queue it to be run. Returns what was done: nothing if a run has its name already."""
+        with self._creating:  # the second of two clicks finds what the first has created
+            folder = self._site.index.folder
+            if self._site.index.find(texts.get("name", "")) is not None:
+                return Checked(), "there"
+            checked = check(texts, folder)
+            job = checked.job
+            if job is not None and job.script is not None and not run:
+                checked.refuse("where", "The queue of Slurm's jobs is Slurm's: choose Create and run.")
+            if job is None or checked.errors:
+                return checked, ""
+            run_dir = RunDir(folder / job.name)
+            if job.script is not None:
+                _submit(job, job.script, run_dir)
+            else:
+                create_job(run_dir, job.config, job.nproc)
+                if run:
+                    enqueue(run_dir.path)
+                    ensure_keeper(folder)
+            self._site.index.forget_scan()
+        return checked, "run" if run else "create"
+
+    async def _read(self, request: Request) -> tuple[dict[str, str], Checked]:
+        texts = dict(await read_form(request))
+        return texts, await run_sync(check, texts, self._site.index.folder)
+
+    def _refuse(self, request: Request, texts: dict[str, str], checked: Checked) -> Response:
+        if _wants_json(request):
+            return json_response({"errors": checked.errors}, 422)
+        try:
+            whole = texts_of(load_config(texts.get("config", "")), texts.get("config", "")) | {"name": ""}
+        except ConfigError:
+            raise HTTPException(422, "\n".join(checked.errors.values())) from None
+        return self._form(request, whole | texts, checked, status_code=422)
+
+    def _form(self, request: Request, texts: Mapping[str, str], checked: Checked, **values: Any) -> Response:
+        runs = sorted(self._site.index.listing().entries.values(), key=lambda entry: -entry.started)[:_OFFERED]
+        values = {"copied": "", **values}
+        return self._site.page(
+            request, "new_job.html", texts=texts, checked=checked, fields=FIELDS, labels=LABELS, swapping=False,
+            configs=list(bundled_configs()), runs=[entry.name for entry in runs], **values,
+        )  # fmt: skip
+
+
+def _wants_json(request: Request) -> bool:
+    return "application/json" in request.headers.get("accept", "")
+
+
+def _submit(job: Job, script: BatchScript, run_dir: RunDir) -> None:
+    """Queue a job of Slurm as `slurm submit` does. If Slurm refuses it, its name is free again."""
+    known = jobs.check_job(script, job.config, job.start)
+    if not run_dir.create(new=True):
+        raise RunDirError(f"{run_dir.path} exists already. Choose another name.")
+    try:
+        jobs.submit(script, job.config, job.start, known)
+    except LaunchError:
+        shutil.rmtree(run_dir.path)
+        raise
