@@ -136,6 +136,7 @@ def _load(config: DataConfig, ranks_per_node: int) -> tuple[dict[str, Examples],
 
 
 def _summarise(found: Mapping[str, Examples], seed: int, own_validation: str) -> DataSummary:
+    """`own_validation`: as `_load` returns it."""
     fingerprints = {}
     for split, examples in found.items():
         with wrap_user_errors(f"The {split} set", "cannot be read"):
