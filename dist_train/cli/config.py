@@ -39,9 +39,11 @@ def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[st
 def config_validate(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...], nproc: int) -> None:
     """Check a config: its net and data set exist, and N processes can divide its batch."""
     from dist_train.config.batch_plan import BatchPlan
+    from dist_train.runs.start_options import check_initial_weights
 
     found = load(config_name, (*overrides, *settings))
     check_net_and_data(found)
+    check_initial_weights(found)
     plan = BatchPlan.fit(found.global_batch_size, found.per_device_batch_size, nproc)
     click.echo(f"{config_name} is fine: {plan.describe()}")
 

@@ -66,6 +66,7 @@ def _train_or_launch(
     from dist_train.distributed.stdio import tolerate_closed_stdio
     from dist_train.launch import jobs
     from dist_train.launch.machines import find_nodes
+    from dist_train.runs.start_options import check_start, find_run_dir
 
     tolerate_closed_stdio()
     process = detect_process(os.environ)
@@ -86,6 +87,7 @@ def _train_or_launch(
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or process.world_size)
     if dry_run:
         check_net_and_data(config)
+        check_start(find_run_dir(config, start), config, start, create=False)
         click.echo(f"{to_yaml(config)}# {plan}")
     if nproc is not None:
         nodes = find_nodes(nnodes, rdzv_endpoint, start.run_name, nproc, config)

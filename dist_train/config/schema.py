@@ -128,6 +128,9 @@ class ModelConfig(_Settings):
     # mlp, bks, guide, conv, fast, speedrun, torchvision:NAME, timm:NAME, or your own class as package.module:Class.
     name: str = "mlp"
     bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_model.py
+    # Initial weights: a .safetensors file or a .pth file with a state dict, also of a net that DDP, torch.compile or
+    # AveragedModel wrapped. All must fit; a last layer of another shape is left out. None: drawn from the seed.
+    weights: FilePath | None = None
     args: Options = {}  # keyword arguments of the net's class, for example model.args.dropout=0
 
 

@@ -26,7 +26,14 @@ from dist_train.launch.slurm.preflight import check_partition, check_submission
 from dist_train.launch.torchrun import LaunchSpec, start_ranks
 from dist_train.runs import deleted_runs
 from dist_train.runs.directory import RunDir
-from dist_train.runs.start_options import StartOptions, check_start, find_run_dir, remove_if_not_started, valid_run_name
+from dist_train.runs.start_options import (
+    StartOptions,
+    check_initial_weights,
+    check_start,
+    find_run_dir,
+    remove_if_not_started,
+    valid_run_name,
+)
 from dist_train.runs.summary import Summary, summarise, summarise_existing
 from dist_train.runs.train_arguments import TrainArguments
 
@@ -133,6 +140,8 @@ def check_job(script: BatchScript, config: Config, start: StartOptions) -> RunDi
         ConfigError, DataError, LaunchError, RunDirError: It cannot.
     """
     run_dir = _named(config, start)
+    if run_dir is None:
+        check_initial_weights(config)
     check_submission(script, config, run_dir.status.read().get("save_s", 0.0) if run_dir is not None else 0.0)
     check_partition(script, commands.partitions())
     return run_dir

@@ -24,7 +24,13 @@ from dist_train.distributed.signals import StopRequest
 from dist_train.errors import ConfigError, DistTrainError, LaunchError
 from dist_train.launch import jobs
 from dist_train.runs.directory import RunDir
-from dist_train.runs.start_options import StartOptions, check_run_name, remove_if_not_started, run_dir_by_time
+from dist_train.runs.start_options import (
+    StartOptions,
+    check_initial_weights,
+    check_run_name,
+    remove_if_not_started,
+    run_dir_by_time,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,7 +107,9 @@ def _check_arguments(config: Config, nproc: int, run_name: str | None) -> None:
         _check_importable(config, nproc)
     check_gpu_driver(config.device)
     BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
-    if run_name is not None:
+    if run_name is None:
+        check_initial_weights(config)
+    else:
         check_run_name("run_name", run_name, runs_root(config.runs_dir))
 
 

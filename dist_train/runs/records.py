@@ -76,6 +76,12 @@ class SplitFingerprint(TypedDict):
     unsteady: NotRequired[Count]  # the index of an example that differs at each read
 
 
+class InitialWeights(TypedDict):
+    path: str
+    sha256: str
+    left_out: list[str]  # tensors of the net
+
+
 class Provenance(TypedDict, total=False):
     """run.json, written by the newest attempt that reached training."""
 
@@ -94,6 +100,7 @@ class Provenance(TypedDict, total=False):
     cwd: str
     python: str
     environment: dict[str, str]  # a named list of variables, see process.py
+    initial_weights: InitialWeights  # of `model.weights`
     data: DataFacts
     data_identity: dict[str, SplitFingerprint]
 

@@ -45,6 +45,7 @@ def find_run_dir(config: Config, start: StartOptions, *, claim: bool = False) ->
     `claim`: create a directory that is named by time, so that no other start gets it.
 
     Raises:
+        ConfigError: as `check_start`, for a directory that is claimed.
         RunDirError: the directory cannot be created.
     """
     if start.run_dir is not None:
@@ -56,6 +57,8 @@ def find_run_dir(config: Config, start: StartOptions, *, claim: bool = False) ->
         name = former
     if name is not None:
         return RunDir(parent / name)
+    if claim:
+        check_initial_weights(config)  # before there is a folder
     return run_dir_by_time(parent, own, claim=claim)
 
 
@@ -100,9 +103,22 @@ def check_start(run_dir: RunDir, config: Config, start: StartOptions, *, create:
         )
     if run_dir.status.read().get("state") == "FINISHED":
         return True
+    if not run_dir.holds_checkpoints:
+        check_initial_weights(config)
     if create:
         run_dir.create()
     return False
+
+
+def check_initial_weights(config: Config) -> None:
+    """Check that the file of `model.weights` exists. Only a run without checkpoints needs it.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = config.model.weights
+    if path is not None and not os.path.isfile(path.expanduser()):  # noqa: PTH113 - Path.is_file may raise
+        raise ConfigError(f"model.weights={path}: no such file. Give the path of a .safetensors or .pth file.")
 
 
 def is_not_worth_keeping(run_dir: RunDir, start: StartOptions) -> bool:

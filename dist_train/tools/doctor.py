@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from dist_train.atomic_files import write_atomically
 from dist_train.checkpoints.disk_space import AT_ONCE, CheckpointSize
+from dist_train.checkpoints.initial_weights import load_initial_weights
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.data.sets.image_set import num_examples
@@ -59,11 +60,12 @@ def examine(config: Config, runs_dir: Path) -> Iterator[Diagnosis]:
     size = CheckpointSize(0, 0)
     try:
         splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
-        yield Diagnosis(
-            "data", f"{config.data.bundle or config.data.name}: {num_examples(splits.train):,} training examples"
-        )
+        counted = f"{num_examples(splits.train):,} training examples, validation on {splits.val_source}"
+        yield Diagnosis("data", f"{config.data.bundle or config.data.name}: {counted}")
         with default_dtype(config):
             net = build_model(config.model, splits.input_spec, config.seed)
+        if config.model.weights is not None and detect_process(os.environ).rank == 0:
+            load_initial_weights(net, config.model.weights)
         size = CheckpointSize.of(net, config)
         parameters = f"{sum(p.numel() for p in net.parameters()):,} parameters"
         name = config.model.bundle or config.model.name

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_train.checkpoints.contents import TrainerState
 from dist_train.checkpoints.disk_space import CheckpointSize, check_room
+from dist_train.checkpoints.initial_weights import load_initial_weights
 from dist_train.checkpoints.manager import Checkpoints
 from dist_train.checkpoints.manifest import find_checkpoint
 from dist_train.checkpoints.storage import load_weights
+from dist_train.checkpoints.weights import load_into
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
@@ -98,8 +102,8 @@ def build_trainer(
         config.keep_every.to_steps(sampler.steps_per_epoch),
         on_first_save=scheduler.on_first_save,
     )
-    state = _restore(config, checkpoints, step, start)
-    provenance = _start_attempt(config, world, run_dir, splits, components, state)
+    state, initial_weights = _restore(config, checkpoints, step, start)
+    provenance = _start_attempt(config, world, run_dir, splits, components, state, initial_weights)
     audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.add
     world.barrier()
@@ -138,19 +142,37 @@ def build_trainer(
     )
 
 
-def _restore(config: Config, checkpoints: Checkpoints, step: Step, start: StartOptions) -> TrainerState:
-    """Load the newest checkpoint, else the weights of `start.init_from`.
+def _restore(
+    config: Config, checkpoints: Checkpoints, step: Step, start: StartOptions
+) -> tuple[TrainerState, dict[str, Any] | None]:
+    """Load the newest checkpoint, else the weights of `start.init_from` or `model.weights`.
+
+    Also returns what run.json records of the file of `model.weights`, if that was read.
 
     Collective: every rank must call this.
     """
     size = CheckpointSize.of(step.net, config)
     checkpoints.world.on_rank_zero(lambda: check_room(checkpoints.run_dir, size))
     state = checkpoints.restore_latest(step)
-    if state is None:
-        state = TrainerState()
-        if start.init_from is not None:
-            load_weights(step.net, find_checkpoint(RunDir(start.init_from), "last"))
-    return state
+    if state is not None:
+        return state, None
+    if start.init_from is not None:
+        load_weights(step.net, find_checkpoint(RunDir(start.init_from), "last"))
+    if config.model.weights is not None:
+        return TrainerState(), _load_on_all(step.net, config.model.weights, checkpoints.world)
+    return TrainerState(), None
+
+
+def _load_on_all(net: nn.Module, path: Path, world: World) -> dict[str, Any]:
+    """Load initial weights from a file that rank zero reads; the others get its weights, whatever they find there.
+
+    Collective: every rank must call this.
+    """
+    record = world.on_rank_zero(lambda: load_initial_weights(net, path))
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in net.state_dict().items()}
+    world.broadcast([value for value in weights.values() if value.numel()])
+    load_into(net, weights)
+    return record
 
 
 def _start_attempt(
@@ -160,6 +182,7 @@ def _start_attempt(
     splits: Splits,
     components: Components,
     state: TrainerState,
+    initial_weights: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Warm the step up; on rank zero, report the start and record its provenance, which is returned.
 
@@ -169,6 +192,8 @@ def _start_attempt(
     provenance = collect_provenance(world, sampler.plan, world.hosts()) | {"data": splits.description}
     before = run_dir.read_provenance() if state.step else {}
     provenance["data_identity"] = before.get("data_identity") or splits.fingerprints
+    if recorded := initial_weights or before.get("initial_weights"):
+        provenance["initial_weights"] = recorded
     if world.is_rank_zero:
         run_dir.status.record_resume(state.step, world.size)
         total_steps = components.learning_rate.total_steps
