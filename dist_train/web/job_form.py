@@ -26,7 +26,7 @@ from dist_train.launch.jobs import batch_script
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.launch.slurm.preflight import check_submission
 from dist_train.models.names import NETS, check_own_name
-from dist_train.runs.start_options import StartOptions, check_run_name
+from dist_train.runs.start_options import StartOptions, check_initial_weights, check_run_name
 from dist_train.runs.train_arguments import TrainArguments
 from dist_train.user_code import library
 from dist_train.user_code.bundles import find_bundled
@@ -77,7 +77,7 @@ class Choice:
 
     def overrides(self, text: str) -> list[str]:
         """Raises LibraryError: there is no such version, or it has no weights."""
-        is_path, in_library = text.startswith("/"), "/" in text and ":" not in text
+        is_path, in_library = text.startswith(("/", "~")), "/" in text and ":" not in text
         if self.by_name and not is_path and not in_library:
             return [f"{self.path}=", f"{self.by_name}={value_text(text)}"]
         path = text if is_path or not text else self._path_in_library(text)
@@ -88,7 +88,7 @@ class Choice:
         found = library.find(self.kind, name, version or None)
         path = self._path_of(found)
         if path is None:
-            raise LibraryError(f"{name} {found.version} was uploaded without weights.")
+            raise LibraryError(f"{name}, version {found.number}, was uploaded without weights.")
         return str(path)
 
     def _path_of(self, version: Version) -> Path | None:
@@ -117,6 +117,7 @@ _OF_DATA = ("data.name", "data.args", "data.split", "data.image_size", "data.nor
 _OF_OPTIMIZER = tuple(f"optimizer.{name}" for name in sorted(set().union(*OPTIMIZERS.values())))
 _FIELDS: tuple[Setting | Choice, ...] = (
     Choice("model", "Model", Kind.MODELS, "model.bundle", "model.name", NETS, belonging=("model.args",)),
+    Choice("weights", "Weights", Kind.MODELS, "model.weights", nothing="from the seed"),
     Choice("loader", "Data loader", Kind.LOADERS, "data.bundle", "data.name", tuple(SETS), belonging=_OF_DATA),
     Choice("dataset", "Data set", Kind.DATASETS, "data.root", nothing="in its usual folder"),
     Choice(
@@ -312,6 +313,7 @@ def _config(texts: Texts, found: Checked) -> Config | None:
 def _check_net(config: Config) -> None:
     """Check that the net is there, as far as its name and its source show it."""
     model = config.model
+    check_initial_weights(config)
     if model.bundle is not None:
         _check_bundle(model.bundle, MODEL_FILE, "model.bundle")
     elif ":" not in model.name:
