@@ -18,7 +18,8 @@ from dist_train.config.schema import Config
 from dist_train.models.nets import Bks
 from dist_train.user_code import library
 from dist_train.user_code.library import Kind
-from dist_train.web.job_form import FIELDS, LABELS, LINES, Checked, check, free_name, nearest_config, texts_of
+from dist_train.web.job_fields import FIELDS, LABELS, LINES, nearest_config, texts_of
+from dist_train.web.job_form import Checked, check, free_name
 from support.page import write_run
 from support.processes import DIST_TRAIN, ROOT
 from support.run_files import status
@@ -232,7 +233,8 @@ def test_checking_runs_no_code_and_imports_no_torch(runs: Path, tmp_path: Path) 
 import sys
 from pathlib import Path
 from dist_train.config.loading import load_config
-from dist_train.web.job_form import check, texts_of
+from dist_train.web.job_fields import texts_of
+from dist_train.web.job_form import check
 texts = texts_of(load_config("{BASE}"), "{BASE}") | {{"name": "job"}}
 for changes in ({{"model": "evil/"}}, {{"lines": "model.name=evil_net:Net"}}, {{"lines": "data.name=evil_net:Nett"}},
                 {{"lines": "model.bundle={tmp_path}/evil"}}, {{}}):
