@@ -1,4 +1,4 @@
-"""Rendering of a page in a real browser without network access."""
+"""A real browser without network access: pages that are files, and the page of runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.patience import PATIENCE_S
+from support.processes import DIST_TRAIN, started
+
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
@@ -80,3 +83,36 @@ def chromium(prefix: list[str], folder: Path) -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def serving(prefix: list[str], folder: Path, port: int = 0) -> Iterator[str]:
+    """Serve the runs of `folder`/runs and yield the address with the token."""
+    command = [*prefix, *DIST_TRAIN, "web", "--in", str(folder / "runs"), "--port", str(port)]
+    own = folder / "server"  # its working directory: `started` kills by that
+    own.mkdir(exist_ok=True)
+    with started(command, own, None, XDG_STATE_HOME=str(folder / "state")) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
+
+
+@contextmanager
+def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
+    """Log in and yield the page. A script error or a violation of the policy fails the test."""
+    context: BrowserContext = browser.new_context(**options)
+    context.set_default_timeout(1000 * PATIENCE_S)
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if "Content Security Policy" in line.text else None)
+    page.goto(address)
+    page.wait_for_url(lambda url: "token" not in url)
+    try:
+        yield page
+    finally:
+        context.close()
+    assert errors == []
+
+
+def wait_for_state(page: Page, state: str) -> None:
+    page.wait_for_function("state => document.querySelector('#live')?.dataset.state === state", arg=state)

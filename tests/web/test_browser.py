@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,67 +15,22 @@ from safetensors.torch import load_file
 
 from dist_train.atomic_files import read_json, write_json
 from dist_train.runs.error_report import record_error
-from support.browser import chromium, namespace, needs_namespace
+from support.browser import needs_namespace, opened, serving, wait_for_state
 from support.page import write_run
 from support.patience import PATIENCE_S, wait_until
-from support.processes import DIST_TRAIN, ROOT, started
+from support.processes import ROOT, started
 from support.run_files import metrics_without_times, status, status_of, step_of
 from support.tiny_runs import write_at
 from support.trainings import HELD, STEPS, release, train, trained_once
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page, Route
+    from playwright.sync_api import Browser, Route
 
 pytestmark = [needs_namespace, pytest.mark.xdist_group("browser")]
 
 OLD = "These values are old"
 SHOW_STEP = "step => [...document.querySelectorAll('.progress')].every(cell => cell.innerText.trim() === `${step}/20`)"
 PATIENCE_MS = 1000 * PATIENCE_S
-
-
-@pytest.fixture(scope="module")
-def prefix() -> Iterator[list[str]]:
-    with namespace() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def browser(prefix: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(prefix, tmp_path_factory.mktemp("browser")) as found:
-        yield found
-
-
-@contextmanager
-def serving(prefix: list[str], folder: Path, port: int = 0) -> Iterator[str]:
-    """Serve the runs of `folder`/runs and yield the address with the token."""
-    command = [*prefix, *DIST_TRAIN, "web", "--in", str(folder / "runs"), "--port", str(port)]
-    own = folder / "server"  # its working directory: `started` kills by that
-    own.mkdir(exist_ok=True)
-    with started(command, own, None, XDG_STATE_HOME=str(folder / "state")) as server:
-        assert server.stdout is not None
-        yield server.stdout.readline().strip()
-
-
-@contextmanager
-def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
-    """Log in and yield the page. A script error or a violation of the policy fails the test."""
-    context: BrowserContext = browser.new_context(**options)
-    context.set_default_timeout(PATIENCE_MS)
-    page = context.new_page()
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda line: errors.append(line.text) if "Content Security Policy" in line.text else None)
-    page.goto(address)
-    page.wait_for_url(lambda url: "token" not in url)
-    try:
-        yield page
-    finally:
-        context.close()
-    assert errors == []
-
-
-def wait_for_state(page: Page, state: str) -> None:
-    page.wait_for_function("state => document.querySelector('#live')?.dataset.state === state", arg=state)
 
 
 def test_run_of_shell_is_stopped_and_resumed_from_page_bit_identically(

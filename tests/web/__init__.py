@@ -1,0 +1,1 @@
+"""The page of runs: its pages, its guard, and what they do."""
