@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -197,3 +198,5 @@ def test_million_entries(count: int, tmp_path: Path, row: Callable[..., None]) -
     else:
         assert code == 0
         assert sum(1 for _ in Path(text).rglob("*.jpg")) == count
+    shutil.rmtree(tmp_path)  # pytest would keep a million files for three sessions
+    tmp_path.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import pytest
 
 from dist_train.user_code.library import Kind, Version, add_empty, add_zip, entries, library_root
 from support.browser import needs_namespace, opened, serving
+from support.patience import PATIENCE_S
 from support.processes import ROOT, started
 
 if TYPE_CHECKING:
@@ -56,7 +58,9 @@ def choose(page: Page, name: str, archive: Path) -> None:
 
 def wait_for_parts(page: Page, sizes: list[int]) -> None:
     """Wait until the server has uploads of these sizes; the page's requests go on meanwhile."""
-    while [part.stat().st_size for part in library_root().glob(".uploads/*.part")] != sizes:
+    until = time.monotonic() + PATIENCE_S
+    while (seen := [part.stat().st_size for part in library_root().glob(".uploads/*.part")]) != sizes:
+        assert time.monotonic() < until, seen
         page.wait_for_timeout(50)
 
 
@@ -113,6 +117,7 @@ def test_upload_survives_broken_line_closed_tab_and_killed_server(
     with serving(prefix, tmp_path) as address:
         port = int(address.split(":")[2].split("/")[0])
         context = browser.new_context()
+        context.set_default_timeout(1000 * PATIENCE_S)
         page = context.new_page()
         page.goto(address)
         page.wait_for_url(lambda url: "token" not in url)

@@ -91,11 +91,14 @@ def test_failure_is_one_line_and_keeps_the_upload(client: TestClient, tmp_path: 
         ({"name": "-x", "path": "/etc"}, "'-x' is no name"),
         ({"name": "--weights", "path": "/etc"}, "'--weights' is no name"),
         ({"path": "/etc"}, "'' is no name"),
-        ({"name": "x"}, "Choose a zip, or give the whole path"),
-        ({"name": "x", "path": "etc"}, "Choose a zip, or give the whole path"),
-        ({"name": "x", "path": "--help"}, "Choose a zip, or give the whole path"),
+        ({"name": "x"}, "Choose a zip, or give the path"),
+        ({"name": "x", "path": "etc"}, "Choose a zip, or give the path"),
+        ({"name": "x", "path": "~nobody/x"}, "Choose a zip, or give the path"),
+        ({"name": "x", "path": "/etc\0"}, "Choose a zip, or give the path"),
+        ({"name": "x", "path": "/no/such/file"}, "/no/such/file is neither a zip nor a folder of this machine."),
+        ({"name": "x", "path": "--help"}, "Choose a zip, or give the path"),
         ({"name": "x", "upload": "../../etc"}, "There is no such upload"),
-        ({"name": "x", "empty": "1"}, "Choose a zip, or give the whole path"),
+        ({"name": "x", "empty": "1"}, "Choose a zip, or give the path"),
     ],
 )
 def test_wrong_form_is_refused_at_once(form: dict[str, str], told: str, client: TestClient) -> None:
