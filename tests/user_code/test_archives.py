@@ -49,6 +49,7 @@ def test_names_that_only_look_like_devices_are_not(name: str, tmp_path: Path) ->
     assert unpack(packed(tmp_path / "b.zip", name), tmp_path / "out", "The zip", SMALL).files == 1
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(
     ("names", "told"),
     [
@@ -60,6 +61,7 @@ def test_names_that_only_look_like_devices_are_not(name: str, tmp_path: Path) ->
         (("a/", "A"), "two entries for 'a/', beside 'A'"),
         (("a//b", "a/b"), "two entries for 'a/b', beside 'a//b'"),
         (("./a", "a"), "two entries for 'a', beside './a'"),
+        (("a", "a"), "two entries for 'a'."),
         (("a", "a/b"), "two entries for 'a/b'."),
         (("a", "a/"), "two entries for 'a/'."),
     ],
