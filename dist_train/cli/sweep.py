@@ -50,6 +50,10 @@ def sweep(
         for table in compare([read_run(run.run_dir.path) for run in finished]):
             print_table(table.columns, table.texts(mark="{} *".format))
             click.echo()
+        if any(run.result.get("val_source") == "the test split" for run in finished):
+            click.echo(
+                "Choosing among them is choosing by the test split; data.val_examples=5000 holds out others for that."
+            )
     click.echo(f"{len(finished)} of {len(done)} runs are finished.")
     if len(finished) < len(done):
         click.echo("The same command continues the others.")

@@ -33,8 +33,9 @@ dist-train config diff mnist mnist_mlp                # the settings in which tw
 dist-train train -c mnist -o train_for="2 epochs" --dry-run
 ```
 
-A duration is a number with a unit: `600 steps`, `0.5 epochs`, `30 s`. A number without a unit means steps. A list is
-written `[0.9, 0.999]`, a mapping `{dropout: 0.1}`; `model.args.dropout=0.1` sets one entry.
+A duration is a number with a unit: `600 steps`, `0.5 epochs`, `30 s`. A number without a unit means steps, but
+`train_for` needs one. A list is written `[0.9, 0.999]`, a mapping `{dropout: 0.1}`; `model.args.dropout=0.1` sets one
+entry.
 
 "Resume" says whether another value is accepted when a run is resumed. A `no` stands for settings that change the
 result: the resume is refused, with both values. "None:" in a meaning says what holds while the setting is not set.

@@ -7,6 +7,7 @@ when a run resumes, because that cannot change the result; all others must stay 
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -44,6 +45,13 @@ def _not_seconds(text: object) -> Duration:
     if duration.unit == "s":
         raise ValueError("write it in steps or epochs: a time in seconds would fall on another step after a resume")
     return duration
+
+
+def _with_unit(text: object) -> object:
+    number = str(text).strip()
+    if re.fullmatch(r"[\d.]+", number):
+        raise ValueError(f"{number} epochs or {number} steps? Write the unit")
+    return text
 
 
 def _yaml_no(value: object) -> object:
@@ -221,7 +229,8 @@ class TrackingConfig(_Settings):
 
 class Config(_Settings):
     seed: int = Field(0, ge=0, lt=2**63)  # determines initial weights, data order, dropout and augmentation
-    train_for: Steps = Duration(5, "epochs")  # length of the training
+    # Length of the training, with its unit: 5 epochs or 600 steps.
+    train_for: Annotated[Steps, BeforeValidator(_with_unit)] = Duration(5, "epochs")
     global_batch_size: BatchSize = 64  # examples per optimizer step, over all ranks and micro-steps
     # At most this many examples per forward pass; gradient accumulation does the rest. Lower it to save memory.
     per_device_batch_size: Annotated[BatchSize, MayChange] = 1024

@@ -50,6 +50,14 @@ class Splits:
     summary: DataSummary
 
     @property
+    def choice_by_test(self) -> str:
+        """What a choice by `val` is made by, with the fix, if that is also what is reported at the end; else ""."""
+        if self.val is None or self.val is not self.test:
+            return ""
+        held_out = max(1, min(5000, num_examples(self.train) // 10))
+        return f"the test split that is reported at the end; data.val_examples={held_out} holds out others to choose by"
+
+    @property
     def input_spec(self) -> dict[str, int | None]:
         """The data properties a net may need; None where the set does not define one."""
         return {"in_channels": self.in_channels, "num_classes": self.num_classes, "image_size": self.image_size}
@@ -128,6 +136,7 @@ def _load(config: DataConfig, ranks_per_node: int) -> tuple[dict[str, Examples],
 
 
 def _summarise(found: Mapping[str, Examples], seed: int, own_validation: str) -> DataSummary:
+    """`own_validation`: as `_load` returns it."""
     fingerprints = {}
     for split, examples in found.items():
         with wrap_user_errors(f"The {split} set", "cannot be read"):

@@ -59,6 +59,8 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     if world.is_rank_zero:
         for change in changed_data(run_dir.read_provenance(), splits.fingerprints):
             _log.warning("%s These metrics are not comparable with the run's own.", change)
+        if which == "best" and split == "test" and splits.choice_by_test:
+            _log.warning("The best checkpoint was chosen by %s.", splits.choice_by_test)
     net = build_model(config.model, splits.input_spec, config.seed)
     load_weights(net, folder)
     net.to(world.device)

@@ -37,6 +37,8 @@ def report_start(
         "data %s: %d training examples, validation on %s; %d steps per epoch, %d examples dropped per epoch",
         data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, sampler.num_dropped,
     )  # fmt: skip
+    if config.early_stop is not None and splits.choice_by_test:
+        _log.warning("early_stop chooses by %s", splits.choice_by_test)
     _log.info(
         "net %s: %s parameters; %s, %d threads per process, mixed precision %s",
         config.model.bundle or config.model.name, f"{sum(p.numel() for p in net.parameters()):,}",

@@ -77,7 +77,7 @@ def test_duplicate_key_is_rejected(text: str, tmp_path: Path) -> None:
 
 
 def test_bare_numbers_are_steps() -> None:
-    assert parse_config({"train_for": 30}).train_for == Duration(30, "steps")
+    assert parse_config({"log_every": 30}).log_every == Duration(30, "steps")
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ BOUND = {
     "max_grad_norm": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9, "early_stop.patience": 3, "eval_every": 7,
     "data.name": "x", "data.val_bundle": "x", "data.val_examples": 7, "data.normalize": {"mean": [0.5], "std": [0.5]},
     "data.args": {"a": 1},
-    "model.name": "x", "model.args": {"a": 1}, "optimizer.lr": 7, "optimizer.betas": [0.5, 0.5],
+    "model.name": "x", "model.weights": "x", "model.args": {"a": 1}, "optimizer.lr": 7, "optimizer.betas": [0.5, 0.5],
     "schedule.name": "cosine", "schedule.warmup": 7, "ddp.sync_batchnorm": True, "final_train_eval": False,
 }  # fmt: skip
 

@@ -146,7 +146,8 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
         ["5", "[a]", "{a: b}", "yes", "1.5", "2026-01-01"],
     ),
     "paths": (
-        ["data.root", "data.val_root", "data.bundle", "data.val_bundle", "model.bundle", "runs_dir"],
+        ["data.root", "data.val_root", "data.bundle", "data.val_bundle", "model.bundle", "model.weights",
+         "runs_dir"],
         ["5", "[a]", "{a: b}", "yes", '"a\\0b"'],
     ),
     "lists": (

@@ -120,6 +120,7 @@ def test_sweep_resumes_with_missing_runs(sent: signal.Signals, tmp_path: Path) -
     assert again.returncode == 0, again.stdout + again.stderr
     assert "4 of 4 runs are finished." in again.stdout
     assert "±" in again.stdout  # of the seeds
+    assert "choosing by the test split; data.val_examples=5000 holds out others" in again.stdout
     after = results(tmp_path)
     assert len(after) == 4
     assert {name: after[name] for name in before} == before

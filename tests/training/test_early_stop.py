@@ -89,6 +89,18 @@ def test_same_metric_decides_throughout_run(
     assert state.best.get("step") == best
 
 
+def test_choice_by_the_reported_split_is_named(undisturbed: Path, tmp_path: Path) -> None:
+    said = "the test split that is reported at the end; data.val_examples=10 holds out others to choose by"
+    held_out = tmp_path / "held_out"
+    train_on_ranks(SETTINGS | {"data": SETTINGS["data"] | {"val_examples": 10}}, held_out)
+    for run, is_said in ((undisturbed, True), (held_out, False)):
+        assert (f"early_stop chooses by {said}" in (run / "logs/rank_00000.log").read_text()) == is_said
+    for run, which, is_said in ((undisturbed, "best", True), (undisturbed, "last", False), (held_out, "best", False)):
+        done = run_forked([*DIST_TRAIN, "evaluate", str(run), "--checkpoint", which], tmp_path)
+        assert done.returncode == 0
+        assert (f"The best checkpoint was chosen by {said}" in done.stderr) == is_said
+
+
 def test_early_stop_writes_all_lines(tmp_path: Path) -> None:
     train_on_ranks(SETTINGS, tmp_path, world_size=2)
     result = json.loads((tmp_path / "result.json").read_text())
