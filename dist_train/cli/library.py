@@ -48,7 +48,7 @@ def ls(kind: str | None) -> None:
 @library.command()
 @_kind
 @_name
-@click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--weights", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
               help="Of a model: .pth, .safetensors, or a zip of model.pth.")  # fmt: skip
 @click.option("--progress", "shows_progress", is_flag=True, hidden=True)

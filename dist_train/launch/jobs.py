@@ -211,7 +211,7 @@ def request_stop(path: Path) -> str:
     """
     summary = summarise_existing(path)
     if summary.state == "QUEUED":
-        raise RunDirError(f"{path} waits in the queue of this machine: dist-train queue rm {path} takes it out.")
+        raise RunDirError(f"{path} waits in the queue: dist-train queue rm {path} takes it out.")
     job = None if summary.may_be_running else unfinished_jobs([summary]).get(summary.job or "")
     starting = job is not None and job.state == "RUNNING" and summary.state in _NOT_STARTED
     queued = is_waiting(job) or starting

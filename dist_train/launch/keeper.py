@@ -54,9 +54,9 @@ def begin(run_dir: RunDir, given: Mapping[str, Any]) -> bool:
     """
     with hold_start_lock(run_dir) as lock:
         with changing(run_dir.path.parent):
-            if summarise(run_dir.path).state != "QUEUED":
-                return False
             job = run_dir.read_job()
+            if "number" not in job or "begun" in job or run_dir.status.read():  # its state counts the lock held here
+                return False
             environment = job.get("environment", {}) | given["environment"]
             job |= {**given, "environment": environment, "begun": round(time.time(), 3)}
             run_dir.write_job(job)

@@ -163,18 +163,18 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], label: str, limits: Limit
         name = "/".join(part for part in entry.filename.split("/") if part not in ("", "."))
         key, folder = name.casefold(), name if entry.is_dir() else name.rpartition("/")[0]
         if not entry.is_dir():
-            if (other := files.setdefault(key, entry.filename)) is not entry.filename:
-                raise _clash(label, other, entry.filename)
-            if key in folders:
-                raise _clash(label, folders[key], entry.filename)
+            if key in files or key in folders:
+                raise _clash(label, files.get(key) or folders[key], entry.filename)
+            files[key] = entry.filename
         while folder:
             key = folder.casefold()
             if key in files:
                 raise _clash(label, files[key], entry.filename)
-            if (other := folders.setdefault(key, folder)) != folder:
-                raise _clash(label, other, folder)
-            if other is not folder:
+            if folders.get(key, folder) != folder:
+                raise _clash(label, folders[key], folder)
+            if key in folders:
                 break  # the folders above it are known too
+            folders[key] = folder
             folder = folder.rpartition("/")[0]
         if len(files) + len(folders) > limits.entries:  # folders need no entries of their own
             raise _too_many(label, len(files) + len(folders), limits)

@@ -175,9 +175,11 @@ def add_zip(
     `weights`: a .pth or .safetensors file, or a zip that holds one as `model.pth`; models only.
 
     Raises:
-        LibraryError: the name is none, another process is changing `name`, or the disk is full.
+        LibraryError: the name is none, there is no such file, another process is changing `name`, or the disk is full.
         UserCodeError: the zip is none, or unsafe.
     """
+    if not archive.is_file():
+        raise LibraryError(f"{archive} is neither a zip nor a folder of this machine. Give its whole path, from / on.")
 
     def fill(files: Path) -> Contents:
         limits = CODE if kind != Kind.DATASETS else _data_limits(files)
@@ -196,7 +198,7 @@ def add_folder(kind: Kind, name: str, folder: Path, *, weights: Path | None = No
         LibraryError: as `add_zip`, or `folder` is no folder.
     """
     if not folder.is_absolute() or not folder.is_dir():
-        raise LibraryError(f"{folder} is not a folder of this machine. Give its whole path, from / on.")
+        raise LibraryError(f"{folder} is no folder of this machine. Give its whole path, from / on.")
 
     def fill(files: Path) -> Contents:
         files.symlink_to(folder)

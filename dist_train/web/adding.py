@@ -38,6 +38,7 @@ class Adding:
     """The tasks, the oldest first, and the thread that works at them. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._tasks: list[Task] = []
         self._waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
         self._boot, self._number = uuid4().hex[:8], 0
@@ -50,17 +51,19 @@ class Adding:
 
     def begin(self, task: Task) -> None:
         task.version.set_running_or_notify_cancel()  # who waits for it can only stop waiting
-        self._tasks.append(task)
+        with self._lock:
+            self._tasks.append(task)
         self._number += 1
         self._waiting.put(task)
 
     def tasks(self, kind: Kind) -> list[Task]:
         """Return those of a kind that wait, are worked at, or failed not long ago."""
-        self._tasks = [
-            task for task in self._tasks
-            if task.ended is None or (task.error and time.time() - task.ended < _SHOWN_S)
-        ]  # fmt: skip
-        return [task for task in self._tasks if task.kind == kind]
+        with self._lock:
+            self._tasks = [
+                task for task in self._tasks
+                if task.ended is None or (task.error and time.time() - task.ended < _SHOWN_S)
+            ]  # fmt: skip
+            return [task for task in self._tasks if task.kind == kind]
 
     def cancel(self, kind: Kind, name: str) -> None:
         """End what is being added under a name, or forget that it failed."""
@@ -76,13 +79,13 @@ class Adding:
             task = self._waiting.get()
             try:
                 version = self._add(task)
-            except DistTrainError as error:
+                task.at_end()
+            except (DistTrainError, OSError) as error:
                 task.error = None if task.is_cancelled else str(error)
                 with suppress(DistTrainError, OSError):
                     remove_unfinished(task.kind, task.name)
                 task.version.set_exception(error)
             else:
-                task.at_end()
                 task.version.set_result(version)
             task.ended = time.time()
             self._number += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from anyio.to_thread import run_sync
@@ -13,13 +14,15 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from dist_train.config.loading import bundled_configs, load_config
-from dist_train.errors import ConfigError, LaunchError, RunDirError
+from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 from dist_train.launch import jobs
 from dist_train.launch.job_queue import create_job, enqueue, ensure_keeper
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.runs.directory import RunDir
+from dist_train.runs.summary import Summary
 from dist_train.web import child_processes
-from dist_train.web.job_form import FIELDS, LABELS, Checked, Job, check, free_name, nearest_config, texts_of
+from dist_train.web.job_fields import FIELDS, LABELS, nearest_config, texts_of
+from dist_train.web.job_form import Checked, Job, check, field_of, free_name
 from dist_train.web.site import Site, json_response, quoted, read_form
 
 _FIRST = "mnist_bks"  # the config to start from
@@ -42,8 +45,8 @@ class JobPages:
         config = load_config(base if entry is None else str(entry.summary.run_dir.config))
         base = base if entry is None else nearest_config(config)
         texts = texts_of(config, base) | {"name": free_name(copied or base, self._site.index.folder)}
-        if entry is not None and entry.summary.world_size:
-            texts["nproc"] = str(entry.summary.world_size)
+        if entry is not None:
+            texts |= _where(entry.summary)
         return self._form(request, texts, check(texts, self._site.index.folder), copied=copied)
 
     async def check(self, request: Request) -> Response:
@@ -78,26 +81,21 @@ class JobPages:
         return RedirectResponse(f"../jobs/{quoted(texts['name'])}?done={done}", 303)
 
     def _create(self, texts: dict[str, str], run: bool) -> tuple[Checked, str]:
-        """Create a job, and queue it to be run. Returns what was done: nothing if a run has its name already."""
+        """Create a job, unless a run has its name already. Returns what is wrong, and what was done."""
+        folder = self._site.index.folder
         with self._creating:  # the second of two clicks finds what the first has created
-            folder = self._site.index.folder
             if self._site.index.find(texts.get("name", "")) is not None:
                 return Checked(), "there"
             checked = check(texts, folder)
-            job = checked.job
-            if job is not None and job.script is not None and not run:
-                checked.refuse("where", "The queue of Slurm's jobs is Slurm's: choose Create and run.")
-            if job is None or checked.errors:
+            if checked.job is None:
                 return checked, ""
-            run_dir = RunDir(folder / job.name)
-            if job.script is not None:
-                _submit(job, job.script, run_dir)
-            else:
-                create_job(run_dir, job.config, job.nproc)
-                if run:
-                    enqueue(run_dir.path)
-                    ensure_keeper(folder)
-            self._site.index.forget_scan()
+            try:
+                _create(checked.job, folder, run)
+            except DistTrainError as error:  # the disk is full, or Slurm refuses it: what was entered is not lost
+                checked.refuse(field_of(str(error), texts, otherwise="where"), error)
+                return checked, ""
+            finally:
+                self._site.index.forget_scan()
         return checked, "run" if run else "create"
 
     async def _read(self, request: Request) -> tuple[dict[str, str], Checked]:
@@ -105,13 +103,14 @@ class JobPages:
         return texts, await run_sync(check, texts, self._site.index.folder)
 
     def _refuse(self, request: Request, texts: dict[str, str], checked: Checked) -> Response:
+        status = 422 if checked.job is None else 409
         if _wants_json(request):
-            return json_response({"errors": checked.errors}, 422)
+            return json_response({"errors": checked.errors}, status)
         try:
             whole = texts_of(load_config(texts.get("config", "")), texts.get("config", "")) | {"name": ""}
         except ConfigError:
             raise HTTPException(422, "\n".join(checked.errors.values())) from None
-        return self._form(request, whole | texts, checked, status_code=422)
+        return self._form(request, whole | texts, checked, status_code=status)
 
     def _form(self, request: Request, texts: Mapping[str, str], checked: Checked, **values: Any) -> Response:
         runs = sorted(self._site.index.listing().entries.values(), key=lambda entry: -entry.started)[:_OFFERED]
@@ -122,8 +121,31 @@ class JobPages:
         )  # fmt: skip
 
 
+def _where(summary: Summary) -> dict[str, str]:
+    """Return the fields that say where a run trained."""
+    run_dir = summary.run_dir
+    nodes = run_dir.read_provenance().get("num_nodes", 1)
+    per_node = str((summary.world_size or run_dir.read_job().get("nproc", 1)) // nodes)
+    if summary.job is None:
+        return {"nproc": per_node}
+    return {"where": "slurm", "nodes": str(nodes), "per_node": per_node}
+
+
 def _wants_json(request: Request) -> bool:
     return "application/json" in request.headers.get("accept", "")
+
+
+def _create(job: Job, folder: Path, run: bool) -> None:
+    run_dir = RunDir(folder / job.name)
+    if job.script is not None:
+        if not run:
+            raise ConfigError("The queue of Slurm's jobs is Slurm's: choose Create and run.")
+        _submit(job, job.script, run_dir)
+        return
+    create_job(run_dir, job.config, job.nproc)
+    if run:
+        enqueue(run_dir.path)
+        ensure_keeper(folder)
 
 
 def _submit(job: Job, script: BatchScript, run_dir: RunDir) -> None:

@@ -88,10 +88,10 @@ class LibraryPages:
             arguments = []
         elif "upload" in uploads:
             arguments = [str(uploads["upload"])]
-        elif path.startswith(("/", "~")):
-            arguments = [str(Path(path).expanduser())]
+        elif Path(path).is_absolute() and "\0" not in path:
+            arguments = [path]
         else:
-            raise LibraryError(f"Choose a zip, or give the whole path of a zip or a folder with {_WORDS[kind].holds}.")
+            raise LibraryError(f"Choose a zip, or give the path, from / on, of a zip or folder: {_WORDS[kind].holds}.")
         if "weights" in uploads and kind == Kind.MODELS:
             arguments += ["--weights", str(uploads["weights"])]
 

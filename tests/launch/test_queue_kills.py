@@ -148,7 +148,7 @@ def keepers(folder: Path) -> list[int]:
     return [pid for pid in alive(folder) if "queue work" in command_of(pid)]
 
 
-@pytest.mark.parametrize("nth", random.Random(0).sample(range(20, 120), 2))
+@pytest.mark.parametrize("nth", random.Random(0).sample(range(121, 170), 2))
 def test_keeper_killed_at_line(nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kill_keeper_at(nth, tmp_path / "queue", monkeypatch) is not None
 

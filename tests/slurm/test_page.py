@@ -36,7 +36,6 @@ def test_tutorial_on_two_nodes(cluster: Cluster, tmp_path: Path, monkeypatch: py
         page.get_by_role("button", name="Create and run").click()
         page.get_by_text("--partition=lwo does not exist. Use one of high, low, low0.").wait_for()
         assert not run_dir.exists()
-        page.go_back()
         page.get_by_label("Partition").fill("low")
         page.get_by_role("button", name="Create and run").click()
         page.get_by_text("It waits in the queue").wait_for()

@@ -126,8 +126,10 @@ def test_folder_is_linked_and_not_copied(tmp_path: Path) -> None:
     assert add_folder(Kind.MODELS, "net", folder).number == 2
     delete(Kind.MODELS, "net", runs=tmp_path)
     assert (folder / "bks_model.py").exists()
-    with pytest.raises(LibraryError, match=r"not a folder of this machine"):
+    with pytest.raises(LibraryError, match="is no folder of this machine"):
         add_folder(Kind.MODELS, "net", tmp_path / "none")
+    with pytest.raises(LibraryError, match="is neither a zip nor a folder"):
+        add_zip(Kind.MODELS, "net", tmp_path / "none")
 
 
 def test_folder_of_data_is_listed_and_not_read(tmp_path: Path) -> None:

@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from dist_train.cli import main
 from dist_train.config.loading import bundled_configs, load_config, parse_config
 from dist_train.config.schema import Config
+from dist_train.models.nets import Bks
 from dist_train.user_code import library
 from dist_train.user_code.library import Kind
-from dist_train.web.job_form import FIELDS, LABELS, LINES, Checked, check, free_name, nearest_config, texts_of
+from dist_train.web.job_fields import FIELDS, LABELS, LINES, nearest_config, texts_of
+from dist_train.web.job_form import Checked, check, free_name
 from support.page import write_run
 from support.processes import DIST_TRAIN, ROOT
 from support.run_files import status
@@ -115,6 +118,8 @@ MISTAKES = [
     ({"loader": "emnist"}, "loader", "data.name=emnist needs data.split"),
     ({"dataset": "/nowhere"}, None, ""),  # it is made when the job runs
     ({"dataset": "mnist-emtpy"}, "dataset", "There is no mnist-emtpy among the datasets"),
+    ({"weights": "/nowhere.pth"}, "weights", "model.weights=/nowhere.pth: no such file"),
+    ({"weights": "none"}, "weights", "There is no none among the models"),
     ({"val_loader": "mnits"}, "val_loader", "There is no mnits among the loaders"),
     ({"val_loader": "/nowhere"}, "val_loader", "data.val_bundle=/nowhere goes with a data.bundle"),
     ({"val_dataset": "/x", "lines": "data.val_examples=5"}, LINES, "is a validation set of its own"),
@@ -199,6 +204,16 @@ def test_uploaded_model_loader_and_data_set(runs: Path, tmp_path: Path) -> None:
     chosen = (f"bks/{model.version}", f"mnist/{loader.version}", f"mnist-empty/{empty.version}")
     assert (texts["model"], texts["loader"], texts["dataset"], texts[LINES]) == (*chosen, "")
     assert settings_of(runs, model="bks").model.bundle is None  # ours, of the same name
+    assert "bks, version 1, was uploaded without weights" in filled(runs, weights="bks/").errors["weights"]
+
+
+def test_weights_of_uploaded_model(runs: Path, tmp_path: Path) -> None:
+    torch.save(Bks().state_dict(), tmp_path / "bks.pth")
+    version = library.add_folder(Kind.MODELS, "bks", BUNDLE, weights=tmp_path / "bks.pth")
+    text = f"bks/{version.version}"
+    config = settings_of(runs, model=text, weights=text)
+    assert config.model.weights == version.weights
+    assert texts_of(config, BASE)["weights"] == text
 
 
 def test_mistake_in_uploaded_code_is_told_at_its_field(runs: Path, tmp_path: Path) -> None:
@@ -218,7 +233,8 @@ def test_checking_runs_no_code_and_imports_no_torch(runs: Path, tmp_path: Path) 
 import sys
 from pathlib import Path
 from dist_train.config.loading import load_config
-from dist_train.web.job_form import check, texts_of
+from dist_train.web.job_fields import texts_of
+from dist_train.web.job_form import check
 texts = texts_of(load_config("{BASE}"), "{BASE}") | {{"name": "job"}}
 for changes in ({{"model": "evil/"}}, {{"lines": "model.name=evil_net:Net"}}, {{"lines": "data.name=evil_net:Nett"}},
                 {{"lines": "model.bundle={tmp_path}/evil"}}, {{}}):

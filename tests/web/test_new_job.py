@@ -64,6 +64,14 @@ def test_run_is_copied(client: TestClient, tmp_path: Path) -> None:
     assert (texts["optimizer.lr"], texts["lines"]) == ("0.5", "seed=9\ntracking.tags=[a b]")
 
 
+def test_run_of_slurm_is_copied_with_its_nodes(client: TestClient, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "runs", "run", "ERROR", slurm_job_id="7")
+    run_dir.write_provenance({"num_nodes": 2})
+    page = client.get("/new?from=run").text
+    assert (texts_in(page)["nodes"], texts_in(page)["per_node"]) == ("2", "1")
+    assert 'value="slurm" checked' in page
+
+
 def test_damaged_run_is_not_copied(client: TestClient, tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "run").config.write_text("seed: [")
     assert client.get("/new?from=run").status_code == 409
@@ -171,9 +179,10 @@ def test_job_that_slurm_cannot_run_is_refused(
 ) -> None:
     answer = client.post("/new/run", data=SLURM | {"nodes": "4"}, headers=SAME_ORIGIN)
     assert answer.status_code == 409
-    assert "--nodes=4, but partition low has 2." in answer.text
+    assert 'id="error-nodes">--nodes=4, but partition low has 2.' in answer.text
+    assert texts_in(answer.text)["train_for"] == "3 steps"  # what was entered is still there
     answer = client.post("/new/create", data=SLURM, headers=SAME_ORIGIN)
-    assert answer.status_code == 422
+    assert answer.status_code == 409
     assert "choose Create and run" in answer.text
 
     def refuse(script: str) -> str:

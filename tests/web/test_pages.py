@@ -59,7 +59,7 @@ def test_row_shows_numbers_of_run(tmp_path: Path) -> None:
     assert row == {
         "run": "run", "state": "FINISHED", "step": 20, "total_steps": 20, "epoch": 2.0, "left_s": None,
         "train_loss": 0.1, "val_accuracy": 0.95, "test_accuracy": 0.9371, "samples_per_s": 1234.5, "world_size": 2,
-        "job": None,
+        "job": None, "place": None,
     }  # fmt: skip
 
 
