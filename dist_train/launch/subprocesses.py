@@ -102,17 +102,24 @@ def begin_detached(
 
 
 def limited_output_of(
-    *arguments: str, timeout_s: float, folder: Path | None = None, environment: Mapping[str, str] = os.environ
+    *arguments: str,
+    timeout_s: float,
+    memory_bytes: int,
+    python: str = "",
+    folder: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> str:
     """Return the stdout of `dist-train ARGUMENT...`, run at low priority for `timeout_s` at most.
 
-    `folder`: to run it in; None for the current one.
+    `memory_bytes`: how much each of its processes may allocate; `python`: the interpreter, "" for ours; `folder`: to
+    run it in, None for the current one.
 
     Raises:
         LaunchError: it failed, with its message, or took too long.
     """
+    limited = ["sh", "-c", 'ulimit -d "$0" 2> /dev/null; exec nice -n 10 "$@"', str(memory_bytes // 1024)]
     with subprocess.Popen(
-        ["nice", "-n", "10", sys.executable, "-m", "dist_train", *arguments], text=True, stdin=subprocess.DEVNULL,
+        [*limited, python or sys.executable, "-m", "dist_train", *arguments], text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=without_torchrun_options(environment),
         start_new_session=True,
     ) as process:  # fmt: skip

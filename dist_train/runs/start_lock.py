@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from dist_train.atomic_files import open_regular
 from dist_train.errors import RunDirError
 from dist_train.runs.directory import RunDir
 
@@ -63,7 +64,7 @@ def _acquire(run_dir: RunDir, descriptor: int) -> bool:
 
 def _is_held(run_dir: RunDir) -> bool:
     try:
-        with (run_dir.path / _NAME).open() as file:
+        with open_regular(run_dir.path / _NAME) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -98,7 +98,7 @@ def summarise(path: Path) -> Summary:
     status = run_dir.status.read()
     return Summary(
         run_dir=run_dir,
-        state=_state_of(status),
+        state=_state_of(status, _modified(run_dir.status.path)),
         step=status.get("step", 0),
         total_steps=status.get("total_steps"),
         epoch=status.get("epoch"),
@@ -172,16 +172,31 @@ def is_run(path: Path) -> bool:
         return False
 
 
-def _state_of(status: Mapping[str, Any]) -> str:
+def _state_of(status: Mapping[str, Any], written: float) -> str:
+    """Return the state of a run. `written`: when status.json was, by the clock of its file system."""
     state: str = status.get("state", "NEW")
     if state in (*ENDS, "NEW"):
         return state
-    silent_s = time.time() - status.get("heartbeat", 0.0)  # negative if the clock was set back
+    silent_s = _silent_s(status, written)
     # A container may share this machine's name but not its process ids.
     is_local = status.get("host") == socket.gethostname() and "pid" in status
-    if abs(silent_s) > heartbeat.LATE_S and is_local and not is_alive(status["pid"]):
+    if silent_s > heartbeat.LATE_S and is_local and not is_alive(status["pid"]):
         return "KILLED"
     return "SILENT" if silent_s > heartbeat.SILENT_S else state
+
+
+def _silent_s(status: Mapping[str, Any], written: float) -> float:
+    """Return how long there has been no heartbeat by the clock that says least: the clock of the run's machine, or that
+    of the file system, `written`, may differ from ours. A time far ahead says nothing, like one long ago."""
+    now, beat = time.time(), float(status.get("heartbeat", 0.0))
+    return min(abs(now - beat), abs(now - written))
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _job_of(status: Mapping[str, Any], submitted: Mapping[str, Any]) -> str | None:

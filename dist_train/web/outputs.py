@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
+from dist_train.atomic_files import open_regular
 from dist_train.runs.directory import RunDir
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def stream_zip(run_dir: RunDir, *, with_checkpoints: bool) -> Iterator[bytes]:
                 continue
             if (path := file_of(run_dir, relative)) is None:  # pruned meanwhile, or a link now
                 continue
-            with suppress(FileNotFoundError), path.open("rb") as source:
+            with suppress(FileNotFoundError), open_regular(path) as source:
                 info = ZipInfo.from_file(path, f"{run_dir.path.name}/{relative}", strict_timestamps=False)
                 with archive.open(info, "w", force_zip64=True) as target:
                     for chunk in chunks_of(source):
