@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -36,10 +36,10 @@ def predict(run_dir: RunDir, image: bytes) -> dict[str, Any]:
         file.write(image)
         file.flush()
         provenance = run_dir.read_provenance()
-        folder, python = Path(provenance.get("cwd", ".")), provenance.get("python", "")
+        folder, python = Path(provenance.get("cwd", ".")), shutil.which(provenance.get("python", ""))
         answer = limited_output_of(
             "predict", str(run_dir.path), file.name, "--json", timeout_s=_PREDICT_S, memory_bytes=_memory_bytes(),
-            python=python if os.access(python, os.X_OK) else "", folder=folder if folder.is_dir() else None,
+            python=python or "", folder=folder if folder.is_dir() else None,
             environment=environment_of(provenance),
         )  # fmt: skip
     classes: dict[str, Any] = json.loads(answer.splitlines()[-1])["classes"]

@@ -296,9 +296,9 @@ def test_old_deleted_runs_are_removed_at_start_and_delete(tmp_path: Path) -> Non
     write_run(folder, "old")
     deleted_runs.delete(folder / "old")
     age()
+    write_run(folder, "third")
     client.get("/bin")
     assert in_bin() == ["new", "old"]  # looking removes nothing
-    write_run(folder, "third")
     assert client.post("/jobs/third/delete", headers=SAME_ORIGIN).status_code == 303
     assert in_bin() == ["third", "new"]
 
