@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 _TEMPORARY_PREFIX = ".writing_"
@@ -79,10 +81,29 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_atomically(path, text + "\n", durable=durable)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read it.
+
+    Raises:
+        OSError: as `open`; also for a pipe or a device, whose reader could wait for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file. Raises as `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`, or {} if the file is missing or invalid."""
     try:
-        return parse_object(path.read_bytes())
+        return parse_object(read_regular(path))
     except (OSError, ValueError):
         return {}
 

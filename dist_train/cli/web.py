@@ -23,10 +23,16 @@ def web(
 ) -> None:
     """Open a page in the browser: look at runs, stop and resume them, compare them, take results away."""
     from dist_train.config.paths import runs_root
+    from dist_train.errors import LaunchError
     from dist_train.web.access import Access, state_file
-    from dist_train.web.server import address_of, greeting, serve
+    from dist_train.web.server import address_of, greeting, is_running, serve
 
-    access = Access(state_file(address_of(host, port, path)))
+    address = address_of(host, port, path)
+    if only_url and not is_running(host, port, path):
+        raise LaunchError(
+            f"No dist-train web answers at {address}. Start it, or give the --port or --socket of the one that runs."
+        )
+    access = Access(state_file(address))
     if logout:
         access.revoke()
         click.echo("All sessions have ended. The new address is")

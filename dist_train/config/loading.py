@@ -20,6 +20,9 @@ _SYNONYMS = {
 }  # fmt: skip
 
 
+_DEEPEST = 64
+
+
 class _Numbers(yaml.resolver.Resolver):
     """Number syntax unlike YAML 1.1: 1e-3 is a number (there only 1.0e-3), 12:30:00 is not (there it is 45000)."""
 
@@ -34,7 +37,14 @@ class _Numbers(yaml.resolver.Resolver):
 
 
 class _Loader(_Numbers, yaml.SafeLoader):
-    """SafeLoader that also rejects duplicate keys and integers of more than 4300 digits."""
+    """SafeLoader that also rejects duplicate keys, deep nesting and integers of more than 4300 digits."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Reject deep nesting, which takes PyYAML seconds before it gives up."""
+        if self.flow_level >= _DEEPEST:
+            problem = f"brackets are nested more than {_DEEPEST} deep"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         """Reject a duplicate key: SafeLoader would drop one of its two values."""

@@ -106,16 +106,22 @@ def begin_detached(
 
 
 def limited_output_of(
-    *arguments: str, timeout_s: float, folder: Path | None = None, environment: Mapping[str, str] = os.environ
+    *arguments: str,
+    timeout_s: float,
+    memory_bytes: int,
+    python: str = "",
+    folder: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> str:
     """Return the stdout of `dist-train ARGUMENT...`, run at low priority for `timeout_s` at most.
 
-    `folder`: to run it in; None for the current one.
+    `memory_bytes`: how much each of its processes may allocate; `python`: the interpreter, "" for ours; `folder`: to
+    run it in, None for the current one.
 
     Raises:
         LaunchError: it failed, with its message, or took too long.
     """
-    with _limited(arguments, folder, environment) as process:
+    with _limited(arguments, memory_bytes, python, folder, environment) as process:
         try:
             out, err = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -132,7 +138,7 @@ def limited_lines_of(*arguments: str) -> Generator[str]:
     Raises:
         LaunchError: it failed, with its message.
     """
-    with _limited(arguments, None, os.environ) as process:
+    with _limited(arguments) as process:
         assert process.stdout is not None
         yield from process.stdout
         _raise_failure(process, process.communicate()[1])
@@ -140,13 +146,18 @@ def limited_lines_of(*arguments: str) -> Generator[str]:
 
 @contextmanager
 def _limited(
-    arguments: Sequence[str], folder: Path | None, environment: Mapping[str, str]
+    arguments: Sequence[str],
+    memory_bytes: int | None = None,
+    python: str = "",
+    folder: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> Iterator[subprocess.Popen[str]]:
     """Start `dist-train ARGUMENT...` at low priority. At the end it is killed, with its own processes."""
+    memory = f"ulimit -d {memory_bytes // 1024} 2> /dev/null; " if memory_bytes else ""
     with subprocess.Popen(
-        ["nice", "-n", "10", sys.executable, "-m", "dist_train", *arguments], text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=without_torchrun_options(environment),
-        start_new_session=True,
+        ["sh", "-c", f'{memory}exec nice -n 10 "$@"', "sh", python or sys.executable, "-m", "dist_train", *arguments],
+        text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder,
+        env=without_torchrun_options(environment), start_new_session=True,
     ) as process:  # fmt: skip
         try:
             yield process

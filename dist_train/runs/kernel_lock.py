@@ -37,7 +37,7 @@ def is_held(path: Path) -> bool:
 
 
 def _lock(path: Path, flags: int, operation: int) -> int | None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)  # or a pipe of this name would block
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:

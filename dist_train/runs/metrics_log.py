@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import parse_object, to_json, write_atomically
+from dist_train.atomic_files import open_regular, parse_object, to_json, write_atomically
 
 _POSITION = ("step", "epoch", "samples", "attempt", "time", "epoch_s")
 _LARGEST = sys.float_info.max
@@ -109,9 +109,9 @@ class MetricsFile:
         return stat.st_ino, stat.st_size
 
     def _lines(self) -> list[bytes]:
-        if not self.path.exists():
+        if not self.path.is_file():
             return []
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             return file.readlines()
 
     def _flush(self) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
 
-from dist_train.atomic_files import parse_object
+from dist_train.atomic_files import parse_object, read_regular
 from dist_train.config.schema import Precision, StepMode
 
 State = Literal[
@@ -176,7 +176,7 @@ def read_record(path: Path, kind: Any) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     wrong: dict[str, Any] = {}
     try:
-        entries = parse_object(path.read_bytes())
+        entries = parse_object(read_regular(path))
         _validator(kind).validate_python(entries, strict=True)
     except OSError:
         return {}

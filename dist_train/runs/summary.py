@@ -188,10 +188,10 @@ def _state_of(run_dir: RunDir, status: Mapping[str, Any], queued: Mapping[str, A
     state: str = status["state"]
     if state in ENDS:
         return state
-    silent_s = time.time() - status.get("heartbeat", 0.0)  # negative if the clock was set back
+    silent_s = _silent_s(status, _modified(run_dir.status.path))
     # A container may share this machine's name but not its process ids.
     is_local = status.get("host") == socket.gethostname() and "pid" in status
-    if abs(silent_s) > heartbeat.LATE_S and is_local and not is_alive(status["pid"]):
+    if silent_s > heartbeat.LATE_S and is_local and not is_alive(status["pid"]):
         return "KILLED"
     return "SILENT" if silent_s > heartbeat.SILENT_S else state
 
@@ -202,6 +202,20 @@ def _state_before_status(run_dir: RunDir, queued: Mapping[str, Any]) -> str:
     if "number" in queued:
         return "QUEUED"
     return "CREATED" if queued else "NEW"
+
+
+def _silent_s(status: Mapping[str, Any], written: float) -> float:
+    """Return how long there has been no heartbeat, by the clock that says least: that of the run's machine, or that of
+    the file system, by which status.json was `written`. Each may differ from ours, also far ahead."""
+    now, beat = time.time(), float(status.get("heartbeat", 0.0))
+    return min(abs(now - beat), abs(now - written))
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _job_of(status: Mapping[str, Any], submitted: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil
 
 from dist_train.errors import LaunchError
 from dist_train.launch.resume import environment_of
@@ -26,7 +29,7 @@ _one_at_a_time = threading.Lock()
 def predict(run_dir: RunDir, image: bytes) -> dict[str, Any]:
     """Return the most probable classes of an image by their probability.
 
-    The child runs where the run did, if that folder is there: the net may be one of the user's own.
+    The child runs where the run did and with its interpreter, if they are there: the net may be one of the user's own.
 
     Raises:
         LaunchError: it is no image, the net does not take images, another child is at work, or it took too long.
@@ -35,10 +38,11 @@ def predict(run_dir: RunDir, image: bytes) -> dict[str, Any]:
         file.write(image)
         file.flush()
         provenance = run_dir.read_provenance()
-        folder = Path(provenance.get("cwd", "."))
+        folder, python = Path(provenance.get("cwd", ".")), shutil.which(provenance.get("python", ""))
         answer = limited_output_of(
-            "predict", str(run_dir.path), file.name, "--json", timeout_s=_PREDICT_S,
-            folder=folder if folder.is_dir() else None, environment=environment_of(provenance),
+            "predict", str(run_dir.path), file.name, "--json", timeout_s=_PREDICT_S, memory_bytes=_memory_bytes(),
+            python=python or "", folder=folder if folder.is_dir() else None,
+            environment=environment_of(provenance),
         )  # fmt: skip
     classes: dict[str, Any] = json.loads(answer.splitlines()[-1])["classes"]
     return classes
@@ -52,7 +56,10 @@ def export_pth(run: Path, step: int) -> BinaryIO:
     """
     with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
         out = Path(folder) / "weights.pth"
-        limited_output_of("export", str(run), str(out), "--checkpoint", str(step), timeout_s=_EXPORT_S)
+        options = ("--checkpoint", str(step))
+        limited_output_of(
+            "export", str(run), str(out), *options, timeout_s=_EXPORT_S, memory_bytes=_memory_bytes()
+        )  # fmt: skip
         return out.open("rb")
 
 
@@ -64,7 +71,10 @@ def export_comparison(runs: Sequence[Path], suffix: str, axis: str) -> bytes:
     """
     with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
         out = Path(folder) / f"comparison{suffix}"
-        limited_output_of("runs", "compare", *map(str, runs), "--out", str(out), "--by", axis, timeout_s=_EXPORT_S)
+        options = ("--out", str(out), "--by", axis)
+        limited_output_of(
+            "runs", "compare", *map(str, runs), *options, timeout_s=_EXPORT_S, memory_bytes=_memory_bytes()
+        )  # fmt: skip
         return out.read_bytes()
 
 
@@ -77,10 +87,17 @@ def try_batch(arguments: TrainArguments) -> str:
     with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
         trial = replace(arguments, overrides=(*arguments.overrides, f"runs_dir={folder}", "tracking.pictures=false"))
         try:
-            printed = limited_output_of(*trial.of_a_rank(), "--fast-dev-run", "--run-name=trial", timeout_s=_TRY_S)
+            printed = limited_output_of(
+                *trial.of_a_rank(), "--fast-dev-run", "--run-name=trial", timeout_s=_TRY_S, memory_bytes=_memory_bytes()
+            )
         except LaunchError as error:
             raise LaunchError(RunDir(Path(folder) / "trial").read_error().get("message", str(error))) from None
         return "\n".join(line for line in printed.splitlines() if folder not in line)
+
+
+def _memory_bytes() -> int:
+    """Return how much a child may allocate: half of the memory, so that a training beside it does not lose its own."""
+    return psutil.virtual_memory().total // 2
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dist_train.atomic_files import open_regular
 from dist_train.runs.metrics_log import parse_line
 
 MAX_POINTS = 2000  # of a curve; of more training lines, every n-th is sent
@@ -36,7 +37,7 @@ class MetricsCache:
         with self._lock:
             read = self._by_path.pop(path, None) or _Read()
             try:
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     read = _refresh(read, file)
             except OSError:
                 read = _Read()

@@ -13,7 +13,7 @@ from dist_train.errors import LaunchError
 from dist_train.launch.subprocesses import output_of_program
 from dist_train.web.background import Background
 
-_EVERY_S = 2.0  # between questions to the GPUs' driver
+_EVERY_S = 5.0  # between questions to the GPUs' driver
 _ANSWER_S = 5.0
 
 

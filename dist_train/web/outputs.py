@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
+from dist_train.atomic_files import open_regular
 from dist_train.runs.directory import RunDir
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _stream(files: Iterable[tuple[str, Path]]) -> Iterator[bytes]:
     out = _Buffer()
     with ZipFile(out, "w", ZIP_STORED) as archive:  # weights and pictures do not compress
         for name, path in files:
-            with suppress(FileNotFoundError), path.open("rb") as source:
+            with suppress(FileNotFoundError), open_regular(path) as source:
                 info = ZipInfo.from_file(path, name, strict_timestamps=False)
                 with archive.open(info, "w", force_zip64=True) as target:
                     for chunk in chunks_of(source):

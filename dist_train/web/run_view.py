@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dist_train.atomic_files import open_regular
 from dist_train.checkpoints.contents import MODEL
 from dist_train.checkpoints.manifest import by_score, manifests
 from dist_train.config.loading import bundled_configs, load_config
@@ -117,7 +118,7 @@ def failure(entry: Entry) -> Failure | None:
 def tail(path: Path, at_most: int, offset: int | None = None) -> tuple[str, int]:
     """Return the text of a log from `offset` on, at most its last `at_most` bytes, and the offset after it."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             end = file.seek(0, 2)
             start = max(0, end - at_most) if offset is None or offset > end else max(offset, end - at_most)
             file.seek(start)

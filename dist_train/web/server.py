@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import uvicorn
@@ -15,6 +16,7 @@ from dist_train.web.app import make_app
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _BACKLOG = 128
+_ANSWER_S = 5.0
 
 
 def address_of(host: str, port: int, path: Path | None) -> str:
@@ -66,6 +68,22 @@ def greeting(access: Access, host: str, port: int, path: Path | None) -> list[st
         f"From another machine: ssh -L 8080:{path.absolute()} {machine}, then open",
         f"http://127.0.0.1:8080/?token={access.token}",
     ]
+
+
+def is_running(host: str, port: int, path: Path | None) -> bool:
+    """Whether a server of this kind answers there."""
+    connection = HTTPConnection(host, port, timeout=_ANSWER_S)
+    try:
+        if path is not None:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(_ANSWER_S)
+            connection.sock.connect(str(path))
+        connection.request("GET", "/login", headers={"host": "127.0.0.1"})
+        return connection.getresponse().getheader("x-dist-train") is not None
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _port(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,16 @@ def test_error_names_setting_value_and_allowed_values(tree: dict[str, Any], expe
 def test_settings_nested_too_deeply_to_print() -> None:
     with pytest.raises(ConfigError, match=r"^model\.args\.a\."):
         load_config("smoke", ["model.args." + "a." * 3000 + "b=1"])
+
+
+@pytest.mark.parametrize("bracket", ["[", "{a: ", "[{a: "])
+def test_deeply_nested_brackets_are_refused_where_they_go_too_deep(bracket: str, tmp_path: Path) -> None:
+    """PyYAML alone takes seconds for each thousand of them, and a page would wait."""
+    (tmp_path / "c.yaml").write_text("seed: 1\nmodel: " + bracket * 1000)
+    with pytest.raises(ConfigError, match=r"c\.yaml is not YAML: brackets are nested more than 64 deep"):
+        load_config(str(tmp_path / "c.yaml"))
+    (tmp_path / "c.yaml").write_text("model: {args: {x: " + "[" * 60 + "]" * 60 + "}}")
+    assert load_config(str(tmp_path / "c.yaml"))
 
 
 def test_all_errors_are_reported_together() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -58,8 +59,11 @@ def make_run(path: Path, settings: dict[str, Any] | None = None, *, upto: int = 
     return run_dir
 
 
-def mark(run_dir: RunDir, **fields: Any) -> None:
-    run_dir.status.path.write_text(json.dumps(run_dir.status.read() | fields))
+def mark(run_dir: RunDir, age_s: float = 0.0, **fields: Any) -> None:
+    """Change the status as if it had been written `age_s` ago."""
+    written = time.time() - age_s
+    run_dir.status.path.write_text(json.dumps(run_dir.status.read() | {"heartbeat": written} | fields))
+    os.utime(run_dir.status.path, (written, written))
 
 
 def call(*arguments: object) -> Result:
@@ -73,8 +77,8 @@ def folder(tmp_path: Path) -> Path:
         for seed in (0, 1):
             make_run(tmp_path / f"lr{lr}-s{seed}", {"optimizer": {"lr": lr}, "seed": seed}, gain=lr + seed / 100)
     make_run(tmp_path / "live", upto=20)
-    mark(make_run(tmp_path / "killed", upto=30), pid=2**22 + 1, heartbeat=time.time() - 60)
-    mark(make_run(tmp_path / "silent", upto=10), host="elsewhere", heartbeat=time.time() - 600)
+    mark(make_run(tmp_path / "killed", upto=30), 60, pid=2**22 + 1)
+    mark(make_run(tmp_path / "silent", upto=10), 600, host="elsewhere")
     half = make_run(tmp_path / "half", upto=20)
     half.config.write_text("optimizer: {lr: ")
     half.metrics.path.write_text(half.metrics.path.read_text()[:-30])
@@ -86,6 +90,25 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "notes").mkdir()
     (tmp_path / "file").touch()
     return tmp_path
+
+
+@pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
+def test_state_by_file_system_where_clocks_differ(off_s: float, tmp_path: Path) -> None:
+    """The clock of the run's machine is an hour off: the run is TRAINING while it writes, and SILENT afterwards."""
+    run_dir = make_run(tmp_path / "far", upto=20)
+    mark(run_dir, 1, host="elsewhere", heartbeat=time.time() + off_s)
+    assert summarise(run_dir.path).state == "TRAINING"
+    mark(run_dir, 600, host="elsewhere", heartbeat=time.time() + off_s)
+    assert summarise(run_dir.path).state == "SILENT"
+    mark(run_dir, 600, host=socket.gethostname(), pid=2**22 + 1, heartbeat=time.time() + off_s)
+    assert summarise(run_dir.path).state == "KILLED"
+
+
+def test_state_of_run_ahead_of_clock(tmp_path: Path) -> None:
+    """Our own clock was set back: what was written in the future says nothing."""
+    run_dir = make_run(tmp_path / "far", upto=20)
+    mark(run_dir, -3600, host="elsewhere")
+    assert summarise(run_dir.path).state == "SILENT"
 
 
 # --- list and show ---------------------------------------------------------------------------------------------------

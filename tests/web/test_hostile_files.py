@@ -63,6 +63,20 @@ def test_entries_of_any_type_never_fail_page(name: str, client: TestClient, tmp_
             assert_pages_answer(client, (entry, value))
 
 
+def test_pipes_never_hold_up_page(client: TestClient, tmp_path: Path) -> None:
+    """Each small file that the server reads: a pipe of that name has no writer."""
+    run = tmp_path / "runs/run"
+    manifest = next(run.glob("checkpoints/step_*/manifest.json"))
+    for path in [*(run / name for name in ENTRIES), run / "config.yaml", run / ".start.lock", manifest,
+                 run / "logs/rank_00000.log", run / "pictures/a.png", run / "job.sbatch"]:  # fmt: skip
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        os.mkfifo(path)
+        assert_pages_answer(client, path)
+        for page in ("live", "logs", "log?name=rank_00000.log", "files", "outputs.zip", "pictures/a.png"):
+            assert client.get(f"/jobs/run/{page}").status_code < 500
+
+
 @pytest.mark.parametrize("content", [b"\xff", b"a: &a [*a]", b"[" * 500, b"? {a: b}\n: c", b"seed: 3\nseed: 4", b"5"])
 def test_any_config_never_fails_page(content: bytes, client: TestClient, tmp_path: Path) -> None:
     (tmp_path / "runs/run/config.yaml").write_bytes(content)

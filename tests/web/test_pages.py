@@ -143,6 +143,33 @@ def test_csv_of_evaluations_holds_numbers_of_table(tmp_path: Path) -> None:
             assert f"{100 * float(row['val/accuracy']):.2f} %" in cells
 
 
+def test_settings_that_differ_come_first(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, "run")
+    run_dir.config.write_text("seed: 3\noptimizer: {lr: 0.123}\n")
+    run_dir.write_provenance({"argv": ["dist-train", "train", "-c", "mine.yaml"]})
+    client, _ = client_of(tmp_path, tmp_path)
+    differing, every = (
+        client.get("/jobs/run/settings").text.split("Differences from the defaults")[1].split("All settings")
+    )
+    assert differing.count("<tr><td") == 1
+    assert '<td class="text">optimizer.lr</td><td class="text">0.123</td>' in differing
+    assert "global_batch_size" in every
+
+
+def test_seconds_by_use_and_layers(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, "run")
+    write_json(run_dir.status.path, run_dir.status.read() | {"seconds": {"train": 30.0, "save": 10.0, "down": 0.0}})
+    write_json(run_dir.layers, {"layers": [{"name": "fc", "type": "Linear", "output": "[B, 10]", "parameters": 50}]})
+    client, _ = client_of(tmp_path, tmp_path)
+    text = client.get("/jobs/run").text
+    seconds = text.split('id="seconds"')[1].split("</section>")[0]
+    assert "75.0 % of it new steps" in seconds
+    assert [part.split("<")[0] for part in seconds.split("<dt>")[1:]] == ["train", "save"]
+    assert "30.0 s" in seconds
+    layer = text.split('id="layers"')[1].split("<tbody>")[1]
+    assert [cell in layer for cell in ("fc", "Linear", "[B, 10]", ">50<")] == [True] * 4
+
+
 def test_snapshot_is_file_of_checkpoint(tmp_path: Path) -> None:
     folder = write_at(write_run(tmp_path, "run"), 10)
     client, _ = client_of(tmp_path, tmp_path)

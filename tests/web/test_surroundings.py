@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from dist_train.cli import main
 from dist_train.errors import LaunchError
 from dist_train.launch.subprocesses import limited_output_of
 from dist_train.web import child_processes
 from support.mounts import needs_mounts
 from support.page import client_of, write_run
-from support.patience import wait_until
-from support.processes import DIST_TRAIN, ROOT
+from support.patience import PATIENCE_S, wait_until
+from support.processes import DIST_TRAIN, ROOT, started
 from support.ranks import run_forked
 from support.trainings import SETTINGS
 
@@ -145,9 +148,50 @@ def test_child_that_hangs_is_ended_with_its_own_children(tmp_path: Path, monkeyp
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(LaunchError, match="took longer than 1 s and was stopped"):
-        limited_output_of("predict", timeout_s=1.0)
+        limited_output_of("predict", timeout_s=1.0, memory_bytes=10**9)
     pid = (tmp_path / "pid").read_text().strip()
     wait_until(lambda: not _is_running(pid), "end of the child's child")
+
+
+def test_child_has_memory_limit(tmp_path: Path) -> None:
+    """As has a process that it starts."""
+    program = tmp_path / "python"
+    allocate = "bytearray(2 * 10**9); print('allocated')"
+    program.write_text(f'#!/bin/sh\n{sys.executable} -c "{allocate}" || exit 3\n')
+    program.chmod(0o755)
+    enough = limited_output_of(timeout_s=PATIENCE_S, memory_bytes=4 * 10**9, python=str(program))
+    assert enough == "allocated\n"
+    with pytest.raises(LaunchError, match="MemoryError"):
+        limited_output_of(timeout_s=PATIENCE_S, memory_bytes=10**9, python=str(program))
+
+
+def test_image_is_tried_with_interpreter_of_run(tmp_path: Path) -> None:
+    """And with ours if that is gone, which says what is wrong with a run that has no checkpoint."""
+    run_dir = write_run(tmp_path / "runs", "run")
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho \'{"classes": {"mine": 1.0}}\'\n')
+    program.chmod(0o755)
+    run_dir.write_provenance({"python": str(program)})
+    assert child_processes.predict(run_dir, b"an image") == {"mine": 1.0}
+    program.unlink()
+    with pytest.raises(LaunchError, match="checkpoint"):
+        child_processes.predict(run_dir, b"an image")
+
+
+def test_address_is_printed_only_of_server_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    path = tmp_path / "s"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    for where in (["--port", port], ["--socket", str(path)]):
+        refused = CliRunner().invoke(main, ["web", "--url", *where])
+        assert refused.exit_code == 1
+        assert "No dist-train web answers at" in str(refused.output)
+        (tmp_path / "server").mkdir(exist_ok=True)
+        with started([*DIST_TRAIN, "web", "--in", str(tmp_path), *where], tmp_path / "server") as server:
+            assert server.stdout is not None
+            lines = [server.stdout.readline() for _ in range(2)]
+            assert CliRunner().invoke(main, ["web", "--url", *where]).output == "".join(lines)
 
 
 def _is_running(pid: str) -> bool:
@@ -162,7 +206,7 @@ def test_pages_are_answered_while_child_is_at_work(tmp_path: Path, monkeypatch: 
     client, _ = client_of(tmp_path / "runs", tmp_path)
     begun, over = threading.Event(), threading.Event()
 
-    def hang(*_arguments: str, timeout_s: float) -> str:
+    def hang(*_arguments: str, **_options: Any) -> str:
         begun.set()
         over.wait()
         raise LaunchError("stopped")
