@@ -24,6 +24,7 @@ TABLE, COLUMNS = OF_TABLE
 @pytest.fixture(autouse=True)
 def _scan_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SCAN_S", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # takes most of the time of a history
 
 
 def shown(listing: Listing) -> dict[str, tuple[object, ...]]:

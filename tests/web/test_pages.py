@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -34,8 +35,6 @@ def rows_of(text: str) -> list[str]:
 
 
 def test_runs_at_work_come_first_then_newest(tmp_path: Path) -> None:
-    import os
-
     for age, (name, state) in enumerate([("a", "FINISHED"), ("b", "TRAINING"), ("c", "ERROR"), ("d", "INTERRUPT")]):
         config = write_run(tmp_path, name, state).config
         os.utime(config, (1e9 + age, 1e9 + age))
@@ -312,8 +311,9 @@ def test_hostile_text_in_files_is_text(tmp_path: Path) -> None:
 
 
 def test_damaged_and_half_deleted_runs_never_fail_page(
-    tmp_path: Path, count: Callable[..., int], row: Callable[..., None]
+    tmp_path: Path, count: Callable[..., int], row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # takes most of the time of a history
     histories = count(200, 12)
     for seed in range(histories):
         damage_and_look(tmp_path / str(seed), Random(seed))
