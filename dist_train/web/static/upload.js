@@ -132,7 +132,7 @@
   };
   const working = (on) => {
     for (const id of ["pause", "stop-upload", "sending"]) find(id).hidden = !on;
-    for (const id of ["submit", "empty"]) if (find(id)) find(id).disabled = on;
+    for (const id of ["begin", "empty"]) if (find(id)) find(id).disabled = on;
   };
   find("pause").addEventListener("click", () => pause(!paused));
   find("stop-upload").addEventListener("click", () => { cancelled = true; paused = false; current?.abort(); wake(); });
