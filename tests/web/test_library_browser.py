@@ -69,6 +69,7 @@ def test_zip_is_uploaded_checked_and_deleted(prefix: list[str], browser: Browser
     with serving(prefix, tmp_path) as address, opened(browser, address) as page:
         page.get_by_role("link", name="Models").click()
         page.get_by_text("None yet.").wait_for()
+        assert not page.locator("#sending, #upload-state").filter(visible=True).count()
         choose(page, "bks", tutorial(tmp_path))
         page.get_by_role("button", name="Add", exact=True).click()
         page.get_by_text("UserModel: loss, metrics").wait_for()  # it appears by itself
