@@ -74,7 +74,7 @@ def test_zip_is_uploaded_checked_and_deleted(prefix: list[str], browser: Browser
         page.get_by_text("UserModel: loss, metrics").wait_for()  # it appears by itself
         choose(page, "bks", zipped(tmp_path / "broken.zip", **{"bks_model.py": broken}))
         page.keyboard.press("Enter")
-        page.get_by_text("bks_model.py:31 UserModel has no method loss(output, target). Did you mean losss?").wait_for()
+        page.get_by_text("bks_model.py:26 UserModel has no method loss(output, target). Did you mean losss?").wait_for()
         [new, old] = versions(Kind.MODELS)[::-1]
         with page.expect_download() as download:
             page.get_by_role("link", name="Download bks version 1").click()

@@ -132,7 +132,7 @@
   };
   const working = (on) => {
     for (const id of ["pause", "stop-upload", "sending"]) find(id).hidden = !on;
-    for (const id of ["add-one", "empty"]) if (find(id)) find(id).disabled = on;
+    for (const id of ["begin", "empty"]) if (find(id)) find(id).disabled = on;
   };
   find("pause").addEventListener("click", () => pause(!paused));
   find("stop-upload").addEventListener("click", () => { cancelled = true; paused = false; current?.abort(); wake(); });
@@ -150,8 +150,8 @@
     working(true);
     try {
       for (const input of inputs) {
-        const field = form.querySelector(`input[name=${input.dataset.field}]`) ?? form.appendChild(document.createElement("input"));
-        Object.assign(field, {type: "hidden", name: input.dataset.field, value: await send(input.files[0])});
+        const value = await send(input.files[0]);
+        form.append(Object.assign(document.createElement("input"), {type: "hidden", name: input.dataset.field, value}));
       }
       form.submit();
     } catch (error) {
