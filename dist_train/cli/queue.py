@@ -30,8 +30,6 @@ def queue_ls(folder: Path | None) -> None:
 
     folder = folder or runs_root()
     waiting = waiting_jobs(folder)
-    if any(map(is_of_this_host, waiting)):
-        ensure_keeper(folder)  # the last one may have been killed
     jobs = [*(summarise(run_dir.path) for run_dir in jobs_at_work(folder)), *waiting]
     if not jobs:
         click.echo(f"No job is at work or waits in {folder}. Queue one: dist-train queue add -c mnist --run-name first")
@@ -43,6 +41,8 @@ def queue_ls(folder: Path | None) -> None:
          str(job.run_dir.read_job().get("nproc", "-")), job.queue_host or "-")
         for job in jobs
     ])  # fmt: skip
+    if any(map(is_of_this_host, waiting)):
+        ensure_keeper(folder)  # the last one may have been killed
 
 
 @queue.command("add")
@@ -57,7 +57,7 @@ def queue_add(
 ) -> None:  # fmt: skip
     """Queue a new run, with -c FILE --run-name N [KEY=VALUE]..., or created ones: RUN...
 
-    It trains in this folder, with this interpreter and the variables that run.json records.
+    A new run will train in this folder, with this interpreter and the variables that run.json records.
     """
     from dist_train.launch.job_queue import enqueue, ensure_keeper
 

@@ -36,6 +36,7 @@ def runs() -> None:
 def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sort: str, as_json: bool) -> None:
     """List runs. NAME may contain * and ?."""
     from dist_train.config.paths import runs_root
+    from dist_train.launch.job_queue import places, waiting_jobs
     from dist_train.launch.jobs import unfinished_jobs
     from dist_train.runs.summary import find_runs, select_runs
 
@@ -48,13 +49,14 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
         said = "There are no runs in {} yet. Train one: dist-train train -c mnist" if empty else "No such run in {}."
         click.echo(said.format(folder), err=True)
         return
+    place = places(waiting_jobs(folder)) if any(run.state == "QUEUED" for run in found) else {}
     if as_json:
         for run in found:
-            click.echo(json.dumps(_plain(run)))
+            click.echo(json.dumps(_plain(run) | {"place": place.get(run.name)}))
         return
     jobs = unfinished_jobs(found)
     columns = ["run", "state", "progress", "last seen", "val accuracy", "test accuracy", "samples/s", "ranks", "starts"]
-    rows = [_cells(run) for run in found]
+    rows = [_cells(run, place.get(run.name)) for run in found]
     if jobs:
         columns.append("Slurm")
         rows = [[*row, jobs[run.job].state if run.job in jobs else "-"] for row, run in zip(rows, found, strict=True)]
@@ -133,13 +135,13 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
             print_table(table.columns, table.texts(mark="{} *".format))
 
 
-def _cells(run: Summary) -> list[str]:
+def _cells(run: Summary, place: int | None) -> list[str]:
     from dist_train.runs.accuracy_text import accuracy_text
 
     speed = f"{run.samples_per_s:,.0f}" if run.samples_per_s else "-"
     return [
         run.name,
-        run.state,
+        run.state if place is None else f"{run.state} {place}",
         run.progress_text,
         run.age_text,
         accuracy_text(run.best, "val") or "-",

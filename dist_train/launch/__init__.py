@@ -1,1 +1,1 @@
-"""Start processes and jobs: torchrun, sweeps, Slurm."""
+"""Start processes and jobs: torchrun, sweeps, the queue, Slurm."""

@@ -411,7 +411,10 @@ def test_commands_queue_list_and_remove(tmp_path: Path, monkeypatch: pytest.Monk
     assert [line.split()[:3] for line in command("ls").splitlines()[1:]] == [
         ["-", "first", "STARTING"], ["1", "second", "QUEUED"],
     ]  # fmt: skip
+    assert "QUEUED 1" in CliRunner().invoke(main, ["runs", "ls"]).output
+    assert "place 1 on" in CliRunner().invoke(main, ["runs", "show", "second"]).output
     assert command("rm", "second") == "0 "
+    assert "queue add" in CliRunner().invoke(main, ["runs", "show", "second"]).output
     assert state(RunDir(tmp_path / "runs/second")) == "CREATED"
     assert command("add", "second").startswith("0 ")
     assert command("rm", "second") == "0 "

@@ -148,7 +148,7 @@ def keepers(folder: Path) -> list[int]:
     return [pid for pid in alive(folder) if "queue work" in command_of(pid)]
 
 
-@pytest.mark.parametrize("nth", random.Random(0).sample(range(121, 170), 2))
+@pytest.mark.parametrize("nth", random.Random(0).sample(range(110, 150), 2))
 def test_keeper_killed_at_line(nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kill_keeper_at(nth, tmp_path / "queue", monkeypatch) is not None
 
@@ -228,7 +228,7 @@ class Server:
                 urllib.request.urlopen(request, timeout=5).read()
 
 
-ROLES = ("keeper", "training", "server", "launcher")
+ROLES = ("training", "keeper", "server", "launcher")
 
 
 def test_killed_at_random_moments(
@@ -239,7 +239,7 @@ def test_killed_at_random_moments(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("LINE_KILL", armed(tmp_path / "killed", "nobody", 0))  # notes each launcher
     draw, kills = random.Random(0), Counter[str]()
-    order = list(islice(cycle(ROLES), count(100, 2)))
+    order = list(islice(cycle(ROLES), count(100, 1)))
     draw.shuffle(order)
     jobs: list[RunDir] = []
     server = Server(tmp_path)
@@ -249,7 +249,8 @@ def test_killed_at_random_moments(
             while not victims:  # the one to be killed may just have been
                 moment = time.monotonic() + draw.uniform(0.0, 4.0)
                 while time.monotonic() < moment:
-                    if not waiting_jobs(tmp_path / "runs"):
+                    # One kill needs one job, which may end before it.
+                    if not waiting_jobs(tmp_path / "runs") and (len(order) > 1 or not ranks_of_any(tmp_path)):
                         jobs.append(training_job(tmp_path, f"job{len(jobs):03d}"))
                     server.look()
                     assert max(Counter(launched(tmp_path)).values(), default=0) <= 1
