@@ -122,7 +122,7 @@ def check_initial_weights(config: Config) -> None:
         ConfigError: there is no such file.
     """
     path = config.model.weights
-    if path is not None and not os.path.isfile(path.expanduser()):  # noqa: PTH113 - Path.is_file may raise
+    if path is not None and not os.path.isfile(os.path.expanduser(path)):  # noqa: PTH111,PTH113 - a Path may raise
         raise ConfigError(f"model.weights={path}: no such file. Give the path of a .safetensors or .pth file.")
 
 

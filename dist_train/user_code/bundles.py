@@ -49,8 +49,8 @@ def find_bundled(path: Path, filename: str, label: str) -> Path:
         ConfigError: `path` does not exist.
         UserCodeError: the file is missing.
     """
-    path = path.expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser may raise, as Path.exists
+    if not os.path.exists(path):  # noqa: PTH110
         raise ConfigError(f"{label}: no such file or folder. Give a folder or a zip that holds {filename}.")
     if path.is_file() and path.suffix == ".py":
         path = path.parent

@@ -176,7 +176,7 @@ def _check_bundle(path: Path, filename: str, setting: str) -> None:
 
 def _folder_of(path: Path, filename: str, setting: str) -> Path | None:
     """Return the folder of a bundle's file; None if it is in a zip, which is unpacked when the job starts."""
-    if path.expanduser().is_file() and path.suffix != ".py":
+    if os.path.isfile(os.path.expanduser(path)) and path.suffix != ".py":  # noqa: PTH111,PTH113 - never raise
         return None
     return find_bundled(path, filename, f"{setting}={path}").parent
 

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -168,6 +169,26 @@ def test_all_mistakes_are_told_at_once(runs: Path) -> None:
     }  # fmt: skip
     assert len(found.errors[LINES].splitlines()) == 3
     assert set(found.errors) <= set(LABELS)
+
+
+NASTY = ["", "\0", "a\0b", "/", "~", "~no-such-user/x", "..", "a/b/c", "/etc", "/etc/passwd", "x:y", "os.path:no",
+         "__main__:x", "torch.nn:Foo", "torchvision:", "a:b:c", ":", "a=b", "[", "{", "- a", "null", "&a [*a]", "1e999",
+         "nan", "-1", "9" * 400, "0x" + "f" * 5000, "é" * 300, "a" * 3000, "1 epochs", "!!python/object:os.system x",
+         "<<: 1", "a\nb", "12:30:00", "\u2028", "\u0661"]  # fmt: skip
+KEYS = ["model.name", "data.name", "model.bundle", "data.bundle", "data.val_bundle", "model.weights", "seed", "data",
+        "optimizer", "optimizer.betas", "runs_dir", "data.normalize", "", "..", "a.b.c", "model.args"]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(range(2, 40), marks=pytest.mark.full)])
+def test_no_text_breaks_form(seed: int | range, runs: Path) -> None:
+    for each in [seed] if isinstance(seed, int) else seed:
+        rng = Random(each)
+        for _ in range(80):
+            lines = (f"{rng.choice(KEYS)}{rng.choice(['=', '', ' = '])}{rng.choice(NASTY)}" for _ in range(2))
+            texts = {name: rng.choice(NASTY) for name in rng.sample(list(LABELS), 2)}
+            found = filled(runs, **texts | {LINES: "\n".join(lines) if rng.random() < 0.5 else ""})
+            assert (found.job is None) is bool(found.errors)
+            assert found.errors.keys() <= LABELS.keys()
 
 
 def test_names_are_free(runs: Path) -> None:
