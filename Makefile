@@ -50,8 +50,8 @@ sets: $(VENV)/.test  ## random user data sets and nets: stopped, resumed with a 
 nets: $(VENV)/.test  ## torchvision and timm nets: trained, resumed, evaluated, exported
 	$(PYTEST) --full tests/models/test_nets_of_others.py
 
-web-full: $(VENV)/.test  ## the page of runs: all tests, long fuzzing and random histories; prints the table of docs/web.md
-	$(PYTEST) --full tests/web
+web-full: $(VENV)/.test  ## the page, its queue and its uploads: all kills, cuts, histories and fuzzing
+	$(PYTEST) --full tests/web tests/launch/test_queue_kills.py tests/user_code
 
 # The kernels that MKL and oneDNN use on other processors. Threads that spin while waiting would slow all others.
 CPUS := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 MKL_CBWR=AVX512 ONEDNN_MAX_CPU_ISA=AVX2

@@ -18,7 +18,7 @@ def all_gpus() -> list[str]:
     Raises:
         LaunchError: the driver does not answer.
     """
-    return _ask("--query-gpu=uuid")
+    return _ask("gpu", "uuid")
 
 
 def busy_gpus() -> set[str]:
@@ -27,7 +27,7 @@ def busy_gpus() -> set[str]:
     Raises:
         LaunchError: the driver does not answer.
     """
-    return set(_ask("--query-compute-apps=gpu_uuid"))
+    return set(_ask("compute-apps", "gpu_uuid"))
 
 
 def visible(gpus: Sequence[str], devices: str | None) -> list[str]:
@@ -43,11 +43,22 @@ def _by_prefix(gpus: Collection[str], name: str) -> str | None:
     return next((gpu for gpu in gpus if name and gpu.startswith(name)), None)
 
 
-def _ask(query: str) -> list[str]:
+def query(what: str, columns: str) -> list[list[str]]:
+    """Return the rows of `nvidia-smi --query-WHAT=COLUMNS`.
+
+    Raises:
+        LaunchError: there is no driver, or it does not answer.
+    """
+    options = (f"--query-{what}={columns}", "--format=csv,noheader,nounits")
+    lines = output_of_program("nvidia-smi", *options, timeout_s=_TIMEOUT_S).splitlines()
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+    return [row for row in rows if len(row) == columns.count(",") + 1]
+
+
+def _ask(what: str, column: str) -> list[str]:
     try:
-        text = output_of_program("nvidia-smi", query, "--format=csv,noheader", timeout_s=_TIMEOUT_S)
+        return [uuid for (uuid,) in query(what, column) if uuid.startswith("GPU-")]
     except LaunchError:
         if _DRIVER.exists():  # no answer does not mean no GPU: two jobs must not get the same
             raise
         return []
-    return [line.strip() for line in text.splitlines() if line.startswith("GPU-")]

@@ -10,11 +10,10 @@ from pathlib import Path
 import psutil
 
 from dist_train.errors import LaunchError
-from dist_train.launch.subprocesses import output_of_program
+from dist_train.launch.gpus import query
 from dist_train.web.background import Background
 
 _EVERY_S = 5.0  # between questions to the GPUs' driver
-_ANSWER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def free_bytes(folder: Path) -> int | None:
 def _ask_driver(_before: list[Gpu]) -> list[Gpu]:
     """Return the GPUs; none without nvidia-smi."""
     try:
-        gpus = _query("gpu", "uuid,name,utilization.gpu,memory.used,memory.total")
-        computing = _query("compute-apps", "gpu_uuid,pid")
+        gpus = query("gpu", "uuid,name,utilization.gpu,memory.used,memory.total")
+        computing = query("compute-apps", "gpu_uuid,pid")
     except LaunchError:
         return []
     return [
@@ -83,13 +82,6 @@ def _ask_driver(_before: list[Gpu]) -> list[Gpu]:
         )
         for uuid, name, load, used, total in gpus
     ]  # fmt: skip
-
-
-def _query(what: str, columns: str) -> list[list[str]]:
-    options = (f"--query-{what}={columns}", "--format=csv,noheader,nounits")
-    lines = output_of_program("nvidia-smi", *options, timeout_s=_ANSWER_S).splitlines()
-    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
-    return [row for row in rows if len(row) == columns.count(",") + 1]
 
 
 def _number(text: str) -> float | None:
