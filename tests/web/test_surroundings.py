@@ -91,7 +91,7 @@ def test_full_disk_shows_pages_and_loses_nothing(tmp_path: Path) -> None:
 
 # All pages and children of a run with user code, in one process; prints what it has imported.
 EVERYTHING = f"""
-import sys
+import os, sys
 from pathlib import Path
 from support.page import SAME_ORIGIN, HOST
 from starlette.testclient import TestClient
@@ -104,6 +104,7 @@ client.cookies.set(access.cookie, access.open_session())
 pages = [page.replace("done", "r") for page in {PAGES}] + ["/jobs/r/checkpoints/3.pth", "/compare.csv?run=r"]
 answers = {{page: client.get(page) for page in pages}}
 answers["predict"] = client.put("/jobs/r/predict", content=image, headers=SAME_ORIGIN)
+os.chdir(folder.parent)  # where the net is
 texts = {{"config": "mnist_bks", "lines": "model.name=own_net:Net", "name": "new"}}
 for action in ("check", "try", "create"):
     answers[action] = client.post(f"/new/{{action}}", data=texts, headers=SAME_ORIGIN)
