@@ -268,7 +268,14 @@ def test_damaged_and_half_deleted_runs_never_fail_page(seed: int, tmp_path: Path
             rng.choice(files).unlink()
         pages = ("", "/live", "/settings", "/logs", "/log?name=rank_00000.log", "/files", "/points", "/outputs.zip",
                  "/checkpoints/10.safetensors", "/pictures/curves.png")  # fmt: skip
-        for page in (*(f"/jobs/run{each}" for each in pages), "/", "/rows", "/compare?run=run&run=whole", "/machines"):
+        for page in (
+            *(f"/jobs/run{each}" for each in pages),
+            "/",
+            "/rows",
+            "/compare?run=run&run=whole",
+            "/machines",
+            "/new?from=run",
+        ):
             assert client.get(page).status_code < 500, page
         assert "whole" in client.get("/").text
     shutil.rmtree(run_dir.path)

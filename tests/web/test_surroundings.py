@@ -151,6 +151,17 @@ def test_child_that_hangs_is_ended_with_its_own_children(tmp_path: Path, monkeyp
     wait_until(lambda: not _is_running(pid), "end of the child's child")
 
 
+def test_error_of_child_is_told_without_what_was_printed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nprintf 'a warning\\nerror: the first line\\nthe second\\n' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(LaunchError, match=r"^the first line\nthe second$"):
+        limited_output_of("predict", timeout_s=60.0)
+
+
 def _is_running(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
