@@ -124,7 +124,7 @@ class JobPages:
 def _where(summary: Summary) -> dict[str, str]:
     """Return the fields that say where a run trained."""
     run_dir = summary.run_dir
-    nodes = run_dir.read_provenance().get("num_nodes", 1)
+    nodes = run_dir.read_provenance().get("num_nodes") or 1
     per_node = str((summary.world_size or run_dir.read_job().get("nproc", 1)) // nodes)
     if summary.job is None:
         return {"nproc": per_node}

@@ -35,7 +35,7 @@ class RunPages:
         entry = self._site.find(request)
         if request.query_params.get("since") == self._version(entry):  # before manifests and logs are read
             return Response(status_code=204)
-        return self._site.page(request, "live.html", **self._results(entry))
+        return self._site.page(request, "live.html", depth=1, **self._results(entry))
 
     def _version(self, entry: Entry) -> str:
         """Return what changes whenever the results of a run do."""

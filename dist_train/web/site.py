@@ -73,9 +73,14 @@ class Site:
         """Whether a run on this machine may be using all of its processors."""
         return any(entry.summary.is_live for entry in self.index.listing().entries.values())
 
-    def page(self, request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
-        """Return a page. All its addresses begin with `root`, which leads from the request's address to the list."""
-        depth = request.scope["path"].count("/") - 1
+    def page(
+        self, request: Request, template: str, *, status_code: int = 200, depth: int | None = None, **values: Any
+    ) -> HTMLResponse:
+        """Return a page. All its addresses begin with `root`, which leads from the request's address to the list.
+
+        `depth`: the number of folders above the page that a fragment becomes part of; None: as of the request.
+        """
+        depth = request.scope["path"].count("/") - 1 if depth is None else depth
         done = _DONE.get(request.query_params.get("done", ""), "")
         text = self._templates.get_template(template).render(
             root="../" * depth, done=done, machines=self.machines, **values

@@ -61,3 +61,8 @@ def test_steps_per_epoch(num_examples: int, global_batch: int) -> None:
     else:
         steps = plan.check_epoch(num_examples)
         assert steps * global_batch <= num_examples < (steps + 1) * global_batch
+
+
+def test_plan_is_described_in_words() -> None:
+    assert BatchPlan.fit(64, 1024, 2).describe() == "global batch 64 = 32 per device x 1 micro-step x 2 processes"
+    assert BatchPlan.fit(64, 16, 1).describe() == "global batch 64 = 16 per device x 4 micro-steps x 1 process"

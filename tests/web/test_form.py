@@ -28,6 +28,8 @@ def test_mistakes_are_told_while_typing(prefix: list[str], browser: Browser, tmp
         assert rate.evaluate("field => document.activeElement === field")
         assert (rate.get_attribute("aria-invalid"), rate.input_value()) == ("true", "0.001x")
         page.get_by_text("Not yet: see").wait_for()
+        page.get_by_role("button", name="Try one batch").click()
+        page.get_by_text("Mend the form first.").wait_for()
         page.get_by_label("One name=value a line").fill("optimizer.learning_rate=1")
         page.get_by_text("Did you mean optimizer.lr?").wait_for()
         page.get_by_label("One name=value a line").fill("seed=3")

@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import json
+import re
 import os
 import shutil
 import zipfile
@@ -77,6 +78,16 @@ def test_results_are_sent_only_if_they_changed(tmp_path: Path) -> None:
     assert client.get(f"/jobs/run/live?since={since}").status_code == 204
     run_dir.append_metrics({"step": 12, "train/loss": 0.1})
     assert client.get(f"/jobs/run/live?since={since}").status_code == 200
+
+
+def test_addresses_of_results_are_those_of_their_page(tmp_path: Path) -> None:
+    """They replace a part of it, and relative addresses count from the page: another depth leads out of a prefix."""
+    write_run(tmp_path, "run", "INTERRUPT", 10)
+    client, _ = client_of(tmp_path, tmp_path)
+    part, page = (set(re.findall(r'(?:href|src|action)="([^"]+)"', client.get(path).text))
+                  for path in ("/jobs/run/live?since=0", "/jobs/run"))  # fmt: skip
+    assert len(part) > 5
+    assert part < page
 
 
 def test_list_has_pages(tmp_path: Path) -> None:
@@ -339,7 +350,14 @@ def damage_and_look(folder: Path, rng: Random) -> None:
             rng.choice(files).unlink()
         pages = ("", "/live", "/settings", "/logs", "/log?name=rank_00000.log", "/files", "/points", "/outputs.zip",
                  "/checkpoints/10.safetensors", "/pictures/curves.png")  # fmt: skip
-        for page in (*(f"/jobs/run{each}" for each in pages), "/", "/rows", "/compare?run=run&run=whole", "/machines"):
+        for page in (
+            *(f"/jobs/run{each}" for each in pages),
+            "/",
+            "/rows",
+            "/compare?run=run&run=whole",
+            "/machines",
+            "/new?from=run",
+        ):
             assert client.get(page).status_code < 500, page
         assert "whole" in client.get("/").text
     shutil.rmtree(run_dir.path)

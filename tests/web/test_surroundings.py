@@ -94,7 +94,7 @@ def test_full_disk_shows_pages_and_loses_nothing(tmp_path: Path) -> None:
 
 # All pages and children of a run with user code, in one process; prints what it has imported.
 EVERYTHING = f"""
-import sys
+import os, sys
 from pathlib import Path
 from support.page import SAME_ORIGIN, HOST
 from starlette.testclient import TestClient
@@ -107,6 +107,7 @@ client.cookies.set(access.cookie, access.open_session())
 pages = [page.replace("done", "r") for page in {PAGES}] + ["/jobs/r/checkpoints/3.pth", "/compare.csv?run=r"]
 answers = {{page: client.get(page) for page in pages}}
 answers["predict"] = client.put("/jobs/r/predict", content=image, headers=SAME_ORIGIN)
+os.chdir(folder.parent)  # where the net is
 texts = {{"config": "mnist_bks", "lines": "model.name=own_net:Net", "name": "new"}}
 for action in ("check", "try", "create"):
     answers[action] = client.post(f"/new/{{action}}", data=texts, headers=SAME_ORIGIN)
@@ -192,6 +193,17 @@ def test_address_is_printed_only_of_server_that_runs(tmp_path: Path, monkeypatch
             assert server.stdout is not None
             lines = [server.stdout.readline() for _ in range(2)]
             assert CliRunner().invoke(main, ["web", "--url", *where]).output == "".join(lines)
+
+
+def test_error_of_child_is_told_without_what_was_printed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nprintf 'a warning\\nerror: the first line\\nthe second\\n' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(LaunchError, match=r"^the first line\nthe second$"):
+        limited_output_of("predict", timeout_s=60.0, memory_bytes=10**9)
 
 
 def _is_running(pid: str) -> bool:
