@@ -13,8 +13,8 @@ from dist_train.errors import LaunchError
 from dist_train.launch.slurm import commands
 from dist_train.launch.slurm.commands import Node, Partition
 from dist_train.web.background import Background
-from dist_train.web.machine import Machine, MachineWatch
 from dist_train.web.run_index import Entry, RunIndex
+from dist_train.web.this_machine import Machine, MachineWatch
 
 _EVERY_S = 10.0  # between questions to Slurm
 _ANSWER_S = 8.0

@@ -25,8 +25,8 @@ from starlette.types import Message
 from dist_train.atomic_files import read_json, write_json
 from dist_train.user_code.library import library_root
 from dist_train.web import format
-from dist_train.web.machine import free_bytes
 from dist_train.web.site import whole_number
+from dist_train.web.this_machine import free_bytes
 
 KEPT_S = 3 * 86_400.0  # since the last byte
 AT_ONCE = 16

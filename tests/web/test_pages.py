@@ -6,8 +6,8 @@ import csv
 import html
 import io
 import json
-import re
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def test_addresses_of_results_are_those_of_their_page(tmp_path: Path) -> None:
     client, _ = client_of(tmp_path, tmp_path)
     part, page = (set(re.findall(r'(?:href|src|action)="([^"]+)"', client.get(path).text))
                   for path in ("/jobs/run/live?since=0", "/jobs/run"))  # fmt: skip
-    assert len(part) > 5
+    assert len(part) > 3
     assert part < page
 
 
