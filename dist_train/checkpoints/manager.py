@@ -62,7 +62,7 @@ class Checkpoints:
             since = min(state.logged_step + 1, state.step)
             raise TrainingDiverged(
                 f"Weights or losses are not finite between step {since} and {state.step}. "
-                f"The last good checkpoint is {self.describe_last()}. Lower optimizer.lr or set max_grad_norm."
+                f"{self.describe_last()} Lower optimizer.lr or set max_grad_norm."
             )
         training = step.state_dict()
         net = training.pop("net")
@@ -137,8 +137,8 @@ class Checkpoints:
 
     def _fail(self, error: OSError | CheckpointError) -> None:
         self._failure = (
-            f"A checkpoint could not be written to {self.run_dir.checkpoints}: {error}. Make room there; "
-            f"the last good checkpoint is {self.describe_last()}."
+            f"A checkpoint could not be written to {self.run_dir.checkpoints}: {error}. Make room there. "
+            f"{self.describe_last()}"
         )
         _log.warning("%s Training continues; the next save tries again.", self._failure)
 
@@ -166,7 +166,7 @@ class Checkpoints:
 
     def describe_last(self) -> str:
         last = next(iter(good_checkpoints(self.run_dir)), None)
-        return str(last) if last else "none"
+        return f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
 
     # --- pruning -------------------------------------------------------------------------------------------------
 

@@ -119,8 +119,8 @@ class Trainer:
         totals = step.pop_window()
         if not math.isfinite(totals["loss"]):
             raise TrainingDiverged(
-                f"The loss is not finite between step {state.logged_step + 1} and {state.step}. The last good "
-                f"checkpoint is {self.checkpoints.describe_last()}. Lower optimizer.lr or set max_grad_norm."
+                f"The loss is not finite between step {state.logged_step + 1} and {state.step}. "
+                f"{self.checkpoints.describe_last()} Lower optimizer.lr or set max_grad_norm."
             )
         if step.eager.overflows is not None:
             totals["overflows"] = self._count_overflows(step.eager.overflows)
@@ -134,8 +134,8 @@ class Trainer:
         if in_a_row >= _MAX_OVERFLOWS:
             raise TrainingDiverged(
                 f"Between step {self.state.logged_step + 1} and {self.state.step} fp16 skipped {in_a_row} updates in "
-                f"a row: their gradients were not finite at any scale. The last good checkpoint is "
-                f"{self.checkpoints.describe_last()}. Lower optimizer.lr, set max_grad_norm, or use "
+                f"a row: their gradients were not finite at any scale. "
+                f"{self.checkpoints.describe_last()} Lower optimizer.lr, set max_grad_norm, or use "
                 f"mixed_precision=bf16."
             )
         return count

@@ -132,7 +132,7 @@ def test_failed_save_warns_and_next_one_succeeds(
     assert steps(run_dir) == [1, 3]
     (warning,) = caplog.messages
     assert "full" in warning
-    assert f"the last good checkpoint is {folder_of(run_dir, 1)}" in warning
+    assert f"The last good checkpoint is {folder_of(run_dir, 1)}" in warning
     assert "Training continues; the next save tries again" in warning
     checkpoints.close()
 
