@@ -26,7 +26,7 @@ class Proxy(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = do_PUT = do_HEAD = forward
+    do_GET = do_POST = do_PUT = do_HEAD = do_PATCH = do_DELETE = forward
 
     def log_message(self, *_: object) -> None:
         pass
