@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from dist_train.config.loading import bundled_configs, load_config
+from dist_train.data.sets.catalog import available_sets
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 from dist_train.launch import jobs
 from dist_train.launch.job_queue import create_job, enqueue, ensure_keeper
@@ -114,7 +115,7 @@ class JobPages:
 
     def _form(self, request: Request, texts: Mapping[str, str], checked: Checked, **values: Any) -> Response:
         runs = sorted(self._site.index.listing().entries.values(), key=lambda entry: -entry.started)[:_OFFERED]
-        values = {"copied": "", **values}
+        values = {"copied": "", "absent": [each.name for each in available_sets() if not each.present], **values}
         return self._site.page(
             request, "new_job.html", texts=texts, checked=checked, fields=FIELDS, labels=LABELS, swapping=False,
             configs=list(bundled_configs()), runs=[entry.name for entry in runs], **values,

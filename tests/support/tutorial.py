@@ -46,6 +46,7 @@ def _add(page: Page, address: str, name: str, archive: Path | None) -> None:
 def fill_form(page: Page, length: str) -> None:
     """Open the form of a new job and fill it in. `length`: what its field for epochs holds."""
     page.get_by_role("link", name="New job").click()
+    page.locator("#new[data-htmx-powered]").wait_for()  # what is typed earlier is not checked
     page.get_by_label("Name", exact=True).fill("tutorial")
     page.get_by_label("Model", exact=True).select_option("bks, version 1")
     page.get_by_label("Data loader", exact=True).select_option("mnist, version 1")
@@ -55,6 +56,11 @@ def fill_form(page: Page, length: str) -> None:
     page.get_by_label("Epochs").fill(length)
     page.get_by_label("Snapshot every").fill("5")
     page.get_by_label("One name=value a line").fill("final_train_eval=false")
+
+
+def shown_accuracy(page: Page) -> str:
+    """Return the validation accuracy of the newest evaluation, as the page of the run shows it."""
+    return page.locator("#epochs tbody tr").first.locator("td").nth(5).inner_text().removesuffix(" best")
 
 
 def accuracy_of(weights: Path, folder: Path) -> float:

@@ -51,7 +51,10 @@ def test_form_begins_with_config(client: TestClient) -> None:
         )  # fmt: skip
         assert (texts["lines"], texts["nproc"]) == ("", "1")
         assert "fine: global batch" in page.text
-    assert texts_in(client.get("/new").text)["train_for"] == "10"
+    first = client.get("/new").text
+    assert texts_in(first)["train_for"] == "10"
+    assert '<option value="cifar10">cifar10, not on this machine</option>' in first
+    assert '<option value="mnist" selected>mnist</option>' in first
     assert client.get("/new?config=nothing").status_code == client.get("/new?from=nothing").status_code == 404
 
 
@@ -189,7 +192,7 @@ def test_job_that_slurm_cannot_run_is_refused(
         raise LaunchError("sbatch: no")
 
     monkeypatch.setattr(commands, "submit", refuse)
-    assert "sbatch: no" in client.post("/new/run", data=SLURM, headers=SAME_ORIGIN).text
+    assert 'id="error-where">sbatch: no' in client.post("/new/run", data=SLURM, headers=SAME_ORIGIN).text
     assert submitted == []
     assert list((tmp_path / "runs").iterdir()) == []  # the name is free again
 
