@@ -38,7 +38,7 @@ def queue_ls(folder: Path | None) -> None:
     columns = ("place", "run", "state", "progress", "ranks", "host")
     print_table(columns, [
         (str(place.get(job.name, "-")), job.name, job.state, job.progress_text,
-         str(job.run_dir.read_job().get("nproc", "-")), job.queue_host or "-")
+         str(job.world_size or "-"), job.queue_host or "-")
         for job in jobs
     ])  # fmt: skip
     if any(map(is_of_this_host, waiting)):

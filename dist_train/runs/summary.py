@@ -109,7 +109,7 @@ def summarise(path: Path) -> Summary:
         total_steps=status.get("total_steps"),
         epoch=status.get("epoch"),
         attempt=status.get("attempt", 0),
-        world_size=status.get("world_size"),
+        world_size=status.get("world_size") or queued.get("nproc"),
         heartbeat=status.get("heartbeat"),
         best=status.get("best", {}),
         metrics=status.get("metrics", {}),

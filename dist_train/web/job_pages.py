@@ -126,7 +126,7 @@ def _where(summary: Summary) -> dict[str, str]:
     """Return the fields that say where a run trained."""
     run_dir = summary.run_dir
     nodes = run_dir.read_provenance().get("num_nodes") or 1
-    per_node = str((summary.world_size or run_dir.read_job().get("nproc", 1)) // nodes)
+    per_node = str((summary.world_size or 1) // nodes)
     if summary.job is None:
         return {"nproc": per_node}
     return {"where": "slurm", "nodes": str(nodes), "per_node": per_node}
