@@ -107,17 +107,8 @@ _FIELDS: tuple[Setting | Choice, ...] = (
     Choice("weights", "Weights", Kind.MODELS, "model.weights", nothing="from the seed"),
     Choice("loader", "Data loader", Kind.LOADERS, "data.bundle", "data.name", tuple(SETS), belonging=_OF_DATA),
     Choice("dataset", "Data set", Kind.DATASETS, "data.root", nothing="in its usual folder"),
-    Choice(
-        "val_loader", "Loader for validation", Kind.LOADERS, "data.val_bundle", nothing="the same", belonging=_HELD_OUT
-    ),
-    Choice(
-        "val_dataset",
-        "Data set for validation",
-        Kind.DATASETS,
-        "data.val_root",
-        nothing="the same",
-        belonging=_HELD_OUT,
-    ),
+    Choice("val_loader", "Validation loader", Kind.LOADERS, "data.val_bundle", nothing="the same", belonging=_HELD_OUT),
+    Choice("val_dataset", "Validation set", Kind.DATASETS, "data.val_root", nothing="the same", belonging=_HELD_OUT),
     Setting("optimizer.name", "Optimizer", choices=tuple(OPTIMIZERS), belonging=_OF_OPTIMIZER),
     Setting("optimizer.lr", "Learning rate"),
     Setting("max_grad_norm", "Clip gradients", "to this norm; empty: never"),
