@@ -24,7 +24,7 @@ from dist_train.launch.jobs import batch_script
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.launch.slurm.preflight import check_submission
 from dist_train.models.names import check_own_name
-from dist_train.runs.start_options import StartOptions, check_initial_weights, check_run_name
+from dist_train.runs.start_options import StartOptions, check_initial_weights, check_run_name, valid_run_name
 from dist_train.runs.train_arguments import TrainArguments
 from dist_train.user_code.bundles import find_bundled
 from dist_train.user_code.importing import check_object_source
@@ -182,8 +182,8 @@ def _folder_of(path: Path, filename: str, setting: str) -> Path | None:
 
 
 def free_name(wanted: str, folder: Path) -> str:
-    """Return `wanted`, with the first number behind it that no run in `folder` has."""
-    stem = re.sub(r"-\d+$", "", wanted)
+    """Return a valid name close to `wanted`, with the first number behind it that no run in `folder` has."""
+    stem = re.sub(r"-\d+$", "", valid_run_name(wanted))
     return next(name for number in count(1) if not _exists(name := f"{stem}-{number}", folder))
 
 

@@ -111,6 +111,7 @@ MISTAKES = [
     ({"nproc": "0"}, "nproc", "--nproc=0: "),
     ({"name": ""}, "name", "--run-name is empty"),
     ({"name": "../up"}, "name", "--run-name='../up'"),
+    ({"name": "a" * 250}, "name", "at most 220 bytes"),  # or the bin could not take it
     ({"name": "taken"}, "name", "there is a run of this name. Use taken-1."),
     ({"config": "mnist_bkz"}, "config", "Did you mean mnist_bks?"),
     ({"model": "bsk"}, "model", "model.name=bsk: no such net. Did you mean bks?"),
@@ -196,6 +197,8 @@ def test_names_are_free(runs: Path) -> None:
     write_run(runs, "bks-1")
     write_run(runs, "bks-3")
     assert free_name("bks", runs) == free_name("bks-1", runs) == free_name("bks-3", runs) == "bks-2"
+    for odd in (".", 'my "run" (2)', "\u00fc" * 150, "a" * 255):  # an old run may have any name
+        assert not filled(runs, name=free_name(odd, runs)).errors
 
 
 # --- the library -----------------------------------------------------------------------------------------------------
