@@ -138,6 +138,7 @@ MISTAKES = [
     ({"lines": "data.name=mine:Sett"}, LINES, "mine.py has no Sett. Did you mean Set?"),
     ({"lines": "model.bundle=/nowhere"}, LINES, "model.bundle=/nowhere: no such file or folder"),
     ({"lines": "runs_dir=/x"}, LINES, "runs_dir is the folder that this page shows"),
+    ({"where": "here"}, "where", "where=here: write local or slurm."),
     ({"where": "slurm", "time": "soon"}, "time", "--time=soon is not a time limit"),
     ({"where": "slurm", "time": "1"}, "time", "no time to train is left"),
     ({"where": "slurm", "nodes": "x"}, "nodes", "--nodes=x: "),

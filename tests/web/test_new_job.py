@@ -133,6 +133,8 @@ def test_wrong_form_creates_nothing_and_keeps_what_was_entered(client: TestClien
     errors = client.post("/new/run", data=texts, headers=JSON)
     assert errors.status_code == 422
     assert set(errors.json()["errors"]) == {"optimizer.lr", "lines", "name"}
+    unknown = client.post("/new/create", data=TEXTS | {"batch_size": "64"}, headers=JSON)
+    assert "There is no field batch_size. Did you mean global_batch_size?" in unknown.json()["errors"]["lines"]
     for broken in ({}, {"config": "no"}, {"config": "mnist", "name": "x", "where": "moon", "nodes": "-"}):
         assert client.post("/new/create", data=broken, headers=SAME_ORIGIN).status_code == 422
         assert client.post("/new/check", data=broken, headers=SAME_ORIGIN).status_code == 200
