@@ -243,7 +243,7 @@ def _key(override: str) -> str:
 
 def field_of(error: str, texts: Texts, otherwise: str = LINES) -> str:
     """Return the field that an error is about; `otherwise` if it names neither a setting nor an option."""
-    match = re.match(r"(?:Unknown setting )?([\w.]+?)(?:=|: |\. )", error)
+    match = re.match(r"(?:Unknown setting |The config: )?([\w.]+?)(?:=|: |\. )", error)
     key = match[1] if match else ""
     typed = map(_key, _lines(texts))
     if any(f"{key}.".startswith(f"{each}.") or f"{each}.".startswith(f"{key}.") for each in typed if key):

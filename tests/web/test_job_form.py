@@ -105,6 +105,7 @@ MISTAKES = [
     ({"max_grad_norm": "-1"}, "max_grad_norm", "max_grad_norm=-1: input should be greater than 0"),
     ({"train_for": "soon"}, "train_for", 'write a number and a unit: "3 epochs"'),
     ({"train_for": "30 s"}, "train_for", "train_for=30 s: write it in steps or epochs"),
+    ({"train_for": "0"}, "train_for", "train_for=0 epochs trains nothing"),
     ({"global_batch_size": "63.5"}, "global_batch_size", "global_batch_size=63.5: "),
     ({"nproc": "3"}, "global_batch_size", "not a multiple of world_size=3 (3 x 21 = 63). World sizes that fit: 1, 2"),
     ({"nproc": "two"}, "nproc", "--nproc=two: write a whole number, 1 or more"),
