@@ -157,7 +157,7 @@ SLURM = TEXTS | {"where": "slurm", "nodes": "2", "per_node": "2", "time": "10", 
 def submitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The scripts that were given to Slurm, whose partition `low` has two nodes."""
     scripts: list[str] = []
-    monkeypatch.setattr(commands, "partitions", lambda: {"low": Partition(2, 4, "infinite", is_default=True)})
+    monkeypatch.setattr(commands, "partitions", lambda *_: {"low": Partition(2, 4, "infinite", is_default=True)})
     monkeypatch.setattr(commands, "submit", lambda script: scripts.append(script) or str(len(scripts)))  # type: ignore[func-returns-value]
     monkeypatch.setattr(commands, "jobs", lambda ids: {})
     return scripts
