@@ -221,7 +221,7 @@ def test_net_that_does_not_fit_is_found_by_trying(client: TestClient, tmp_path: 
 def test_trial_is_that_of_command_line(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
 
-    def answer(*arguments: str, timeout_s: float) -> str:
+    def answer(*arguments: str, timeout_s: float, memory_bytes: int) -> str:
         asked.append(arguments)
         folder = next(each for each in arguments if each.startswith("runs_dir=/tmp/dist_train-"))
         return f"run directory {folder.partition('=')[2]}/trial\nval accuracy 9 % <>\n"
