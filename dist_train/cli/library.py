@@ -83,7 +83,7 @@ def add(kind: str, name: str, path: Path | None, weights: Path | None, shows_pro
 @click.argument("version", required=False)
 @click.option("--in", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="The folder of runs.")
 def rm(kind: str, name: str, version: str | None, folder: Path | None) -> None:
-    """Remove a version, or all of them, unless a run names it. Of a linked folder only the link is removed."""
+    """Remove a version, or all of them, unless a run in FOLDER names it. Of a linked folder only the link goes."""
     from dist_train.config.paths import runs_root
     from dist_train.user_code.library import Kind, delete
 

@@ -59,6 +59,7 @@ def queue_add(
 
     A new run will train in this folder, with this interpreter and the variables that run.json records.
     """
+    from dist_train.config.paths import runs_root
     from dist_train.launch.job_queue import enqueue, ensure_keeper
 
     if config_name is not None:
@@ -72,7 +73,8 @@ def queue_add(
     for path in paths:
         enqueue(path)
         ensure_keeper(path.parent, jobs)
-        click.echo(f"{path} waits in the queue: dist-train queue ls shows it.")
+        elsewhere = f" --in {path.parent}" if path.parent.absolute() != runs_root().absolute() else ""
+        click.echo(f"{path} waits in the queue: dist-train queue ls{elsewhere} shows it.")
 
 
 def _create(config: Config, run_name: str | None, nproc: int) -> Path:

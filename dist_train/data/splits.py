@@ -127,7 +127,7 @@ def _load(config: DataConfig, ranks_per_node: int) -> tuple[dict[str, Examples],
         return found, source.name_of("val"), ""
     [(split, found["val"])] = validation.load(ranks_per_node).items()
     name = validation.name_of(split)
-    if split == "train" and (validation.root, validation.config.bundle) == (source.root, source.config.bundle):
+    if split == "train" and validation.place == source.place:
         raise ConfigError(
             f"{validation} names the training set itself, {name}. Name another folder or loader, or set "
             f"data.val_examples=1000 instead."

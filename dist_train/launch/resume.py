@@ -22,8 +22,6 @@ from dist_train.runs.start_lock import hold_start_lock, note_start
 from dist_train.runs.start_options import valid_run_name
 from dist_train.runs.summary import Summary, summarise_existing
 
-_NAME_LENGTH = 200  # letters; a file name has 255 bytes
-
 
 def start_log(run_dir: RunDir) -> Path:
     """Return the log of the last start that was made from outside a shell: what it printed."""
@@ -152,7 +150,7 @@ def describe_new_start(run_dir: RunDir) -> str | None:
 
 
 def _free_name(run: Path) -> str:
-    own = valid_run_name(run.name)[:_NAME_LENGTH]
+    own = valid_run_name(run.name)
     return next(name for number in itertools.count(2) if not (run.parent / (name := f"{own}-{number}")).exists())
 
 

@@ -20,6 +20,8 @@ from dist_train.errors import ConfigError, DataError, RunDirError, UserCodeError
 from dist_train.runs.directory import RunDir
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.=+,-]*")
+_MOST_BYTES = 220  # of a name: a file's has 255, and the bin puts the time before it
+_FOR_NUMBER = 20  # of these are left free in a name that is made, for a number behind it
 # Errors before the set-up: the message says everything, so the run directory is not worth keeping.
 _SETUP_ERRORS = (ConfigError.__name__, DataError.__name__, UserCodeError.__name__)
 
@@ -81,17 +83,19 @@ def check_run_name(option: str, name: str, parent: Path) -> None:
     Raises:
         ConfigError: a new run may not have this name.
     """
-    if not _NAME.fullmatch(name) and not os.path.isdir(parent / name):  # noqa: PTH112 - Path.is_dir may raise
+    is_valid = _NAME.fullmatch(name) and len(name.encode()) <= _MOST_BYTES
+    if not is_valid and not os.path.isdir(parent / name):  # noqa: PTH112 - Path.is_dir may raise
         raise ConfigError(
             f"{option}={name!r}: a run name starts with a letter or a digit and contains only letters, digits and "
-            f"_ . = + , -. Use {valid_run_name(name)}."
+            f"_ . = + , -, at most {_MOST_BYTES} bytes. Use {valid_run_name(name)}."
         )
 
 
 def valid_run_name(text: str) -> str:
     """Return a valid run name, as close to `text` as possible."""
     name = text if _NAME.fullmatch(text) else re.sub(r"[^\w.=+,-]+", "_", text).strip("_")
-    return name if _NAME.fullmatch(name) else f"run-{name}"
+    name = name if _NAME.fullmatch(name) else f"run-{name}"
+    return name.encode()[: _MOST_BYTES - _FOR_NUMBER].decode(errors="ignore")
 
 
 def check_start(run_dir: RunDir, config: Config, start: StartOptions, *, create: bool = True) -> bool:

@@ -50,7 +50,7 @@ def find_bundled(path: Path, filename: str, label: str) -> Path:
         UserCodeError: the file is missing.
     """
     path = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser may raise, as Path.exists
-    if not os.path.exists(path):  # noqa: PTH110
+    if not (os.path.isdir(path) or os.path.isfile(path)):  # noqa: PTH112,PTH113 - no pipe, which may never end
         raise ConfigError(f"{label}: no such file or folder. Give a folder or a zip that holds {filename}.")
     if path.is_file() and path.suffix == ".py":
         path = path.parent

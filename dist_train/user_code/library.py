@@ -306,19 +306,25 @@ _USE = re.compile(rf"library/({'|'.join(Kind)})/({NAME.pattern})/({_VERSION.patt
 
 
 def uses(runs: Path) -> dict[tuple[Kind, str, str], list[str]]:
-    """Return the names of the runs in a folder and its bin whose config.yaml names a version, by that version."""
-    found: dict[tuple[Kind, str, str], list[str]] = {}
-    for config in sorted((*runs.glob("*/config.yaml"), *runs.glob(".bin/*/config.yaml"))):
-        with suppress(OSError):
-            stat = config.stat()
-            for key in _named_in(config, (stat.st_mtime_ns, stat.st_ino)):
-                found.setdefault(key, []).append(config.parent.name)
-    return found
+    """Return the names of the runs in a folder and its bin that name a version, by that version.
+
+    A job that waits in Slurm's queue has no config.yaml yet: its script names what it will use.
+    """
+    found: dict[tuple[Kind, str, str], set[str]] = {}
+    for pattern in ("config.yaml", "job.sbatch"):
+        for file in (*runs.glob(f"*/{pattern}"), *runs.glob(f".bin/*/{pattern}")):
+            run = file.parent
+            called = run.name if run.parent == runs else f"{run.name.partition('-')[2]} in the bin"
+            with suppress(OSError):
+                stat = file.stat()
+                for key in _named_in(file, (stat.st_mtime_ns, stat.st_ino)):
+                    found.setdefault(key, set()).add(called)
+    return {key: sorted(names) for key, names in found.items()}
 
 
 @lru_cache(maxsize=20_000)  # the page asks for the same thousand files whenever its list changes
-def _named_in(config: Path, _signature: tuple[int, int]) -> frozenset[tuple[Kind, str, str]]:
-    found = _USE.findall(config.read_text(errors="replace"))
+def _named_in(file: Path, _signature: tuple[int, int]) -> frozenset[tuple[Kind, str, str]]:
+    found = _USE.findall(file.read_text(errors="replace"))
     return frozenset((Kind(kind), name, version) for kind, name, version, _ in found)
 
 

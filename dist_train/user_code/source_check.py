@@ -99,6 +99,8 @@ class _Bundle:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._sources: dict[Path, Source | None] = {}
+        self._derived: dict[tuple[ast.ClassDef, str], bool | None] = {}
+        self._looked_up: dict[tuple[ast.ClassDef, str], _Attribute | _Not] = {}
         self.problems: list[str] = []
 
     def source(self, path: Path) -> Source | None:
@@ -192,6 +194,12 @@ class _Bundle:
 
     def _look_up(self, cls: _Class, name: str, depth: int = 0) -> _Attribute | _Not:
         """Find an attribute in a class and its bases."""
+        if (cls.node, name) not in self._looked_up:
+            self._looked_up[cls.node, name] = _Not.OPEN  # also while it is looked up: bases may form a circle
+            self._looked_up[cls.node, name] = self._search(cls, name, depth)
+        return self._looked_up[cls.node, name]
+
+    def _search(self, cls: _Class, name: str, depth: int) -> _Attribute | _Not:
         body = _body(cls).bound
         if (cls.node.name, name) in cls.source.attached:
             return _Not.OPEN
@@ -210,15 +218,18 @@ class _Bundle:
 
     def _derives(self, cls: _Class, prefix: str, depth: int = 0) -> bool | None:
         """Whether a class derives from one whose full name begins with `prefix`; None if that is not known."""
-        known: list[bool | None] = [False]
-        for base in self._bases(cls):
-            if isinstance(base, _Class):
-                known.append(self._derives(base, prefix, depth + 1) if depth < _DEEPEST else None)
-            elif isinstance(base, str):
-                known.append(base.startswith(prefix) or (None if _has(base, "") is None else False))
-            else:
-                known.append(None)
-        return True if True in known else None if None in known else False
+        if (cls.node, prefix) not in self._derived:
+            self._derived[cls.node, prefix] = None  # also while it is looked up: bases may form a circle
+            known: list[bool | None] = [False]
+            for base in self._bases(cls):
+                if isinstance(base, _Class):
+                    known.append(self._derives(base, prefix, depth + 1) if depth < _DEEPEST else None)
+                elif isinstance(base, str):
+                    known.append(base.startswith(prefix) or (None if _has(base, "") is None else False))
+                else:
+                    known.append(None)
+            self._derived[cls.node, prefix] = True if True in known else None if None in known else False
+        return self._derived[cls.node, prefix]
 
     def _bases(self, cls: _Class) -> Iterator[_Resolved]:
         return (self._expression(cls.source, base) for base in cls.node.bases)
@@ -280,6 +291,8 @@ class _Bundle:
         """Return the file of a module that is part of the bundle."""
         name = module.lstrip(".")
         level = len(module) - len(name)
+        if level > len(source.path.parents):
+            return None
         folder = [source.path, *source.path.parents][level] if level else self._folder
         path = folder.joinpath(*name.split("."))
         files = (path / "__init__.py", path.with_name(f"{path.name}.py"))

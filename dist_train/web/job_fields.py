@@ -124,6 +124,7 @@ LINES = "lines"  # the field for all other settings, KEY=VALUE; they win over th
 _LOCAL = {"nproc": "--nproc"}
 _SLURM = {"nodes": "--nodes", "per_node": "--nproc", "gpus_per_node": "--gpus-per-node", "time": "--time",
           "partition": "--partition"}  # fmt: skip
+PLACES = ("local", "slurm")
 WHERE = {"where": "local", "nproc": "1", "nodes": "1", "per_node": "1", "gpus_per_node": "0", "time": "60",
          "partition": ""}  # fmt: skip
 LABELS = {

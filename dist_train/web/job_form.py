@@ -19,17 +19,28 @@ from dist_train.config.loading import load_config, overrides_between, parse_over
 from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.data.sets.settings_check import check_settings
-from dist_train.errors import ConfigError, DistTrainError, UserCodeError
+from dist_train.errors import ConfigError, DistTrainError, UserCodeError, did_you_mean
 from dist_train.launch.jobs import batch_script
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.launch.slurm.preflight import check_submission
 from dist_train.models.names import check_own_name
-from dist_train.runs.start_options import StartOptions, check_initial_weights, check_run_name
+from dist_train.runs.start_options import StartOptions, check_initial_weights, check_run_name, valid_run_name
 from dist_train.runs.train_arguments import TrainArguments
 from dist_train.user_code.bundles import find_bundled
 from dist_train.user_code.importing import check_object_source
 from dist_train.user_code.source_check import DATASET_FILE, MODEL_FILE, check_source
-from dist_train.web.job_fields import FIELDS, LINES, OWNERS, WHERE, Texts, options_of, overrides_of, shown
+from dist_train.web.job_fields import (
+    FIELDS,
+    LABELS,
+    LINES,
+    OWNERS,
+    PLACES,
+    WHERE,
+    Texts,
+    options_of,
+    overrides_of,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,16 @@ class Checked:
 def check(texts: Texts, folder: Path) -> Checked:
     """Check a form for a job in the folder of runs `folder`. Fields that are missing are as in the config."""
     found, texts = Checked(), {**WHERE, **texts}
+    for name in sorted(texts.keys() - LABELS.keys()):  # written by hand, as with curl
+        near = did_you_mean(name, list(LABELS))
+        found.refuse(LINES, f"There is no field {name}.{near} Settings without a field go into {LINES}, as name=value.")
+    if texts["where"] not in PLACES:
+        found.refuse("where", f"where={texts['where']}: write {' or '.join(PLACES)}.")
     config = _config(texts, found)
     _check_name(texts.get("name", ""), folder, found)
     numbers = {name: _whole_number(name, option, texts[name], found) for name, option in options_of(texts).items()
                if name not in ("time", "partition")}  # fmt: skip
-    if config is not None and not found.errors.keys() & {*numbers, "name"}:
+    if config is not None and not found.errors.keys() & {*numbers, "name", "where"}:
         try:
             found.job = _job(config, texts, numbers, folder)
         except DistTrainError as error:
@@ -182,8 +198,8 @@ def _folder_of(path: Path, filename: str, setting: str) -> Path | None:
 
 
 def free_name(wanted: str, folder: Path) -> str:
-    """Return `wanted`, with the first number behind it that no run in `folder` has."""
-    stem = re.sub(r"-\d+$", "", wanted)
+    """Return a valid name close to `wanted`, with the first number behind it that no run in `folder` has."""
+    stem = re.sub(r"-\d+$", "", valid_run_name(wanted))
     return next(name for number in count(1) if not _exists(name := f"{stem}-{number}", folder))
 
 
@@ -227,7 +243,7 @@ def _key(override: str) -> str:
 
 def field_of(error: str, texts: Texts, otherwise: str = LINES) -> str:
     """Return the field that an error is about; `otherwise` if it names neither a setting nor an option."""
-    match = re.match(r"(?:Unknown setting )?([\w.]+?)(?:=|: |\. )", error)
+    match = re.match(r"(?:Unknown setting |The config: )?([\w.]+?)(?:=|: |\. )", error)
     key = match[1] if match else ""
     typed = map(_key, _lines(texts))
     if any(f"{key}.".startswith(f"{each}.") or f"{each}.".startswith(f"{key}.") for each in typed if key):

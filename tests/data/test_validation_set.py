@@ -192,6 +192,10 @@ def test_class_of_the_user_gets_the_folder(data: Path, monkeypatch: pytest.Monke
             r"^data\.val_root=t names the training set itself, UserDataset",
         ),
         (
+            {"bundle": "train", "root": "t", "val_root": "alias", "val_bundle": "./train/"},
+            r"^data\.val_bundle=\S+ data\.val_root=alias names the training set itself, UserDataset",
+        ),
+        (
             {"name": "image_folder", "image_size": 8, "root": "pictures", "val_root": "t"},
             r"^There is no folder /.*/t/val\. Set data\.val_root to the folder that holds val/CLASS",
         ),
@@ -203,6 +207,7 @@ def test_settings_that_do_not_fit(
     monkeypatch.chdir(data)
     pictures(data / "pictures/train", cat=0)
     (data / "file").touch()
+    (data / "alias").symlink_to("t")
     with pytest.raises((ConfigError, DataError, UserCodeError), match=message):
         load(**settings)
 

@@ -405,7 +405,7 @@ def test_commands_queue_list_and_remove(tmp_path: Path, monkeypatch: pytest.Monk
     wait_until(lambda: trace(tmp_path) == ["begin first"], "begin")
     said = command("add", "-c", "smoke", "--run-name=second", "--nproc=2", "train_for=3 steps", "-oseed=5")
     assert said.startswith("0 ")
-    assert "waits in the queue" in said
+    assert "waits in the queue: dist-train queue ls shows it." in said
     config = load_config(str(tmp_path / "runs/second/config.yaml"))
     assert (config.seed, RunDir(tmp_path / "runs/second").read_job()["nproc"]) == (5, 2)
     assert [line.split()[:3] for line in command("ls").splitlines()[1:]] == [
@@ -427,4 +427,7 @@ def test_commands_queue_list_and_remove(tmp_path: Path, monkeypatch: pytest.Monk
     }.items():
         said = command(*wrong)
         assert (said[0] != "0", why in said) == (True, True), said
+    monkeypatch.setenv("DIST_TRAIN_RUNS_DIR", "elsewhere")
+    assert f"queue ls --in {tmp_path}/runs shows it" in command("add", f"{tmp_path}/runs/second")
+    assert command("rm", f"{tmp_path}/runs/second") == "0 "
     (tmp_path / "go").touch()

@@ -68,7 +68,8 @@ def test_named_run_is_found_again(job: str | None, config: Config, monkeypatch: 
 # --- names -------------------------------------------------------------------------------------------------------
 
 GOOD = ["first", "s-lr=1e-3-seed=0", "3", "a.b+c,d_e", "n\u00fcll"]
-BAD = ["", "a b", "-x", ".x", "a/b", "..", "a\nb", "a\0b", "my config (2)", "$(x)", "x " * 300]
+BAD = ["", "a b", "-x", ".x", "a/b", "..", "a\nb", "a\0b", "my config (2)", "$(x)", "x " * 300, "a" * 250,
+       "a" + "\u00fc" * 150]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*GOOD, *BAD])

@@ -233,6 +233,8 @@ def test_failures_are_located(tmp_path: Path) -> None:
 def test_missing_bundle_or_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^data\.bundle=.*gone: no such file or folder\."):
         load_dataset_bundle(tmp_path / "gone", tmp_path)
+    with pytest.raises(ConfigError, match=r"^data\.bundle=/dev/null: no such file or folder\."):
+        load_dataset_bundle(Path("/dev/null"), tmp_path)  # nor is a pipe read, which may never end
     write(tmp_path / "b", bks_datset=DATASET)
     with pytest.raises(UserCodeError, match=r"bks_dataset\.py is missing.* Did you mean bks_datset\.py\?"):
         load_dataset_bundle(tmp_path / "b", tmp_path)

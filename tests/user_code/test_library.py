@@ -249,7 +249,9 @@ def test_used_version_is_not_deleted(tmp_path: Path) -> None:
     write_run(runs / ".bin/123-deleted", data_root=str(empty.path))
     (runs / "broken").mkdir()
     (runs / "broken/config.yaml").write_bytes(b"\xff\xfe")
-    used = {(v.kind, v.name, v.version): names for v, names in ((old, ["first"]), (empty, ["123-deleted", "first"]))}
+    used = {
+        (v.kind, v.name, v.version): names for v, names in ((old, ["first"]), (empty, ["deleted in the bin", "first"]))
+    }
     assert uses(runs) == used
     with pytest.raises(LibraryError, match=rf"models/bks {old.version} is used by first\. Delete those first\."):
         delete(Kind.MODELS, "bks", old.version, runs=runs)
@@ -258,12 +260,17 @@ def test_used_version_is_not_deleted(tmp_path: Path) -> None:
     assert find(Kind.MODELS, "bks") == new
     delete(Kind.MODELS, "bks", new.version, runs=runs)
     assert find(Kind.MODELS, "bks") == old
-    with pytest.raises(LibraryError, match="is used by 123-deleted, first"):
+    with pytest.raises(LibraryError, match="is used by deleted in the bin, first"):
         delete(Kind.DATASETS, "mnist", runs=runs)
     delete(Kind.DATASETS, "mnist-2", runs=runs)
     assert [entry.name for entry in entries(Kind.DATASETS)] == ["mnist"]
     assert not other.path.exists()
     (runs / "first/config.yaml").write_text("seed: 1\n")  # an edited file is read again
+    script = runs / "first/job.sbatch"  # of a job that has not begun: there are no settings yet
+    script.write_text(f"srun dist-train train -c mnist_bks -o 'model.bundle={old.path}'\n")
+    with pytest.raises(LibraryError, match="is used by first"):
+        delete(Kind.MODELS, "bks", runs=runs)
+    script.unlink()
     delete(Kind.MODELS, "bks", runs=runs)
     assert entries(Kind.MODELS) == []
 

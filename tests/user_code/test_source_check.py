@@ -266,6 +266,9 @@ def test_nothing_is_run(tmp_path: Path) -> None:
     assert hit.exists()
 
 
+LADDER = "".join(f"class A{number}(A{number - 1}, A{number - 1}): pass\n" for number in range(1, 50))
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -273,6 +276,9 @@ def test_nothing_is_run(tmp_path: Path) -> None:
         "x = " + "-" * 100_000 + "1",
         "A = A\nclass UserModel(A): pass\n",
         "class UserModel(UserModel): pass\n",
+        "class UserModel(UserModel, UserModel): pass\n",
+        f"class A0: pass\n{LADDER}class UserModel(A49, A49): pass\n",
+        f"from {'.' * 90}x import UserModel\n",
         "from bks_model import UserModel\n",
         "from bks_model import *\n",
         "import a\nfrom a import UserModel\n",

@@ -105,12 +105,14 @@ MISTAKES = [
     ({"max_grad_norm": "-1"}, "max_grad_norm", "max_grad_norm=-1: input should be greater than 0"),
     ({"train_for": "soon"}, "train_for", 'write a number and a unit: "3 epochs"'),
     ({"train_for": "30 s"}, "train_for", "train_for=30 s: write it in steps or epochs"),
+    ({"train_for": "0"}, "train_for", "train_for=0 epochs trains nothing"),
     ({"global_batch_size": "63.5"}, "global_batch_size", "global_batch_size=63.5: "),
     ({"nproc": "3"}, "global_batch_size", "not a multiple of world_size=3 (3 x 21 = 63). World sizes that fit: 1, 2"),
     ({"nproc": "two"}, "nproc", "--nproc=two: write a whole number, 1 or more"),
     ({"nproc": "0"}, "nproc", "--nproc=0: "),
     ({"name": ""}, "name", "--run-name is empty"),
     ({"name": "../up"}, "name", "--run-name='../up'"),
+    ({"name": "a" * 250}, "name", "at most 220 bytes"),  # or the bin could not take it
     ({"name": "taken"}, "name", "there is a run of this name. Use taken-1."),
     ({"config": "mnist_bkz"}, "config", "Did you mean mnist_bks?"),
     ({"model": "bsk"}, "model", "model.name=bsk: no such net. Did you mean bks?"),
@@ -137,6 +139,7 @@ MISTAKES = [
     ({"lines": "data.name=mine:Sett"}, LINES, "mine.py has no Sett. Did you mean Set?"),
     ({"lines": "model.bundle=/nowhere"}, LINES, "model.bundle=/nowhere: no such file or folder"),
     ({"lines": "runs_dir=/x"}, LINES, "runs_dir is the folder that this page shows"),
+    ({"where": "here"}, "where", "where=here: write local or slurm."),
     ({"where": "slurm", "time": "soon"}, "time", "--time=soon is not a time limit"),
     ({"where": "slurm", "time": "1"}, "time", "no time to train is left"),
     ({"where": "slurm", "nodes": "x"}, "nodes", "--nodes=x: "),
@@ -196,6 +199,8 @@ def test_names_are_free(runs: Path) -> None:
     write_run(runs, "bks-1")
     write_run(runs, "bks-3")
     assert free_name("bks", runs) == free_name("bks-1", runs) == free_name("bks-3", runs) == "bks-2"
+    for odd in (".", 'my "run" (2)', "\u00fc" * 150, "a" * 255):  # an old run may have any name
+        assert not filled(runs, name=free_name(odd, runs)).errors
 
 
 # --- the library -----------------------------------------------------------------------------------------------------

@@ -136,6 +136,8 @@ def test_wrong_form_creates_nothing_and_keeps_what_was_entered(client: TestClien
     errors = client.post("/new/run", data=texts, headers=JSON)
     assert errors.status_code == 422
     assert set(errors.json()["errors"]) == {"optimizer.lr", "lines", "name"}
+    unknown = client.post("/new/create", data=TEXTS | {"batch_size": "64"}, headers=JSON)
+    assert "There is no field batch_size. Did you mean global_batch_size?" in unknown.json()["errors"]["lines"]
     for broken in ({}, {"config": "no"}, {"config": "mnist", "name": "x", "where": "moon", "nodes": "-"}):
         assert client.post("/new/create", data=broken, headers=SAME_ORIGIN).status_code == 422
         assert client.post("/new/check", data=broken, headers=SAME_ORIGIN).status_code == 200
@@ -158,7 +160,7 @@ SLURM = TEXTS | {"where": "slurm", "nodes": "2", "per_node": "2", "time": "10", 
 def submitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The scripts that were given to Slurm, whose partition `low` has two nodes."""
     scripts: list[str] = []
-    monkeypatch.setattr(commands, "partitions", lambda: {"low": Partition(2, 4, "infinite", is_default=True)})
+    monkeypatch.setattr(commands, "partitions", lambda *_: {"low": Partition(2, 4, "infinite", is_default=True)})
     monkeypatch.setattr(commands, "submit", lambda script: scripts.append(script) or str(len(scripts)))  # type: ignore[func-returns-value]
     monkeypatch.setattr(commands, "jobs", lambda ids: {})
     return scripts
@@ -222,7 +224,7 @@ def test_net_that_does_not_fit_is_found_by_trying(client: TestClient, tmp_path: 
 def test_trial_is_that_of_command_line(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
 
-    def answer(*arguments: str, timeout_s: float) -> str:
+    def answer(*arguments: str, timeout_s: float, memory_bytes: int) -> str:
         asked.append(arguments)
         folder = next(each for each in arguments if each.startswith("runs_dir=/tmp/dist_train-"))
         return f"run directory {folder.partition('=')[2]}/trial\nval accuracy 9 % <>\n"

@@ -38,6 +38,12 @@ class Source:
     def root(self) -> Path:
         return (self.config.root or default_data_root()).expanduser().absolute()
 
+    @property
+    def place(self) -> tuple[Path, Path | None]:
+        """The folder and the loader: the same for each way to write their paths."""
+        bundle = self.config.bundle
+        return self.root.resolve(), bundle.expanduser().resolve() if bundle is not None else None
+
     def __str__(self) -> str:
         """The settings of a validation set of its own, as a user writes them."""
         return " ".join(f"{self._setting(name)}={getattr(self.config, name)}" for name in self.own)
