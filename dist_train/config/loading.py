@@ -209,6 +209,8 @@ def parse_override(override: str) -> tuple[str, Any]:
         fix = _as_config(override) or "Write it as key=value, for example optimizer.lr=3e-4."
         raise ConfigError(f'"{override}" is not a setting. {fix}')
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few could stand for gigabytes
+            raise ConfigError(f'"{override[:100]}" has an alias (*name). Write the value itself.')
         return key.strip(), _read_yaml(text) if text else None
     except yaml.YAMLError:
         raise ConfigError(f'The value of "{override}" is not YAML. Quote it, for example {key}=\'"text"\'.') from None

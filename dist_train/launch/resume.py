@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import sys
@@ -19,7 +18,7 @@ from dist_train.launch.slurm import commands
 from dist_train.launch.subprocesses import begin_detached
 from dist_train.runs.directory import RunDir
 from dist_train.runs.start_lock import hold_start_lock, note_start
-from dist_train.runs.start_options import valid_run_name
+from dist_train.runs.start_options import free_name
 from dist_train.runs.summary import Summary, summarise_existing
 
 
@@ -143,15 +142,17 @@ def describe_new_start(run_dir: RunDir) -> str | None:
         where = ["launch", f"--nnodes={nodes}", f"--rdzv-endpoint={meeting_point}", "--nproc", str(ranks // nodes)]
     precision = provenance.get("mixed_precision", "no")  # a launcher may have set it
     settings = ["-o", f"mixed_precision={precision}"] if precision != "no" else []
-    what = ["-c", str(run_dir.config), "--run-name", _free_name(run_dir.path), *settings, *_init_from(provenance)]
+    what = [
+        "-c",
+        str(run_dir.config),
+        "--run-name",
+        free_name(run_dir.path.name, run_dir.path.parent),
+        *settings,
+        *_init_from(provenance),
+    ]
     threads = {"OMP_NUM_THREADS": str(provenance["num_threads"])} if "num_threads" in provenance else {}
     recorded = provenance | {"environment": provenance.get("environment", {}) | threads}
     return _for_shell([*_program(provenance), *where, *what], recorded)
-
-
-def _free_name(run: Path) -> str:
-    own = valid_run_name(run.name)
-    return next(name for number in itertools.count(2) if not (run.parent / (name := f"{own}-{number}")).exists())
 
 
 def _for_shell(command: Sequence[str], provenance: Mapping[str, Any]) -> str:

@@ -98,6 +98,18 @@ def valid_run_name(text: str) -> str:
     return name.encode()[: _MOST_BYTES - _FOR_NUMBER].decode(errors="ignore")
 
 
+def free_name(wanted: str, folder: Path) -> str:
+    """Return a valid name close to `wanted`, with the first number behind it that no run in `folder` has."""
+    stem = re.sub(r"(?<!\de)-\d+$", "", valid_run_name(wanted))  # lr1e-3 has no number behind it
+    numbers = itertools.count(2 if is_taken(stem, folder) or is_taken(wanted, folder) else 1)
+    return next(name for number in numbers if not is_taken(name := f"{stem}-{number}", folder))
+
+
+def is_taken(name: str, folder: Path) -> bool:
+    """Whether a run in `folder` has this name. False, not an error, for a name that no file can have."""
+    return os.path.lexists(folder / name)
+
+
 def check_start(run_dir: RunDir, config: Config, start: StartOptions, *, create: bool = True) -> bool:
     """Check that a start may use this run directory. Return True if the run is already finished.
 

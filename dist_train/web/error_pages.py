@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dist_train.web.site import Site, json_response
+from dist_train.web.site import Site, json_response, wants_json
 
 
 class ErrorPages:
@@ -30,6 +30,6 @@ class ErrorPages:
         return self._error(request, 503, f"{error.strerror or error}. Load the page again.")
 
     def _error(self, request: Request, status: int, message: str) -> Response:
-        if request.headers.get("accept", "").startswith("application/json"):
+        if wants_json(request):
             return json_response({"error": message}, status)
         return self._site.page(request, "error.html", status_code=status, message=message)

@@ -11,7 +11,6 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 from dist_train.config.batch_plan import BatchPlan
@@ -24,7 +23,7 @@ from dist_train.launch.jobs import batch_script
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.launch.slurm.preflight import check_submission
 from dist_train.models.names import check_own_name
-from dist_train.runs.start_options import StartOptions, check_initial_weights, check_run_name, valid_run_name
+from dist_train.runs.start_options import StartOptions, check_initial_weights, check_run_name, free_name, is_taken
 from dist_train.runs.train_arguments import TrainArguments
 from dist_train.user_code.bundles import find_bundled
 from dist_train.user_code.importing import check_object_source
@@ -197,22 +196,12 @@ def _folder_of(path: Path, filename: str, setting: str) -> Path | None:
     return find_bundled(path, filename, f"{setting}={path}").parent
 
 
-def free_name(wanted: str, folder: Path) -> str:
-    """Return a valid name close to `wanted`, with the first number behind it that no run in `folder` has."""
-    stem = re.sub(r"-\d+$", "", valid_run_name(wanted))
-    return next(name for number in count(1) if not _exists(name := f"{stem}-{number}", folder))
-
-
-def _exists(name: str, folder: Path) -> bool:
-    return os.path.lexists(folder / name)  # False, not an error, for a name that no file can have
-
-
 def _check_name(name: str, folder: Path, found: Checked) -> None:
     try:
         if not name:
             raise ConfigError("--run-name is empty: give the job a name.")
         check_run_name("--run-name", name, folder)
-        if _exists(name, folder):
+        if is_taken(name, folder):
             raise ConfigError(f"--run-name={name}: there is a run of this name. Use {free_name(name, folder)}.")
     except ConfigError as error:
         found.refuse("name", error)

@@ -20,11 +20,12 @@ from dist_train.launch import jobs
 from dist_train.launch.job_queue import create_job, enqueue, ensure_keeper
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.runs.directory import RunDir
+from dist_train.runs.start_options import free_name
 from dist_train.runs.summary import Summary
 from dist_train.web import child_processes
 from dist_train.web.job_fields import FIELDS, LABELS, nearest_config, texts_of
-from dist_train.web.job_form import Checked, Job, check, field_of, free_name
-from dist_train.web.site import Site, json_response, quoted, read_form
+from dist_train.web.job_form import Checked, Job, check, field_of
+from dist_train.web.site import Site, json_response, quoted, read_form, wants_json
 
 _FIRST = "mnist_bks"  # the config to start from
 _OFFERED = 500  # runs to copy, the newest
@@ -77,17 +78,17 @@ class JobPages:
         checked, done = await run_sync(self._create, texts, run)
         if not done:
             return self._refuse(request, texts, checked)
-        if _wants_json(request):
+        if wants_json(request):
             return json_response({"run": texts["name"], "done": done}, 200 if done == "there" else 201)
         return RedirectResponse(f"../jobs/{quoted(texts['name'])}?done={done}", 303)
 
     def _create(self, texts: dict[str, str], run: bool) -> tuple[Checked, str]:
         """Create a job, unless a run has its name already. Returns what is wrong, and what was done."""
         folder = self._site.index.folder
+        checked = check(texts, folder)
         with self._creating:  # the second of two clicks finds what the first has created
             if self._site.index.find(texts.get("name", "")) is not None:
                 return Checked(), "there"
-            checked = check(texts, folder)
             if checked.job is None:
                 return checked, ""
             try:
@@ -105,7 +106,7 @@ class JobPages:
 
     def _refuse(self, request: Request, texts: dict[str, str], checked: Checked) -> Response:
         status = 422 if checked.job is None else 409
-        if _wants_json(request):
+        if wants_json(request):
             return json_response({"errors": checked.errors}, status)
         try:
             whole = texts_of(load_config(texts.get("config", "")), texts.get("config", "")) | {"name": ""}
@@ -130,10 +131,6 @@ def _where(summary: Summary) -> dict[str, str]:
     if summary.job is None:
         return {"nproc": per_node}
     return {"where": "slurm", "nodes": str(nodes), "per_node": per_node}
-
-
-def _wants_json(request: Request) -> bool:
-    return "application/json" in request.headers.get("accept", "")
 
 
 def _create(job: Job, folder: Path, run: bool) -> None:

@@ -28,7 +28,7 @@ from dist_train.user_code.library import (
 )
 from dist_train.web.adding import Adding, Task
 from dist_train.web.outputs import stream_folder
-from dist_train.web.site import Site, attachment_header, json_response, read_form
+from dist_train.web.site import Site, attachment_header, json_response, read_form, wants_json
 from dist_train.web.uploads import Uploads
 
 
@@ -60,7 +60,7 @@ class LibraryPages:
 
     def page(self, request: Request) -> Response:
         kind = _kind(request)
-        if "application/json" in request.headers.get("accept", ""):
+        if wants_json(request):
             return json_response([_plain(version, jobs) for version, jobs in self._rows(kind)])
         since = request.query_params.get("since")  # a poll; of the page's own address, so that its links stay right
         if since == self._since(kind):
@@ -75,7 +75,7 @@ class LibraryPages:
         kind, form = _kind(request), dict(await read_form(request))
         task = await run_sync(self._task, kind, form)
         self._adding.begin(task)
-        if "application/json" not in request.headers.get("accept", ""):
+        if not wants_json(request):
             return RedirectResponse(f"{kind}?done=add", 303)
         version = await asyncio.wrap_future(task.version)
         return json_response(_plain(version, []), 201)

@@ -14,7 +14,7 @@ from dist_train.launch.job_queue import ensure_keeper, is_of_this_host
 from dist_train.runs.summary import Summary
 from dist_train.web.login import Login
 from dist_train.web.run_list import SORTS, Query, Row, make_page
-from dist_train.web.site import Site, json_response
+from dist_train.web.site import Site, json_response, wants_json
 
 
 class ListPages:
@@ -33,7 +33,7 @@ class ListPages:
         found = self._list(request)
         if request.query_params.get("since") == found["since"]:
             return Response(status_code=204)
-        if "application/json" in request.headers.get("accept", ""):
+        if wants_json(request):
             return json_response([_plain(row) for row in found["page"].rows])
         return self._site.page(request, "rows.html", **found)
 

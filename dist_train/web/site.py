@@ -103,6 +103,10 @@ def whole_number(text: str, digits: int = 18) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
 
 
+def wants_json(request: Request) -> bool:
+    return "application/json" in request.headers.get("accept", "")
+
+
 def json_response(value: Any, status_code: int = 200) -> Response:
     return Response(to_json(value), status_code, media_type="application/json")
 

@@ -157,3 +157,10 @@ def test_random_override_is_valid_or_rejected(key: str, text: str) -> None:
         with contextlib.suppress(ConfigError):
             config = load_config("smoke", [override])
             assert read_back(config) == config
+
+
+def test_alias_in_override_is_refused() -> None:
+    """Nested ones stand for gigabytes, in the server of the page too."""
+    with pytest.raises(ConfigError, match=r"has an alias \(\*name\)\. Write the value itself\."):
+        load_config("mnist", ["model.args={a: &a [1, 2], b: [*a, *a]}"])
+    assert load_config("mnist", ["tracking.group='*a'"]).tracking.group == "*a"

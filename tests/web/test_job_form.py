@@ -17,10 +17,11 @@ from dist_train.cli import main
 from dist_train.config.loading import bundled_configs, load_config, parse_config
 from dist_train.config.schema import Config
 from dist_train.models.nets import Bks
+from dist_train.runs.start_options import free_name
 from dist_train.user_code import library
 from dist_train.user_code.library import Kind
 from dist_train.web.job_fields import FIELDS, LABELS, LINES, nearest_config, texts_of
-from dist_train.web.job_form import Checked, check, free_name
+from dist_train.web.job_form import Checked, check
 from support.page import write_run
 from support.processes import DIST_TRAIN, ROOT
 from support.run_files import status
@@ -113,7 +114,7 @@ MISTAKES = [
     ({"name": ""}, "name", "--run-name is empty"),
     ({"name": "../up"}, "name", "--run-name='../up'"),
     ({"name": "a" * 250}, "name", "at most 220 bytes"),  # or the bin could not take it
-    ({"name": "taken"}, "name", "there is a run of this name. Use taken-1."),
+    ({"name": "taken"}, "name", "there is a run of this name. Use taken-2."),
     ({"config": "mnist_bkz"}, "config", "Did you mean mnist_bks?"),
     ({"model": "bsk"}, "model", "model.name=bsk: no such net. Did you mean bks?"),
     ({"model": "none/1-0"}, "model", "There is no none among the models"),
@@ -199,6 +200,7 @@ def test_names_are_free(runs: Path) -> None:
     write_run(runs, "bks-1")
     write_run(runs, "bks-3")
     assert free_name("bks", runs) == free_name("bks-1", runs) == free_name("bks-3", runs) == "bks-2"
+    assert free_name("lr1e-3", runs) == "lr1e-3-1"
     for odd in (".", 'my "run" (2)', "\u00fc" * 150, "a" * 255):  # an old run may have any name
         assert not filled(runs, name=free_name(odd, runs)).errors
 
