@@ -135,7 +135,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
         [*WORDS, "Nonsense", "yes"],
     ),
     "booleans": (
-        ["final_train_eval", "ddp.find_unused_parameters", "ddp.sync_batchnorm", "tracking.tensorboard",
+        ["final_train_eval", "ddp.find_unused_parameters", "ddp.sync_batchnorm", "tf32", "tracking.tensorboard",
          "tracking.pictures", "tracking.artifact", "data.augment.flip",
          "data.resident", "optimizer.nesterov", "optimizer.amsgrad", "optimizer.centered"],
         ["maybe", "2", "[yes]", "{a: 1}", "0.5", "ja", "''"],

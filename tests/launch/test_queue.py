@@ -305,6 +305,7 @@ def fake_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int, busy: s
     program.write_text(f'#!/bin/sh\ncase "$1" in *compute-apps*) echo "{busy}";; *) echo "{every}";; esac\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # which hides the GPUs of this machine from all tests
 
 
 def test_gpus_are_given_as_many_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,7 +349,7 @@ def test_page_works_behind_prefix(prefix: list[str], browser: Browser, tmp_path:
                     page.get_by_role("link", name=name).click()
                     page.get_by_role("heading", name="run", exact=True).wait_for()
                 page.locator("#curves canvas").first.wait_for()
-                page.get_by_role("button", name="Copy").click()
+                page.get_by_role("button", name="Copy", exact=True).click()
                 page.locator("#new[data-htmx-powered]").wait_for()  # what is typed earlier is not checked
                 page.get_by_label("Learning rate").fill("fast")
                 page.get_by_text("optimizer.lr=fast").wait_for()

@@ -133,11 +133,11 @@ MISTAKES = [
     ({"lines": "seed=["}, LINES, 'The value of "seed=[" is not YAML'),
     ({"lines": "optimizer.lr=x"}, LINES, "optimizer.lr=x: "),  # where it was typed
     ({"lines": "model.name=bsk"}, LINES, "Did you mean bks?"),
-    ({"lines": "model.name=minee:Net"}, LINES, "no module minee, neither in "),
-    ({"lines": "model.name=mine:Nett"}, LINES, "mine.py has no Nett. Did you mean Net?"),
-    ({"lines": "model.name=mine:Other"}, None, ""),  # it may come from the module that is imported there
+    ({"lines": "model.name=form_netss:Net"}, LINES, "no module form_netss, neither in "),
+    ({"lines": "model.name=form_nets:Nett"}, LINES, "form_nets.py has no Nett. Did you mean Net?"),
+    ({"lines": "model.name=form_nets:Other"}, None, ""),  # it may come from the module that is imported there
     ({"lines": "model.name=broken:Net"}, LINES, "broken.py:2: SyntaxError"),
-    ({"lines": "data.name=mine:Sett"}, LINES, "mine.py has no Sett. Did you mean Set?"),
+    ({"lines": "data.name=form_nets:Sett"}, LINES, "form_nets.py has no Sett. Did you mean Set?"),
     ({"lines": "model.bundle=/nowhere"}, LINES, "model.bundle=/nowhere: no such file or folder"),
     ({"lines": "runs_dir=/x"}, LINES, "runs_dir is the folder that this page shows"),
     ({"where": "here"}, "where", "where=here: write local or slurm."),
@@ -154,7 +154,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("texts", "field", "message"), MISTAKES, ids=[str(each[0])[:60] for each in MISTAKES])
 def test_mistake_is_told_at_its_field(texts: dict[str, str], field: str | None, message: str, runs: Path) -> None:
     write_run(runs, "taken")
-    (runs.parent / "mine.py").write_text("from elsewhere import Other\nclass Net: pass\nclass Set: pass\n")
+    (runs.parent / "form_nets.py").write_text("from elsewhere import Other\nclass Net: pass\nclass Set: pass\n")
     (runs.parent / "broken.py").write_text("\nclass Net(:\n")
     found = filled(runs, **texts)
     assert list(found.errors) == ([field] if field else [])

@@ -63,7 +63,7 @@ def test_run_is_copied(client: TestClient, tmp_path: Path) -> None:
     run_dir.write_config(load_config("mnist_bks", ["optimizer.lr=0.5", "seed=9", "tracking.tags=[a b]"]))
     assert 'formaction="../new" name="from" value="bks-3"' in client.get("/jobs/bks-3").text
     texts = texts_in(client.get("/new?from=bks-3").text)
-    assert (texts["config"], texts["name"], texts["nproc"]) == ("mnist_bks", "bks-1", "2")
+    assert (texts["config"], texts["name"], texts["nproc"]) == ("mnist_bks", "bks-2", "2")
     assert (texts["optimizer.lr"], texts["lines"]) == ("0.5", "seed=9\ntracking.tags=[a b]")
 
 

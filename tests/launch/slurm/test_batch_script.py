@@ -226,7 +226,7 @@ def test_stop_before_training_has_limited_requeues(state: str | None, tmp_path: 
 
 def test_partition_with_different_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     output = "low*|2|16|1-00:00:00\nlow*|1|64|1-00:00:00\nbig|3|1024|infinite\n"
-    monkeypatch.setattr(slurm, "ask", lambda *command: output)
+    monkeypatch.setattr(slurm, "ask", lambda *command, timeout_s: output)
     assert slurm.partitions() == {
         "low": Partition(3, 64, "1-00:00:00", True), "big": Partition(3, 1024, "infinite", False),
     }  # fmt: skip
