@@ -129,6 +129,8 @@ def test_upload_survives_broken_line_closed_tab_and_killed_server(
         page.get_by_role("button", name="Add", exact=True).click()
         wait_for_parts(page, [8 * MIB])
         page.close()
+    [part] = library_root().glob(".uploads/*.part")
+    came_to = part.stat().st_size  # what was held may still go out, in part, when its tab closes
     with serving(prefix, tmp_path, port) as again:
         assert again == address
         page = context.new_page()
@@ -137,7 +139,7 @@ def test_upload_survives_broken_line_closed_tab_and_killed_server(
         choose(page, "set", archive)
         page.get_by_role("button", name="Add", exact=True).click()
         page.get_by_role("link", name="Download set version 1").wait_for()
-        assert sent[0] == 8 * MIB  # from where the first tab came to
+        assert sent[0] == came_to >= 8 * MIB  # from where the first tab came to
         assert sent[1] == sent[2]  # and again what the broken line carried
         context.close()
     [version] = versions(Kind.DATASETS)

@@ -44,8 +44,11 @@ folder = Path(sys.argv[1])
 client, _ = client_of(folder, folder)
 asked = [(page, client.get(page)) for page in {PAGES}]
 entry = [run.path.name for run in deleted_runs.find_deleted(folder)][0]
-form = {{"entry": entry, "config": "smoke", "name": "new"}}
-asked += [(page, client.post(page, headers=SAME_ORIGIN, data=form)) for page in {ACTIONS}]
+job = {{"config": "smoke", "name": "new"}}
+asked += [
+    (page, client.post(page, headers=SAME_ORIGIN, data=job if page.startswith("/new") else {{"entry": entry}}))
+    for page in {ACTIONS}
+]
 print(json.dumps({{page: [answer.status_code, answer.text] for page, answer in asked}}))
 """
 
