@@ -112,11 +112,6 @@ def find(kind: Kind, name: str, version: str | None = None) -> Version:
     return chosen[-1]
 
 
-def path_of(kind: Kind, name: str, version: str | None = None) -> Path:
-    """Return what a job names as `model.bundle`, `data.bundle` or `data.root`. Raises LibraryError, as `find`."""
-    return find(kind, name, version).path
-
-
 def last_change(kind: Kind) -> int:
     """Return a number that changes when a name or a version is added or deleted."""
     newest = 0

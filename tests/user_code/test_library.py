@@ -29,7 +29,6 @@ from dist_train.user_code.library import (
     find,
     last_change,
     library_root,
-    path_of,
     remove_unfinished,
     uses,
 )
@@ -79,8 +78,8 @@ def test_new_contents_are_a_new_version_and_old_ones_stay(tmp_path: Path) -> Non
     [entry] = entries(Kind.MODELS)
     assert entry.versions == (first, second)
     assert entry.newest == second == find(Kind.MODELS, "bks")
-    assert path_of(Kind.MODELS, "bks") == second.path
-    assert path_of(Kind.MODELS, "bks", first.version) == first.path
+    assert find(Kind.MODELS, "bks").path == second.path
+    assert find(Kind.MODELS, "bks", first.version).path == first.path
     assert (first.files, first.bytes) == (1, (TUTORIAL / "bks_model.py").stat().st_size)
     assert first.check.summary == "UserModel: loss, metrics"
     assert entries(Kind.LOADERS) == entries(Kind.DATASETS) == []
@@ -177,9 +176,9 @@ def test_what_is_no_name_is_refused(name: str, tmp_path: Path) -> None:
 def test_unknown_name_is_told_with_the_nearest(tmp_path: Path) -> None:
     version = add_empty("mnist-empty")
     with pytest.raises(LibraryError, match=r"There is no mnist-emty among the datasets\. Did you mean mnist-empty\?"):
-        path_of(Kind.DATASETS, "mnist-emty")
+        find(Kind.DATASETS, "mnist-emty")
     with pytest.raises(LibraryError, match=rf"has no version 7\. It has: {version.version}\."):
-        path_of(Kind.DATASETS, "mnist-empty", "7")
+        find(Kind.DATASETS, "mnist-empty", "7")
 
 
 # --- weights ---
