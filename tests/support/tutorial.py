@@ -10,12 +10,10 @@ import torch
 
 from dist_train.data.sets.named_sets import load_named
 from dist_train.user_code.bundles import open_bundle
-from support.processes import ROOT
+from support.bundle_files import TUTORIAL
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
-
-TUTORIAL = ROOT / "tests/bundles/mnist_bks"
 
 
 def zipped(folder: Path, name: str) -> Path:

@@ -26,25 +26,11 @@ from dist_train.models.bundle import load_model_bundle
 from dist_train.torchvision_compat import import_torchvision
 from dist_train.user_code import archives
 from dist_train.user_code.contents import CODE
-from support.processes import ROOT
+from support.bundle_files import DATASET, TUTORIAL
 
 import_torchvision()  # here and not in a test: importing it changes the environment (torch._dynamo does)
 
-TUTORIAL = ROOT / "tests/bundles/mnist_bks"
 
-DATASET = """
-from torch.utils.data import Dataset, default_collate
-
-class UserDataset(Dataset):
-    def __init__(self, data_path):
-        self.path = data_path
-    def __len__(self):
-        return 3
-    def __getitem__(self, index):
-        return index
-    def collate(self, batch):
-        return default_collate(batch)
-"""
 MODEL = """
 from torch import nn
 

@@ -32,9 +32,8 @@ from dist_train.user_code.library import (
     remove_unfinished,
     uses,
 )
-from support.processes import DIST_TRAIN, ROOT, run
-
-TUTORIAL = ROOT / "tests/bundles/mnist_bks"
+from support.bundle_files import TUTORIAL
+from support.processes import DIST_TRAIN, run
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,10 @@ from dist_train.errors import DistTrainError
 from dist_train.models.bundle import load_model_bundle
 from dist_train.torchvision_compat import import_torchvision
 from dist_train.user_code.source_check import DATASET_FILE, MODEL_FILE, check_source
-from support.processes import ROOT
+from support.bundle_files import DATASET, TUTORIAL
 
 import_torchvision()  # here and not in a test: importing it changes the environment
 
-TUTORIAL = ROOT / "tests/bundles/mnist_bks"
 MODEL = """
 from torch import nn
 
@@ -26,19 +25,6 @@ class UserModel(nn.Linear):
         super().__init__(width, 1)
     def loss(self, output, target):
         return (output - target).square().mean()
-"""
-DATASET = """
-from torch.utils.data import Dataset, default_collate
-
-class UserDataset(Dataset):
-    def __init__(self, data_path):
-        self.path = data_path
-    def __len__(self):
-        return 3
-    def __getitem__(self, index):
-        return index
-    def collate(self, batch):
-        return default_collate(batch)
 """
 
 

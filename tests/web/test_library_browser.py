@@ -13,6 +13,7 @@ import pytest
 
 from dist_train.user_code.library import Kind, Version, add_empty, add_zip, entries, library_root
 from support.browser import needs_namespace, opened, serving
+from support.bundle_files import TUTORIAL
 from support.patience import PATIENCE_S
 from support.processes import ROOT, started
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 pytestmark = [needs_namespace, pytest.mark.xdist_group("browser")]
 
-TUTORIAL = ROOT / "tests/bundles/mnist_bks"
 MIB = 2**20
 
 
