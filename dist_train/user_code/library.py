@@ -177,7 +177,7 @@ def add_zip(
         raise LibraryError(f"{archive} is neither a zip nor a folder of this machine. Give its whole path, from / on.")
 
     def fill(files: Path) -> Contents:
-        limits = CODE if kind != Kind.DATASETS else _data_limits(files)
+        limits = CODE if kind != Kind.DATASETS else _data_limits(files.parent)
         return unpack(archive, files, f"The zip of {name}", limits, progress)
 
     return _add(kind, name, fill, weights)
@@ -257,8 +257,6 @@ def _check(kind: Kind, files: Path) -> SourceCheck:
 
 
 def _data_limits(folder: Path) -> Limits:
-    while not folder.exists():
-        folder = folder.parent
     free = shutil.disk_usage(folder).free
     advice = f"{free / 1e9:.1f} GB are free in {library_root()}, of which {_SPARE_BYTES / 1e9:.1f} GB stay free."
     return Limits(max(0, free - _SPARE_BYTES), 2_000_000, advice)
