@@ -9,12 +9,12 @@ from dist_train.config.loading import parse_config
 from dist_train.launch.job_queue import create_job, enqueue
 from dist_train.runs.directory import RunDir
 
-# Its arguments: -m dist_train train --resume RUN --nproc N.
+# Its arguments: -m dist_train train --resume RUN --nproc N. Who reads "begin" finds the other files complete.
 _LAUNCHER = """#!/bin/sh
 name=$(basename "$5")
-echo "begin $name" >> {folder}/trace
 env > {folder}/env.$name
 pwd > {folder}/cwd.$name
+echo "begin $name" >> {folder}/trace
 while [ ! -e {folder}/go ] && [ ! -e {folder}/go.$name ]; do sleep 0.02; done
 echo "end $name" >> {folder}/trace
 """
