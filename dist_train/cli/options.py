@@ -77,12 +77,15 @@ def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def check_net_and_data(config: Config) -> None:
-    """Check that net and data set exist, without constructing them."""
+    """Check that net, data set and schedule exist, without constructing them."""
     from dist_train.data.splits import check_data_exists
     from dist_train.models.registry import check_model_exists
+    from dist_train.user_code.importing import check_object
 
     check_data_exists(config.data)
     check_model_exists(config.model)
+    if ":" in config.schedule.name:
+        check_object(config.schedule.name)
 
 
 def end_rank() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,6 +30,7 @@ from pydantic import (
 )
 
 from dist_train.config.durations import Duration
+from dist_train.errors import did_you_mean
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,6 @@ MayChange = "free"  # may differ between the starts of one run
 Precision = Literal["no", "bf16", "fp16"]
 StepMode = Literal["eager", "compile", "graph"]
 WantedMode = Literal["auto", StepMode]
-ScheduleName = Literal["constant", "cosine", "linear", "one_cycle"]
 
 
 def _not_seconds(text: object) -> Duration:
@@ -54,6 +55,23 @@ def _with_unit(text: object) -> object:
     return text
 
 
+def _not_zero(duration: Duration) -> Duration:
+    if not duration.value:
+        raise ValueError("it must be longer than zero")
+    return duration
+
+
+def _name_of(kind: str, names: Collection[str], yours: str) -> AfterValidator:
+    """Return a validator of one of our names, or of the user's own object as `package.module:Name`."""
+
+    def check(name: str) -> str:
+        if name not in names and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ValueError(f"no such {kind}.{did_you_mean(name, names)} Names: {', '.join(names)}, {yours}")
+        return name
+
+    return AfterValidator(check)
+
+
 def _yaml_no(value: object) -> object:
     return "no" if value is False else value  # YAML reads a bare `no` as False
 
@@ -66,6 +84,7 @@ def _without_nul(path: Path) -> Path:
 
 _AsText = PlainSerializer(str, when_used="always")
 Steps = Annotated[Duration, BeforeValidator(_not_seconds), _AsText]  # "600 steps" (also as 600) or "3 epochs"
+PositiveSteps = Annotated[Steps, AfterValidator(_not_zero)]
 StepsOrSeconds = Annotated[Duration, BeforeValidator(Duration.parse), _AsText]  # also "30 s"
 Options = dict[str, JsonValue]  # keyword arguments of a class that a setting names
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -194,11 +213,48 @@ class OptimizerConfig(_Settings):
         return self.lr * factors[self.lr_scaling]
 
 
+# The settings of each schedule besides warmup and final_ratio, which are ignored where they have no meaning.
+SCHEDULES: dict[str, frozenset[str]] = {
+    "constant": frozenset(),
+    "cosine": frozenset(),
+    "linear": frozenset(),
+    "one_cycle": frozenset(),
+    "step": frozenset({"step_size", "milestones", "gamma"}),
+    "polynomial": frozenset({"power"}),
+    "cosine_restarts": frozenset({"t_0", "t_mult"}),
+}
+
+
 class ScheduleConfig(_Settings):
-    name: ScheduleName = "constant"  # how lr changes after the warm-up
+    # How lr changes after the warm-up: constant, cosine, linear, one_cycle, step, polynomial, cosine_restarts, or your
+    # own function as package.module:function, which returns lr / peak for (step, total), step from 0 to total - 1.
+    name: Annotated[str, _name_of("schedule", SCHEDULES, "package.module:function")] = "constant"
     # Linear rise from 0 to the peak. For one_cycle the length of its rise; there 0 means 30 % of the run.
     warmup: Steps = Duration(0)
-    final_ratio: Fraction = 0.0  # for cosine and linear: final learning rate / peak learning rate
+    # For cosine, linear, polynomial and cosine_restarts: final learning rate / peak learning rate.
+    final_ratio: Fraction = 0.0
+    step_size: PositiveSteps | None = None  # for step: multiply lr by gamma each time that this much is trained
+    milestones: list[PositiveSteps] | None = None  # for step: multiply lr by gamma here, instead of with step_size
+    gamma: Annotated[float, Field(gt=0, lt=1)] | None = None  # for step; None: 0.1
+    power: PositiveFloat | None = None  # for polynomial; None: 1, which is linear
+    t_0: PositiveSteps | None = None  # for cosine_restarts: length of the first cycle, after the warm-up
+    t_mult: PositiveInt | None = None  # for cosine_restarts: length of a cycle / length of the one before; None: 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScheduleConfig:
+        own = SCHEDULES.get(self.name, frozenset())
+        unknown = sorted(key for key in set().union(*SCHEDULES.values()) - own if getattr(self, key) is not None)
+        if unknown:
+            raise ValueError(
+                f"{self.name} has no {', '.join(unknown)}. Its settings: {', '.join(sorted(own)) or 'none'}"
+            )
+        if self.name == "step" and (self.step_size is None) == (not self.milestones):
+            raise ValueError("step takes step_size, such as 30 epochs, or milestones, such as [30 epochs, 60 epochs]")
+        if self.name == "cosine_restarts" and self.t_0 is None:
+            raise ValueError("cosine_restarts needs t_0, the length of the first cycle, such as 10 epochs")
+        if ":" in self.name and (self.warmup.value or self.final_ratio):
+            raise ValueError(f"{self.name} returns lr / peak at every step: leave out warmup and final_ratio")
+        return self
 
 
 class EarlyStopConfig(_Settings):

@@ -72,13 +72,7 @@ def build_components(
     """
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world.size)
     sampler = ShardSampler(num_examples(splits.train), plan, world.rank, config.seed)
-    learning_rate = LearningRate(
-        peak=config.optimizer.scaled_lr(config.global_batch_size),
-        total_steps=config.train_for.to_steps(sampler.steps_per_epoch),
-        name=config.schedule.name,
-        warmup_steps=config.schedule.warmup.to_steps(sampler.steps_per_epoch),
-        final_ratio=config.schedule.final_ratio,
-    )
+    learning_rate = LearningRate.of(config, sampler.steps_per_epoch)
     net = build_model(config.model, splits.input_spec, config.seed)
     if config.ddp.sync_batchnorm and world.device.type == "cuda" and world.size > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)

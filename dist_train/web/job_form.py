@@ -151,7 +151,7 @@ def _config(texts: Texts, found: Checked) -> Config | None:
         for line in str(error).splitlines():
             found.refuse(field_of(line, texts), line)
         return None
-    for check_one in (_check_net, _check_data):
+    for check_one in (_check_net, _check_data, _check_schedule):
         try:
             check_one(config)
         except DistTrainError as error:
@@ -169,6 +169,11 @@ def _check_net(config: Config) -> None:
         check_own_name(model)
     elif not model.name.startswith(("torchvision:", "timm:")):
         check_object_source("model.name", model.name)
+
+
+def _check_schedule(config: Config) -> None:
+    if ":" in config.schedule.name:
+        check_object_source("schedule.name", config.schedule.name)
 
 
 def _check_data(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from torch.optim import SGD, lr_scheduler
 
 from dist_train.config.durations import Duration, is_due
-from dist_train.config.schema import ScheduleName
-from dist_train.errors import ConfigError
+from dist_train.config.loading import parse_config
+from dist_train.config.schema import SCHEDULES
+from dist_train.errors import ConfigError, UserCodeError
 from dist_train.training.step.lr_schedule import LearningRate
 
 UNITS = ["steps", "epochs", "s"]
@@ -99,8 +101,8 @@ def torch_rates(make: type[lr_scheduler.LRScheduler], total: int, peak: float, *
     return rates
 
 
-def ours(total: int, name: ScheduleName, peak: float = 0.3, warmup: int = 0, final: float = 0.0) -> list[float]:
-    schedule = LearningRate(peak, total, name, warmup, final)
+def ours(total: int, name: str, warmup: int = 0, final: float = 0.0, **settings: Any) -> list[float]:
+    schedule = LearningRate(0.3, total, name, warmup, final, **settings)
     return [schedule.at(step) for step in range(total)]
 
 
@@ -128,12 +130,79 @@ def test_schedule_begins_after_linear_warmup(warmup: int) -> None:
     assert ours(60 + warmup, "cosine", warmup=warmup) == pytest.approx(rise + fall, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "one_cycle"])
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_polynomial_equals_torch(power: float) -> None:
+    theirs = torch_rates(lr_scheduler.PolynomialLR, 30, 0.3, total_iters=30, power=power)
+    assert ours(30, "polynomial", power=power) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_step_equals_torch() -> None:
+    even = torch_rates(lr_scheduler.StepLR, 30, 0.3, step_size=7, gamma=0.5)
+    assert ours(30, "step", step_size=7, gamma=0.5) == pytest.approx(even, rel=1e-9)
+    listed = torch_rates(lr_scheduler.MultiStepLR, 30, 0.3, milestones=[4, 20], gamma=0.1)
+    assert ours(30, "step", milestones=(4, 20)) == pytest.approx(listed, rel=1e-9)
+
+
+@pytest.mark.parametrize("t_mult", [1, 3])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_cosine_restarts_equals_torch(t_mult: int, warmup: int) -> None:
+    kwargs = {"T_0": 6, "T_mult": t_mult, "eta_min": 0.03}
+    theirs = torch_rates(lr_scheduler.CosineAnnealingWarmRestarts, 60, 0.3, **kwargs)
+    found = ours(60 + warmup, "cosine_restarts", warmup=warmup, final=0.1, t_0=6, t_mult=t_mult)
+    assert found[warmup:] == pytest.approx(theirs, rel=1e-9)
+    assert found[:warmup] == sorted(found[:warmup])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 1, 7, 50, 80])
-def test_rate_is_pure_function_of_step(name: ScheduleName, warmup: int) -> None:
+def test_rate_is_pure_function_of_step(name: str, warmup: int) -> None:
     """Steps in any order give the same rates: positive, finite, at most the peak, however long the warm-up."""
-    in_order = ours(50, name, warmup=warmup)
-    schedule = LearningRate(0.3, 50, name, warmup)
+    settings: Any = {"step": {"step_size": 9}, "cosine_restarts": {"t_0": 5, "t_mult": 2}}.get(name, {})
+    in_order = ours(50, name, warmup=warmup, **settings)
+    schedule = LearningRate(0.3, 50, name, warmup, **settings)
     steps = random.Random(0).sample(range(50), 50)
     assert {step: schedule.at(step) for step in steps} == dict(enumerate(in_order))
     assert all(math.isfinite(rate) and 0 < rate <= 0.3 * (1 + 1e-12) for rate in in_order)
+
+
+def test_schedule_settings_in_epochs() -> None:
+    """Epochs become steps of the run; the peak is lr after its scaling."""
+    schedule = {"name": "step", "milestones": ["2 epochs", "1 epochs"], "warmup": "0.5 epochs", "gamma": 0.5}
+    config = parse_config({"train_for": "3 epochs", "optimizer": {"lr": 0.8}, "schedule": schedule})
+    rate = LearningRate.of(config, steps_per_epoch=4)
+    assert [rate.at(step) for step in range(12)] == [0.4, 0.8, 0.8, 0.8, *[0.4] * 4, *[0.2] * 4]
+
+
+def test_own_schedule() -> None:
+    def of(name: str) -> LearningRate:
+        config = parse_config({"train_for": "8 steps", "optimizer": {"lr": 0.5}, "schedule": {"name": name}})
+        return LearningRate.of(config, steps_per_epoch=4)
+
+    assert [of("support.user_optimizers:halved").at(step) for step in range(8)] == [0.5] * 4 + [0.25] * 4
+    for name, why in {
+        "negative": r"schedule\.name=support.user_optimizers:negative returns -1 for \(7, 8\): make it lr / peak",
+        "of_one": r"schedule\.name=support.user_optimizers:of_one fails for \(0, 8\): .*: TypeError: of_one\(\) takes",
+        "absent": r"has no absent\. Found: .*halved",
+    }.items():
+        with pytest.raises(UserCodeError, match=why):
+            of(f"support.user_optimizers:{name}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"name": "Step"}, r"schedule\.name=Step: no such schedule\. Did you mean step\? Names: constant, .*:function"),
+        ({"name": "cosine", "gamma": 0.5}, "schedule: cosine has no gamma. Its settings: none"),
+        ({"name": "polynomial", "t_0": 5}, "schedule: polynomial has no t_0. Its settings: power"),
+        ({"name": "step"}, "schedule: step takes step_size, .* or milestones"),
+        ({"name": "step", "step_size": 5, "milestones": [5]}, "schedule: step takes step_size, .* or milestones"),
+        ({"name": "step", "step_size": 0}, r"schedule\.step_size=0: it must be longer than zero"),
+        ({"name": "step", "milestones": ["2 epochs", 0]}, r"schedule\.milestones\.1=0: it must be longer than zero"),
+        ({"name": "step", "milestones": ["3 s"]}, r"schedule\.milestones\.0=3 s: write it in steps or epochs"),
+        ({"name": "cosine_restarts"}, "schedule: cosine_restarts needs t_0"),
+        ({"name": "my:fall", "warmup": 5}, "schedule: my:fall returns lr / peak at every step: leave out warmup"),
+    ],
+)
+def test_schedule_settings_that_do_not_fit(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        parse_config({"schedule": settings})

@@ -94,12 +94,12 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     "integers": (
         ["seed", "global_batch_size", "per_device_batch_size", "keep_last", "keep_best", "data.val_examples",
          "data.num_workers", "data.image_size", "data.augment.shift", "early_stop.patience",
-         "optimizer.lr_base_batch_size"],
+         "optimizer.lr_base_batch_size", "schedule.t_mult"],
         [*NUMBERS, "1.5", "1e-3"],
     ),
     "positive integers": (
         ["global_batch_size", "per_device_batch_size", "keep_last", "data.image_size", "early_stop.patience",
-         "optimizer.lr_base_batch_size"],
+         "optimizer.lr_base_batch_size", "schedule.t_mult"],
         ["0", "-0", "0.0"],
     ),
     "integers with an upper bound": (
@@ -108,26 +108,31 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "numbers": (
         ["optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "max_grad_norm", "label_smoothing", "ema_decay",
-         "stall_timeout_s", "setup_timeout_s", "schedule.final_ratio", "early_stop.min_delta", "tracking.timeout_s"],
+         "stall_timeout_s", "setup_timeout_s", "schedule.final_ratio", "schedule.gamma", "schedule.power",
+         "early_stop.min_delta", "tracking.timeout_s"],
         [*NUMBERS, "1e-3x", "1/3", "1e999", f"1{'0' * 400}"],
     ),
     "positive numbers": (
         ["optimizer.lr", "optimizer.eps", "max_grad_norm", "ema_decay", "stall_timeout_s", "setup_timeout_s",
-         "tracking.timeout_s"],
+         "tracking.timeout_s", "schedule.gamma", "schedule.power"],
         ["0", "0.0", "1e-400"],
     ),
-    "numbers below 1": (["label_smoothing", "ema_decay", "schedule.final_ratio"], ["1", "1.0", "3", "1e30"]),
+    "numbers below 1": (
+        ["label_smoothing", "ema_decay", "schedule.final_ratio", "schedule.gamma"], ["1", "1.0", "3", "1e30"],
+    ),
     "numbers of single optimizers": (
         ["optimizer.alpha", "optimizer.rho", "optimizer.momentum", "optimizer.dampening"],
         [value for value in NUMBERS if value != "-1"],
     ),
     "durations": (
-        ["train_for", "eval_every", "log_every", "save_every", "keep_every", "schedule.warmup"],
+        ["train_for", "eval_every", "log_every", "save_every", "keep_every", "schedule.warmup", "schedule.step_size",
+         "schedule.t_0"],
         ["5 weeks", "epochs", "-1 epochs", "1e3 steps", "0.5 steps", "3 epochs 2", "[5, epochs]", "{epochs: 5}",
          ".nan", ".inf", "yes", "1:30", "five epochs", "5 Epochs", "5 min", f"{'9' * 400} epochs", "5,5 epochs"],
     ),
     "durations in steps or epochs": (
-        ["train_for", "eval_every", "log_every", "keep_every", "schedule.warmup"], ["30 s", "1 sec", "0.5 seconds"],
+        ["train_for", "eval_every", "log_every", "keep_every", "schedule.warmup", "schedule.step_size", "schedule.t_0"],
+        ["30 s", "1 sec", "0.5 seconds"],
     ),
     "enumerations": (
         ["mixed_precision", "dtype", "device", "step_mode", "preempt_signal", "optimizer.name", "optimizer.lr_scaling",
@@ -151,7 +156,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
         ["5", "[a]", "{a: b}", "yes", '"a\\0b"'],
     ),
     "lists": (
-        ["data.normalize.mean", "data.normalize.std", "tracking.tags", "optimizer.betas"],
+        ["data.normalize.mean", "data.normalize.std", "tracking.tags", "optimizer.betas", "schedule.milestones"],
         ["words", "5", "{a: 1}", "[[1]]", "[{}]"],
     ),
     "arguments": (["data.args", "model.args"], ["words", "5", "[1]", "{1: 2}", "{a: .nan}", "{a: 2026-01-01}"]),
