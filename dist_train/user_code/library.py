@@ -277,11 +277,13 @@ def _changing(kind: Kind, name: str) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LibraryError(f"{kind}/{name} is being changed by another process. Try again in a moment.") from None
-        remove_leftovers(home)
-        yield home
+        try:
+            remove_leftovers(home)
+            yield home
+        finally:
+            with suppress(OSError):  # it holds versions, or was never made
+                home.rmdir()
     finally:
-        with suppress(OSError):  # it holds versions, or was never made
-            home.rmdir()
         os.close(descriptor)
 
 

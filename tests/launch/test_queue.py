@@ -38,10 +38,8 @@ def _no_process_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     """Keepers and launchers run in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     yield
-    while pids := begun_in(tmp_path):  # a keeper may begin another job meanwhile
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while begun_in(tmp_path):  # a keeper may begin another job meanwhile
+        kill_all_begun_in(tmp_path)
 
 
 def state(run_dir: RunDir) -> str:
@@ -62,6 +60,12 @@ def keep_here(runs: Path) -> None:
 
 def begun_in(folder: Path) -> list[int]:
     return [pid for pid in alive(folder) if pid != os.getpid()]
+
+
+def kill_all_begun_in(folder: Path) -> None:
+    for pid in begun_in(folder):
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(pid, signal.SIGKILL)
 
 
 def keepers(folder: Path) -> list[int]:
@@ -274,8 +278,7 @@ def test_all_processes_end_at_once_as_when_the_machine_restarts(tmp_path: Path) 
     one, two, three = queued(tmp_path, "a", "b", "c")
     ensure_keeper(tmp_path / "runs")
     wait_until(lambda: trace(tmp_path) == ["begin a"], "begin")
-    for pid in begun_in(tmp_path):
-        os.kill(pid, signal.SIGKILL)
+    kill_all_begun_in(tmp_path)
     wait_until(lambda: not begun_in(tmp_path), "end of all")
     assert [state(job) for job in (one, two, three)] == ["KILLED", "QUEUED", "QUEUED"]
     (tmp_path / "go").touch()

@@ -30,7 +30,8 @@ def started(
         yield process
     finally:
         for pid in alive(folder):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 import signal
 import subprocess
@@ -295,6 +296,17 @@ def test_one_process_changes_a_name_at_a_time(tmp_path: Path) -> None:
     assert sorted(added, key=lambda each: each.number) == list(entry.versions)
     assert [version.number for version in entry.versions] == list(range(1, len(added) + 1))
     assert left_over() == []
+
+
+def test_refused_change_leaves_the_folder_of_another_process(tmp_path: Path) -> None:
+    """Which has made it, and has nothing in it yet."""
+    home = library_root() / Kind.MODELS / "net"
+    home.mkdir(parents=True)
+    with (home.parent / ".net.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LibraryError, match="is being changed by another process"):
+            add_zip(Kind.MODELS, "net", tutorial(tmp_path))
+        assert home.is_dir()
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 30))])

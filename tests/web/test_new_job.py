@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,7 @@ def test_trial_is_that_of_command_line(client: TestClient, tmp_path: Path, monke
 
     def answer(*arguments: str, timeout_s: float, memory_bytes: int) -> str:
         asked.append(arguments)
-        folder = next(each for each in arguments if each.startswith("runs_dir=/tmp/dist_train-"))
+        folder = next(each for each in arguments if each.startswith(f"runs_dir={tempfile.gettempdir()}/dist_train-"))
         return f"run directory {folder.partition('=')[2]}/trial\nval accuracy 9 % <>\n"
 
     monkeypatch.setattr(child_processes, "limited_output_of", answer)
