@@ -200,14 +200,14 @@ def weights_as(form: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("form", ["pth", "old pth", "safetensors", "zip"])
 def test_weights_lie_beside_the_version(form: str, tmp_path: Path) -> None:
-    archive = tutorial(tmp_path)
-    version = add_zip(Kind.MODELS, "bks", archive, weights=weights_as(form, tmp_path))
+    archive, weights = tutorial(tmp_path), weights_as(form, tmp_path)
+    version = add_zip(Kind.MODELS, "bks", archive, weights=weights)
     assert version.weights is not None
     suffix = ".safetensors" if form == "safetensors" else ".pth"
     assert version.weights == version.path.parent / f"weights{suffix}"
     assert version.weights.read_bytes() == (tmp_path / "weights.bin").read_bytes()
     assert add_zip(Kind.MODELS, "bks", archive).number == 2  # other weights, none, are another version
-    assert add_zip(Kind.MODELS, "bks", archive, weights=weights_as(form, tmp_path)) == version
+    assert add_zip(Kind.MODELS, "bks", archive, weights=weights) == version
     assert sorted(path.name for path in version.path.parent.iterdir()) == [
         "files", "version.json", f"weights{suffix}",
     ]  # fmt: skip
