@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -61,15 +60,12 @@ def _not_zero(duration: Duration) -> Duration:
     return duration
 
 
-def _name_of(kind: str, names: Collection[str], yours: str) -> AfterValidator:
-    """Return a validator of one of our names, or of the user's own object as `package.module:Name`."""
-
-    def check(name: str) -> str:
-        if name not in names and not re.fullmatch(r"[\w.]+:\w+", name):
-            raise ValueError(f"no such {kind}.{did_you_mean(name, names)} Names: {', '.join(names)}, {yours}")
-        return name
-
-    return AfterValidator(check)
+def _schedule_or_own(name: str) -> str:
+    if name not in SCHEDULES and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError(
+            f"no such schedule.{did_you_mean(name, SCHEDULES)} Names: {', '.join(SCHEDULES)}, package.module:function"
+        )
+    return name
 
 
 def _yaml_no(value: object) -> object:
@@ -228,7 +224,7 @@ SCHEDULES: dict[str, frozenset[str]] = {
 class ScheduleConfig(_Settings):
     # How lr changes after the warm-up: constant, cosine, linear, one_cycle, step, polynomial, cosine_restarts, or your
     # own function as package.module:function, which returns lr / peak for (step, total), step from 0 to total - 1.
-    name: Annotated[str, _name_of("schedule", SCHEDULES, "package.module:function")] = "constant"
+    name: Annotated[str, AfterValidator(_schedule_or_own)] = "constant"
     # Linear rise from 0 to the peak. For one_cycle the length of its rise; there 0 means 30 % of the run.
     warmup: Steps = Duration(0)
     # For cosine, linear, polynomial and cosine_restarts: final learning rate / peak learning rate.

@@ -82,8 +82,10 @@ class LearningRate:
             done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         if self.name in ("cosine", "cosine_restarts"):
             fall = 0.5 * (1 + math.cos(math.pi * done))
+        elif self.name in ("linear", "polynomial"):
+            fall = max(0.0, 1 - done) ** self.power  # 1 for linear
         else:
-            fall = max(0.0, 1 - done) ** self.power  # of `linear` too, whose power is 1
+            raise AssertionError(f"{self.name} is in SCHEDULES, and has no formula here")
         return self.peak * (self.final_ratio + (1 - self.final_ratio) * fall)
 
     def _one_cycle(self, step: int) -> float:
