@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from dist_train.user_code.library import Kind, Version, add_empty, add_zip, entries, library_root
 from support.browser import needs_namespace, opened, serving
@@ -260,6 +261,21 @@ def test_pages_are_accessible_and_fit_phone(scheme: Any, prefix: list[str], brow
                     assert serious == [], (path, json.dumps(found)[:3000])
                     wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
                     assert wide <= 0, (path, width, wide)
+
+
+def test_nothing_can_be_clicked_before_scripts_have_run(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
+    held: list[Route] = []
+    with serving(prefix, tmp_path) as address, opened(browser, address) as page:
+        page.route("**/upload.js", lambda route: held.append(route))
+        page.goto(page.url + "models", wait_until="commit")
+        choose(page, "bks", tutorial(tmp_path))
+        add = page.get_by_role("button", name="Add", exact=True)
+        with pytest.raises(PlaywrightTimeout, match="Timeout 3000ms exceeded"):
+            add.click(timeout=3000)
+        for route in held:
+            route.continue_()
+        add.click()
+        page.get_by_text("UserModel: loss, metrics").wait_for()
 
 
 def test_uploads_work_behind_prefix(prefix: list[str], browser: Browser, tmp_path: Path) -> None:
