@@ -67,5 +67,12 @@ class LibraryError(DistTrainError):
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
     """Return " Did you mean PREFIXname?" for the name most similar to `word`, or "" if none is similar."""
-    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
-    return f" Did you mean {prefix}{near[0]}?" if near else ""
+    near = nearest(word, names)
+    return f" Did you mean {prefix}{near}?" if near else ""
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """Return the name most similar to `word`, whatever their case, or "" if none is similar."""
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
+    return lower[near[0]] if near else ""

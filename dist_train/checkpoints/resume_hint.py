@@ -18,10 +18,13 @@ def is_self_explanatory(kind: str) -> bool:
 
 
 def resume_hint(run_dir: RunDir, nproc: int | None = None) -> str:
-    """Return the hint. `nproc` None: ranks on several machines or of a job, so the start command is unknown here."""
+    """Return the hint, "" for a run that never made a step.
+
+    `nproc` None: ranks on several machines or of a job, so the start command is unknown here.
+    """
     newest = next(good_checkpoints(run_dir), None)
     if newest is None:
-        return "There is no checkpoint yet."
+        return "There is no checkpoint yet." if run_dir.status.read().get("step") else ""
     resume = f"--resume {shlex.quote(str(run_dir.path))}"
     if nproc is None:
         return f"The last good checkpoint is {newest}. To resume, run the same command with {resume}"

@@ -24,7 +24,7 @@ from dist_train.cli.tracking import wandb
 from dist_train.cli.train import launch, train
 from dist_train.cli.verify import verify
 from dist_train.cli.web import web
-from dist_train.errors import DistTrainError
+from dist_train.errors import ConfigError, DistTrainError
 
 
 class _Reported(click.ClickException):
@@ -43,6 +43,13 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if error.ctx is None or not any(option.name == "overrides" for option in error.ctx.command.params):
+                raise
+            from dist_train.config.mistakes import option_meant
+
+            hint = option_meant(error.option_name) or f" {error.ctx.command_path} --help lists all."
+            raise _Reported(ConfigError(f"No option {error.option_name}.{hint}")) from error
         except DistTrainError as error:
             raise _Reported(error) from error
 

@@ -51,7 +51,7 @@ def start_options(command: Any) -> Any:
         click.option("--run-name", metavar="N", help="Name of the run's directory."),
         click.option("--init-from", type=RunPath(), metavar="RUN", help="Start from the weights of this run."),
         click.option(
-            "--resume", default="auto", metavar="auto|never|DIR", show_default=True,
+            "--resume", default="auto", metavar="auto|never|DIR", show_default=True, is_flag=False, flag_value="auto",
             help="Whether to continue the run in its directory.",
         ),
     ):  # fmt: skip

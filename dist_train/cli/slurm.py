@@ -144,6 +144,6 @@ def requeue_check(max_requeues: int, stop_requested: bool, **options: Any) -> No
     run_dir = find_run_dir(*train_arguments(options).resolve(STARTED))
     decision, why = decide_requeue(run_dir, os.environ, max_requeues, stop_requested=stop_requested)
     click.echo(decision)
-    if decision == "failed" and run_dir.config.exists():
-        click.echo(resume_hint(run_dir), err=True)
+    if decision == "failed" and run_dir.config.exists() and (hint := resume_hint(run_dir)):
+        click.echo(hint, err=True)
     click.echo(f"{run_dir.path}: {decision}, {why}", err=True)  # last: the log's last line says why

@@ -9,16 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from dist_train.config.schema import Config, section_of
+from dist_train.config.mistakes import explain, short
+from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, did_you_mean
-
-# What other programs call a setting.
-_SYNONYMS = {
-    "learning_rate": "lr", "batch_size": "global_batch_size", "epochs": "train_for", "precision": "mixed_precision",
-}  # fmt: skip
-
 
 _DEEPEST = 64
 
@@ -129,12 +124,12 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     except OSError as error:
-        raise ConfigError(f"No config file {_short(name)}: {error.strerror}.") from None
+        raise ConfigError(f"No config file {short(name)}: {error.strerror}.") from None
     bundled = bundled_configs()
     if path.stem in bundled and name in (path.stem, f"configs/{path.stem}.yaml"):
         return bundled[path.stem]
     raise ConfigError(
-        f"No config file {name}.{_suggest(path.stem, list(bundled))} Bundled configs: {', '.join(bundled)}."
+        f"No config file {name}.{did_you_mean(path.stem, bundled)} dist-train config ls lists the bundled ones."
     )
 
 
@@ -184,7 +179,7 @@ def parse_config(tree: dict[Any, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError("\n".join(explain(item) for item in error.errors())) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -225,47 +220,3 @@ def listed(override: str) -> list[str]:
         return []  # _apply reports the error
     items = node.value if isinstance(node, yaml.SequenceNode) else []
     return [f"{key}={text[item.start_mark.index : item.end_mark.index]}" for item in items]
-
-
-def _explain(item: Any) -> str:
-    """Return one line for one pydantic error: the key as typed, the value, what is allowed."""
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        section: type[BaseModel] | None = Config
-        for part in location[:-1]:
-            section = section_of(section.model_fields[part].annotation) if section else None
-        legal, prefix = list(section.model_fields) if section else [], ".".join(location[:-1])
-        if prefix:
-            hint = _suggest(location[-1], legal, prefix)
-            return f"Unknown setting {key}.{hint} Settings of {prefix}: {', '.join(legal)}."
-        hint = _in_a_section(key) or _suggest(key, legal)
-        return f"Unknown setting {key}.{hint} dist-train config reference explains all."
-    reason = str(item["msg"]).removeprefix("Value error, ").rstrip(".")
-    if item["type"] in ("value_error",) and isinstance(item["input"], dict):
-        return f"{key or 'The config'}: {reason}."
-    return f"{key}={_short(item['input'])}: {reason[:1].lower()}{reason[1:]}."
-
-
-def _in_a_section(name: str) -> str:
-    """Return " Did you mean SECTION.NAME?" if exactly one section has such a setting, else ""."""
-    name = _SYNONYMS.get(name, name)
-    sections = {key: section_of(field.annotation) for key, field in Config.model_fields.items()}
-    found = [key for key, section in sections.items() if section and name in section.model_fields]
-    return f" Did you mean {found[0]}.{name}?" if len(found) == 1 else ""
-
-
-def _short(value: object) -> str:
-    try:
-        text = str(value)
-    except RecursionError:
-        text = "..."
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _suggest(word: str, legal: list[str], prefix: str = "") -> str:
-    prefix = f"{prefix}." if prefix else ""
-    if _SYNONYMS.get(word) in legal:
-        return did_you_mean(_SYNONYMS[word], legal, prefix)
-    sharing_a_word = [name for name in legal if name in word.split("_") or word in name.split("_")][:1]
-    return did_you_mean(word, legal, prefix) or "".join(did_you_mean(name, legal, prefix) for name in sharing_a_word)

@@ -81,5 +81,6 @@ def _end(summary: Summary, job: Job | None) -> list[tuple[str, str]]:
         rows.append(("error", describe_error(error)))
     if not summary.is_live and summary.state not in ("FINISHED", *NOT_BEGUN) and not is_active(job):
         alone = not summary.job and run_dir.read_provenance().get("num_nodes") == 1
-        rows.append(("to resume", resume_hint(run_dir, summary.world_size if alone else None)))
+        if hint := resume_hint(run_dir, summary.world_size if alone else None):
+            rows.append(("to resume", hint))
     return rows

@@ -106,8 +106,9 @@ def _failure(spec: LaunchSpec, logs_before: Mapping[Path, int]) -> LaunchError:
         first["message"] if alone and "message" in first else diagnose_failure(spec.run_dir, logs_before)
     )
     error.exit_code = first.get("exit_code", 1)
-    if not is_self_explanatory(first.get("kind", "")):
-        error.add_note(resume_hint(spec.run_dir, spec.nproc if spec.nodes is None else None))
+    hint = resume_hint(spec.run_dir, spec.nproc if spec.nodes is None else None)
+    if hint and not is_self_explanatory(first.get("kind", "")):
+        error.add_note(hint)
     return error
 
 

@@ -24,6 +24,7 @@ from dist_train.user_code.importing import (
     check_arguments,
     check_object,
     load_object,
+    parameters_of,
     wrap_user_errors,
 )
 
@@ -55,6 +56,7 @@ def build_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
             else:
                 model = _of_user(config, spec)
     _reject_lazy_layers(model)
+    _warn_of_hidden_layers(model)
     for method in ("loss", "metrics"):
         if not callable(getattr(model, method, print)):
             raise UserCodeError(
@@ -98,6 +100,21 @@ def _reject_lazy_layers(model: nn.Module) -> None:
             )
 
 
+def _warn_of_hidden_layers(model: nn.Module) -> None:
+    """Warn of layers in a plain list, tuple or dict: torch does not see them."""
+    known = set(model.modules())
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            each = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            hidden = [item for item in each if isinstance(item, nn.Module) and item not in known]
+            if hidden and not name.startswith("_"):
+                _log.warning(
+                    "%s: %s holds %d layers in a %s, which are not trained, moved to the device or saved. Use "
+                    "nn.ModuleList or nn.ModuleDict.",
+                    type(model).__name__, f"{path}.{name}" if path else name, len(hidden), type(value).__name__,
+                )  # fmt: skip
+
+
 def _own(config: ModelConfig, spec: DataSpec) -> nn.Module:
     check_own_name(config)
     make = MODELS[config.name]
@@ -111,15 +128,18 @@ def _own(config: ModelConfig, spec: DataSpec) -> nn.Module:
 def _of_user(config: ModelConfig, spec: DataSpec) -> nn.Module:
     factory = load_object(config.name)
     label = f"model.name={config.name}"
-    if not callable(factory):
+    if isinstance(factory, nn.Module) or not callable(factory):
         raise UserCodeError(f"{label} is of type {type(factory).__name__}, not a class or function that returns a net.")
     check_arguments(factory, config.args, "model.args")
     # What the data set does not provide gets the constructor's default, if it has one.
     named = accepted_arguments(factory, dict(spec))
     required = [key for key in named if _is_required(factory, key)]
     offered = {key: value for key, value in named.items() if value is not None} | _needed(config, spec, *required)
+    given = offered | config.args
+    if missing := [key for key in parameters_of(factory)[0] if _is_required(factory, key) and key not in given]:
+        raise ConfigError(f"{label} needs {', '.join(missing)}. Set model.args.{missing[0]}=VALUE.")
     with wrap_user_errors(label, "cannot be constructed"):
-        model = factory(**(offered | config.args))
+        model = factory(**given)
     if not isinstance(model, nn.Module):
         raise UserCodeError(f"{label} returns a {type(model).__name__}, not a torch.nn.Module.")
     return model

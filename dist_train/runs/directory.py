@@ -64,9 +64,8 @@ class RunDir:
             RunDirError: the directory cannot be written.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.path.mkdir(exist_ok=not new)
+                self.path.mkdir(parents=True, exist_ok=not new)
             except FileExistsError:
                 if new:
                     return False

@@ -22,7 +22,7 @@ from dist_train.runs.directory import RunDir
 _NAME = re.compile(r"[A-Za-z0-9][\w.=+,-]*")
 _MOST_BYTES = 220  # of a name: a file's has 255, and the bin puts the time before it
 _FOR_NUMBER = 20  # of these are left free in a name that is made, for a number behind it
-# Errors before the set-up: the message says everything, so the run directory is not worth keeping.
+# Errors before the first step: the message says everything, so the run directory is not worth keeping.
 _SETUP_ERRORS = (ConfigError.__name__, DataError.__name__, UserCodeError.__name__)
 
 
@@ -143,14 +143,14 @@ def check_initial_weights(config: Config) -> None:
 
 
 def is_not_worth_keeping(run_dir: RunDir, start: StartOptions) -> bool:
-    """Whether a directory that is named by time holds only a start that failed before the set-up.
+    """Whether a directory that is named by time holds only a start that failed before its first step.
 
     One with a chosen name stays: a batch script, `launch/restart.sh` or a sweep reads its error.json.
     """
     named = start.run_name or start.run_dir or persistent_run_name(start.config_name, os.environ)
     status, kind = run_dir.status.read(), run_dir.read_error().get("kind")
-    begun = "resumed_at" in status or status.get("attempt", 1) > 1 or run_dir.holds_checkpoints
-    return not named and kind in _SETUP_ERRORS and not begun
+    begun = "step" in status or status.get("attempt", 1) > 1
+    return not named and kind in _SETUP_ERRORS and not begun and not run_dir.holds_checkpoints
 
 
 def remove_if_not_started(run_dir: RunDir, start: StartOptions) -> None:
@@ -160,3 +160,6 @@ def remove_if_not_started(run_dir: RunDir, start: StartOptions) -> None:
         with suppress(OSError):
             run_dir.path.rename(doomed)  # at once: another rank may be about to write there
         shutil.rmtree(doomed, ignore_errors=True)
+        if run_dir.path.absolute() == Path("runs").absolute() / run_dir.path.name:  # the folder that nobody chose
+            with suppress(OSError):  # other runs are in it
+                run_dir.path.parent.rmdir()

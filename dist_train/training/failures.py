@@ -75,7 +75,8 @@ class FailureHandler:
                     self.run_dir.status.update(state="ERROR")
             if first and not self._launched and not is_self_explanatory(type(error).__name__):
                 single_node = self.process.world_size == self.process.local_world_size
-                error.add_note(resume_hint(self.run_dir, self.process.world_size if single_node else None))
+                if hint := resume_hint(self.run_dir, self.process.world_size if single_node else None):
+                    error.add_note(hint)
         if first and self.process.world_size > 1:
             message = str(error) if isinstance(error, DistTrainError) else trace
             text = "\n".join([message, *getattr(error, "__notes__", [])])

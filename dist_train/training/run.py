@@ -20,6 +20,7 @@ from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.stdio import redirect_output
 from dist_train.distributed.world import World
 from dist_train.errors import DataError
+from dist_train.models.registry import check_model_exists
 from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import log_to_file, log_to_screen
@@ -45,6 +46,7 @@ def run_training(
     log_to_screen(process.rank, start.verbosity)
     with failure_handler:
         # Before the ranks join: a rank that waits for a lock or a download must not block others in a collective.
+        check_model_exists(config.model)
         splits = load_splits(config.data, config.seed, process.local_world_size)
         watchdog.arm(config.setup_timeout_s)
         world = World.join(config, find_run_dir(config, start).precision)

@@ -20,6 +20,8 @@ from dist_train.errors import ConfigError, DistTrainError, UserCodeError, did_yo
 from dist_train.torchvision_compat import import_torchvision, is_missing_operator
 from dist_train.user_code.source_names import read_source
 
+_MOST_NAMES = 8  # that an error lists
+
 
 def load_object(spec: str) -> Any:
     """Import the object `package.module:Name`. The current folder comes first on the search path.
@@ -163,6 +165,8 @@ def _source_of(module_name: str) -> Path | None:
 
 
 def _missing_module(spec: str, module_name: str, missing: str) -> str:
+    if spec.partition(":")[0].endswith(".py"):
+        return f"{spec}: name the module, not its file. Did you mean {spec.replace('.py:', ':')}?"
     *parents, last = missing.split(".")
     folder = Path.cwd().joinpath(*parents)
     names = sorted({path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")})
@@ -216,7 +220,8 @@ def list_names(module: ModuleType, wanted: str) -> str:
         for name, value in vars(module).items()
         if getattr(value, "__module__", None) == module.__name__ and callable(value) and not name.startswith("_")
     }
-    return f"Found: {', '.join(own.values()) or 'nothing'}.{did_you_mean(wanted, own)}"
+    shown = [*own.values()][:_MOST_NAMES] + ["..."] * (len(own) > _MOST_NAMES)
+    return f"Found: {', '.join(shown) or 'nothing'}.{did_you_mean(wanted, own)}"
 
 
 def line_of(thing: Any) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from dist_train.errors import ConfigError
+
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _BINDING_CALLS = {"exec", "eval", "globals", "locals", "vars", "__import__"}  # may bind any name
 
@@ -123,3 +125,10 @@ def read_source(path: Path) -> Source:
                 into_self = isinstance(node.args[0], ast.Name) and node.args[0].id == "self" if node.args else False
                 is_open |= called in _BINDING_CALLS or (called == "setattr" and not into_self)
     return Source(path, names, attached, is_open)
+
+
+def check_class_is_named(setting: str, name: str) -> None:
+    """Raise ConfigError if `name`, without a colon, is that of a Python file in the current folder."""
+    module = name.removesuffix(".py")
+    if Path(f"{module}.py").is_file():
+        raise ConfigError(f"{setting}={name}: name the class in {module}.py too, {setting}={module}:NAME.")

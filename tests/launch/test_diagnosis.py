@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.atomic_files import write_json
 from dist_train.checkpoints.resume_hint import resume_hint
 from dist_train.errors import OutOfMemory, PeerLost
 from dist_train.launch.diagnosis import diagnose_failure, log_sizes
@@ -115,6 +116,8 @@ def test_output_of_rank_that_fails_before_reporting_is_shown(failed: RunDir) -> 
 
 
 def test_resume_hint(run_dir: RunDir) -> None:
+    assert resume_hint(run_dir, 2) == ""
+    write_json(run_dir.status.path, {"step": 2})
     assert resume_hint(run_dir, 2) == "There is no checkpoint yet."
     write_at(run_dir, 3)
     newest = write_at(run_dir, 7)

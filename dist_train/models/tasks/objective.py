@@ -44,10 +44,10 @@ class ErrorContext(AbstractContextManager[None]):
         self._examples = examples
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, TargetMismatch) and error.row is not None:
-            raise UserCodeError(
-                f"{describe_example(self._examples, int(self._indices[error.row]))} has {error}"
-            ) from error
+        if isinstance(error, TargetMismatch):
+            row = error.row
+            whose = "" if row is None else f"{describe_example(self._examples, int(self._indices[row]))} has "
+            raise UserCodeError(f"{whose}{error}") from error
         if error is not None:
             with wrap_user_errors(type(self._net).__name__, f"failed {self._when}", pass_through=_is_not_of_the_net):
                 raise error
@@ -132,6 +132,18 @@ class Objective:
                 f"labels, int64 {shape}. Make them whole numbers in the data set, or {fix}."
             )
         self.check_labels(output, targets)
+
+    def doubt(self, output: Any) -> str:
+        """Return a warning if cross-entropy, which takes logits, seems to be given probabilities [B, K]; else ""."""
+        if self._own_loss is not None or not isinstance(output, Tensor) or output.ndim != 2:
+            return ""
+        sums = output.detach().sum(dim=1)
+        if bool((output >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+            return (
+                f"{self._name} returns probabilities: the rows of its output add up to 1. Cross-entropy needs logits, "
+                f"and learns slowly from probabilities. Remove the softmax."
+            )
+        return ""
 
     def check_labels(self, output: Any, labels: Tensor | None) -> None:
         """Check that labels of any shape are class indices of the net. Waits for the device of the labels.

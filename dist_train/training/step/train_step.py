@@ -119,6 +119,8 @@ class Step:
             pass_s = time.perf_counter() - started
             self._check_gradients()
         self.effects.check_loss(eager.objective, output, batch.targets, len(batch))
+        if doubt := eager.objective.doubt(output):
+            _log.warning("%s", doubt)
         if isinstance(eager.batches, ResidentBatches):  # all of them: a captured or compiled step cannot check
             labels = eager.batches.labels
             with eager.error_context("on its data", Batch(None, labels, torch.arange(len(labels)))):
