@@ -138,6 +138,12 @@ class DataConfig(_Settings):
     # Training examples held out for validation; not with a validation set of its own. 0: validate on `val_root` or
     # `val_bundle`, else on the set's own val split, else on its test split.
     val_examples: NonNegativeInt = 0
+    # How an epoch chooses its examples. shuffled: each at most once. balanced: drawn with replacement, every class
+    # equally likely.
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    # Draw with replacement in proportion to these weights: a .npy file or a text file with one number >= 0 per example
+    # of the training set, in its order, those held out for validation included.
+    sample_weights: FilePath | None = None
     normalize: Normalize | None = None  # None: pixels / 255 only
     augment: AugmentConfig | None = None  # random changes of training images; None: no changes
     # Worker processes per rank that load a streamed data set. 0: the training process loads it.

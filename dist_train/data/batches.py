@@ -183,10 +183,21 @@ def _keys_from(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[li
     """
     size = sampler.plan.per_device_batch_size
     while True:
-        epoch = step // sampler.steps_per_epoch
-        for start in range(micro_step * size, sampler.plan.per_rank_batch_size, size):
-            yield [(epoch, index) for index in sampler.indices(step)[start : start + size].tolist()]
+        keys = _keys_of(sampler, step)
+        for start in range(micro_step * size, len(keys), size):
+            yield keys[start : start + size]
         step, micro_step = step + 1, 0
+
+
+def _keys_of(sampler: ShardSampler, step: int) -> list[ExampleKey]:
+    """Return the keys of this rank's examples of a step, in the order of the sampler."""
+    epoch, in_epoch = divmod(step, sampler.steps_per_epoch)
+    indices = sampler.indices(step).tolist()
+    if not sampler.replaces:
+        return [(epoch, index) for index in indices]
+    # With the place, each draw of an example has random changes of its own.
+    first = in_epoch * sampler.plan.global_batch_size + sampler.rank
+    return [(epoch, first + number * sampler.plan.world_size, index) for number, index in enumerate(indices)]
 
 
 class ToDevice:

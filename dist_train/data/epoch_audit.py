@@ -1,4 +1,4 @@
-"""A check of the examples an epoch trained on, over all ranks: each at most once, or the run stops."""
+"""A check of the examples an epoch trained on, over all ranks: those of its order, or the run stops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ShardAudit:
     """Count and hash of the current epoch's examples, computed from the indices that the updates gathered.
 
     The hash depends neither on the order nor on the sharding of the examples. It must equal the hash of the epoch's
-    permutation up to the current step, which holds each example once.
+    order up to the current step, which holds each example once unless the sampler draws with replacement.
     """
 
     def __init__(self, sampler: ShardSampler, world: World, step: int, kept: dict[str, int] | None = None) -> None:
@@ -31,7 +31,7 @@ class ShardAudit:
         self._sampler = sampler
         self._world = world
         epoch, steps = divmod(step, sampler.steps_per_epoch)
-        count, expected_hash = self._expected(epoch, steps)
+        count, expected_hash, _ = self._expected(epoch, steps)
         if kept and (kept["seen"], kept["hash"]) != (count, expected_hash):
             raise CheckpointError(
                 f"The {kept['seen']} examples of epoch {epoch + 1} trained on before step {step} (hash "
@@ -62,40 +62,42 @@ class ShardAudit:
         return {"seen": seen, "hash": found, "believed": self._unaudited}
 
     def close_epoch(self, step: int) -> dict[str, int]:
-        """Return how many examples the epoch of `step` has trained on and how many it dropped. At its last step, start
-        the next epoch.
+        """Return how many different examples the epoch of `step` has trained on, how often it took one of them again,
+        and how many it has not trained on. At its last step, start the next epoch.
 
         Collective: every rank must call this.
 
         Raises:
-            DistTrainError: on every rank, if they differ from the epoch's order, or one was trained on twice.
+            DistTrainError: on every rank, if they differ from the epoch's order.
         """
         epoch = math.ceil(step / self._sampler.steps_per_epoch)
         steps = step - (epoch - 1) * self._sampler.steps_per_epoch
         found = self.totals()
-        count, expected_hash = self._expected(epoch - 1, steps)
+        count, expected_hash, again = self._expected(epoch - 1, steps)
         if (found["seen"], found["hash"]) != (count, expected_hash):
             raise DistTrainError(
                 f"Epoch {epoch}: the {found['seen']} examples trained on (hash {found['hash']:x}) are not the first "
-                f"{count} of its order, each once ({expected_hash:x}). This is a bug: report it with run.json and "
-                f"config.yaml."
+                f"{count} of its order ({expected_hash:x}). This is a bug: report it with run.json and config.yaml."
             )
-        line = {"audit/unique": count - self._unaudited, "audit/duplicate": 0}
+        line = {"audit/unique": count - self._unaudited - again, "audit/duplicate": again}
         if self._unaudited:
             line["audit/believed"] = self._unaudited
         if steps == self._sampler.steps_per_epoch:
             self._seen, self._unaudited = 0, 0
             self._hash.zero_()
-        return line | {"audit/dropped": self._sampler.num_examples - count}
+        return line | {"audit/dropped": self._sampler.num_examples - count + again}
 
-    def _expected(self, epoch: int, steps: int) -> tuple[int, int]:
-        """Return count and hash of the first `steps` steps in the order of `epoch` (from 0), over all ranks."""
+    def _expected(self, epoch: int, steps: int) -> tuple[int, int, int]:
+        """Return count and hash of the first `steps` steps in the order of `epoch` (from 0), over all ranks, and how
+        often they hold an example again.
+        """
         if not steps:
-            return 0, 0
-        # Use a copy: this sampler may already hold the permutation of the next epoch.
-        order = self._sampler.on(self._world.device).permutation(epoch)
+            return 0, 0, 0
+        # Use a copy: this sampler may already hold the order of the next epoch.
+        order = self._sampler.on(self._world.device).order(epoch)
         examples = order[: steps * self._sampler.plan.global_batch_size]
-        return len(examples), int(_hash_sum(examples))
+        again = len(examples) - len(examples.unique()) if self._sampler.replaces else 0
+        return len(examples), int(_hash_sum(examples)), again
 
     def _flush(self) -> None:
         if self._gathered:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_train.data.loader import SeededExamples
 from dist_train.data.sets.image_folder import ImageFolder
-from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
+from dist_train.data.sets.image_set import Examples, ImageSet, num_examples, stored_labels
 
 Fingerprint = dict[str, Any]  # fingerprint of one split, JSON-serialisable
 
@@ -33,14 +33,14 @@ def fingerprint_split(examples: Examples, seed: int) -> Fingerprint:
     examples under one seed has no content fingerprint: `unsteady` is the index of such an example.
     """
     found: Fingerprint = {"count": num_examples(examples)}
-    labels = _labels(examples)
-    if labels is not None:
-        found["labels"] = _checksum(labels)
+    labels = stored_labels(examples)
+    if labels is not None and labels.shape[:1] == (found["count"],):
+        found["labels"] = checksum(labels)
     names = examples.names if isinstance(examples, (ImageSet, ImageFolder)) else ()
     if names:
         found["names"] = f"{zlib.crc32('/'.join(names).encode()):08x}"
     if isinstance(examples, ImageSet) and not names:
-        return found | {"pixels": _checksum(examples.images.numpy())}
+        return found | {"pixels": checksum(examples.images.numpy())}
     return found | _sample_examples(examples, seed, decoded=bool(names))
 
 
@@ -62,7 +62,7 @@ def differences(now: Mapping[str, Fingerprint], then: Mapping[str, Fingerprint])
 def _difference(now: Fingerprint, then: Fingerprint) -> tuple[str, str] | None:
     if now["count"] != then["count"]:
         return f"{now['count']} examples", f"{then['count']}"
-    for part in ("labels", "names", "pixels"):
+    for part in ("labels", "names", "pixels", "sample weights"):
         if part in now and part in then and now[part] != then[part]:
             return f"{part} with checksum {now[part]}", f"{part} with checksum {then[part]}"
     for index, example in now.get("examples", {}).items():
@@ -75,21 +75,7 @@ def _difference(now: Fingerprint, then: Fingerprint) -> tuple[str, str] | None:
 # --- data in memory ----------------------------------------------------------------------------------------------
 
 
-def _labels(examples: Examples) -> npt.NDArray[Any] | None:
-    """Return the integer or string labels, one per example, if the set stores them under torchvision's names."""
-    kept = getattr(examples, "__dict__", {})  # no properties: one may read all examples
-    labels = kept.get("targets", kept.get("labels"))
-    if isinstance(labels, Tensor):
-        whole = labels.layout == torch.strided and not labels.is_floating_point() and not labels.is_complex()
-        labels = labels.cpu().numpy() if whole else None
-    elif isinstance(labels, (list, tuple)) and all(isinstance(label, (int, str, np.integer)) for label in labels):
-        labels = np.array(labels)
-    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iubU":
-        return None
-    return labels if labels.shape[:1] == (num_examples(examples),) else None
-
-
-def _checksum(array: npt.NDArray[Any]) -> str:
+def checksum(array: npt.NDArray[Any]) -> str:
     """Return a CRC-32 of the shape and of all or evenly spaced rows. It takes half the time of SHA-256."""
     stride = max(1, -(-array.nbytes // READ_BYTES))
     rows = np.ascontiguousarray(array[::stride])

@@ -1,4 +1,4 @@
-"""Loader workers whose examples depend on (seed, epoch, index) alone and that only their parent can stop."""
+"""Loader workers whose examples depend on the seed and their key alone and that only their parent can stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.queues import Queue
 from typing import Any
@@ -23,12 +23,14 @@ from dist_train.distributed.rng import derive_seed, seed_everything
 from dist_train.errors import DataError, DistTrainError, UserCodeError
 from dist_train.user_code.importing import user_code_error
 
-ExampleKey = tuple[int, int]  # (epoch, index): what a loader worker needs to make an example
+# What a loader worker needs to make an example: (epoch, index), or (epoch, place in the epoch's order, index) where an
+# epoch may hold an example more than once.
+ExampleKey = tuple[int, ...]
 LoadedBatch = tuple[Any, Any, Tensor]  # inputs, targets and indices of a batch, on the CPU
 
 
 def make_loader(
-    examples: Examples, keys: Iterable[list[ExampleKey]], num_workers: int, device: torch.device, seed: int
+    examples: Examples, keys: Iterable[Sequence[ExampleKey]], num_workers: int, device: torch.device, seed: int
 ) -> DataLoader[Any]:
     """Return a DataLoader that prefetches the batches of `keys`, pinned for a GPU; iterate over it with `stream`."""
     return DataLoader(
@@ -45,7 +47,7 @@ def make_loader(
 
 
 class SeededExamples(Dataset[Any]):
-    """Makes each example with the generators seeded from (seed, epoch, index).
+    """Makes each example with the generators seeded from the run's seed and its key.
 
     Random transforms of user code thus give the same example for any number of workers and ranks and after any resume.
     """
@@ -60,9 +62,9 @@ class SeededExamples(Dataset[Any]):
         Raises:
             UserCodeError: see `example_at`.
         """
-        epoch, index = key
         if self.draws:
-            seed_everything(derive_seed(self.seed, "example", epoch, index))
+            seed_everything(derive_seed(self.seed, "example", *key))
+        index = key[-1]
         return index, example_at(self.examples, index)
 
 
@@ -74,7 +76,7 @@ class _Batches(Dataset[Any]):
         self._seeded = SeededExamples(examples, seed)
         self._collate = _Collate(examples)
 
-    def __getitem__(self, keys: list[ExampleKey]) -> LoadedBatch | DistTrainError:
+    def __getitem__(self, keys: Sequence[ExampleKey]) -> LoadedBatch | DistTrainError:
         try:
             with _translate_loader_errors():
                 return self._collate([self._seeded[key] for key in keys])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.child_process import run_in_child
-from dist_train.data.fingerprint import Fingerprint, fingerprint_split
+from dist_train.data.example_weights import example_weights
+from dist_train.data.fingerprint import Fingerprint, checksum, fingerprint_split
 from dist_train.data.sets.examples_check import check_pixels, check_validation_set
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import (
@@ -48,6 +49,7 @@ class Splits:
     test: Examples | None  # the same object as `val` if validation uses the test split
     val_source: str  # origin of `val`, for the report
     summary: DataSummary
+    sample_weights: Tensor | None = None  # float64 [num_examples(train)]; None: an epoch visits each at most once
 
     @property
     def choice_by_test(self) -> str:
@@ -84,7 +86,10 @@ class Splits:
     @property
     def fingerprints(self) -> Mapping[str, Fingerprint]:
         """The fingerprint of each split."""
-        return self.summary.fingerprints
+        found = self.summary.fingerprints
+        if self.sample_weights is None:
+            return found
+        return {**found, "train": found["train"] | {"sample weights": checksum(self.sample_weights.numpy())}}
 
 
 def check_data_exists(config: DataConfig) -> None:
@@ -116,7 +121,8 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     summary = run_in_child(_summarise, *arguments) if in_child else _summarise(*arguments)
     found |= {split: Subset(found[split], range(summary.fingerprints[split]["count"])) for split in in_child}
     check_pixels(config, found["train"], summary.image_shape)
-    return Splits(*_add_validation(config, seed, found, name_of_val), summary)
+    train, val, test, val_source, trained_on = _add_validation(config, seed, found, name_of_val)
+    return Splits(train, val, test, val_source, summary, example_weights(config, found["train"], trained_on))
 
 
 def _load(config: DataConfig, ranks_per_node: int) -> tuple[dict[str, Examples], str, str]:
@@ -162,17 +168,17 @@ def _image_shape(train: Examples) -> tuple[int, int, int] | None:
     return channels, height, width
 
 
-_SplitsAndSource = tuple[Examples, Examples | None, Examples | None, str]
+_Divided = tuple[Examples, Examples | None, Examples | None, str, Tensor | None]
 
 
-def _add_validation(config: DataConfig, seed: int, found: dict[str, Examples], name_of_val: str) -> _SplitsAndSource:
-    """Return the splits and the origin of `val`."""
+def _add_validation(config: DataConfig, seed: int, found: dict[str, Examples], name_of_val: str) -> _Divided:
+    """Return the splits, the origin of `val`, and which examples `train` keeps of the whole set; None: all."""
     train, val, test = found["train"], found.get("val"), found.get("test")
     held_out, total = config.val_examples, num_examples(train)
     if not held_out:
         if val is not None:
-            return train, val, test, name_of_val
-        return train, test, test, "none" if test is None else "the test split"
+            return train, val, test, name_of_val, None
+        return train, test, test, "none" if test is None else "the test split", None
     if val is not None:
         raise ConfigError(
             f"data.val_examples={held_out}, but a validation set exists already: {name_of_val}. "
@@ -186,5 +192,5 @@ def _add_validation(config: DataConfig, seed: int, found: dict[str, Examples], n
     # A generator of its own, so that every rank and every resume draws the same examples.
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(derive_seed(seed, "val")))
     val = subset_of(train, shuffled[:held_out].sort().values)
-    train = subset_of(train, shuffled[held_out:].sort().values)
-    return train, val, test, f"{held_out} examples held out of train"
+    trained_on = shuffled[held_out:].sort().values
+    return subset_of(train, trained_on), val, test, f"{held_out} examples held out of train", trained_on

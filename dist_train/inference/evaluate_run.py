@@ -47,7 +47,8 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     """
     saved = SavedNet.find(path, which)
     config, run_dir, folder = saved.config, saved.run_dir, saved.folder
-    splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
+    data = config.data.model_copy(update={"sample_weights": None})  # only training needs the file
+    splits = load_splits(data, config.seed, detect_process(os.environ).local_world_size)
     examples = splits.test if split == "test" else splits.val
     if examples is None:
         raise DataError(f"The data of {path} has no {split} split. Use --split {'val' if split == 'test' else 'test'}.")

@@ -23,21 +23,20 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
 
     Raises:
         ConfigError: the batch cannot be divided among `world_size` processes.
-        DistTrainError: an example is taken twice.
+        DistTrainError: the ranks do not take the examples of the epoch's order, each once unless they are drawn.
     """
     plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world_size)
     yield plan.describe()
     splits = load_splits(config.data, config.seed, 1)
-    examples = num_examples(splits.train)
-    taken = _taken(examples, plan, config.seed)
-    unique, most = int((taken > 0).sum()), int(taken.max())
-    steps = plan.check_epoch(examples)
-    yield (
-        f"an epoch: {steps} steps, {unique} of {examples} examples once, {examples - unique} dropped, "
-        f"{int((taken > 1).sum())} twice"
-    )
-    if most > 1 or unique != steps * plan.global_batch_size:
-        raise DistTrainError("An example would be taken twice. This is a bug: report it.")
+    sampler = ShardSampler(num_examples(splits.train), plan, 0, config.seed, splits.sample_weights)
+    taken = _taken(sampler, world_size)
+    unique, again, unseen = int((taken > 0).sum()), int((taken > 1).sum()), int((taken == 0).sum())
+    how = f"once, {unseen} dropped, {again} twice"
+    if sampler.replaces:
+        how = f"in {sampler.total_size} draws with replacement, {again} more than once, {unseen} never"
+    yield f"an epoch: {sampler.steps_per_epoch} steps, {unique} of {sampler.num_examples} examples {how}"
+    if not torch.equal(taken, sampler.times_held(0)) or (again and not sampler.replaces):
+        raise DistTrainError("The ranks would not take the examples of the epoch's order. This is a bug: report it.")
     for name, split in (("validation", splits.val), ("test", splits.test)):
         if split is not None:
             total = num_examples(split)
@@ -57,10 +56,10 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
     )
 
 
-def _taken(examples: int, plan: BatchPlan, seed: int) -> Tensor:
-    """Return how often each example is taken in the first epoch, over all ranks: int64 [examples]."""
-    taken = torch.zeros(examples, dtype=torch.int64)
-    sampler = ShardSampler(examples, plan, 0, seed)
-    for sampler.rank in range(plan.world_size):  # all share one permutation
+def _taken(sampler: ShardSampler, world_size: int) -> Tensor:
+    """Return how often each example is taken in the first epoch, over all ranks: int64 [num_examples]."""
+    taken = torch.zeros(sampler.num_examples, dtype=torch.int64)
+    for rank in range(world_size):
+        sampler.rank = rank  # all share one order
         count_into(taken, [sampler.indices(step) for step in range(sampler.steps_per_epoch)])
     return taken

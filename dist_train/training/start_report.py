@@ -33,9 +33,13 @@ def report_start(
     plan = sampler.plan
     data = config.data.bundle or config.data.name
     _log.info("run directory %s, attempt %d", run_dir.path, run_dir.status.attempt)
+    epoch = f"{sampler.num_dropped} examples dropped per epoch"
+    if sampler.replaces:
+        by = "balanced over the classes" if config.data.sample_weights is None else "by data.sample_weights"
+        epoch = f"{sampler.total_size} examples drawn per epoch with replacement, {by}"
     _log.info(
-        "data %s: %d training examples, validation on %s; %d steps per epoch, %d examples dropped per epoch",
-        data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, sampler.num_dropped,
+        "data %s: %d training examples, validation on %s; %d steps per epoch, %s",
+        data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, epoch,
     )  # fmt: skip
     if config.early_stop is not None and splits.choice_by_test:
         _log.warning("early_stop chooses by %s", splits.choice_by_test)

@@ -146,14 +146,15 @@ class Trainer:
         Collective: every rank must call this.
 
         Raises:
-            DistTrainError: on every rank, if an example was trained on twice.
+            DistTrainError: on every rank, if these are not the examples of the epoch's order.
         """
         counts = self.audit.close_epoch(self.state.step)
         self.recorder.log_epoch_audit(counts)
         epoch = math.ceil(self.state.step / self.steps_per_epoch)
         _log.debug(
-            "epoch %d: %d examples, none twice, %d dropped", epoch, counts["audit/unique"], counts["audit/dropped"]
-        )
+            "epoch %d: %d different examples, %d draws of one again, %d not seen",
+            epoch, counts["audit/unique"], counts["audit/duplicate"], counts["audit/dropped"],
+        )  # fmt: skip
 
     def evaluate(self) -> None:
         """Write one `val` line, and the final lines on an early stop. After an agreed stop the resumed run does it.

@@ -188,7 +188,7 @@ BOUND = {
     "seed": 7, "train_for": "7 steps", "global_batch_size": 7, "mixed_precision": "bf16", "dtype": "float64",
     "max_grad_norm": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9, "early_stop.patience": 3, "eval_every": 7,
     "data.name": "x", "data.val_bundle": "x", "data.val_examples": 7, "data.normalize": {"mean": [0.5], "std": [0.5]},
-    "data.args": {"a": 1},
+    "data.args": {"a": 1}, "data.sampling": "balanced", "data.sample_weights": "x",
     "model.name": "x", "model.weights": "x", "model.args": {"a": 1}, "optimizer.lr": 7, "optimizer.betas": [0.5, 0.5],
     "schedule.name": "cosine", "schedule.warmup": 7, "ddp.sync_batchnorm": True, "final_train_eval": False,
 }  # fmt: skip

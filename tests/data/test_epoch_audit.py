@@ -21,8 +21,12 @@ from support.run_files import metrics
 TRAIN = [*DIST_TRAIN, "train", "-q", "-c", "smoke", "--run-name=r"]
 
 
-def sampler_of(world_size: int, rank: int) -> ShardSampler:
-    return ShardSampler(1003, BatchPlan.fit(10, 10, world_size), rank, seed=3)
+# A third of the examples are never drawn.
+WEIGHTS = torch.arange(1003, dtype=torch.float64) % 3
+
+
+def sampler_of(world_size: int, rank: int, weights: torch.Tensor | None = None, seed: int = 3) -> ShardSampler:
+    return ShardSampler(1003, BatchPlan.fit(10, 10, world_size), rank, seed, weights)
 
 
 @pytest.mark.parametrize("began_at", [0, 1, 57, 99])
@@ -70,6 +74,37 @@ def test_repeated_or_missing_example_raises(instead: int | None, message: str, w
         audit.close_epoch(100)
 
 
+def test_draws_with_replacement_are_counted(world: World) -> None:
+    sampler = sampler_of(1, 0, WEIGHTS)
+    audit = ShardAudit(sampler, world, 0)
+    for step in range(157):
+        audit.add(sampler.indices(step))
+        if step == 99:
+            first = audit.close_epoch(100)
+    different = len(set(sampler.order(0)[:1000].tolist()))
+    assert first == {"audit/unique": different, "audit/duplicate": 1000 - different, "audit/dropped": 1003 - different}
+    assert different < 669
+    second = audit.close_epoch(157)
+    assert second["audit/unique"] + second["audit/duplicate"] == 570
+    assert ShardAudit(sampler, world, 157, audit.totals()).close_epoch(157) == second
+
+
+@pytest.mark.parametrize("instead", ["one never drawn", "one drawn elsewhere", "a uniform draw"])
+def test_wrong_draw_raises(instead: str, world: World) -> None:
+    """Of the 1000 examples of the epoch one is another, which a count of duplicates would not tell."""
+    sampler = sampler_of(1, 0, WEIGHTS)
+    audit = ShardAudit(sampler, world, 0)
+    wrong = {"one never drawn": 0, "one drawn elsewhere": int(sampler.order(0)[500]), "a uniform draw": 77}[instead]
+    for step in range(100):
+        indices = sampler.indices(step).clone()
+        if step == 70:
+            assert indices[4] != wrong
+            indices[4] = wrong
+        audit.add(indices)
+    with pytest.raises(DistTrainError, match=r"Epoch 1: the 1000 examples .* are not the first 1000 of its order"):
+        audit.close_epoch(100)
+
+
 @pytest.mark.parametrize("stopped_at", [1, 57, 100, 157])
 def test_resume_continues_count(stopped_at: int, world: World) -> None:
     """The count also continues when the sharding differs before and after the resume."""
@@ -114,23 +149,27 @@ def test_late_resume_reads_one_slice(world: World, monkeypatch: pytest.MonkeyPat
     assert ShardAudit(sampler, world, 99_999).totals()["seen"] == 99_999
 
 
-def _on_two_ranks(same: bool) -> None:
+def _on_two_ranks(fault: str, weights: torch.Tensor | None) -> None:
     join_group("audit")
     world = World.join(parse_config({"device": "cpu"}))
-    sampler = sampler_of(2, 0 if same else world.rank)
+    rank, seed = 0 if fault == "shard" else world.rank, 3 + world.rank * (fault == "generator")
+    sampler = sampler_of(2, rank, weights, seed)
     audit = ShardAudit(sampler, world, 0)
     for step in range(100):
         audit.add(sampler.indices(step))
-    if same:
+    if fault:
         with pytest.raises(DistTrainError, match="Epoch 1: the 1000 examples"):
             audit.close_epoch(100)
     else:
-        assert audit.close_epoch(100)["audit/unique"] == 1000
+        line = audit.close_epoch(100)
+        assert line["audit/unique"] + line["audit/duplicate"] == 1000
 
 
-@pytest.mark.parametrize("same", [False, True])
-def test_audit_covers_all_ranks(same: bool) -> None:
-    run_on_ranks(_on_two_ranks, same, world_size=2)
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["shuffled", "weighted"])
+@pytest.mark.parametrize("fault", ["", "shard", "generator"])
+def test_audit_covers_all_ranks(fault: str, weights: torch.Tensor | None) -> None:
+    """Both ranks take the same shard, or each draws with a generator of its own."""
+    run_on_ranks(_on_two_ranks, fault, weights, world_size=2)
 
 
 @pytest.mark.parametrize("resident", ["true", "false"])

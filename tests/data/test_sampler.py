@@ -69,7 +69,7 @@ def test_global_batch_is_equal_for_every_division(num_examples: int, step: int, 
 def test_orders_of_epochs_and_seeds_differ() -> None:
     """Seed 0 epoch 1 also differs from seed 1 epoch 0, which torch's own sampler shuffles alike."""
     orders = {
-        tuple(ShardSampler(100, BatchPlan(10, 1, 1), 0, seed).permutation(epoch).tolist())
+        tuple(ShardSampler(100, BatchPlan(10, 1, 1), 0, seed).order(epoch).tolist())
         for seed in range(4)
         for epoch in range(4)
     }
@@ -79,7 +79,52 @@ def test_orders_of_epochs_and_seeds_differ() -> None:
 def test_dropped_examples_differ_between_epochs() -> None:
     sampler = ShardSampler(101, BatchPlan(10, 1, 1), 0, 0)
     assert (sampler.steps_per_epoch, sampler.num_dropped) == (10, 1)
-    assert len({int(sampler.permutation(epoch)[-1]) for epoch in range(10)}) > 5
+    assert len({int(sampler.order(epoch)[-1]) for epoch in range(10)}) > 5
+
+
+# --- drawn with replacement ----------------------------------------------------------------------------------------
+
+
+def weighted(weights: Tensor, plan: BatchPlan, seed: int = 0) -> list[ShardSampler]:
+    return [ShardSampler(len(weights), plan, rank, seed, weights) for rank in range(plan.world_size)]
+
+
+def test_draws_are_equal_for_every_division() -> None:
+    weights = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for step in (0, 7, 8, 20):  # in three epochs of eight
+        whole = global_batch(weighted(weights, BatchPlan(24, 1, 1)), step)
+        for division in [(12, 2, 1), (12, 1, 2), (4, 3, 2), (8, 1, 3), (2, 4, 3)]:
+            assert global_batch(weighted(weights, BatchPlan(*division)), step) == whole
+
+
+def test_draws_differ_between_epochs_and_seeds() -> None:
+    orders = {
+        tuple(weighted(torch.ones(50).double(), BatchPlan(10, 1, 1), seed)[0].order(epoch).tolist())
+        for seed in range(4)
+        for epoch in range(4)
+    }
+    assert len(orders) == 16
+
+
+def test_examples_are_drawn_in_proportion_to_their_weights() -> None:
+    """Each within four standard deviations of the binomial distribution. The seed is fixed, and so is the outcome."""
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.0, 7.0, 0.0] * 1000, dtype=torch.float64)
+    (sampler,) = weighted(weights, BatchPlan(100, 1, 1))
+    places = torch.cat([sampler.order(epoch) for epoch in range(10)]) % 6
+    counts = torch.bincount(places, minlength=6)
+    assert counts[[0, 3, 5]].tolist() == [0, 0, 0]
+    for place, share in ((1, 0.1), (2, 0.2), (4, 0.7)):
+        deviation = (len(places) * share * (1 - share)) ** 0.5
+        assert abs(int(counts[place]) - len(places) * share) < 4 * deviation
+
+
+@pytest.mark.parametrize("unit", [5e-324, 1e-300, 1.0, 1e308])
+def test_only_ratios_of_weights_count(unit: float) -> None:
+    weights = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    (sampler,) = weighted(weights * unit, BatchPlan(6, 1, 1))
+    for epoch in range(50):
+        assert set(sampler.order(epoch).tolist()) <= {1, 3, 4}
+        assert torch.equal(sampler.order(epoch), weighted(weights, BatchPlan(6, 1, 1))[0].order(epoch))
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -115,9 +160,13 @@ PLAN = BatchPlan(3, 2, 2)
 STEPS = [(step, micro_step) for step in range(11) for micro_step in range(2)]  # into the second epoch
 
 
-def batches(examples: object, num_workers: int = 0, resident: bool | None = None, rank: int = 1) -> Batches:
+def batches(
+    examples: object, num_workers: int = 0, resident: bool | None = None, rank: int = 1, plan: BatchPlan = PLAN,
+    weights: Tensor | None = None,
+) -> Batches:  # fmt: skip
     config = DataConfig(num_workers=num_workers, resident=resident, normalize=NORMALIZE)
-    return training_batches(examples, ShardSampler(len(examples), PLAN, rank, 3), config, CPU, 3)  # type: ignore[arg-type]
+    sampler = ShardSampler(len(examples), plan, rank, 3, weights)  # type: ignore[arg-type]
+    return training_batches(examples, sampler, config, CPU, 3)  # type: ignore[arg-type]
 
 
 def batches_of(source: Batches, places: Iterable[tuple[int, int]] = STEPS) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -163,6 +212,25 @@ def test_example_depends_only_on_seed_epoch_and_index(num_workers: int) -> None:
     warm_up = [STEPS[4], STEPS[4]]  # requests the first batch twice without consuming it
     assert_same(batches_of(source, [*warm_up, *STEPS[4:]]), [whole[4], whole[4], *whole[4:]])
     assert_same(batches_of(source, STEPS[2:5]), whole[2:5])
+
+
+def test_each_draw_of_an_example_is_transformed_anew() -> None:
+    """The same for any division and any workers: an example drawn twice in an epoch is no copy."""
+    few = torch.zeros(101, dtype=torch.float64).index_fill(0, torch.tensor([3, 50]), 1.0)
+
+    def made(plan: BatchPlan, num_workers: int = 0) -> Tensor:
+        ranks = [
+            batches(Jittered(True), num_workers, rank=rank, plan=plan, weights=few) for rank in range(plan.world_size)
+        ]
+        places = [(step, micro_step) for step in range(9) for micro_step in range(plan.grad_accum_steps)]
+        by_rank = [torch.cat([inputs for inputs, _, _ in batches_of(source, places)]) for source in ranks]
+        return torch.stack(by_rank, dim=1).flatten(0, 1)
+
+    whole = made(BatchPlan(12, 1, 1))
+    assert len(whole) == 9 * 12
+    assert len({image.numpy().tobytes() for image in whole}) == len(whole)
+    for plan, num_workers in ((BatchPlan(3, 2, 2), 2), (BatchPlan(4, 1, 3), 0)):
+        assert torch.equal(made(plan, num_workers), whole)
 
 
 def test_workers_end_with_their_batches() -> None:

@@ -136,7 +136,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "enumerations": (
         ["mixed_precision", "dtype", "device", "step_mode", "preempt_signal", "optimizer.name", "optimizer.lr_scaling",
-         "schedule.name", "tracking.wandb"],
+         "schedule.name", "tracking.wandb", "data.sampling"],
         [*WORDS, "Nonsense", "yes"],
     ),
     "booleans": (
@@ -152,7 +152,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "paths": (
         ["data.root", "data.val_root", "data.bundle", "data.val_bundle", "model.bundle", "model.weights",
-         "runs_dir"],
+         "data.sample_weights", "runs_dir"],
         ["5", "[a]", "{a: b}", "yes", '"a\\0b"'],
     ),
     "lists": (
@@ -168,8 +168,9 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
         ["seed", "train_for", "global_batch_size", "per_device_batch_size", "dtype", "device", "step_mode",
          "label_smoothing", "log_every", "eval_every", "save_every", "keep_last", "keep_best", "keep_every",
          "stall_timeout_s", "setup_timeout_s", "preempt_signal", "final_train_eval", "data", "data.name",
-         "data.val_examples", "data.num_workers", "data.args", "model", "model.name", "model.args", "optimizer",
-         "optimizer.name", "optimizer.lr", "schedule", "schedule.name", "schedule.warmup", "ddp", "tracking"],
+         "data.val_examples", "data.sampling", "data.num_workers", "data.args", "model", "model.name", "model.args",
+         "optimizer", "optimizer.name", "optimizer.lr", "schedule", "schedule.name", "schedule.warmup", "ddp",
+         "tracking"],
         ["", "~", "null"],
     ),
 }  # fmt: skip

@@ -109,6 +109,19 @@ class FromOne(Jittered):
         return image, label + 1
 
 
+class Rare(Dataset[tuple[Tensor, str]]):
+    """Three classes of 1800, 150 and 50 examples, their names in an attribute `targets`."""
+
+    def __init__(self, train: bool) -> None:
+        self.targets = ["common"] * 1800 + ["rare"] * 150 + ["rarer"] * 50
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return torch.zeros(1, 2, 2), self.targets[index]
+
+
 class OfLength(Jittered):
     """Takes its length from TEST_LENGTH, on ranks other than zero from TEST_LENGTH_ELSEWHERE."""
 

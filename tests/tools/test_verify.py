@@ -33,14 +33,17 @@ def broken(checks: list[Check]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("net", "dtype", "nproc", "frozen"),
-    [("conv", "float32", 3, "nothing"), ("bks", "float64", 2, "dropout off")],
+    ("net", "dtype", "nproc", "sampling", "frozen", "how_often"),
+    [
+        ("conv", "float32", 3, "shuffled", "nothing", "at most once"),
+        ("bks", "float64", 2, "balanced", "dropout off", "as often as its epoch draws it"),
+    ],
 )
-def test_all_promises_hold(net: str, dtype: str, nproc: int, frozen: str) -> None:
-    checks = list(verify(small(f"model.name={net}", f"dtype={dtype}"), nproc))
+def test_all_promises_hold(net: str, dtype: str, nproc: int, sampling: str, frozen: str, how_often: str) -> None:
+    checks = list(verify(small(f"model.name={net}", f"dtype={dtype}", f"data.sampling={sampling}"), nproc))
     assert not broken(checks)
     promises = "\n".join(check.promise for check in checks)
-    for part in (f"losses of {nproc} processes", "at most once", "evaluated once", "as if never stopped",
+    for part in (f"losses of {nproc} processes", how_often, "evaluated once", "as if never stopped",
                  f"resumed on {nproc - 1}", "a batch joined", "SIGKILL"):  # fmt: skip
         assert part in promises
     assert checks[0].result == frozen

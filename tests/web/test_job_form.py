@@ -139,6 +139,8 @@ MISTAKES = [
     ({"lines": "model.name=broken:Net"}, LINES, "broken.py:2: SyntaxError"),
     ({"lines": "data.name=form_nets:Sett"}, LINES, "form_nets.py has no Sett. Did you mean Set?"),
     ({"lines": "model.bundle=/nowhere"}, LINES, "model.bundle=/nowhere: no such file or folder"),
+    ({"lines": "data.sampling=balance"}, LINES, "data.sampling=balance: input should be 'shuffled' or 'balanced'"),
+    ({"lines": "data.sample_weights=/nowhere.npy"}, LINES, "data.sample_weights=/nowhere.npy: no such file"),
     ({"lines": "runs_dir=/x"}, LINES, "runs_dir is the folder that this page shows"),
     ({"where": "here"}, "where", "where=here: write local or slurm."),
     ({"where": "slurm", "time": "soon"}, "time", "--time=soon is not a time limit"),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -129,6 +131,21 @@ def classes_of(examples: Examples) -> tuple[list[str] | None, int | None]:
     names = list(map(str, classes)) if isinstance(classes, (list, tuple)) else None
     counted = len(classes) if isinstance(classes, Sized) else None
     return names, count if isinstance(count, int) else counted
+
+
+def stored_labels(examples: Examples) -> npt.NDArray[Any] | None:
+    """Return the integer or string labels [N, ...] that the set stores under torchvision's names, None if it does not.
+
+    Makes no example and calls nothing of the set: either may open a file. N may be another number than its length.
+    """
+    kept = getattr(examples, "__dict__", {})  # no properties: one may read all examples
+    labels = kept.get("targets", kept.get("labels"))
+    if isinstance(labels, Tensor):
+        dense = labels.layout == torch.strided and not labels.is_floating_point() and not labels.is_complex()
+        labels = labels.cpu().numpy() if dense else None
+    elif isinstance(labels, (list, tuple)) and all(isinstance(label, (int, str, np.integer)) for label in labels):
+        labels = np.array(labels)
+    return labels if isinstance(labels, np.ndarray) and labels.ndim and labels.dtype.kind in "iubU" else None
 
 
 def describe_value(value: Any) -> str:

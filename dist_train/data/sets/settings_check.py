@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
 from dist_train.errors import ConfigError, did_you_mean
@@ -36,6 +38,7 @@ def check_settings(config: DataConfig) -> None:
                 f"data.val_examples={config.val_examples} holds out training examples, and data.{setting}={path} is a "
                 f"validation set of its own. Set data.val_examples=0, or remove data.{setting}."
             )
+    _check_sampling(config)
     for setting, value, owner, belongs in (
         ("split", config.split, "emnist", kind == "emnist"),
         ("image_size", config.image_size, "image_folder", kind == "image_folder"),
@@ -48,3 +51,16 @@ def check_settings(config: DataConfig) -> None:
         raise ConfigError(f"data.name=emnist {had}. Set data.split to one of: {', '.join(EMNIST_CLASSES)}.")
     if kind == "image_folder" and config.image_size is None:
         raise ConfigError("data.name=image_folder needs data.image_size, the pixels per side. Set data.image_size=64.")
+
+
+def _check_sampling(config: DataConfig) -> None:
+    path = config.sample_weights
+    if path is None:
+        return
+    if config.sampling != "shuffled":
+        raise ConfigError(
+            f"data.sampling={config.sampling} and data.sample_weights={path} both say how often an example is drawn. "
+            f"Keep one of them."
+        )
+    if not os.path.isfile(os.path.expanduser(path)):  # noqa: PTH111,PTH113 - a Path may raise
+        raise ConfigError(f"data.sample_weights={path}: no such file. Give the path of a .npy or text file.")

@@ -120,15 +120,17 @@ def _checkpoints(trial: Trial, world: World, config: Config) -> Iterator[Checkpo
 
 
 def _count_examples(outcome: Outcome, sampler: ShardSampler, gathered: list[Tensor], world: World) -> None:
-    """Count the duplicates over all ranks, in the steps taken and in the whole first epoch.
+    """Count over all ranks, in the steps taken and in the whole first epoch, what its order does not hold so often.
 
     Collective: every rank must call this.
     """
     in_epoch = max(0, sampler.steps_per_epoch - outcome.began_at) * sampler.plan.grad_accum_steps
     whole = _counted([sampler.indices(step) for step in range(sampler.steps_per_epoch)], sampler.num_examples, world)
     taken = _counted(gathered[:in_epoch], sampler.num_examples, world)
-    outcome.duplicates = int(((whole > 1) | (taken > 1)).sum())
-    outcome.epoch = int((whole == 1).sum()), int((whole == 0).sum()), sampler.num_examples
+    held = sampler.times_held(0)
+    outcome.replaces = sampler.replaces
+    outcome.duplicates = int(((whole > held) | (taken > held)).sum())
+    outcome.epoch = int(((whole == held) & (held > 0)).sum()), int((whole == 0).sum()), sampler.num_examples
 
 
 def _counted(indices: list[Tensor], total: int, world: World) -> Tensor:

@@ -65,11 +65,17 @@ def verify(config: Config, nproc: int) -> Iterator[Check]:
 
 
 def _counts(size: int, outcome: Outcome) -> Iterator[Check]:
-    once, dropped, total = outcome.epoch
+    held, unseen, total = outcome.epoch
+    promise, found = "at most once per epoch", f"{held} once, {outcome.duplicates} more often, {unseen} dropped"
+    if outcome.replaces:
+        promise, found = (
+            "as often as its epoch draws it",
+            f"{held} so, {outcome.duplicates} more often, {unseen} not drawn",
+        )
     yield Check(
-        f"{size} process{'es' if size > 1 else ''}: every example at most once per epoch",
-        f"{once} once, {outcome.duplicates} more often, {dropped} dropped of {total}",
-        outcome.duplicates == 0 and once + dropped == total,
+        f"{size} process{'es' if size > 1 else ''}: every example {promise}",
+        f"{found} of {total}",
+        outcome.duplicates == 0 and held + unseen == total,
     )
     once, total = outcome.evaluated
     if total:

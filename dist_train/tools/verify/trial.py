@@ -23,7 +23,8 @@ class Outcome:
     on_cpu: bool = True  # where a run resumed on as many processes is bit-identical
     weights: str = ""  # digest
     frozen: list[str] = field(default_factory=list)  # what was frozen
-    duplicates: int = 0  # examples that all ranks together train on more than once, in these steps or in the epoch
-    epoch: tuple[int, int, int] = (0, 0, 0)  # examples seen once, dropped, in the set
+    replaces: bool = False  # whether an epoch may hold an example more than once
+    duplicates: int = 0  # examples that all ranks together train on more often than the epoch holds them
+    epoch: tuple[int, int, int] = (0, 0, 0)  # examples seen as often as the epoch holds them, not seen, in the set
     evaluated: tuple[int, int] = (0, 0)  # examples counted exactly once, in the split
     joined_batch_error: float = 0.0  # relative difference between the loss of a batch and of the batch joined to itself
