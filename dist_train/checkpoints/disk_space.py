@@ -31,7 +31,8 @@ class CheckpointSize:
     def of(cls, net: nn.Module, config: Config) -> CheckpointSize:
         """Compute the size for a net that is in the run's dtype."""
         weights = sum(value.nbytes for value in net.state_dict().values() if isinstance(value, Tensor))
-        trained = sum(parameter.nbytes for parameter in net.parameters() if parameter.requires_grad)
+        frozen_later_trained = config.model.freeze_until is not None
+        trained = sum(each.nbytes for each in net.parameters() if each.requires_grad or frozen_later_trained)
         copies = _STATE[config.optimizer.name] + sum(bool(getattr(config.optimizer, name)) for name in _ADDED_BY)
         return cls(weights, copies * trained, 2 * weights if config.ema_decay else 0)
 

@@ -160,7 +160,17 @@ class ModelConfig(_Settings):
     # Initial weights: a .safetensors file or a .pth file with a state dict, also of a net that DDP, torch.compile or
     # AveragedModel wrapped. All must fit; a last layer of another shape is left out. None: drawn from the seed.
     weights: FilePath | None = None
+    # Not trained: parameters whose name, or that of a module around them, matches one of these patterns, such as
+    # [conv1, layer*]. Their BatchNorm layers normalise by the running statistics and keep them.
+    freeze: list[str] = []
+    freeze_until: PositiveSteps | None = None  # train all of the net from here on; None: never
     args: Options = {}  # keyword arguments of the net's class, for example model.args.dropout=0
+
+    @model_validator(mode="after")
+    def _freezes(self) -> ModelConfig:
+        if self.freeze_until is not None and not self.freeze:
+            raise ValueError(f"freeze_until={self.freeze_until} needs freeze, such as freeze=[conv1, layer*]")
+        return self
 
 
 # The settings of each optimizer besides lr: keyword arguments of its torch.optim class. None keeps torch's default.

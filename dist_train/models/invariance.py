@@ -33,12 +33,17 @@ def world_size_dependent_layers(model: nn.Module) -> list[str]:
     """Describe the parts of a net whose result depends on how a step is divided over ranks and micro-batches."""
     modules = list(model.modules())
     parts = []
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+    if any(_takes_batch_statistics(module) for module in modules):
         parts.append("BatchNorm (statistics per forward)")
     drops = any(drop_rates(module) for module in modules)
     if drops or any(_calls_dropout(kind) for kind in {type(module) for module in modules}):
         parts.append("dropout (drawn per rank and micro-batch)")
     return parts
+
+
+def _takes_batch_statistics(module: nn.Module) -> bool:
+    """Return whether it is a BatchNorm layer, except one in evaluation mode that has running statistics."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
 
 
 def drop_rates(module: nn.Module) -> list[str]:

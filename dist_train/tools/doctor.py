@@ -27,6 +27,7 @@ from dist_train.distributed.process_info import available_cores, detect_process,
 from dist_train.distributed.world import World, backends
 from dist_train.errors import DistTrainError, LaunchError
 from dist_train.launch.slurm.commands import installed_version
+from dist_train.models.freezing import Frozen
 from dist_train.models.registry import build_model
 from dist_train.training.provenance import cpu_model, version_of
 from dist_train.training.tracking import wandb_mode
@@ -66,6 +67,7 @@ def examine(config: Config, runs_dir: Path) -> Iterator[Diagnosis]:
             net = build_model(config.model, splits.input_spec, config.seed)
         if config.model.weights is not None and detect_process(os.environ).rank == 0:
             load_initial_weights(net, config.model.weights)
+        Frozen(net, config.model.freeze)
         size = CheckpointSize.of(net, config)
         parameters = f"{sum(p.numel() for p in net.parameters()):,} parameters"
         name = config.model.bundle or config.model.name

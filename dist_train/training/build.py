@@ -30,6 +30,7 @@ from dist_train.distributed import watchdog
 from dist_train.distributed.job_scheduler import JobScheduler
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
+from dist_train.models.freezing import Frozen
 from dist_train.models.registry import build_model, is_library_net
 from dist_train.models.tasks.objective import Objective
 from dist_train.runs.directory import RunDir
@@ -84,7 +85,11 @@ def build_components(
         channels_last = is_library_net(config.model) and is_faster_in_channels_last(net, batches, objective, world)
     if channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    step = Step(config, world, net, batches, plan, learning_rate)
+    frozen = None
+    if config.model.freeze:
+        until = config.model.freeze_until
+        frozen = Frozen(net, config.model.freeze, until.to_steps(sampler.steps_per_epoch) if until else None)
+    step = Step(config, world, net, batches, plan, learning_rate, frozen)
     return Components(sampler, learning_rate, step, channels_last)
 
 
@@ -211,7 +216,7 @@ def _start_attempt(
     if world.is_rank_zero:
         run_dir.status.record_resume(state.step, world.size)
         total_steps = components.learning_rate.total_steps
-        report_start(config, run_dir, splits, sampler, step.net, state, total_steps, provenance)
+        report_start(config, run_dir, splits, sampler, step, state, total_steps, provenance)
     # A resumed run keeps the mode that was chosen when it began.
     step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
     provenance |= {"step_mode": step.mode, "channels_last": components.channels_last}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,12 +51,10 @@ def evaluate(
         TrainingDiverged: on every rank, if the loss is not finite.
     """
     world.broadcast([buffer for buffer in net.buffers() if buffer.numel()])
-    was_training = net.training
-    net.eval()
     sums = _Sums(net, batches.examples, objective, world.device, confusion)
     seed_generators = seeding_for(net, training=False)
     stream = iter(batches)
-    try:
+    with _eval_mode(net):
         for _ in range(batches.num_batches):
             batch = next(stream, None)  # a rank's shard may be one batch shorter than the longest
             if batch is not None:
@@ -67,9 +67,21 @@ def evaluate(
                 agreement.tick("evaluate")
                 if agreement.stop:
                     return None
-    finally:
-        net.train(was_training)
     return _means_over_ranks(sums.counted(), batches.num_examples, world)
+
+
+@contextmanager
+def _eval_mode(net: nn.Module) -> Iterator[None]:
+    """Put the net into evaluation mode inside. Afterwards each layer is as before: some, as frozen ones, may stay."""
+    modes = [(module, module.training) for module in net.modules()]
+    was_training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(was_training)  # a net's own `train` may do more than set the mode
+        for module, mode in modes:
+            module.training = mode
 
 
 def _means_over_ranks(counts: Counts | None, num_examples: int, world: World) -> dict[str, float]:

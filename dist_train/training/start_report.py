@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
-
-from torch import nn
 
 from dist_train.checkpoints.contents import TrainerState
 from dist_train.config.schema import Config
@@ -24,7 +23,7 @@ def report_start(
     run_dir: RunDir,
     splits: Splits,
     sampler: ShardSampler,
-    net: nn.Module,
+    step: Step,
     state: TrainerState,
     total_steps: int,
     provenance: dict[str, Any],
@@ -45,9 +44,12 @@ def report_start(
         _log.warning("early_stop chooses by %s", splits.choice_by_test)
     _log.info(
         "net %s: %s parameters; %s, %d threads per process, mixed precision %s",
-        config.model.bundle or config.model.name, f"{sum(p.numel() for p in net.parameters()):,}",
+        config.model.bundle or config.model.name, f"{sum(p.numel() for p in step.net.parameters()):,}",
         provenance["device"], provenance["num_threads"], provenance["mixed_precision"],
     )  # fmt: skip
+    until = step.unfreezes_at
+    if step.frozen is not None and (until is None or state.step < until):
+        _log.info("frozen: %s%s", step.frozen, "" if until is None else f", until {until} steps are done")
     _log.info("%s", plan.describe())
     if plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < config.per_device_batch_size:
         _log.warning(
@@ -71,8 +73,7 @@ def report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]
     """Log the limits of exactness for this net. `before`: the provenance of a resumed run, else {}."""
     dependent = step.effects.world_size_dependent
     rounding = [f"{provenance['mixed_precision']} rounding"] if provenance["mixed_precision"] != "no" else []
-    for reason in dependent + rounding:
-        _log.info("the result depends on the number of processes: %s", reason)
+    report_dependence(dependent + rounding)
     for name in step.effects.unsaved:
         _log.warning(
             "resume is not exact: each forward changes %s.%s, which is not in the checkpoint. Make it a buffer.",
@@ -84,6 +85,11 @@ def report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]
         else:
             effect = "equal within rounding, not bit-identical"
         _log.warning("resumed with a different %s: %s: %s", name, change, effect)
+
+
+def report_dependence(reasons: Iterable[str]) -> None:
+    for reason in reasons:
+        _log.info("the result depends on the number of processes: %s", reason)
 
 
 def report_results(run_dir: RunDir) -> None:

@@ -24,6 +24,7 @@ from dist_train.training.agreement import Agreement
 from dist_train.training.evaluate import evaluate
 from dist_train.training.final_evaluation import FinalEvaluation, final_evaluation
 from dist_train.training.recorder import RunRecorder
+from dist_train.training.start_report import report_dependence
 from dist_train.training.step.counts import Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
@@ -88,6 +89,8 @@ class Trainer:
         self.recorder.set_state("TRAINING")
         self._start_window()
         while state.step < self.total_steps and not agreement.stop and not self.early_stopped:
+            if state.step == step.unfreezes_at:
+                self.unfreeze()
             step.take(state.step)
             state.step += 1
             agreement.tick()
@@ -106,6 +109,19 @@ class Trainer:
             self.save()
         self._pause_timer()
         return self.finish()
+
+    def unfreeze(self) -> None:
+        """Train all of the net from here on, after a warm-up as at a start.
+
+        Collective: every rank must call this.
+        """
+        self._pause_timer()
+        watchdog.arm(max(self.config.setup_timeout_s, self.config.stall_timeout_s))  # it may compile
+        known = self.step.effects.world_size_dependent
+        self.step.warm_up(self.state.step, self.step.chosen_mode)
+        _log.info("from step %d on all of the net is trained", self.state.step + 1)
+        report_dependence(each for each in self.step.effects.world_size_dependent if each not in known)
+        self._resume_timer()
 
     def log(self) -> None:
         """Write one `train` line over the window since the last one.

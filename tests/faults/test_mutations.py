@@ -126,12 +126,13 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "durations": (
         ["train_for", "eval_every", "log_every", "save_every", "keep_every", "schedule.warmup", "schedule.step_size",
-         "schedule.t_0"],
+         "schedule.t_0", "model.freeze_until"],
         ["5 weeks", "epochs", "-1 epochs", "1e3 steps", "0.5 steps", "3 epochs 2", "[5, epochs]", "{epochs: 5}",
          ".nan", ".inf", "yes", "1:30", "five epochs", "5 Epochs", "5 min", f"{'9' * 400} epochs", "5,5 epochs"],
     ),
     "durations in steps or epochs": (
-        ["train_for", "eval_every", "log_every", "keep_every", "schedule.warmup", "schedule.step_size", "schedule.t_0"],
+        ["train_for", "eval_every", "log_every", "keep_every", "schedule.warmup", "schedule.step_size", "schedule.t_0",
+         "model.freeze_until"],
         ["30 s", "1 sec", "0.5 seconds"],
     ),
     "enumerations": (
@@ -156,7 +157,8 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
         ["5", "[a]", "{a: b}", "yes", '"a\\0b"'],
     ),
     "lists": (
-        ["data.normalize.mean", "data.normalize.std", "tracking.tags", "optimizer.betas", "schedule.milestones"],
+        ["data.normalize.mean", "data.normalize.std", "tracking.tags", "optimizer.betas", "schedule.milestones",
+         "model.freeze"],
         ["words", "5", "{a: 1}", "[[1]]", "[{}]"],
     ),
     "arguments": (["data.args", "model.args"], ["words", "5", "[1]", "{1: 2}", "{a: .nan}", "{a: 2026-01-01}"]),

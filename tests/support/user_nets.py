@@ -238,3 +238,23 @@ def negative(train: bool) -> ImageSet:
     found = mnist_part(train)
     found.labels[3] = -100
     return found
+
+
+class Normed(nn.Module):
+    """A net of small images with a BatchNorm layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.second(self.norm(self.first(images.flatten(1))).relu())
+        return logits
+
+
+class Spare(Normed):
+    """Has a layer that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)

@@ -154,6 +154,14 @@ def test_training_mode_is_restored_even_after_error(training: bool, world: World
     assert net.training == training
 
 
+def test_each_layer_keeps_its_mode(world: World) -> None:
+    """A resumed run, whose layers are as the net made them, trains as one that has evaluated."""
+    net = Net()
+    net.norm.eval()
+    evaluate(net, batches(images(), world), Objective(net), world)
+    assert (net.training, net.norm.training, net.drop.training) == (True, False, True)
+
+
 def test_label_outside_classes_is_reported_with_example(world: World) -> None:
     """Batches are scored together, and the example is not in the last one."""
     examples = images()

@@ -78,6 +78,8 @@ def run(trial: Trial) -> Outcome:
         gathered: list[Tensor] = []
         step.eager.batches.on_gather = gathered.append
         while state.step < trial.steps or trial.kill_after_s:
+            if state.step == step.unfreezes_at:
+                step.warm_up(state.step)
             step.take(state.step)
             state.step += 1
             totals = step.pop_window()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -128,6 +129,19 @@ class EagerUpdate:
         """Return a context for one all-reduce per step: only the last micro-step's backward exchanges gradients."""
         return nullcontext() if when else self.world.accelerator.no_sync(self.model)
 
+    def wrap_again(self) -> None:
+        """Wrap the net in DDP anew: it exchanges the gradients of those parameters that require one when it is made.
+
+        Collective: every rank must call this.
+        """
+        if self.model is self.net:
+            return
+        self.model = self.net
+        gc.collect()  # the old DDP may be in a circle of references, and while it lives it exchanges gradients too
+        if "_original_forward" in vars(self.net):  # Accelerate would patch its own patch, for mixed precision
+            self.net.forward = vars(self.net).pop("_original_forward")
+        self.model = self.world.accelerator.prepare(self.net, device_placement=[False])
+
     # --- the state that an update changes --------------------------------------------------------------------------
 
     def state(self) -> list[Tensor]:
@@ -136,11 +150,16 @@ class EagerUpdate:
         return [*self.net.parameters(), *self.net.buffers(), self.window.sums, *averages, *self._optimizer_state()]
 
     def make_optimizer_state(self, step: int) -> None:
-        """Create the optimizer state that the first update creates, set to zero as in all our optimizers."""
+        """Create the optimizer state that the next update creates, set to zero as in all our optimizers.
+
+        That is all of it before the first update, and later that of parameters which were frozen until now.
+        """
+        known = self._optimizer_state()
         with unchanged(self.state()):
             self(step)
         for tensor in self._optimizer_state():
-            tensor.zero_()
+            if not any(tensor is each for each in known):
+                tensor.zero_()
 
     def _optimizer_state(self) -> list[Tensor]:
         values = (value for state in self.optimizer.state.values() for value in state.values())

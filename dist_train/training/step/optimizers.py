@@ -47,10 +47,19 @@ _IMPLEMENTATION = ("fused", "foreach", "capturable")
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Like `load_state_dict`, but keeps the implementation of this process, not that of the one that saved."""
-    own = [{key: group[key] for key in _IMPLEMENTATION if key in group} for group in optimizer.param_groups]
+    own = implementation_of(optimizer)
     optimizer.load_state_dict(state)
-    for group, implementation in zip(optimizer.param_groups, own, strict=True):
-        group.update(implementation)
+    set_implementation(optimizer, own)
+
+
+def implementation_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return for each group of parameters what selects its implementation."""
+    return [{key: group[key] for key in _IMPLEMENTATION if key in group} for group in optimizer.param_groups]
+
+
+def set_implementation(optimizer: Optimizer, implementation: list[dict[str, Any]]) -> None:
+    for group, own in zip(optimizer.param_groups, implementation, strict=True):
+        group.update(own)
 
 
 def bare_step(optimizer: Optimizer) -> Callable[[], None]:

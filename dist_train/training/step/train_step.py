@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -17,6 +19,7 @@ from dist_train.config.schema import Config, StepMode, WantedMode
 from dist_train.data.batches import Batch, Batches, ResidentBatches
 from dist_train.distributed.world import World
 from dist_train.errors import UserCodeError
+from dist_train.models.freezing import Frozen
 from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.forward_effects import ForwardEffects, first_of
@@ -24,7 +27,7 @@ from dist_train.training.step.fused import prepare, unsupported_reason
 from dist_train.training.step.layer_table import Layer, record_layers
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import Update, modes_to_try, try_update
-from dist_train.training.step.optimizers import load_state
+from dist_train.training.step.optimizers import implementation_of, load_state, set_implementation
 from dist_train.training.step.weight_averaging import AveragedNet
 
 _log = logging.getLogger(__name__)
@@ -41,11 +44,16 @@ class Step:
         batches: Batches,
         plan: BatchPlan,
         learning_rate: LearningRate,
+        frozen: Frozen | None = None,
     ) -> None:
-        """Collective: every rank must call this."""
+        """`frozen`: what of the net is frozen.
+
+        Collective: every rank must call this.
+        """
         _check_state(net)
         self.world = world
         self.net = net
+        self.frozen = frozen  # None: nothing is, or nothing any more
         self._config = config
         net.to(world.device)
         if getattr(net, "channels_last", False):
@@ -57,9 +65,11 @@ class Step:
         self.ema = AveragedNet(net, config.ema_decay) if config.ema_decay else None
         self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
         self.mode: StepMode = "eager"  # until `warm_up`
+        self.chosen_mode: StepMode = "eager"  # as `mode`, except where the net or the data do not support it
         self.warm_up_s = 0.0
         self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate, self.ema)
         self.window = self.eager.window
+        self._implementation = implementation_of(self.eager.optimizer)
         self._update: Update = self.eager
         self.effects = ForwardEffects(net)  # this and the next are filled by `warm_up`
         self.layers: list[Layer] = []
@@ -70,6 +80,11 @@ class Step:
         """The net to evaluate: the averaged one if there is one."""
         return self.ema.module if self.ema is not None else self.net
 
+    @property
+    def unfreezes_at(self) -> int | None:
+        """The number of the step before which `warm_up` must be called again, to train what is frozen; else None."""
+        return self.frozen.until if self.frozen is not None else None
+
     def take(self, step: int) -> None:
         """Do update number `step` (from 0) over one global batch. Does not wait for the device."""
         self._update(step)
@@ -77,6 +92,9 @@ class Step:
 
     def warm_up(self, step: int, wanted: WantedMode = "eager") -> None:
         """Run two passes whose gradients are discarded, before the first step of an attempt; then set the mode.
+
+        Before them it unfreezes what this step trains. Where that is due later, at `unfreezes_at`, it must be called
+        again with the `chosen_mode`: DDP and a compiled or captured update keep the parameters that they began with.
 
         DDP rebuilds its buckets before its second forward. Without these passes a resumed run would take its first step
         with the first layout, the uninterrupted run with the second, and gloo's ring would add in another order. The
@@ -89,9 +107,35 @@ class Step:
             UserCodeError: the net, its loss and the data do not fit together.
         """
         began = time.perf_counter()
-        pass_s = self._first_passes(step)
-        self._choose_mode(step, wanted, pass_s)
+        with _unheard(self.eager.batches):
+            if self.frozen is not None and self.frozen.until is not None:
+                if step >= self.frozen.until:
+                    self._unfreeze(self.frozen)
+                else:
+                    self._try_unfrozen(self.frozen, step)
+            pass_s = self._first_passes(step)
+            self._choose_mode(step, wanted, pass_s)
+        self.chosen_mode = self.mode if wanted == "auto" else wanted
         self.warm_up_s = time.perf_counter() - began
+
+    def _unfreeze(self, frozen: Frozen) -> None:
+        """Collective: every rank must call this."""
+        frozen.release()
+        self.frozen = None
+        self._update, self.mode = self.eager, "eager"
+        set_implementation(self.eager.optimizer, self._implementation)
+        self.eager.wrap_again()
+        self.effects = ForwardEffects(self.net)
+
+    def _try_unfrozen(self, frozen: Frozen, step: int) -> None:
+        """Do a pass over all of the net: what fails there must fail now, not at `unfreezes_at` after hours."""
+        frozen.release()
+        try:
+            self._pass(step, self.net, ForwardEffects(self.net))
+            self._check_gradients()
+        finally:
+            frozen.freeze()
+            self.eager.clear_gradients()
 
     def _first_passes(self, step: int) -> float:
         """Do both passes and return the seconds of the second. Leaves no autograd graph: one that was made on another
@@ -103,18 +147,7 @@ class Step:
         for _ in range(2):
             self.world.synchronize()
             started = time.perf_counter()
-            batch = eager.batches.at(step, 0)
-            # User code may modify its arguments, and the first step gets the same ones.
-            inputs, targets = deepcopy((batch.inputs, batch.targets))
-            eager.seed_forward(step, 0)
-            with (
-                eager.error_context("on its first batch", batch),
-                self.effects.watch_pass(),
-                record_layers(self.net) as self.layers,
-            ):
-                output = eager.objective.forward(eager.model, inputs)
-                eager.objective.check(output, targets)
-                eager.objective.loss(output, targets).backward()
+            output, batch = self._pass(step, eager.model, self.effects)
             self.world.synchronize()
             pass_s = time.perf_counter() - started
             self._check_gradients()
@@ -127,6 +160,23 @@ class Step:
                 eager.objective.check_labels(output, labels)
         eager.clear_gradients()
         return pass_s
+
+    def _pass(self, step: int, model: nn.Module, effects: ForwardEffects) -> tuple[Any, Batch]:
+        """Do a forward and backward pass; return its output and batch."""
+        eager = self.eager
+        batch = eager.batches.at(step, 0)
+        # User code may modify its arguments, and the first step gets the same ones.
+        inputs, targets = deepcopy((batch.inputs, batch.targets))
+        eager.seed_forward(step, 0)
+        with (
+            eager.error_context("on its first batch", batch),
+            effects.watch_pass(),
+            record_layers(self.net) as self.layers,
+        ):
+            output = eager.objective.forward(model, inputs)
+            eager.objective.check(output, targets)
+            eager.objective.loss(output, targets).backward()
+        return output, batch
 
     def _check_gradients(self) -> None:
         """Raise if a parameter has no gradient: DDP would wait for it forever."""
@@ -227,8 +277,8 @@ class Step:
     def _try(self, step: int, mode: StepMode, must_be_faster: bool) -> str:
         """Try this mode and switch to it; or return why not, with everything restored."""
         eager, optimizer = self.eager, self.eager.optimizer
-        fresh = not optimizer.state
-        if fresh:
+        known = set(optimizer.state)
+        if any(each.requires_grad and each not in known for each in eager.parameters):
             eager.make_optimizer_state(step)
         action = "capturing" if mode == "graph" else "compiling"
         _log.info("step_mode=%s: %s the update, which may take a minute the first time", mode, action)
@@ -244,13 +294,23 @@ class Step:
         if why_not:
             for group, before in zip(optimizer.param_groups, groups, strict=True):
                 group.update(before)
-            if fresh:
-                optimizer.state.clear()
+            for parameter in set(optimizer.state) - known:
+                del optimizer.state[parameter]
             eager.clear_gradients()
         else:
             self._update, self.mode = update, mode
             _log.info("step_mode=%s: %s", mode, result)
         return why_not
+
+
+@contextmanager
+def _unheard(batches: Batches) -> Iterator[None]:
+    """Report no batch inside as gathered: none of them is trained on."""
+    listener, batches.on_gather = batches.on_gather, lambda _indices: None
+    try:
+        yield
+    finally:
+        batches.on_gather = listener
 
 
 @torch.no_grad()

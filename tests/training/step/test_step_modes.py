@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.loading import parse_config
+from dist_train.config.schema import StepMode
 from dist_train.data.batches import training_batches
 from dist_train.data.sampler import ShardSampler
 from dist_train.distributed.world import World
+from dist_train.models.freezing import Frozen
 from dist_train.models.nets import MODELS, Mlp
-from dist_train.training.step import mode_selection
+from dist_train.training.step import mode_selection, train_step
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import MAX_DISTANCE, modes_to_try, try_update
 from dist_train.training.step.train_step import Step
@@ -85,6 +87,61 @@ def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]
     assert losses[-1] < losses[0]
     assert (weights - fast_weights).norm() / weights.norm() < 1e-4
     assert steps[0].grad_norm() == pytest.approx(steps[1].grad_norm(), rel=1e-3)
+
+
+def freezing_step(world: World) -> Step:
+    """A step whose first layer is frozen until step 4."""
+    step = new_step(
+        world, net_of("mlp"), optimizer={"name": "adamw", "lr": 1e-2, "weight_decay": 0.1}, max_grad_norm=0.5
+    )
+    step.frozen = Frozen(step.net, ["fc1"], until=4)
+    return step
+
+
+def take_eight(step: Step, mode: StepMode) -> dict[str, Any]:
+    """Take 8 steps; check that the first layer moves from the fifth on. Return the state before that."""
+    fc1: Any = step.net.fc1
+    before, kept = fc1.weight.detach().clone(), {}
+    step.warm_up(0, mode)
+    for number in range(8):
+        if number == step.unfreezes_at:
+            assert torch.equal(fc1.weight, before)
+            kept = deepcopy(step.state_dict())
+            step.warm_up(number, step.chosen_mode)
+        step.take(number)
+    assert step.mode == mode
+    assert not torch.equal(fc1.weight, before)
+    return kept
+
+
+def distance(one: Step, other: Step) -> float:
+    """Return the distance of the weights, relative to their size."""
+    weights, others = (torch.cat([each.detach().flatten() for each in step.net.parameters()]) for step in (one, other))
+    return float((weights - others).norm() / weights.norm())
+
+
+def test_compiled_equals_eager_before_and_after_unfreezing(world: World) -> None:
+    """The update is compiled again, in the mode that was chosen; weight decay moves no frozen weight."""
+    eager, compiled, resumed = (freezing_step(world) for _ in range(3))
+    take_eight(eager, "eager")
+    kept = take_eight(compiled, "compile")
+    assert distance(eager, compiled) < 1e-4
+    resumed.load_state_dict(kept)
+    resumed.warm_up(4, "compile")
+    for number in range(4, 8):
+        resumed.take(number)
+    assert equal(snapshot(resumed), snapshot(compiled))
+
+
+def test_mode_that_fails_after_unfreezing_is_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = new_step(world, net_of("mlp"))
+    step.frozen = Frozen(step.net, ["fc1"], until=1)
+    monkeypatch.setattr(train_step, "prepare", lambda eager, _mode, _step: lambda number: eager(number))
+    step.warm_up(0, "compile")
+    assert step.mode == "compile"
+    monkeypatch.setattr(train_step, "unsupported_reason", lambda *_given: "a reason")
+    step.warm_up(1, step.chosen_mode)
+    assert (step.mode, step.chosen_mode) == ("eager", "compile")
 
 
 def test_trying_mode_leaves_no_trace(world: World) -> None:
@@ -310,6 +367,17 @@ def test_each_mode_equals_eager_on_gpu(mode: str, precision: str, process_state:
         (losses, weights), (fast_losses, fast_weights) = trained(steps[0], "eager"), trained(steps[1], mode)
         assert losses == pytest.approx(fast_losses, rel=1e-4 if precision == "no" else 0.05)
         assert (weights - fast_weights).norm() / weights.norm() < (1e-2 if precision == "no" else 0.1)
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+def test_each_mode_equals_eager_after_unfreezing_on_gpu(mode: StepMode, process_state: None) -> None:
+    world = World.join(parse_config({"device": "cuda"}))
+    eager, fast = freezing_step(world), freezing_step(world)
+    take_eight(eager, "eager")
+    take_eight(fast, mode)
+    assert distance(eager, fast) < 1e-2
 
 
 @needs_cuda
