@@ -1,4 +1,4 @@
-"""The initial weights of a run, read from a file of the user's (`model.weights`)."""
+"""The initial weights of a run, read from a file of the user's or from another run (`model.weights`)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from dist_train.checkpoints.contents import MODEL
+from dist_train.checkpoints.manifest import best_checkpoint, find_checkpoint
 from dist_train.checkpoints.weights import load_into, read_weights
 from dist_train.errors import ConfigError
+from dist_train.runs.directory import RunDir
+from dist_train.runs.summary import find_run, is_run
 
 _log = logging.getLogger(__name__)
 
@@ -27,12 +31,14 @@ _SHOWN = 3  # names in a message
 def load_initial_weights(net: nn.Module, path: Path) -> dict[str, Any]:
     """Load a file into a net. Returns what run.json records: its path and SHA-256, and the tensors that were left out.
 
+    `path` may also be that of a run, or its name: the file is then that of its best checkpoint, else of its last one.
     Left out is the last layer, if it has another shape, as for other classes; a warning names it. All else must fit.
 
     Raises:
         ConfigError: the file cannot be read, or does not fit.
+        CheckpointError: the run has no good checkpoint.
     """
-    file = path.expanduser().absolute()
+    file = _file_of(path.expanduser())
     weights = _read(file, f"model.weights={path}")
     own: dict[str, Tensor] = net.state_dict()
     _remove_wrappers(weights, own)
@@ -51,6 +57,14 @@ def load_initial_weights(net: nn.Module, path: Path) -> dict[str, Any]:
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return {"path": str(file), "sha256": digest, "left_out": left_out}
+
+
+def _file_of(path: Path) -> Path:
+    run = find_run(path)
+    if path.is_file() or not is_run(run):
+        return path.absolute()
+    run_dir = RunDir(run.absolute())
+    return find_checkpoint(run_dir, "best" if best_checkpoint(run_dir) else "last") / MODEL
 
 
 def _read(file: Path, label: str) -> dict[str, Tensor]:

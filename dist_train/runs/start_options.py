@@ -18,6 +18,7 @@ from dist_train.config.schema import Config
 from dist_train.distributed.process_info import persistent_run_name
 from dist_train.errors import ConfigError, DataError, RunDirError, UserCodeError
 from dist_train.runs.directory import RunDir
+from dist_train.runs.summary import find_run, is_run
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.=+,-]*")
 _MOST_BYTES = 220  # of a name: a file's has 255, and the bin puts the time before it
@@ -132,14 +133,21 @@ def check_start(run_dir: RunDir, config: Config, start: StartOptions, *, create:
 
 
 def check_initial_weights(config: Config) -> None:
-    """Check that the file of `model.weights` exists. Only a run without checkpoints needs it.
+    """Check that the file or the run of `model.weights` exists. Only a run without checkpoints needs it.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, and no such run with a checkpoint.
     """
     path = config.model.weights
-    if path is not None and not os.path.isfile(os.path.expanduser(path)):  # noqa: PTH111,PTH113 - a Path may raise
-        raise ConfigError(f"model.weights={path}: no such file. Give the path of a .safetensors or .pth file.")
+    if path is None or os.path.isfile(file := os.path.expanduser(path)):  # noqa: PTH111,PTH113 - a Path may raise
+        return
+    run = find_run(Path(file))
+    if not is_run(run):
+        raise ConfigError(
+            f"model.weights={path}: no such file. Give the path of a .safetensors or .pth file, or a run."
+        )
+    if not RunDir(run).holds_checkpoints:
+        raise ConfigError(f"model.weights={path}: the run {run} has no checkpoint yet. Wait for one, or name a file.")
 
 
 def is_not_worth_keeping(run_dir: RunDir, start: StartOptions) -> bool:

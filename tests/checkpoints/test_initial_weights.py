@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +25,14 @@ from dist_train.checkpoints.saved_net import SavedNet
 from dist_train.checkpoints.storage import write
 from dist_train.cli import main
 from dist_train.config.loading import parse_config, to_yaml
-from dist_train.errors import ConfigError
+from dist_train.errors import CheckpointError, ConfigError
 from dist_train.launch.jobs import check_job
 from dist_train.launch.python_api import train
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.models.nets import Mlp
 from dist_train.models.registry import build_model
 from dist_train.runs.directory import RunDir
-from dist_train.runs.start_options import StartOptions
+from dist_train.runs.start_options import StartOptions, check_initial_weights
 from dist_train.tools.doctor import examine
 from dist_train.tools.verify.rank import run as verify_on_rank
 from dist_train.tools.verify.trial import Trial
@@ -238,6 +239,46 @@ def test_doctor_loads_the_file(tmp_path: Path) -> None:
     assert "does not fit Mlp: the file lacks" in found["data and net"].fix
 
 
+# --- of another run --------------------------------------------------------------------------------------------------
+
+
+def checkpoint(run_dir: RunDir, step: int, accuracy: float | None = None) -> nn.Module:
+    """Write a checkpoint of a net of its own, and return that."""
+    net, state = new_net(step), TrainerState(step=step)
+    if accuracy is not None:
+        state.record_evaluation({"val/loss": 1.0, "val/accuracy": accuracy}, min_delta=0.0)
+    write(Snapshot(state, net.state_dict(), {}), folder_of(run_dir, step), attempt=1, run_id=run_dir.run_id)
+    return net
+
+
+def test_run_gives_its_best_checkpoint_else_its_last(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIST_TRAIN_RUNS_DIR", str(run_dir.path.parent))
+    best, _last = checkpoint(run_dir, 1, accuracy=0.9), checkpoint(run_dir, 3, accuracy=0.5)
+    for path in (run_dir.path, Path(run_dir.path.name)):  # a folder, and a name
+        net = new_net(7)
+        record = load_initial_weights(net, path)
+        assert_equal(dict(net.state_dict()), dict(best.state_dict()))
+        file = folder_of(run_dir, 1) / MODEL
+        assert record == {
+            "path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "left_out": [],
+        }  # fmt: skip
+    shutil.rmtree(folder_of(run_dir, 1))
+    last = checkpoint(run_dir, 3)
+    load_initial_weights(net, run_dir.path)
+    assert_equal(dict(net.state_dict()), dict(last.state_dict()))
+
+
+def test_run_without_checkpoint_is_refused(run_dir: RunDir) -> None:
+    config = parse_config({"model": {"weights": str(run_dir.path)}})
+    with pytest.raises(ConfigError, match=rf"model.weights={run_dir.path}: the run .* has no checkpoint yet. Wait"):
+        check_initial_weights(config)
+    net = checkpoint(run_dir, 1)
+    check_initial_weights(config)
+    (folder_of(run_dir, 1) / MODEL).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="No good checkpoint last in"):
+        load_initial_weights(net, run_dir.path)
+
+
 # --- in a run ------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = {
@@ -292,3 +333,18 @@ def test_resume_and_readers_do_not_need_the_file(tmp_path: Path) -> None:
 
 def verify_here(config: str) -> None:
     assert len(verify_on_rank(Trial(config=config, steps=1)).losses) == 1
+
+
+def test_run_starts_from_another_run(tmp_path: Path) -> None:
+    """On all ranks; a resume does not need the other run."""
+    other = SETTINGS | {"eval_every": "2 steps", "save_every": "2 steps"}
+    train_on_ranks(other, tmp_path / "other")
+    settings = SETTINGS | {"model": SETTINGS["model"] | {"weights": str(tmp_path / "other")}}
+    train_on_ranks(settings, tmp_path / "whole", world_size=2)
+    train_on_ranks(settings, tmp_path / "stopped", world_size=2, stop_after=2)
+    recorded = RunDir(tmp_path / "stopped").read_provenance()["initial_weights"]
+    assert recorded["sha256"] == hashlib.sha256(Path(recorded["path"]).read_bytes()).hexdigest()
+    shutil.rmtree(tmp_path / "other")
+    train_on_ranks(settings, tmp_path / "stopped", world_size=2)
+    assert_bit_identical(tmp_path / "stopped", tmp_path / "whole")
+    assert RunDir(tmp_path / "stopped").read_provenance()["initial_weights"] == recorded
