@@ -17,6 +17,7 @@ from dist_train.checkpoints.contents import MODEL
 from dist_train.checkpoints.manifest import best_checkpoint, find_checkpoint
 from dist_train.checkpoints.weights import load_into, read_weights
 from dist_train.errors import ConfigError
+from dist_train.models.published_weights import is_published, published_file
 from dist_train.runs.directory import RunDir
 from dist_train.runs.summary import find_run, is_run
 
@@ -31,11 +32,12 @@ _SHOWN = 3  # names in a message
 def load_initial_weights(net: nn.Module, path: Path) -> dict[str, Any]:
     """Load a file into a net. Returns what run.json records: its path and SHA-256, and the tensors that were left out.
 
-    `path` may also be that of a run, or its name: the file is then that of its best checkpoint, else of its last one.
+    `path` may also be that of a run, or its name: the file is then that of its best checkpoint, else of its last one;
+    or a name of torchvision's, for a file in the cache of torch.hub.
     Left out is the last layer, if it has another shape, as for other classes; a warning names it. All else must fit.
 
     Raises:
-        ConfigError: the file cannot be read, or does not fit.
+        ConfigError: the file is not there, cannot be read, or does not fit.
         CheckpointError: the run has no good checkpoint.
     """
     file = _file_of(path.expanduser())
@@ -60,6 +62,8 @@ def load_initial_weights(net: nn.Module, path: Path) -> dict[str, Any]:
 
 
 def _file_of(path: Path) -> Path:
+    if is_published(path) and not path.is_file():
+        return published_file(path)
     run = find_run(path)
     if path.is_file() or not is_run(run):
         return path.absolute()

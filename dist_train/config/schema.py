@@ -158,8 +158,8 @@ class ModelConfig(_Settings):
     name: str = "mlp"
     bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_model.py
     # Initial weights: a .safetensors file or a .pth file with a state dict, also of a net that DDP, torch.compile or
-    # AveragedModel wrapped; or a run: its best checkpoint, else its last. All must fit; a last layer of another shape
-    # is left out. None: drawn from the seed.
+    # AveragedModel wrapped; a run: its best checkpoint, else its last; or ResNet18_Weights.IMAGENET1K_V1 and the like,
+    # in the cache of torch.hub. All must fit; a last layer of another shape is left out. None: drawn from the seed.
     weights: FilePath | None = None
     # Not trained: parameters whose name, or that of a module around them, matches one of these patterns, such as
     # [conv1, layer*]. Their BatchNorm layers normalise by the running statistics and keep them.

@@ -17,6 +17,7 @@ from dist_train.config.paths import runs_root
 from dist_train.config.schema import Config
 from dist_train.distributed.process_info import persistent_run_name
 from dist_train.errors import ConfigError, DataError, RunDirError, UserCodeError
+from dist_train.models.published_weights import is_published, published_file
 from dist_train.runs.directory import RunDir
 from dist_train.runs.summary import find_run, is_run
 
@@ -136,10 +137,13 @@ def check_initial_weights(config: Config) -> None:
     """Check that the file or the run of `model.weights` exists. Only a run without checkpoints needs it.
 
     Raises:
-        ConfigError: there is no such file, and no such run with a checkpoint.
+        ConfigError: there is no such file, no such run with a checkpoint, and no such file in the cache of torch.hub.
     """
     path = config.model.weights
     if path is None or os.path.isfile(file := os.path.expanduser(path)):  # noqa: PTH111,PTH113 - a Path may raise
+        return
+    if is_published(path):
+        published_file(path)
         return
     run = find_run(Path(file))
     if not is_run(run):

@@ -23,6 +23,7 @@ from dist_train.launch.jobs import batch_script
 from dist_train.launch.slurm.batch_script import BatchScript
 from dist_train.launch.slurm.preflight import check_submission
 from dist_train.models.names import check_own_name
+from dist_train.models.published_weights import is_published
 from dist_train.runs.start_options import StartOptions, check_initial_weights, check_run_name, free_name, is_taken
 from dist_train.runs.train_arguments import TrainArguments
 from dist_train.user_code.bundles import find_bundled
@@ -162,7 +163,8 @@ def _config(texts: Texts, found: Checked) -> Config | None:
 def _check_net(config: Config) -> None:
     """Check that the net is there, as far as its name and its source show it."""
     model = config.model
-    check_initial_weights(config)
+    if model.weights is None or not is_published(model.weights):  # that would import torchvision
+        check_initial_weights(config)
     if model.bundle is not None:
         _check_bundle(model.bundle, MODEL_FILE, "model.bundle")
     elif ":" not in model.name:

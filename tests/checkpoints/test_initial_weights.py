@@ -279,6 +279,33 @@ def test_run_without_checkpoint_is_refused(run_dir: RunDir) -> None:
         load_initial_weights(net, run_dir.path)
 
 
+# --- published by torchvision ----------------------------------------------------------------------------------------
+
+PUBLISHED = Path("SqueezeNet1_1_Weights.IMAGENET1K_V1")
+
+
+def test_published_weights_come_from_the_cache_of_torch_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    config = parse_config({"model": {"weights": str(PUBLISHED)}})
+    file = tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth"
+    expected = rf"model.weights={PUBLISHED}: there is no {file}. Download https://\S+/{file.name} where there is a"
+    with pytest.raises(ConfigError, match=expected):
+        check_initial_weights(config)
+    with pytest.raises(ConfigError, match=expected):
+        load_initial_weights(new_net(1), PUBLISHED)
+    file.parent.mkdir(parents=True)
+    torch.save(new_net(7).state_dict(), file)
+    check_initial_weights(config)
+    net = new_net(1)
+    assert load_initial_weights(net, PUBLISHED)["path"] == str(file)
+    assert_equal(dict(net.state_dict()), dict(new_net(7).state_dict()))
+
+
+def test_unknown_published_weights_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no such weights. Did you mean ResNet18_Weights.IMAGENET1K_V1\? See"):
+        check_initial_weights(parse_config({"model": {"weights": "Resnet18_Weights.IMAGENET1K_V1"}}))
+
+
 # --- in a run ------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = {
