@@ -48,15 +48,15 @@ class TrainArguments:
         if name is None:
             raise missing_config(self.overrides)
         config = load_config(name, [*self.overrides, *(_FAST_DEV_RUN if self.fast_dev_run else ())])
-        if self.init_from is not None and not _holds_config(self.init_from):
-            raise ConfigError(
-                f"--init-from={self.init_from} has no config.yaml, so it is not a run. Give a run's name or "
-                f"directory, or set model.weights=FILE for a file of weights."
-            )
         if self.init_from is not None and config.model.weights is not None:
             raise ConfigError(
                 f"--init-from={self.init_from} and model.weights={config.model.weights} both give the initial weights. "
                 f"Leave one out (-o model.weights=null)."
+            )
+        if self.init_from is not None and not _holds_config(self.init_from):
+            raise ConfigError(
+                f"--init-from={self.init_from} has no config.yaml, so it is not a run. Give a run's name or "
+                f"directory, or set model.weights=FILE for a file of weights."
             )
         if self.run_name is not None:
             check_run_name("--run-name", self.run_name, runs_root(config.runs_dir))
