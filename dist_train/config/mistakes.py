@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -62,11 +63,13 @@ def _unknown(location: list[str]) -> str:
     return f"Unknown setting {key}.{hint} dist-train config reference explains all."
 
 
-def _section_at(location: list[str]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Config
+def _section_at(location: Sequence[str]) -> type[BaseModel] | None:
+    """Return the section class at a place such as ["optimizer", "groups", "0"], an entry of a list of sections."""
+    annotation: Any = Config
     for part in location:
-        section = section_of(section.model_fields[part].annotation) if section else None
-    return section
+        section = section_of(annotation)
+        annotation = section.model_fields[part].annotation if section else get_args(annotation)[0]
+    return section_of(annotation)
 
 
 def _setting_meant(location: list[str]) -> str:

@@ -87,6 +87,8 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin is list:
+        if entries := schema.section_of(inner[0]):
+            return f"[{{{', '.join(entries.model_fields)}}}, ...]"
         return f"[{_type(inner[0])}, ...]"
     if origin is tuple:
         return f"[{', '.join(map(_type, inner))}]"

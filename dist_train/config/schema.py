@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -184,6 +184,14 @@ OPTIMIZERS: dict[str, frozenset[str]] = {
 }
 
 
+class GroupConfig(_Settings):
+    """Parameters with a learning rate or weight decay of their own. The first group that matches one takes it."""
+
+    match: str  # name of a parameter or of a module around it; * stands for any text
+    lr_factor: PositiveFloat = 1.0  # of the scheduled learning rate
+    weight_decay: NonNegativeFloat | None = None  # None: that of the optimizer
+
+
 class OptimizerConfig(_Settings):
     name: Literal["adam", "adamw", "sgd", "adadelta", "rmsprop"] = "adam"
     lr: PositiveFloat = 1e-3  # peak learning rate, before lr_scaling
@@ -198,6 +206,14 @@ class OptimizerConfig(_Settings):
     alpha: Fraction | None = None
     rho: Fraction | None = None
     centered: bool | None = None
+    # Parameters with their own lr or weight decay: [{match: head, lr_factor: 10, weight_decay: 0}, ...]. `match` is the
+    # name of a parameter or of a module around it, where * stands for any text; the first that matches one takes it.
+    groups: list[GroupConfig] = []
+    # 1d: no weight decay, in any group, of parameters with fewer than two dimensions, which are biases and norms.
+    no_decay: Literal["1d"] | None = None
+    # Multiply lr by this once for each layer between a parameter and the last layer. A layer is a child of the net, or
+    # one of the modules in its nn.Sequential and nn.ModuleList; a norm belongs to the layer before it.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     # Multiply lr by r = global_batch_size / lr_base_batch_size (linear) or by the square root of r (sqrt).
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     lr_base_batch_size: PositiveInt | None = None  # the global batch size for which lr was chosen
@@ -373,7 +389,9 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def section_of(annotation: Any) -> type[_Settings] | None:
-    """Return the section class inside an annotation such as `EarlyStopConfig | None`."""
+    """Return the section class inside an annotation such as `EarlyStopConfig | None`; None for a list of them."""
+    if get_origin(annotation) is list:
+        return None
     candidates = (annotation, *get_args(annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Settings)), None)
 

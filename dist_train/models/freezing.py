@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.errors import ConfigError, did_you_mean
+from dist_train.models.name_patterns import covers
 
 
 class Frozen:
@@ -26,7 +26,7 @@ class Frozen:
         named = dict(net.named_parameters(remove_duplicate=False))  # tied ones are frozen by either name
         norms = {path: module for path, module in net.named_modules() if isinstance(module, _BatchNorm)}
         for pattern in patterns:
-            if not any(_covers(pattern, name) for name in (*named, *norms)):
+            if not any(covers(pattern, name) for name in (*named, *norms)):
                 names = [path for path, module in net.named_modules() if next(module.parameters(), None) is not None]
                 raise ConfigError(
                     f"model.freeze: {pattern} matches no parameter or layer of {type(net).__name__}."
@@ -35,7 +35,7 @@ class Frozen:
                 )
 
         def is_frozen(name: str) -> bool:
-            return any(_covers(pattern, name) for pattern in patterns)
+            return any(covers(pattern, name) for pattern in patterns)
 
         # What the net has frozen itself stays so, here and in `release`.
         self._parameters = {each for name, each in named.items() if is_frozen(name) and each.requires_grad}
@@ -69,9 +69,3 @@ class Frozen:
         """ "11,176,512 parameters and 20 BatchNorm layers"."""
         parameters = f"{sum(parameter.numel() for parameter in self._parameters):,} parameters"
         return f"{parameters} and {len(self._norms)} BatchNorm layers" if self._norms else parameters
-
-
-def _covers(pattern: str, name: str) -> bool:
-    """Return whether the pattern matches this name, or that of a module around it."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

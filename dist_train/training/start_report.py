@@ -13,6 +13,7 @@ from dist_train.data.splits import Splits
 from dist_train.runs.accuracy_text import accuracy_text, is_share
 from dist_train.runs.directory import RunDir
 from dist_train.training.provenance import DIVISION_FACTORS, changed_determinism_factors
+from dist_train.training.step.parameter_groups import describe_groups
 from dist_train.training.step.train_step import Step
 
 _log = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ def report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]
     """Log the limits of exactness for this net. `before`: the provenance of a resumed run, else {}."""
     dependent = step.effects.world_size_dependent
     rounding = [f"{provenance['mixed_precision']} rounding"] if provenance["mixed_precision"] != "no" else []
+    groups = step.eager.optimizer.param_groups
+    if len(groups) > 1:
+        _log.info("optimizer: %s", describe_groups(groups))
     report_dependence(dependent + rounding)
     for name in step.effects.unsaved:
         _log.warning(

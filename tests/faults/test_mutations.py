@@ -109,12 +109,12 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     "numbers": (
         ["optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "max_grad_norm", "label_smoothing", "ema_decay",
          "stall_timeout_s", "setup_timeout_s", "schedule.final_ratio", "schedule.gamma", "schedule.power",
-         "early_stop.min_delta", "tracking.timeout_s"],
+         "optimizer.layer_decay", "early_stop.min_delta", "tracking.timeout_s"],
         [*NUMBERS, "1e-3x", "1/3", "1e999", f"1{'0' * 400}"],
     ),
     "positive numbers": (
         ["optimizer.lr", "optimizer.eps", "max_grad_norm", "ema_decay", "stall_timeout_s", "setup_timeout_s",
-         "tracking.timeout_s", "schedule.gamma", "schedule.power"],
+         "tracking.timeout_s", "schedule.gamma", "schedule.power", "optimizer.layer_decay"],
         ["0", "0.0", "1e-400"],
     ),
     "numbers below 1": (
@@ -137,7 +137,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "enumerations": (
         ["mixed_precision", "dtype", "device", "step_mode", "preempt_signal", "optimizer.name", "optimizer.lr_scaling",
-         "schedule.name", "tracking.wandb", "data.sampling"],
+         "schedule.name", "tracking.wandb", "data.sampling", "optimizer.no_decay"],
         [*WORDS, "Nonsense", "yes"],
     ),
     "booleans": (
@@ -158,7 +158,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "lists": (
         ["data.normalize.mean", "data.normalize.std", "tracking.tags", "optimizer.betas", "schedule.milestones",
-         "model.freeze"],
+         "model.freeze", "optimizer.groups"],
         ["words", "5", "{a: 1}", "[[1]]", "[{}]"],
     ),
     "arguments": (["data.args", "model.args"], ["words", "5", "[1]", "{1: 2}", "{a: .nan}", "{a: 2026-01-01}"]),

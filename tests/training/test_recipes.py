@@ -1,4 +1,4 @@
-"""Schedules of a recipe: the same for any division of the batch, and resumed as if never stopped."""
+"""Schedules and groups of a recipe: the same for any division of the batch, and resumed as if never stopped."""
 
 from __future__ import annotations
 
@@ -21,8 +21,15 @@ RECIPE = MNIST | {
 STEP = {"name": "step", "milestones": [f"{CHANGE} steps"]}
 RECIPES: dict[str, dict[str, Any]] = {
     "step": {"schedule": STEP},
+    "groups": {
+        "schedule": STEP,
+        "optimizer": {
+            "name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "no_decay": "1d", "layer_decay": 0.75,
+            "groups": [{"match": "fc2", "lr_factor": 10, "weight_decay": 0}],
+        },
+    },
     "own-schedule": {"schedule": {"name": "support.user_optimizers:halved"}},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)

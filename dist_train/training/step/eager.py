@@ -19,6 +19,7 @@ from dist_train.training.step.counts import Counts, Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import unchanged
 from dist_train.training.step.optimizers import bare_step, build_optimizer
+from dist_train.training.step.parameter_groups import set_learning_rate
 from dist_train.training.step.weight_averaging import AveragedNet
 
 
@@ -61,8 +62,7 @@ class EagerUpdate:
 
     def __call__(self, step: int) -> None:
         """Do update number `step` (from 0)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate.at(step)
+        set_learning_rate(self.optimizer.param_groups, self.learning_rate.at(step))
         self.clear_gradients()
         scale = self.overflows.scale() if self.overflows is not None else None
         micro_steps = self.plan.grad_accum_steps

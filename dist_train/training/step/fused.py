@@ -19,6 +19,7 @@ from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.forward_effects import ForwardEffects
 from dist_train.training.step.mode_selection import Update
 from dist_train.training.step.optimizers import traceable_step
+from dist_train.training.step.parameter_groups import set_learning_rate
 from dist_train.training.step.weight_averaging import AveragedNet
 
 Selection = tuple[Tensor, ...]  # what determines a batch: see ResidentBatches.select
@@ -71,14 +72,13 @@ def prepare(eager: EagerUpdate, mode: StepMode, step: int) -> Update:
     """
     batches = eager.batches
     assert isinstance(batches, ResidentBatches)  # see `unsupported_reason`
-    lr = torch.tensor(eager.learning_rate.at(step), device=eager.world.device)
     update = FusedUpdate(
         batches,
         eager.model,
         eager.objective,
         [parameter for parameter in eager.parameters if parameter.requires_grad],
         eager.max_grad_norm,
-        traceable_step(eager.optimizer, lr, fused=mode == "graph"),
+        traceable_step(eager.optimizer, eager.world.device, fused=mode == "graph"),
         eager.window.sums,
     )
     ema, net = eager.ema, eager.net
@@ -86,7 +86,7 @@ def prepare(eager: EagerUpdate, mode: StepMode, step: int) -> Update:
     run: Callable[..., Tensor] = update
 
     def take(step: int) -> None:
-        lr.fill_(eager.learning_rate.at(step))
+        set_learning_rate(eager.optimizer.param_groups, eager.learning_rate.at(step))
         eager.seed_forward(step, 0)
         eager.norm = run(*batches.select(step, 0))
         if ema is not None and (step == 0 or not captured):  # the captured update averages, which is wrong at step 0

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dist_train.config.schema import OptimizerConfig
 from dist_train.errors import UserCodeError
+from dist_train.training.step.parameter_groups import check_same_groups, parameter_groups
 
 _CLASSES: dict[str, type[Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -27,6 +28,7 @@ def build_optimizer(config: OptimizerConfig, net: nn.Module, device: torch.devic
     """Build the optimizer, fused if torch supports it (1.07x to 1.21x a whole step on two cores).
 
     Raises:
+        ConfigError: a group of parameters matches none.
         UserCodeError: the net defines its own, which would be ignored.
     """
     if hasattr(net, "configure_optimizers"):
@@ -38,15 +40,21 @@ def build_optimizer(config: OptimizerConfig, net: nn.Module, device: torch.devic
     _avoid_compiler_import()
     fused = {"fused": True} if config.name in _FUSED and device.type in ("cpu", "cuda") else {}
     arguments: dict[str, Any] = {"lr": config.lr, **config.arguments(), **fused}
-    return _CLASSES[config.name](net.parameters(), **arguments)
+    return _CLASSES[config.name](parameter_groups(config, net), **arguments)
 
 
-# The keys of param_groups that select an implementation in torch. They are not part of a checkpoint's meaning.
-_IMPLEMENTATION = ("fused", "foreach", "capturable")
+# The keys of param_groups that come from this process: the first three select an implementation in torch, and older
+# checkpoints have no factor.
+_OWN = ("fused", "foreach", "capturable", "lr_factor")
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Like `load_state_dict`, but keeps the implementation of this process, not that of the one that saved."""
+    """Like `load_state_dict`, but keeps the implementation of this process, not that of the one that saved.
+
+    Raises:
+        ValueError: the groups of the saved state hold other parameters.
+    """
+    check_same_groups(optimizer.param_groups, state["param_groups"])
     own = implementation_of(optimizer)
     optimizer.load_state_dict(state)
     set_implementation(optimizer, own)
@@ -54,12 +62,12 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 def implementation_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return for each group of parameters what selects its implementation."""
-    return [{key: group[key] for key in _IMPLEMENTATION if key in group} for group in optimizer.param_groups]
+    return [{key: group[key] for key in _OWN if key in group} for group in optimizer.param_groups]
 
 
 def set_implementation(optimizer: Optimizer, implementation: list[dict[str, Any]]) -> None:
     for group, own in zip(optimizer.param_groups, implementation, strict=True):
-        group.update(own)
+        group.update(own, lr=float(group["lr"]))  # a compiled step has a tensor
 
 
 def bare_step(optimizer: Optimizer) -> Callable[[], None]:
@@ -73,19 +81,19 @@ def bare_step(optimizer: Optimizer) -> Callable[[], None]:
     return take
 
 
-def traceable_step(optimizer: Optimizer, lr: Tensor, fused: bool) -> Callable[[], None]:
-    """Return an `optimizer.step` to compile or capture: all on the device, with `lr` [] read at every call.
+def traceable_step(optimizer: Optimizer, device: torch.device, fused: bool) -> Callable[[], None]:
+    """Return an `optimizer.step` to compile or capture: all on the device, where each group's lr [] is read anew.
 
     `fused` keeps torch's fused kernel (a compiler fuses the plain one better). Runs on a stand-in for the optimizer,
     since torch._dynamo rejects a real one whose gradients come from the same graph.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = torch.tensor(group["lr"], device=device)
         if not (fused and group.get("fused")):
             group.update({"fused": False, "foreach": True} | ({"capturable": True} if "capturable" in group else {}))
     for state in optimizer.state.values():
         if "step" in state:
-            state["step"] = state["step"].to(lr.device)
+            state["step"] = state["step"].to(device)
     step: Callable[[Any], Any] = inspect.unwrap(type(optimizer).step)
     stand_in = _OptimizerStandIn(optimizer)
 

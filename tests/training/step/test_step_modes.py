@@ -74,10 +74,21 @@ def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Ten
         ("mlp", {"optimizer": {"lr": 1e-2, "weight_decay": 0.01}, "max_grad_norm": 0.5, "ema_decay": 0.9}),
         ("bks", {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}}),  # dropout
         ("guide", {"optimizer": {"name": "adamw", "amsgrad": True}, "label_smoothing": 0.1}),
+        (
+            "mlp",
+            {
+                "optimizer": {
+                    "name": "sgd",
+                    "lr": 0.02,
+                    "layer_decay": 0.3,
+                    "groups": [{"match": "fc2.bias", "lr_factor": 9}],
+                }
+            },
+        ),
         ("guide", {"optimizer": {"name": "rmsprop", "momentum": 0.5, "centered": True}}),
         ("guide", {"optimizer": {"name": "adadelta", "lr": 1.0}, "data": {"augment": {"shift": 2, "flip": True}}}),
     ],
-    ids=["mlp-adam", "bks-sgd", "guide-adamw", "guide-rmsprop", "guide-adadelta-augmented"],
+    ids=["mlp-adam", "bks-sgd", "guide-adamw", "mlp-groups", "guide-rmsprop", "guide-adadelta-augmented"],
 )
 def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]) -> None:
     """Losses within 1e-5, with equal dropout masks; the gradient norm is that of the same step."""
