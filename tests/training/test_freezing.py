@@ -69,9 +69,14 @@ def test_resume_before_at_and_after_the_step_equals_never_stopped(
     assert_bit_identical(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_every_division_freezes_and_trains_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "optimizer",
+    [SETTINGS["optimizer"], {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}],
+    ids=["adamw", "sgd"],
+)
+def test_every_division_freezes_and_trains_the_same(optimizer: dict[str, Any], tmp_path: Path) -> None:
     """Until the step no weight decay moves a frozen weight; from it on all are trained."""
-    settings = MLP | {"dtype": "float64"}
+    settings = MLP | {"dtype": "float64", "optimizer": optimizer}
     train_on_ranks(settings, tmp_path / "whole")
     for world_size, per_device in ((1, 4), (2, 6), (3, 2)):
         part = tmp_path / f"{world_size}_{per_device}"

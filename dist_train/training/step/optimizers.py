@@ -70,6 +70,17 @@ def set_implementation(optimizer: Optimizer, implementation: list[dict[str, Any]
         group.update(own, lr=float(group["lr"]))  # a compiled step has a tensor
 
 
+def begin_momenta(optimizer: Optimizer) -> None:
+    """Give the trained parameters that SGD has no momentum of one of zero: its fused kernel takes all or none."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if parameter.requires_grad and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def bare_step(optimizer: Optimizer) -> Callable[[], None]:
     """Return `optimizer.step` as its class defines it: no profiler record, no hooks, no import of the compiler."""
     step: Callable[[Optimizer], Any] = inspect.unwrap(type(optimizer).step)

@@ -27,7 +27,7 @@ from dist_train.training.step.fused import prepare, unsupported_reason
 from dist_train.training.step.layer_table import Layer, record_layers
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import Update, modes_to_try, try_update
-from dist_train.training.step.optimizers import implementation_of, load_state, set_implementation
+from dist_train.training.step.optimizers import begin_momenta, implementation_of, load_state, set_implementation
 from dist_train.training.step.weight_averaging import AveragedNet
 
 _log = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class Step:
         self.frozen = None
         self._update, self.mode = self.eager, "eager"
         set_implementation(self.eager.optimizer, self._implementation)
+        begin_momenta(self.eager.optimizer)
         self.eager.wrap_again()
         self.effects = ForwardEffects(self.net)
 
