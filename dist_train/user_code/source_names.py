@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,5 +131,5 @@ def read_source(path: Path) -> Source:
 def check_class_is_named(setting: str, name: str) -> None:
     """Raise ConfigError if `name`, without a colon, is that of a Python file in the current folder."""
     module = name.removesuffix(".py")
-    if Path(f"{module}.py").is_file():
+    if os.path.isfile(f"{module}.py"):  # noqa: PTH113 - a Path may raise
         raise ConfigError(f"{setting}={name}: name the class in {module}.py too, {setting}={module}:NAME.")
