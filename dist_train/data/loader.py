@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.queues import Queue
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dist_train.data.sets.image_set import Examples, ImageSet, describe_example, describe_value, example_at, locate
@@ -139,9 +141,22 @@ def _translate_loader_errors() -> Iterator[None]:
             raise _too_many_files() from error
         if error.errno == errno.ENOSPC:
             raise _shared_memory_full() from error
+        if died := _death_of_worker():
+            raise died from error
         raise
-    except EOFError as error:  # the worker had no file descriptor left to send a tensor with
-        raise _too_many_files() from error
+    except EOFError as error:  # else the worker had no file descriptor left to send a tensor with
+        raise (_death_of_worker() or _too_many_files()) from error
+
+
+def _death_of_worker() -> DataError | None:
+    """Return the error of a worker that died. Its sockets are closed a moment before its death can be seen."""
+    try:
+        for _ in range(200):
+            _error_if_any_worker_fails()
+            time.sleep(0.01)
+    except RuntimeError as error:
+        return loader_error(error)
+    return None
 
 
 class _Collate:

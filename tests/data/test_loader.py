@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -188,6 +189,26 @@ def lose_a_worker(number: int) -> None:
         message = str(loader_error(error))
     assert "/dev/shm" in message
     assert "data.num_workers" in message
+
+
+def test_dying_worker_is_reported() -> None:
+    """Its files are closed a moment before its death can be seen: then its batches can no longer be fetched."""
+    run_on_ranks(fetch_late, world_size=1)
+
+
+def fetch_late() -> None:
+    def die() -> None:
+        time.sleep(1)  # its batch before this one is on its way
+        os.closerange(3, 256)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    keys = [[(0, index) for index in range(start, start + 4)] for start in range(0, 20, 4)]
+    batches = stream(make_loader(Twenty(die), keys, 2, CPU, seed=0))
+    next(batches)
+    time.sleep(1.2)
+    with pytest.raises(DataError, match="A loader worker died"):
+        list(batches)
 
 
 def test_unpicklable_batch_is_reported_without_waiting() -> None:
