@@ -187,6 +187,8 @@ def lose_a_worker(number: int) -> None:
         message = error_of(Twenty(lambda: os.kill(os.getpid(), number)), num_workers=2)
     except RuntimeError as error:  # from the signal handler
         message = str(loader_error(error))
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the end of the other worker would raise the error again
     assert "/dev/shm" in message
     assert "data.num_workers" in message
 
@@ -209,6 +211,7 @@ def fetch_late() -> None:
     time.sleep(1.2)
     with pytest.raises(DataError, match="A loader worker died"):
         list(batches)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the end of the other worker would raise the error again
 
 
 def test_unpicklable_batch_is_reported_without_waiting() -> None:
