@@ -35,7 +35,7 @@ def explain(item: Any) -> str:
     if item["type"] == "model_type":
         return _not_a_section(key, value, location)
     reason = str(item["msg"]).removeprefix("Value error, ").rstrip(".")
-    if item["type"] in ("value_error",) and isinstance(value, dict):
+    if item["type"] == "value_error" and isinstance(value, dict):
         return f"{key or 'The config'}: {reason}."
     return f"{key}={short(value)}: {reason[:1].lower()}{reason[1:]}.{_value_meant(item)}"
 
@@ -45,18 +45,15 @@ def option_meant(option: str) -> str:
     name = option.lstrip("-").replace("-", "_")
     if name in _OPTIONS:
         return f" Did you mean --{_OPTIONS[name]}?"
-    if name in _DURATIONS:
-        return f' Did you mean -o train_for="N {_DURATIONS[name]}"?'
     meant = _setting_meant([name])
-    return f" Did you mean -o {meant}=VALUE?" if meant else ""
+    value = "" if "=" in meant else "=VALUE"
+    return f" Did you mean -o {meant}{value}?" if meant else ""
 
 
 def _unknown(location: list[str]) -> str:
     key, meant = ".".join(location), _setting_meant(location)
     section, prefix = _section_at(location[:-1]), ".".join(location[:-1])
-    if key in _DURATIONS:
-        hint = f' Did you mean train_for="N {_DURATIONS[key]}"?'
-    elif meant:
+    if meant:
         hint = f" Did you mean {meant}?"
     else:
         hint = f" Settings of {prefix}: {', '.join(section.model_fields)}." if section and prefix else ""
@@ -73,13 +70,15 @@ def _section_at(location: Sequence[str]) -> type[BaseModel] | None:
 
 
 def _setting_meant(location: list[str]) -> str:
-    """Return the setting that is most similar to this unknown one, "" if none is."""
+    """Return the setting that is most similar to this unknown one, a duration with its unit; "" if none is."""
     section, prefix = _section_at(location[:-1]), "".join(f"{part}." for part in location[:-1])
     names = list(section.model_fields) if section else []
     name = _SETTINGS.get(location[-1], location[-1])
     if name in names:
         return prefix + name
     if not prefix:
+        if name in _DURATIONS:
+            return f'train_for="N {_DURATIONS[name]}"'
         sections = {key: section_of(field.annotation) for key, field in Config.model_fields.items()}
         found = [key for key, section in sections.items() if section and name in section.model_fields]
         if len(found) == 1:
@@ -95,7 +94,7 @@ def _not_a_section(key: str, value: Any, location: list[str]) -> str:
     if isinstance(value, str) and "name" in names:
         return f"{key}={short(value)}: {key} is a section. Did you mean {key}.name={short(value)}?"
     shown = ", ".join(f"{key}.{name}" for name in names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{key or 'The config'}={short(value)}: {key} is a section. Its settings: {shown}."
+    return f"{key}={short(value)}: {key} is a section. Its settings: {shown}."
 
 
 def _value_meant(item: Any) -> str:

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from dist_train.cli import main
-from support.ranks import train_on_ranks
-from support.run_files import assert_bit_identical, largest_difference, metrics, train_losses, weights
+from support.divisions import check_every_division
+from support.run_files import metrics
 from support.trainings import MNIST
 
 STEPS, CHANGE = 8, 4
@@ -36,18 +36,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 def test_recipe_is_equal_for_every_division_and_resume(name: str, tmp_path: Path) -> None:
     """On one process stopped where lr changes, to the bit; begun on two in micro-batches and resumed on three."""
     settings = RECIPE | RECIPES[name]
-    for run, world_sizes, stops, per_device in (
-        ("whole", [1], [None], 96),
-        ("parts", [1, 1], [CHANGE, None], 96),
-        ("divided", [2, 3], [CHANGE, None], 12),
-    ):
-        for world_size, stop_after in zip(world_sizes, stops, strict=True):
-            train_on_ranks(settings | {"per_device_batch_size": per_device}, tmp_path / run, world_size, stop_after)
-    assert_bit_identical(tmp_path / "parts", tmp_path / "whole")
-    assert len(train_losses(tmp_path / "divided")) == STEPS
-    assert train_losses(tmp_path / "divided") == pytest.approx(train_losses(tmp_path / "whole"), rel=1e-10)
-    assert largest_difference(weights(tmp_path / "divided"), weights(tmp_path / "whole")) < 1e-10
-    rates = [line["train/lr"] for line in metrics(tmp_path / "whole") if "train/lr" in line]
+    whole = check_every_division(settings, tmp_path, STEPS, CHANGE, [(2, CHANGE), (3, None)])
+    rates = [line["train/lr"] for line in metrics(whole) if "train/lr" in line]
     assert len(set(rates)) > 1
 
 

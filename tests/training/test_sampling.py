@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from support.divisions import check_every_division
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked, train_on_ranks
-from support.run_files import assert_bit_identical, largest_difference, metrics, train_losses, weights
+from support.run_files import metrics
 from support.trainings import MNIST
 
 STEPS = 14  # into the second epoch of 10
@@ -32,18 +33,8 @@ def test_run_is_equal_for_every_division_and_resume(sampling: str, by_number: Pa
     """On one process stopped in mid-epoch, to the bit; on two in micro-batches and resumed on three, within 1e-10."""
     how = {"sampling": "balanced"} if sampling == "balanced" else {"sample_weights": str(by_number)}
     settings = RUN | {"data": DATA | how}
-    for run, world_sizes, stops, per_device in (
-        ("whole", [1], [None], 96),
-        ("parts", [1, 1], [7, None], 96),
-        ("divided", [2, 3, 1], [7, 10, None], 12),
-    ):
-        for world_size, stop_after in zip(world_sizes, stops, strict=True):
-            train_on_ranks(settings | {"per_device_batch_size": per_device}, tmp_path / run, world_size, stop_after)
-    assert_bit_identical(tmp_path / "parts", tmp_path / "whole")
-    assert len(train_losses(tmp_path / "divided")) == STEPS
-    assert train_losses(tmp_path / "divided") == pytest.approx(train_losses(tmp_path / "whole"), rel=1e-10)
-    assert largest_difference(weights(tmp_path / "divided"), weights(tmp_path / "whole")) < 1e-10
-    audits = [line for line in metrics(tmp_path / "whole") if "audit/unique" in line]
+    whole = check_every_division(settings, tmp_path, STEPS, 7, [(2, 7), (3, 10), (1, None)])
+    audits = [line for line in metrics(whole) if "audit/unique" in line]
     assert [line["audit/unique"] + line["audit/duplicate"] for line in audits] == [960, 4 * 96]
     assert all(line["audit/duplicate"] > 0 for line in audits)
 
