@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dist_train.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -37,6 +39,8 @@ class TrainerState:
     evaluation_pending: bool = False  # a stop interrupted the evaluation: it is repeated after the resume
     val: dict[str, float] = field(default_factory=dict)  # the last evaluation: val/loss, val/accuracy, ..., its step
     best: dict[str, float] = field(default_factory=dict)  # the best evaluation
+    best_by: str | None = None  # the deciding metric; None: val/accuracy, or val/loss if there is none
+    best_mode: str | None = None  # whether the max or the min of `best_by` is the best
     gain_from: float | None = None  # the score that early stopping compares with
     evaluations_without_gain: int = 0
     train_s: float = 0.0  # seconds inside training steps, over all attempts
@@ -56,7 +60,16 @@ class TrainerState:
         return score if math.isfinite(score) else None
 
     def record_evaluation(self, metrics: dict[str, float], min_delta: float) -> None:
-        """Record the finite metrics (keys val/...) of an evaluation at `step`."""
+        """Record the finite metrics (keys val/...) of an evaluation at `step`.
+
+        Raises:
+            ConfigError: `best_by` is none of them.
+        """
+        if self.best_by is not None and self.best_by not in metrics:
+            raise ConfigError(
+                f"best_by={self.best_by}: the evaluations have {', '.join(sorted(metrics))}. Name one of them, or add "
+                f"it to metrics."
+            )
         self.evaluation_pending = False
         score = self._score_of(metrics)
         self.val = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"step": self.step}
@@ -68,7 +81,9 @@ class TrainerState:
             self.evaluations_without_gain += 1
 
     def _score_of(self, metrics: dict[str, float]) -> float:
-        """Return the run's one deciding metric: accuracy if it has one, else the negative loss. -inf if undefined."""
-        name, sign = ("val/accuracy", 1) if "val/accuracy" in (self.best or metrics) else ("val/loss", -1)
-        score = sign * metrics.get(name, math.nan)
+        """Return the run's one deciding metric, negative if lower is better. -inf if undefined."""
+        name, mode = self.best_by, self.best_mode
+        if name is None:
+            name, mode = ("val/accuracy", "max") if "val/accuracy" in (self.best or metrics) else ("val/loss", "min")
+        score = (1 if mode == "max" else -1) * metrics.get(name, math.nan)
         return score if math.isfinite(score) else -math.inf

@@ -23,7 +23,7 @@ _checkpoint = click.option("--checkpoint", default="last", show_default=True, me
 @click.option("--split", default="test", show_default=True, type=click.Choice(["val", "test"]))
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def evaluate(run: Path, checkpoint: str, split: str, as_json: bool) -> None:
-    """Print loss and accuracy of a checkpoint, with every example counted once.
+    """Print loss, accuracy and other metrics of a checkpoint, with every example counted once.
 
     On several processes: torchrun --standalone --nproc-per-node 2 -m dist_train evaluate RUN
     """
@@ -72,16 +72,23 @@ def _print_json(found: EvaluationResult) -> None:
 @click.option("--invert", is_flag=True, help="Invert the pictures: dark on bright, unlike MNIST.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each picture.")
 def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, as_json: bool) -> None:
-    """Classify pictures with a run's net: the three most probable classes. Reads PNG, JPEG and what else PIL reads."""
+    """Show a run's net pictures: the three most probable classes or labels, or the numbers that it predicts.
+
+    Reads PNG, JPEG and what else PIL reads.
+    """
     from dist_train.inference.predict import predict as ask
     from dist_train.inference.trained_net import TrainedNet
 
     for found in ask(TrainedNet.open(run, checkpoint), images, invert=invert):
-        pairs = list(zip(found.classes, found.probabilities, strict=True))
+        shares = dict(zip(found.classes, found.values, strict=False))
         if as_json:
-            click.echo(json.dumps({"image": str(found.image), "classes": dict(pairs)}))
+            answer = {"classes": shares} if shares else {"numbers": found.values}
+            click.echo(json.dumps({"image": str(found.image), **answer}))
         else:
-            click.echo(f"{found.image}: " + ", ".join(f"{name} {value:.1%}" for name, value in pairs))
+            texts = [f"{name} {value:.1%}" for name, value in shares.items()] or [
+                f"{each:.4g}" for each in found.values
+            ]
+            click.echo(f"{found.image}: " + ", ".join(texts))
 
 
 @click.command()

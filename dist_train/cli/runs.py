@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
     from dist_train.config.paths import runs_root
     from dist_train.launch.job_queue import places, waiting_jobs
     from dist_train.launch.jobs import unfinished_jobs
+    from dist_train.runs.further_metrics import further_metrics
     from dist_train.runs.summary import find_runs, select_runs
 
     if folder is not None and not folder.is_dir():  # a typo; the default one is created by the first run
@@ -55,8 +57,15 @@ def ls(names: tuple[str, ...], folder: Path | None, states: tuple[str, ...], sor
             click.echo(json.dumps(_plain(run) | {"place": place.get(run.name)}))
         return
     jobs = unfinished_jobs(found)
-    columns = ["run", "state", "progress", "last seen", "val accuracy", "test accuracy", "samples/s", "ranks", "starts"]
-    rows = [_cells(run, place.get(run.name)) for run in found]
+    further = {
+        f"{split} {name}": (split, name)
+        for split in ("val", "test")
+        for run in found
+        for name in further_metrics(run.scores(split), split)
+    }
+    columns = ["run", "state", "progress", "last seen", "val accuracy", "test accuracy", *further, "samples/s", "ranks",
+               "starts"]  # fmt: skip
+    rows = [_cells(run, place.get(run.name), further.values()) for run in found]
     if jobs:
         columns.append("Slurm")
         rows = [[*row, jobs[run.job].state if run.job in jobs else "-"] for row, run in zip(rows, found, strict=True)]
@@ -135,9 +144,10 @@ def compare(paths: tuple[Path, ...], files: tuple[Path, ...], axis: Any) -> None
             print_table(table.columns, table.texts(mark="{} *".format))
 
 
-def _cells(run: Summary, place: int | None) -> list[str]:
+def _cells(run: Summary, place: int | None, further: Iterable[tuple[str, str]]) -> list[str]:
     from dist_train.runs.accuracy_text import accuracy_text
 
+    values = [run.scores(split).get(f"{split}/{name}") for split, name in further]
     speed = f"{run.samples_per_s:,.0f}" if run.samples_per_s else "-"
     return [
         run.name,
@@ -146,6 +156,7 @@ def _cells(run: Summary, place: int | None) -> list[str]:
         run.age_text,
         accuracy_text(run.best, "val") or "-",
         accuracy_text(run.result, "test") or "-",
+        *("-" if value is None else f"{value:.4g}" for value in values),
         speed,
         str(run.world_size or "-"),
         str(run.attempt),
@@ -153,8 +164,12 @@ def _cells(run: Summary, place: int | None) -> list[str]:
 
 
 def _plain(run: Summary) -> dict[str, Any]:
+    from dist_train.runs.further_metrics import further_metrics
+
     return {
         "run": str(run.run_dir.path), "state": run.state, "step": run.step, "total_steps": run.total_steps,
         "age_s": run.age_s, "val_accuracy": run.accuracy, "test_accuracy": run.test_accuracy,
+        **{f"{split}_{name}": value for split in ("val", "test")
+           for name, value in further_metrics(run.scores(split), split).items()},
         "samples_per_s": run.samples_per_s, "world_size": run.world_size, "attempt": run.attempt, "job": run.job,
     }  # fmt: skip

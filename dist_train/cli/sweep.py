@@ -62,12 +62,14 @@ def sweep(
 
 def _show(run: Summary, ended: bool) -> None:
     from dist_train.runs.accuracy_text import accuracy_text
+    from dist_train.runs.further_metrics import further_text
 
     if not ended:
         click.echo(f"{run.name}: begins" if not run.attempt else f"{run.name}: goes on")
     elif run.state == "FINISHED":
-        accuracy = accuracy_text(run.result, "test")
-        click.echo(f"{run.name}: finished" + (f", {accuracy} on test" if accuracy else ""))
+        numbers = [accuracy_text(run.result, "test"), *further_text(run.result, "test")]
+        found = ", ".join(filter(None, numbers))
+        click.echo(f"{run.name}: finished" + (f", {found} on test" if found else ""))
     else:
         click.echo(f"{run.name}: {_why(run)}")
 

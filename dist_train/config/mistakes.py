@@ -13,7 +13,8 @@ from dist_train.errors import did_you_mean, nearest
 # What other programs call a setting, and its values.
 _SETTINGS = {
     "learning_rate": "lr", "batch_size": "global_batch_size", "precision": "mixed_precision", "amp": "mixed_precision",
-    "bf16": "mixed_precision", "fp16": "mixed_precision",
+    "bf16": "mixed_precision", "fp16": "mixed_precision", "criterion": "loss", "loss_fn": "loss", "monitor": "best_by",
+    "num_classes": "model.args.num_classes",
 }  # fmt: skip
 _DURATIONS = {
     "epochs": "epochs", "num_epochs": "epochs", "max_epochs": "epochs", "num_train_epochs": "epochs",
@@ -22,6 +23,7 @@ _DURATIONS = {
 _VALUES = {
     "gpu": ("cuda",), "bfloat16": ("bf16",), "float16": ("fp16",), "half": ("fp16",), "float32": ("no",),
     "fp32": ("no",), "32": ("no",), "false": ("no", "disabled"), "none": ("no", "disabled"), "true": ("auto", "bf16"),
+    "bcewithlogitsloss": ("bce",), "crossentropyloss": ("cross_entropy",), "mseloss": ("mse",),
 }  # fmt: skip
 _OPTIONS = {"gpus": "nproc", "devices": "nproc", "num_processes": "nproc", "nproc_per_node": "nproc"}
 
@@ -76,6 +78,8 @@ def _setting_meant(location: list[str]) -> str:
     name = _SETTINGS.get(location[-1], location[-1])
     if name in names:
         return prefix + name
+    if "." in name and not prefix:
+        return name
     if not prefix:
         if name in _DURATIONS:
             return f'train_for="N {_DURATIONS[name]}"'

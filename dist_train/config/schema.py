@@ -7,6 +7,7 @@ when a run resumes, because that cannot change the result; all others must stay 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -29,6 +30,7 @@ from pydantic import (
 )
 
 from dist_train.config.durations import Duration
+from dist_train.config.metric_names import Task, check_metrics, direction
 from dist_train.errors import did_you_mean
 
 _log = logging.getLogger(__name__)
@@ -312,6 +314,13 @@ class TrackingConfig(_Settings):
     timeout_s: Seconds = 60.0  # W&B may take half of this to start, and all of it to upload the rest at the end
 
 
+_LOSSES: dict[Task, tuple[str, ...]] = {
+    "classification": ("cross_entropy",),
+    "multi_label": ("bce",),
+    "regression": ("mse", "huber"),
+}
+
+
 class Config(_Settings):
     seed: int = Field(0, ge=0, lt=2**63)  # determines initial weights, data order, dropout and augmentation
     # Length of the training, with its unit: 5 epochs or 600 steps.
@@ -333,9 +342,26 @@ class Config(_Settings):
     # auto: compile, on cuda else graph, if that is supported, faster and soon pays off; else eager.
     step_mode: Annotated[WantedMode, MayChange] = "auto"
     max_grad_norm: PositiveFloat | None = None  # clip the gradient to this global L2 norm; None: no clipping
+    # What the net learns. classification: its output is logits [B, K], a target is a class; multi_label: logits [B, K],
+    # and 0 or 1 for each of the K labels; regression: numbers [B] or [B, K], as the targets.
+    task: Task = "classification"
+    # None: that of the net, if it has one, else cross_entropy for classification, bce for multi_label, which take
+    # logits, and mse for regression.
+    loss: Literal["cross_entropy", "bce", "mse", "huber"] | None = None
     label_smoothing: Fraction = 0.0  # of cross-entropy
+    # For cross-entropy, the weight of each class: numbers, or balanced: each class as much as any other. None: all 1.
+    class_weights: Literal["balanced"] | list[NonNegativeFloat] | None = None
+    ignore_index: int | None = None  # for cross-entropy: leave out examples, or pixels, with this label; None: none
     # Evaluate and save an exponential moving average of the weights with this decay. None: the weights themselves.
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # Further metrics of each evaluation, by torchmetrics. classification: f1, precision, recall, auroc,
+    # average_precision, which are means over the classes, top5 or another number; multi_label: the same five, means
+    # over the labels; regression: mae, mse, rmse, r2.
+    metrics: Annotated[list[str], MayChange] = []
+    best_mode: Literal["max", "min"] | None = None  # which `best_by` is better; None: known of all but a net's own
+    # The metric that chooses the best checkpoint and ends the run by `early_stop`, such as val/f1. None: val/accuracy,
+    # or val/loss if there is none.
+    best_by: Annotated[str | None, Field(validate_default=True)] = None
     early_stop: EarlyStopConfig | None = None  # end the run when evaluations stop improving; None: never
     log_every: Annotated[Steps, MayChange] = Duration(100)  # log training metrics; 0: only at the end
     eval_every: Steps = Duration(1, "epochs")  # evaluate on the validation split; 0: only at the end
@@ -359,11 +385,63 @@ class Config(_Settings):
     ddp: DdpConfig = DdpConfig()
     tracking: Annotated[TrackingConfig, MayChange] = TrackingConfig()
 
+    @field_validator("loss", "class_weights", "ignore_index", "label_smoothing")
+    @classmethod
+    def _fits_task(cls, value: object, info: ValidationInfo) -> object:
+        name, task = info.field_name or "", info.data.get("task")
+        default = cls.model_fields[name].default
+        if task is None or value == default:  # no task: it is refused itself
+            return value
+        loss = value if name == "loss" else "cross_entropy"
+        if loss not in _LOSSES[task]:
+            other = next(each for each, losses in _LOSSES.items() if loss in losses)
+            fix = "" if name == "loss" else f", or {name}={'null' if default is None else f'{default:g}'}"
+            raise ValueError(f"it is for task={other}, and this is task={task}. Set task={other}{fix}")
+        return value
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _are_weights(cls, value: object) -> object:
+        numbers = value if isinstance(value, list) else []
+        are_fine = all(type(each) in (int, float) and 0 <= each < math.inf for each in numbers) and any(numbers)
+        if value not in (None, "balanced") and not are_fine:
+            raise ValueError("write balanced, or a list with a number for each class, 0 or more and not all of them 0")
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _of_task(cls, names: list[str], info: ValidationInfo) -> list[str]:
+        if task := info.data.get("task"):
+            check_metrics(task, names)
+        return list(dict.fromkeys(names))
+
+    @field_validator("best_by")
+    @classmethod
+    def _has_a_direction(cls, value: str | None, info: ValidationInfo) -> str | None:
+        mode, name = info.data.get("best_mode"), (value or "").removeprefix("val/")
+        if value is None and mode is not None:
+            raise ValueError(f"best_mode={mode} needs a metric, such as best_by=val/psnr")
+        if value is None:
+            return None
+        if not name:
+            raise ValueError("write the metric of an evaluation, such as val/f1")
+        known = direction(name)
+        if known is None and mode is None:
+            raise ValueError("set best_mode=max if a higher value is better, else best_mode=min")
+        if known is not None and mode not in (None, known):
+            raise ValueError(f"best_mode={mode}, but the better {name} is the {known}. Leave best_mode out")
+        return f"val/{name}"
+
     @model_validator(mode="after")
     def _trains(self) -> Config:
         if not self.train_for.value:
             raise ValueError(f"train_for={self.train_for} trains nothing; write 5 epochs or 600 steps, for example")
         return self
+
+    @property
+    def best_is(self) -> Literal["max", "min"] | None:
+        """Which value of `best_by` is better; None if that is not set."""
+        return self.best_mode or direction(self.best_by.removeprefix("val/")) if self.best_by else None
 
     def flat(self) -> dict[str, Any]:
         """All settings by dotted name: {"optimizer.lr": 0.001, ...}."""

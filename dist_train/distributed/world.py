@@ -107,6 +107,17 @@ class World:
         dist.all_gather(gathered, values)
         return torch.stack(gathered)
 
+    def gather_to_rank_zero(self, values: Tensor) -> Tensor | None:
+        """Return the `values` of all ranks, stacked: [world_size, ...]; None on the other ranks.
+
+        Collective: every rank must call this.
+        """
+        if self.size == 1:
+            return values.unsqueeze(0)
+        gathered = [torch.empty_like(values) for _ in range(self.size)] if self.is_rank_zero else None
+        dist.gather(values, gathered, dst=0)
+        return None if gathered is None else torch.stack(gathered)
+
     def gather(self, value: T) -> list[T]:
         """Return the objects (small, picklable) of all ranks.
 

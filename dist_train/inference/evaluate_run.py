@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_train.checkpoints.manifest import read_manifest
 from dist_train.checkpoints.saved_net import SavedNet
 from dist_train.checkpoints.storage import load_weights
+from dist_train.data.class_weights import class_weights
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.splits import load_splits
 from dist_train.distributed.process_info import detect_process
@@ -21,7 +22,9 @@ from dist_train.distributed.world import World
 from dist_train.errors import DataError
 from dist_train.models.registry import build_model
 from dist_train.models.tasks.confusion import Confusion, class_names
+from dist_train.models.tasks.losses import loss_of
 from dist_train.models.tasks.objective import Objective
+from dist_train.models.tasks.split_metrics import split_metrics
 from dist_train.training.evaluate import evaluate
 from dist_train.training.provenance import changed_data
 
@@ -68,11 +71,14 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     batches = evaluation_batches(examples, net, world, config)
     world.set_timeout(config.stall_timeout_s)
     confusion = Confusion()
-    values = evaluate(net, batches, Objective(net, config.label_smoothing), world, confusion=confusion)
+    weights = class_weights(config, splits.train, splits.input_spec["num_classes"], world.device)
+    objective = Objective(net, loss_of(net, config, weights))
+    metrics = split_metrics(config, batches.num_examples, world.device)
+    values = evaluate(net, batches, objective, world, confusion=confusion, metrics=metrics)
     counts = confusion.total(world)
     world.leave()
     if not world.is_rank_zero or values is None:
         return None
     classes = class_names(splits.description["classes"], 0 if counts is None else len(counts))
-    metrics = {name: value for name, value in values.items() if math.isfinite(value)}
-    return EvaluationResult(read_manifest(folder)["step"], metrics, counts, classes)
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    return EvaluationResult(read_manifest(folder)["step"], finite, counts, classes)

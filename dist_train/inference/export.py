@@ -27,9 +27,17 @@ import torch
 net = torch.export.load(Path(__file__).with_name("{program}")).module()
 images = torch.zeros(1, {channels}, {size}, {size}, dtype=torch.uint8)  # your images, any number
 logits = net(images)  # {logits}
-classes = {classes}
-print([classes[index] for index in logits.argmax(dim=1).tolist()])
 """
+_ANSWER = {
+    "classification": """classes = {classes}
+print([classes[index] for index in logits.argmax(dim=1).tolist()])
+""",
+    "multi_label": """labels = {classes}
+print([[label for label, logit in zip(labels, row) if logit > 0] for row in logits.tolist()])
+""",
+    "regression": """print(logits.tolist())  # the numbers
+""",
+}
 
 
 def export_weights(run: Path, which: str, out: Path) -> Path:
@@ -69,7 +77,7 @@ def export(saved: TrainedNet, out: Path) -> list[Path]:
     except Exception as error:  # torch may raise any exception for a user's net
         reason = str(error).strip().split("\n")[0]
         raise UserCodeError(f"torch.export cannot export {type(saved.net).__name__}: {reason}") from error
-    text = _LOADER.format(
+    text = (_LOADER + _ANSWER[saved.config.task]).format(
         program=PROGRAM, channels=channels, size=size, logits=f"float [B, {shape[1]}]",
         classes=class_names(saved.classes, shape[1]),
     )  # fmt: skip

@@ -56,12 +56,14 @@ class TrainedNet:
 
 @torch.no_grad()
 def logits_of(saved: TrainedNet, pixels: Tensor) -> Tensor:
-    """Return the net's logits [B, K] for uint8 images [B, C, S, S].
+    """Return the net's logits, of a regression its numbers, [B, K] for uint8 images [B, C, S, S].
 
     Raises:
-        UserCodeError: the net does not return logits.
+        UserCodeError: the net does not return them.
     """
     output: Any = saved.on_pixels(pixels)
+    if saved.config.task != "classification" and isinstance(output, Tensor) and output.ndim in (1, 2):
+        return output.view(len(output), -1)
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         raise UserCodeError(f"{type(saved.net).__name__} does not return logits [B, K > 1], so it is not a classifier.")
     return output

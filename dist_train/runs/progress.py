@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dist_train.runs.accuracy_text import accuracy_text
 from dist_train.runs.directory import RunDir
+from dist_train.runs.further_metrics import further_text
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Screen:
         for source, split in ((self._last_train_line, "train"), (line, "val")):
             loss = source.get(f"{split}/loss")
             cells += ["-" if loss is None else f"{loss:.4f}", accuracy_text(source, split) or "-"]
-        return _ROW.format(*cells, f"{line['epoch_s']:.1f}")
+        return "  ".join([_ROW.format(*cells, f"{line['epoch_s']:.1f}"), *further_text(line, "val")])
 
 
 def _print(text: str) -> None:
@@ -153,6 +154,8 @@ def _numbers(line: dict[str, Any], split: str) -> str:
     parts = [f"loss {line[f'{split}/loss']:.4f}"]
     if accuracy := accuracy_text(line, split, unit=" %"):
         parts.append(f"accuracy {accuracy}")
+    if split != "train":  # a training line has lr and others there
+        parts += further_text(line, split)
     if "train/lr" in line:
         parts.append(f"lr {line['train/lr']:.2e}")
     if "perf/samples_per_s" in line:

@@ -73,6 +73,10 @@ class Summary:
     def test_accuracy(self) -> float | None:
         return self.result.get("test/accuracy")
 
+    def scores(self, split: str) -> Mapping[str, Any]:
+        """The metrics that the run is judged by: on val those of its best evaluation, on test those of its end."""
+        return self.best if split == "val" else self.result
+
     @property
     def samples_per_s(self) -> float | None:
         return self.result.get("samples_per_s") or self.metrics.get("perf/samples_per_s")

@@ -21,6 +21,7 @@ from dist_train.checkpoints.weights import load_into
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
+from dist_train.data.class_weights import class_weights
 from dist_train.data.epoch_audit import ShardAudit
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import num_examples
@@ -30,9 +31,12 @@ from dist_train.distributed import watchdog
 from dist_train.distributed.job_scheduler import JobScheduler
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.world import World
+from dist_train.errors import ConfigError
 from dist_train.models.freezing import Frozen
 from dist_train.models.registry import build_model, is_library_net
+from dist_train.models.tasks.losses import loss_of
 from dist_train.models.tasks.objective import Objective
+from dist_train.models.tasks.split_metrics import check_gathered
 from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen
 from dist_train.runs.start_options import StartOptions
@@ -80,8 +84,9 @@ def build_components(
     change(net)
     net.to(world.device)
     batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
+    weights = class_weights(config, splits.train, splits.input_spec["num_classes"], world.device)
     if channels_last is None:
-        objective = Objective(net, config.label_smoothing)
+        objective = Objective(net, loss_of(net, config, weights))
         channels_last = is_library_net(config.model) and is_faster_in_channels_last(net, batches, objective, world)
     if channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -89,7 +94,8 @@ def build_components(
     if config.model.freeze:
         until = config.model.freeze_until
         frozen = Frozen(net, config.model.freeze, until.to_steps(sampler.steps_per_epoch) if until else None)
-    step = Step(config, world, net, batches, plan, learning_rate, frozen)
+    _check_best_by(config, net)
+    step = Step(config, world, net, batches, plan, learning_rate, frozen, weights)
     return Components(sampler, learning_rate, step, channels_last)
 
 
@@ -107,6 +113,7 @@ def build_trainer(
 
     Collective: every rank must call this.
     """
+    _check_sizes(config, splits)
     before = run_dir.read_provenance()
     channels_last = before.get("channels_last", False) if "step_mode" in before else None  # as when it began
     components = build_components(config, world, splits, channels_last)
@@ -120,6 +127,7 @@ def build_trainer(
         on_first_save=scheduler.on_first_save,
     )
     state, initial_weights = _restore(config, checkpoints, step, start)
+    state.best_by, state.best_mode = config.best_by, config.best_is
     provenance = _start_attempt(config, world, run_dir, splits, components, state, start, initial_weights)
     audit = ShardAudit(sampler, world, state.step, state.audit)
     step.eager.batches.on_gather = audit.add
@@ -157,6 +165,24 @@ def build_trainer(
         audit=audit,
         steps_per_epoch=sampler.steps_per_epoch,
     )
+
+
+def _check_sizes(config: Config, splits: Splits) -> None:
+    """Refuse at the start what would be refused when a split is evaluated, unless its number of classes is unknown."""
+    evaluated = (splits.val, splits.test, splits.train if config.final_train_eval else None)
+    if classes := splits.input_spec["num_classes"]:
+        sizes = [num_examples(each) for each in evaluated if each is not None]
+        check_gathered(config.task, config.metrics, max(sizes, default=0), classes)
+
+
+def _check_best_by(config: Config, net: nn.Module) -> None:
+    """Refuse a metric that no evaluation will have. Those of the net's own are known after the first evaluation."""
+    name = (config.best_by or "val/loss").removeprefix("val/")
+    if name not in ("loss", "accuracy", *config.metrics) and getattr(net, "metrics", None) is None:
+        raise ConfigError(
+            f"best_by={config.best_by}: evaluations have loss, accuracy and what metrics lists, which is "
+            f"{', '.join(config.metrics) or 'nothing'}. Set metrics=[{', '.join([*config.metrics, name])}]."
+        )
 
 
 def _restore(

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from dist_train.data.evaluation_batches import EvaluationBatches
 from dist_train.data.sets.image_set import Examples
 from dist_train.distributed.world import World
-from dist_train.errors import DistTrainError, TrainingDiverged, UserCodeError
+from dist_train.errors import DataError, DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.models.invariance import seeding_for
 from dist_train.models.tasks.confusion import Confusion
-from dist_train.models.tasks.objective import ErrorContext, Objective, count_correct
+from dist_train.models.tasks.objective import ErrorContext, Objective
+from dist_train.models.tasks.split_metrics import SplitMetrics
 from dist_train.runs.accuracy_text import IS_OWN
 from dist_train.training.agreement import Agreement
 from dist_train.training.step.counts import Counts
@@ -25,6 +26,7 @@ from dist_train.training.step.counts import Counts
 _log = logging.getLogger(__name__)
 
 _MAX_PENDING = 2**18  # output elements that are scored together
+_WEIGHT = "mean weight"  # of the examples in the loss; not the name of a metric of the net's own, which has no space
 
 
 @torch.no_grad()
@@ -35,11 +37,12 @@ def evaluate(
     world: World,
     agreement: Agreement | None = None,
     confusion: Confusion | None = None,
+    metrics: SplitMetrics | None = None,
 ) -> dict[str, float] | None:
-    """Return mean loss (nats), accuracy (0..1), `seen` and the net's own metrics, each example counted once.
+    """Return mean loss (nats), accuracy (0..1), `seen`, the `metrics` by torchmetrics and the net's own metrics.
 
-    A metric of the net's own that is not finite is logged by name; callers omit it from files, as JSON has no NaN.
-    Where there are no classes to count, `accuracy` may be such a metric; `IS_OWN` then stands beside it.
+    Each example is counted once. A metric that is not finite is logged by name; callers omit it from files, as JSON has
+    no NaN. Where there are no classes to count, `accuracy` may be such a metric; `IS_OWN` then stands beside it.
     `confusion` receives each batch that is classified.
     Returns None if the ranks agreed to stop before the end. `net` is the bare module, not the one wrapped by DDP:
     shards differ by one example, and a wrapped forward is a collective.
@@ -51,7 +54,7 @@ def evaluate(
         TrainingDiverged: on every rank, if the loss is not finite.
     """
     world.broadcast([buffer for buffer in net.buffers() if buffer.numel()])
-    sums = _Sums(net, batches.examples, objective, world.device, confusion)
+    sums = _Sums(net, batches.examples, objective, world.device, confusion, metrics)
     seed_generators = seeding_for(net, training=False)
     stream = iter(batches)
     with _eval_mode(net):
@@ -67,7 +70,7 @@ def evaluate(
                 agreement.tick("evaluate")
                 if agreement.stop:
                     return None
-    return _means_over_ranks(sums.counted(), batches.num_examples, world)
+    return _means_over_ranks(sums.counted(), metrics, batches.num_examples, world)
 
 
 @contextmanager
@@ -84,7 +87,9 @@ def _eval_mode(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _means_over_ranks(counts: Counts | None, num_examples: int, world: World) -> dict[str, float]:
+def _means_over_ranks(
+    counts: Counts | None, metrics: SplitMetrics | None, num_examples: int, world: World
+) -> dict[str, float]:
     """Add up the sums of all ranks (None: a rank without examples), and divide last.
 
     Collective: every rank must call this.
@@ -95,9 +100,15 @@ def _means_over_ranks(counts: Counts | None, num_examples: int, world: World) ->
     seen = round(totals["seen"])
     if seen != num_examples:
         raise DistTrainError(f"Evaluation counted {seen} examples of {num_examples}. This is a bug: report it.")
-    means = {name: totals[name] / seen for name in names if name not in ("correct", "seen")}
+    means = {name: totals[name] / seen for name in names if name not in ("correct", "seen", _WEIGHT)}
+    if _WEIGHT in names:
+        if not totals[_WEIGHT]:
+            raise DataError(f"None of the {seen} examples counts in the loss: see ignore_index and class_weights.")
+        means["loss"] = totals["loss"] / totals[_WEIGHT]
     if not math.isfinite(means["loss"]):
         raise TrainingDiverged(f"The loss over {seen} examples is not finite. Lower optimizer.lr or set max_grad_norm.")
+    if metrics is not None:
+        means |= metrics.totals(world)
     undefined = [name for name, mean in means.items() if not math.isfinite(mean)]
     if undefined:
         _log.warning("metrics omitted, not finite over %d examples: %s", seen, ", ".join(undefined))
@@ -127,12 +138,14 @@ class _Sums:
         objective: Objective,
         device: torch.device,
         confusion: Confusion | None,
+        metrics: SplitMetrics | None,
     ) -> None:
         self._net = net
         self._examples = examples
         self._objective = objective
         self._device = device
         self._confusion = confusion
+        self._metrics = metrics
         self._counts: Counts | None = None  # None until the first batch
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_pending = 0  # output elements in `_pending`
@@ -165,15 +178,25 @@ class _Sums:
     def _score(self, output: Any, targets: Any, indices: Tensor) -> None:
         with self.error_context(indices):
             loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
+        if self._objective.weighs:
+            own = {_WEIGHT: float(self._objective.mean_weight(targets))} | own
         counts = self._counts = self._counts or Counts(self._device, tuple(own))
         if tuple(own) != counts.names[3:]:
             raise UserCodeError(
                 f"metrics(output, target) returned {', '.join(own) or 'nothing'} for one batch and "
                 f"{', '.join(counts.names[3:]) or 'nothing'} for another. Return the same keys each time."
             )
-        correct = count_correct(output, targets)
+        asked = self._metrics.names if self._metrics is not None else ()
+        if twice := [name for name in asked if name in own]:
+            raise UserCodeError(
+                f"metrics(output, target) returned {twice[0]}, and metrics={twice[0]} asks torchmetrics for one so "
+                f"named. Give yours another name, or leave it out of the setting."
+            )
+        correct = self._objective.correct(output, targets)
         if correct is not None and "accuracy" in own:
             _check_accuracy(own["accuracy"], int(correct) / len(indices))
         if self._confusion is not None and correct is not None:
             self._confusion.add(output, targets, indices)
+        if self._metrics is not None:
+            self._metrics.add(output, targets, indices)
         counts.add(loss, correct, len(indices), *own.values())

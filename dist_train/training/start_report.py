@@ -12,6 +12,7 @@ from dist_train.data.sampler import ShardSampler
 from dist_train.data.splits import Splits
 from dist_train.runs.accuracy_text import accuracy_text, is_share
 from dist_train.runs.directory import RunDir
+from dist_train.runs.further_metrics import further_text
 from dist_train.training.provenance import DIVISION_FACTORS, changed_determinism_factors
 from dist_train.training.step.parameter_groups import describe_groups
 from dist_train.training.step.train_step import Step
@@ -41,8 +42,10 @@ def report_start(
         "data %s: %d training examples, validation on %s; %d steps per epoch, %s",
         data, sampler.num_examples, splits.val_source, sampler.steps_per_epoch, epoch,
     )  # fmt: skip
-    if config.early_stop is not None and splits.choice_by_test:
-        _log.warning("early_stop chooses by %s", splits.choice_by_test)
+    if splits.choice_by_test:
+        for name in ("early_stop", "best_by"):
+            if getattr(config, name) is not None:
+                _log.warning("%s chooses by %s", name, splits.choice_by_test)
     _log.info(
         "net %s: %s parameters; %s, %d threads per process, mixed precision %s",
         config.model.bundle or config.model.name, f"{sum(p.numel() for p in step.net.parameters()):,}",
@@ -104,9 +107,14 @@ def report_results(run_dir: RunDir) -> None:
         seconds += f"; {ratio:.1f} % of the time since the first of {run_dir.status.attempt} starts went into new steps"
     _log.info("finished: %d steps, %s", result["step"], seconds)
     for split in ("train", "val", "test"):
+        numbers = further_text(result, split)
         accuracy = accuracy_text(result, split, unit=" %")
-        if accuracy is not None:
+        if accuracy is None and f"{split}/loss" in result:
+            numbers.insert(0, f"loss {result[f'{split}/loss']:.4f}")
+        elif accuracy is not None:
             seen = result[f"{split}/seen"]
             counts = f" ({round(result[f'{split}/accuracy'] * seen)} / {seen})" if is_share(result, split) else ""
-            _log.info("%s accuracy %s%s", split, accuracy, counts)
+            numbers.insert(0, f"accuracy {accuracy}{counts}")
+        if numbers:
+            _log.info("%s %s", split, ", ".join(numbers))
     _log.info("all files are in %s", run_dir.path)

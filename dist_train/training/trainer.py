@@ -19,6 +19,7 @@ from dist_train.distributed import watchdog
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingDiverged
 from dist_train.models.tasks.confusion import Confusion
+from dist_train.models.tasks.split_metrics import split_metrics
 from dist_train.runs.records import State
 from dist_train.training.agreement import Agreement
 from dist_train.training.evaluate import evaluate
@@ -217,7 +218,8 @@ class Trainer:
         """
         self.agreement.start_phase()
         net, objective = self.step.evaluated_net, self.step.evaluation_objective
-        return evaluate(net, batches, objective, self.world, self.agreement, confusion)
+        metrics = split_metrics(self.config, batches.num_examples, self.world.device)
+        return evaluate(net, batches, objective, self.world, self.agreement, confusion, metrics)
 
     def batches_of(self, examples: Examples) -> EvaluationBatches:
         return evaluation_batches(examples, self.step.net, self.world, self.config)

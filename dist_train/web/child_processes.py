@@ -27,7 +27,7 @@ _one_at_a_time = threading.Lock()
 
 
 def predict(run_dir: RunDir, image: bytes) -> dict[str, Any]:
-    """Return the most probable classes of an image by their probability.
+    """Return what the run's net predicts for an image: `classes` by their probability, or `numbers`.
 
     The child runs where the run did and with its interpreter, if they are there: the net may be one of the user's own.
 
@@ -44,8 +44,8 @@ def predict(run_dir: RunDir, image: bytes) -> dict[str, Any]:
             python=python or "", folder=folder if folder.is_dir() else None,
             environment=environment_of(provenance),
         )  # fmt: skip
-    classes: dict[str, Any] = json.loads(answer.splitlines()[-1])["classes"]
-    return classes
+    found: dict[str, Any] = json.loads(answer.splitlines()[-1])
+    return {name: found[name] for name in ("classes", "numbers") if name in found}
 
 
 def export_pth(run: Path, step: int) -> BinaryIO:

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dist_train.runs.reports.compare import METRICS, LoadedRun, compare, read_run
+from dist_train.runs.reports.compare import LoadedRun, compare, metrics_of, read_run
 from dist_train.web import child_processes
 from dist_train.web.downloads import BYTES
 from dist_train.web.site import Site, attachment_header
@@ -27,7 +27,7 @@ class ComparePages:
         sort = request.query_params.get("sort")
         return self._site.page(
             request, "compare.html", names=[run.name for run in runs], tables=compare(runs, sort) if runs else [],
-            metrics=[metric.name for metric in METRICS if metric.best], sort=sort, exports=_EXPORTS,
+            metrics=[metric.name for metric in metrics_of(runs) if metric.best], sort=sort, exports=_EXPORTS,
         )  # fmt: skip
 
     def export_comparison(self, request: Request) -> Response:

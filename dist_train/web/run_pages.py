@@ -109,13 +109,12 @@ class RunPages:
         return StreamingResponse(stream, media_type="text/csv", headers=headers)
 
     async def predict(self, request: Request) -> Response:
-        """The most probable classes of the image in the body."""
+        """What the run's net predicts for the image in the body."""
         image = await read_body(request, child_processes.MAX_IMAGE_BYTES)
         entry = await run_sync(self._site.find, request)
         if self._site.is_busy() and "anyway" not in request.query_params:
             raise DistTrainError("A training is using this machine. Tick the box beside the image to do it anyway.")
-        classes = await run_sync(child_processes.predict, entry.summary.run_dir, image)
-        return json_response({"classes": classes})
+        return json_response(await run_sync(child_processes.predict, entry.summary.run_dir, image))
 
     def _head(self, entry: Entry) -> dict[str, Any]:
         """What all pages of a run show."""

@@ -17,9 +17,9 @@ from dist_train.config.loading import bundled_configs, load_config
 from dist_train.config.schema import Config
 from dist_train.errors import DistTrainError
 from dist_train.launch.resume import start_log
-from dist_train.runs.accuracy_text import IS_OWN
 from dist_train.runs.directory import RunDir
 from dist_train.runs.error_report import describe_error
+from dist_train.runs.further_metrics import further_metrics
 from dist_train.runs.start_lock import has_failed_to_start
 from dist_train.runs.time_accounting import effective_ratio
 from dist_train.web.outputs import files_in
@@ -69,9 +69,8 @@ def epochs(run_dir: RunDir, lines: Sequence[Mapping[str, Any]]) -> list[Epoch]:
 
 
 def own_metrics(rows: Sequence[Epoch]) -> list[str]:
-    """Return the keys of the user's metrics, val/..."""
-    common = ("val/loss", "val/accuracy", "val/seen", f"val/{IS_OWN}")
-    return list(dict.fromkeys(key for row in rows for key in row.metrics if key not in common))
+    """Return the keys of the metrics besides loss and accuracy, val/..."""
+    return list(dict.fromkeys(f"val/{name}" for row in rows for name in further_metrics(row.metrics, "val")))
 
 
 def evaluations_csv(rows: Sequence[Epoch]) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ def refusal(tree: dict[str, Any]) -> str:
         ({"lr": 1}, "Unknown setting lr. Did you mean optimizer.lr? dist-train config reference explains all."),
         ({"weight_decay": 1}, "Did you mean optimizer.weight_decay?"),  # not ema_decay
         ({"learning_rate": 1}, "Unknown setting learning_rate. Did you mean optimizer.lr? dist-train config "),
-        ({"args": {}}, "Unknown setting args. dist-train config reference explains all."),  # of several sections
+        ({"bundle": {}}, "Unknown setting bundle. dist-train config reference explains all."),  # of several sections
         ({"batch_size": 1}, "Did you mean global_batch_size?"),
         ({"epochs": 1}, 'Did you mean train_for="N epochs"?'),
         ({"max_steps": 1}, 'Did you mean train_for="N steps"?'),

@@ -37,6 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": {"name": "step", "milestones": [f"{CHANGE} steps"]},
     },
     "`sampling: balanced`": {"data": MNIST["data"] | {"sampling": "balanced"}},
+    "`class_weights`, `ignore_index`": {"class_weights": [float(each % 3) for each in range(10)], "ignore_index": 7},
     "`freeze_until`": {"model": {"name": "mlp", "freeze": ["fc1"], "freeze_until": f"{CHANGE} steps"}},
     "`freeze_until`, SGD": {"model": {"name": "mlp", "freeze": ["fc1"], "freeze_until": f"{CHANGE} steps"},
                             "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}},

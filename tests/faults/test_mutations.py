@@ -137,7 +137,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "enumerations": (
         ["mixed_precision", "dtype", "device", "step_mode", "preempt_signal", "optimizer.name", "optimizer.lr_scaling",
-         "schedule.name", "tracking.wandb", "data.sampling", "optimizer.no_decay"],
+         "schedule.name", "tracking.wandb", "data.sampling", "optimizer.no_decay", "task", "loss", "best_mode"],
         [*WORDS, "Nonsense", "yes"],
     ),
     "booleans": (
@@ -158,9 +158,15 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "lists": (
         ["data.normalize.mean", "data.normalize.std", "tracking.tags", "optimizer.betas", "schedule.milestones",
-         "model.freeze", "optimizer.groups"],
+         "model.freeze", "optimizer.groups", "class_weights"],
         ["words", "5", "{a: 1}", "[[1]]", "[{}]"],
     ),
+    "names of metrics": (
+        ["metrics"],
+        ["f1", "[F1]", "[top1]", "[top]", "[top1000]", "[5]", "[mean]", "[[f1]]", "{f1: 1}"],
+    ),
+    "deciding metrics": (["best_by"], ["psnr", "val/", "''", "5", "[f1]", "{f1: max}"]),
+    "labels": (["ignore_index"], ["words", "1.5", "[1]", "yes", "1e-3"]),
     "arguments": (["data.args", "model.args"], ["words", "5", "[1]", "{1: 2}", "{a: .nan}", "{a: 2026-01-01}"]),
     "sections": (
         ["data", "model", "optimizer", "schedule", "ddp", "tracking", "data.augment", "early_stop"],

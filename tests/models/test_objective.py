@@ -17,6 +17,7 @@ from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, UserCodeError
+from dist_train.models.tasks.losses import loss_of
 from dist_train.models.tasks.objective import ErrorContext, Objective, count_correct
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
@@ -63,7 +64,7 @@ def test_loss_per_example_is_rejected() -> None:
 
 def test_label_smoothing_with_own_loss_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"label_smoothing=0\.1"):
-        Objective(Net(), label_smoothing=0.1)
+        loss_of(Net(), parse_config({"label_smoothing": 0.1}))
 
 
 def test_accuracy_is_counted_only_for_classifiers() -> None:

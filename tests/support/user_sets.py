@@ -180,3 +180,40 @@ class WithDropout(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.second(self.drop(self.first(images.flatten(1)).relu()))
         return logits
+
+
+class TwoDigits(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures with two digits of MNIST in them, and for each of the ten whether it is there."""
+
+    classes = tuple("0123456789")
+    yields_pixels = True
+
+    def __init__(self, train: bool, length: int = 960) -> None:
+        self.digits = mnist_part(train, length)
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pair = [index, (7 * index + 1) % len(self)]
+        there = torch.zeros(10)
+        there[self.digits.labels[pair]] = 1
+        return self.digits.images[pair].amax(dim=0), there
+
+
+class Tilted(Dataset[tuple[Tensor, float]]):
+    """Digits of MNIST sheared by an amount from -1 to 1, which is the target."""
+
+    yields_pixels = True
+
+    def __init__(self, train: bool, length: int = 960) -> None:
+        self.digits = mnist_part(train, length)
+        self.amounts = torch.rand(length, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        image, amount = self.digits.images[index, 0], float(self.amounts[index])
+        rows = [row.roll(round(amount * (14 - number) / 2)) for number, row in enumerate(image)]
+        return torch.stack(rows).unsqueeze(0), amount

@@ -375,8 +375,8 @@ def test_comparison_puts_results_first_and_best_run_on_top(tmp_path: Path) -> No
     assert [part.split('"')[0] for part in text.split('<td class="text"><a href="jobs/')[1:]] == ["high", "mid", "low"]
     columns = [part.split("<")[0] for part in text.split('<th scope="col"')[1:]]
     assert [column.partition(">")[2] for column in columns] == [
-        "run", "state", "test accuracy", "best val accuracy", "val loss", "train loss", "steps", "training, s",
-        "samples/s", "optimizer.lr",
+        "run", "state", "test accuracy", "best val accuracy", "best val f1", "val loss", "train loss", "steps",
+        "training, s", "samples/s", "optimizer.lr",
     ]  # fmt: skip
     assert client.get("/compare").status_code == 200
     assert client.get("/compare.exe?run=low").status_code == 404
@@ -409,4 +409,4 @@ def test_weights_as_pth_and_one_child_at_time(tmp_path: Path, monkeypatch: pytes
         return '{"classes": {"a": 1.0}}'
 
     monkeypatch.setattr(child_processes, "limited_output_of", nested)
-    assert child_processes.predict(run_dir, b"x") == {"a": 1.0}
+    assert child_processes.predict(run_dir, b"x") == {"classes": {"a": 1.0}}

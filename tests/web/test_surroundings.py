@@ -176,7 +176,7 @@ def test_image_is_tried_with_interpreter_of_run(tmp_path: Path) -> None:
     program.write_text('#!/bin/sh\necho \'{"classes": {"mine": 1.0}}\'\n')
     program.chmod(0o755)
     run_dir.write_provenance({"python": str(program)})
-    assert child_processes.predict(run_dir, b"an image") == {"mine": 1.0}
+    assert child_processes.predict(run_dir, b"an image") == {"classes": {"mine": 1.0}}
     program.unlink()
     with pytest.raises(LaunchError, match="checkpoint"):
         child_processes.predict(run_dir, b"an image")

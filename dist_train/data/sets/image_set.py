@@ -138,6 +138,9 @@ def stored_labels(examples: Examples) -> npt.NDArray[Any] | None:
 
     Makes no example and calls nothing of the set: either may open a file. N may be another number than its length.
     """
+    if isinstance(examples, Subset):
+        labels, indices = stored_labels(examples.whole), np.asarray(examples.indices)
+        return labels[indices] if labels is not None and indices.max(initial=-1) < len(labels) else None
     kept = getattr(examples, "__dict__", {})  # no properties: one may read all examples
     labels = kept.get("targets", kept.get("labels"))
     if isinstance(labels, Tensor):

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_train.config.loading import load_config
+from dist_train.config.metric_names import direction
 from dist_train.config.schema import Config
 from dist_train.errors import DistTrainError
 from dist_train.runs.accuracy_text import is_share
+from dist_train.runs.further_metrics import further_metrics
 from dist_train.runs.summary import Summary, summarise_existing
 
 Axis = Literal["step", "samples", "seconds"]
@@ -113,6 +115,34 @@ METRICS = (
 )
 
 
+def metrics_of(runs: Sequence[LoadedRun]) -> list[Metric]:
+    """Return the columns for these runs: `METRICS`, and after the accuracies the further metrics that any run has."""
+    found = {
+        (split, name): None
+        for split in ("test", "val")
+        for run in runs
+        for line in (run.summary.result, *run.lines)
+        for name in further_metrics(line, split)
+    }
+    if all(run.summary.test_accuracy is None for run in runs):
+        found[("test", "loss")] = None
+    modes = {run.config.best_by: run.config.best_is for run in runs if run.config and run.config.best_by}
+    if "val/loss" in modes:
+        found[("val", "loss")] = None
+    further = [_further(split, name, modes.get(f"val/{name}") or direction(name)) for split, name in found]
+    return [*METRICS[:2], *further, *METRICS[2:]]
+
+
+def _further(split: str, name: str, mode: str | None) -> Metric:
+    """Return the column of the value at the end; on val of the best one, if it is known which is better."""
+    key, better = f"{split}/{name}", {"max": max, "min": min, None: None}[mode]
+    if split == "test":
+        return Metric(f"test {name}", lambda run: run.summary.result.get(key), ".4g", better)
+    if better is None:
+        return Metric(f"val {name}", lambda run: run.last(key), ".4g")
+    return Metric(f"best val {name}", lambda run: better(run.curve(key, "step")[1], default=None), ".4g", better)
+
+
 def read_run(path: Path) -> LoadedRun:
     """Read a run with its settings and metrics.
 
@@ -168,7 +198,8 @@ def value_of(cell: Cell) -> str | float | None:
 def compare(runs: Sequence[LoadedRun], sort: str | None = None) -> list[Table]:
     """Return the table of runs and, if an experiment has several seeds, the table of experiments.
 
-    The best run comes first: by the metric named `sort`, else by the first that any run has.
+    The best run comes first: by the metric named `sort`, else by `best_by`, if it is the same in all runs, else by the
+    first that any run has.
     """
     runs = sort_runs(runs, sort)
     return [table for table in (run_table(runs), seed_table(runs)) if table is not None]
@@ -176,8 +207,10 @@ def compare(runs: Sequence[LoadedRun], sort: str | None = None) -> list[Table]:
 
 def sort_runs(runs: Sequence[LoadedRun], sort: str | None = None) -> list[LoadedRun]:
     """Return the runs as `compare` orders them. Runs without the metric come last, in the given order."""
-    ranked = [metric for metric in METRICS if metric.best is not None]
-    candidates = [metric for metric in ranked if metric.name == sort] or ranked
+    ranked = [metric for metric in metrics_of(runs) if metric.best is not None]
+    deciding = {run.config.best_by for run in runs if run.config} if sort is None else set()
+    names = {sort} if sort else {f"best val {name.removeprefix('val/')}" for name in deciding if name}
+    candidates = [metric for metric in ranked if {metric.name} == names] or ranked
     for metric in candidates:
         values = {run.summary.run_dir.path: metric.of(run) for run in runs}
         if any(value is not None for value in values.values()):
@@ -193,12 +226,12 @@ def sort_runs(runs: Sequence[LoadedRun], sort: str | None = None) -> list[Loaded
 
 def run_table(runs: Sequence[LoadedRun]) -> Table:
     """Return a table with one row for each run: its state, its metrics, the settings that differ between runs."""
-    settings = differing_settings(runs)
+    settings, metrics = differing_settings(runs), metrics_of(runs)
     rows: list[list[Cell]] = []
     for number, run in enumerate(runs):
         own = [values[number] for values in settings.values()]
-        rows.append([run.name, run.summary.state, *(metric.of(run) for metric in METRICS), *own])
-    return _table("runs", ["run", "state", *(metric.name for metric in METRICS), *settings], rows, runs)
+        rows.append([run.name, run.summary.state, *(metric.of(run) for metric in metrics), *own])
+    return _table("runs", ["run", "state", *(metric.name for metric in metrics), *settings], rows, runs)
 
 
 def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
@@ -210,7 +243,7 @@ def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
         return None
     firsts = [group[0] for group in groups]
     settings = {key: values for key, values in differing_settings(firsts).items() if key != "seed"}
-    metrics = [metric for metric in METRICS if metric.best]
+    metrics = [metric for metric in metrics_of(finished) if metric.best]
     columns = ["first run", "finished seeds", *(metric.name for metric in metrics), *settings]
     rows: list[list[Cell]] = []
     for number, group in enumerate(groups):
@@ -224,11 +257,12 @@ def seed_table(runs: Sequence[LoadedRun]) -> Table | None:
 
 
 def _table(title: str, columns: list[str], rows: list[list[Cell]], runs: Sequence[LoadedRun]) -> Table:
-    forms = {metric.name: metric.form for metric in METRICS}
+    metrics = metrics_of(runs)
+    forms = {metric.name: metric.form for metric in metrics}
     if not all(run.accuracy_is_share for run in runs):
         forms = {name: "g" if form == _SHARE else form for name, form in forms.items()}
     best: dict[str, float] = {}
-    for metric in METRICS:
+    for metric in metrics:
         if metric.best and metric.name in columns and len(rows) > 1:
             index = columns.index(metric.name)
             values = [value for row in rows if isinstance(value := value_of(row[index]), (int, float))]

@@ -14,7 +14,8 @@ from dist_train.data.batches import Batch, Batches, PerturbedBatches
 from dist_train.distributed.rng import derive_seed
 from dist_train.distributed.world import World
 from dist_train.models.invariance import seeding_for
-from dist_train.models.tasks.objective import ErrorContext, Objective, count_correct
+from dist_train.models.tasks.losses import Loss, one_over
+from dist_train.models.tasks.objective import ErrorContext, Objective
 from dist_train.training.step.counts import Counts, Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import unchanged
@@ -35,6 +36,7 @@ class EagerUpdate:
         plan: BatchPlan,
         learning_rate: LearningRate,
         ema: AveragedNet | None,
+        loss: Loss,
     ) -> None:
         """Collective: every rank must call this."""
         self.world = world
@@ -44,7 +46,7 @@ class EagerUpdate:
         self.learning_rate = learning_rate
         self.ema = ema
         self.window = Counts(world.device)  # since the last log
-        self.objective = Objective(net, config.label_smoothing)
+        self.objective = Objective(net, loss)
         self.parameters = list(net.parameters())
         self.max_grad_norm = config.max_grad_norm
         self.norm: Tensor | None = None  # of the last update's gradient, once something has computed it
@@ -66,6 +68,8 @@ class EagerUpdate:
         self.clear_gradients()
         scale = self.overflows.scale() if self.overflows is not None else None
         micro_steps = self.plan.grad_accum_steps
+        counted: list[tuple[Tensor, Tensor | None, int]] = []
+        weights: list[Tensor] = []
         for micro_step in range(micro_steps):
             batch = self.batches.at(step, micro_step)
             self.seed_forward(step, micro_step)
@@ -79,7 +83,14 @@ class EagerUpdate:
                 # Micro-batches are equal parts of a rank's share, all shares are equal and DDP averages them: the
                 # sum of the parts is the mean over the global batch.
                 self._backward(loss / micro_steps if micro_steps > 1 else loss)  # saves 40 us per step
-            self.window.add(loss, count_correct(output, batch.targets), len(batch))
+            counted.append((loss.detach(), self.objective.correct(output, batch.targets), len(batch)))
+            if self.objective.weighs:
+                weights.append(self.objective.mean_weight(batch.targets))
+        if weights:
+            factor = self._divide_by_weight(weights)
+            counted = [(loss * factor, correct, seen) for loss, correct, seen in counted]
+        for loss, correct, seen in counted:
+            self.window.add(loss, correct, seen)
         self.norm = None
         if self.max_grad_norm is not None:
             self.norm = self.world.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -88,6 +99,18 @@ class EagerUpdate:
             self.overflows.record_update(scale)
         if self.ema is not None:
             self.ema.update(self.net, is_first=step == 0)
+
+    def _divide_by_weight(self, weights: list[Tensor]) -> Tensor:
+        """Divide the gradients by the mean weight of the global batch, given that of each micro-batch; return 1 / it.
+
+        They are divided here and not their losses before: the weights of the last micro-batch would have to be known
+        before the first backward pass, and all micro-batches of a step be kept until then.
+
+        Collective: every rank must call this.
+        """
+        factor = one_over(self.world.all_reduce(torch.stack(weights).mean()) / self.world.size)
+        torch._foreach_mul_([each.grad for each in self.parameters if each.grad is not None], factor)
+        return factor
 
     def perturbed(self, step: int) -> None:
         """Do the update on inputs with rounding errors added, to measure the effect of rounding alone."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dist_train.config.paths import user_cache
 from dist_train.config.schema import Config, StepMode
 from dist_train.data.batches import ResidentBatches
-from dist_train.models.tasks.objective import Objective, count_correct
+from dist_train.models.tasks.losses import one_over
+from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.forward_effects import ForwardEffects
 from dist_train.training.step.mode_selection import Update
@@ -42,6 +43,8 @@ class FusedUpdate:
         inputs, targets = self.batches.materialise(*selection)
         output = self.objective.forward(self.model, inputs)
         loss = self.objective.loss(output, targets)
+        if self.objective.weighs:  # this batch is the global one
+            loss = loss * one_over(self.objective.mean_weight(targets))
         # Not loss.backward(): it would break the compiled graph, and there are no gradients to add to.
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
@@ -53,7 +56,7 @@ class FusedUpdate:
             if self.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
             self.optimize()
-            self._count(loss.detach(), count_correct(output.detach(), targets), len(targets))
+            self._count(loss.detach(), self.objective.correct(output.detach(), targets), len(targets))
             for parameter in self.parameters:
                 parameter.grad = None  # no longer needed: the compiler need not write it to memory
         return norm

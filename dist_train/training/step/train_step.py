@@ -20,7 +20,9 @@ from dist_train.data.batches import Batch, Batches, ResidentBatches
 from dist_train.distributed.world import World
 from dist_train.errors import UserCodeError
 from dist_train.models.freezing import Frozen
+from dist_train.models.tasks.losses import loss_of
 from dist_train.models.tasks.objective import Objective
+from dist_train.models.tasks.split_metrics import check_output
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.forward_effects import ForwardEffects, first_of
 from dist_train.training.step.fused import prepare, unsupported_reason
@@ -45,8 +47,9 @@ class Step:
         plan: BatchPlan,
         learning_rate: LearningRate,
         frozen: Frozen | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
-        """`frozen`: what of the net is frozen.
+        """`frozen`: what of the net is frozen. `class_weights`: of the loss, [K], on the device.
 
         Collective: every rank must call this.
         """
@@ -63,11 +66,12 @@ class Step:
         self._stay_finite = [*net.parameters(), *finite]
         # Copied before Accelerate patches `forward`: a later copy would call the original's.
         self.ema = AveragedNet(net, config.ema_decay) if config.ema_decay else None
-        self.evaluation_objective = Objective(self.evaluated_net, config.label_smoothing)
+        loss = loss_of(net, config, class_weights)
+        self.evaluation_objective = Objective(self.evaluated_net, loss)
         self.mode: StepMode = "eager"  # until `warm_up`
         self.chosen_mode: StepMode = "eager"  # as `mode`, except where the net or the data do not support it
         self.warm_up_s = 0.0
-        self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate, self.ema)
+        self.eager = EagerUpdate(config, world, net, batches, plan, learning_rate, self.ema, loss)
         self.window = self.eager.window
         self._implementation = implementation_of(self.eager.optimizer)
         self._update: Update = self.eager
@@ -176,6 +180,8 @@ class Step:
         ):
             output = eager.objective.forward(model, inputs)
             eager.objective.check(output, targets)
+            if self._config.metrics:
+                check_output(self._config.task, self._config.metrics, output, targets)
             eager.objective.loss(output, targets).backward()
         return output, batch
 

@@ -225,7 +225,9 @@
     try {
       const response = await fetch(url, {method: "PUT", body: event.target.files[0], headers: {accept: "application/json"}});
       const found = await response.json();
-      answer.textContent = found.error ?? Object.entries(found.classes).map(([name, share]) => `${name} ${(100 * share).toFixed(1)} %`).join(", ");
+      const shares = Object.entries(found.classes ?? {}).map(([name, share]) => `${name} ${(100 * share).toFixed(1)} %`);
+      const numbers = (found.numbers ?? []).map((number) => number.toPrecision(4));
+      answer.textContent = found.error ?? [...shares, ...numbers].join(", ");
     } catch (error) {
       answer.textContent = "The server cannot be reached.";
     }

@@ -19,6 +19,7 @@ from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.loading import parse_config
 from dist_train.config.schema import StepMode
 from dist_train.data.batches import training_batches
+from dist_train.data.class_weights import class_weights
 from dist_train.data.sampler import ShardSampler
 from dist_train.distributed.world import World
 from dist_train.models.freezing import Frozen
@@ -42,7 +43,9 @@ def new_step(world: World, net: nn.Module, **settings: Any) -> Step:
     train = mnist_part(train=True)
     plan = BatchPlan.fit(BATCH, config.per_device_batch_size, 1)
     batches = training_batches(train, ShardSampler(len(train), plan, 0, 0), config.data, world.device, 0)
-    return Step(config, world, net, batches, plan, LearningRate(config.optimizer.lr, STEPS, "one_cycle"))
+    weights = class_weights(config, train, 10, world.device)
+    rate = LearningRate(config.optimizer.lr, STEPS, "one_cycle")
+    return Step(config, world, net, batches, plan, rate, class_weights=weights)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +76,15 @@ def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Ten
     [
         ("mlp", {"optimizer": {"lr": 1e-2, "weight_decay": 0.01}, "max_grad_norm": 0.5, "ema_decay": 0.9}),
         ("bks", {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}}),  # dropout
-        ("guide", {"optimizer": {"name": "adamw", "amsgrad": True}, "label_smoothing": 0.1}),
+        (
+            "guide",
+            {
+                "optimizer": {"name": "adamw", "amsgrad": True},
+                "label_smoothing": 0.1,
+                "class_weights": [float(number % 4) for number in range(10)],
+                "ignore_index": 3,
+            },
+        ),
         (
             "mlp",
             {
@@ -88,7 +99,7 @@ def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Ten
         ("guide", {"optimizer": {"name": "rmsprop", "momentum": 0.5, "centered": True}}),
         ("guide", {"optimizer": {"name": "adadelta", "lr": 1.0}, "data": {"augment": {"shift": 2, "flip": True}}}),
     ],
-    ids=["mlp-adam", "bks-sgd", "guide-adamw", "mlp-groups", "guide-rmsprop", "guide-adadelta-augmented"],
+    ids=["mlp-adam", "bks-sgd", "guide-adamw-weighted", "mlp-groups", "guide-rmsprop", "guide-adadelta-augmented"],
 )
 def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]) -> None:
     """Losses within 1e-5, with equal dropout masks; the gradient norm is that of the same step."""
