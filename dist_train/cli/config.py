@@ -44,7 +44,7 @@ def config_validate(config_name: str, overrides: tuple[str, ...], settings: tupl
     found = load(config_name, (*overrides, *settings))
     check_net_and_data(found)
     check_initial_weights(found)
-    plan = BatchPlan.fit(found.global_batch_size, found.per_device_batch_size, nproc)
+    plan = BatchPlan.of(found, nproc)
     click.echo(f"{config_name} is fine: {plan.describe()}")
 
 

@@ -84,7 +84,7 @@ def _train_or_launch(
     if nproc is not None and process.world_size > 1:
         raise ConfigError(f"--nproc={nproc} inside a world of {process.world_size} processes. Leave --nproc out.")
     check_gpu_driver(config.device)
-    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc or process.world_size)
+    plan = BatchPlan.of(config, nproc or process.world_size)
     if dry_run:
         check_net_and_data(config)
         check_start(find_run_dir(config, start), config, start, create=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dist_train.config.schema import Config
 from dist_train.errors import ConfigError
 
 
@@ -37,6 +38,12 @@ class BatchPlan:
         """Return a plan for the same global batch with more micro-steps, or None if a forward has only one example."""
         smaller = [d for d in _divisors(self.per_rank_batch_size) if d < self.per_device_batch_size]
         return BatchPlan(smaller[-1], self.per_rank_batch_size // smaller[-1], self.world_size) if smaller else None
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> BatchPlan:
+        """Return the plan of a config: see `fit`. With `per_device_batch_size: auto` any micro-batch may be chosen."""
+        at_most = config.per_device_batch_size
+        return cls.fit(config.global_batch_size, config.global_batch_size if at_most == "auto" else at_most, world_size)
 
     @classmethod
     def fit(cls, global_batch_size: int, at_most_per_device: int, world_size: int) -> BatchPlan:

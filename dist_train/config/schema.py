@@ -326,8 +326,9 @@ class Config(_Settings):
     # Length of the training, with its unit: 5 epochs or 600 steps.
     train_for: Annotated[Steps, BeforeValidator(_with_unit)] = Duration(5, "epochs")
     global_batch_size: BatchSize = 64  # examples per optimizer step, over all ranks and micro-steps
-    # At most this many examples per forward pass; gradient accumulation does the rest. Lower it to save memory.
-    per_device_batch_size: Annotated[BatchSize, MayChange] = 1024
+    # At most this many examples per forward pass; gradient accumulation does the rest. Lower it to save memory. auto:
+    # the most that fits the memory of every rank's device (on a CPU at most 1024); resumes keep what was found.
+    per_device_batch_size: Annotated[BatchSize | Literal["auto"], MayChange] = 1024
     # no, or autocast to bf16 or fp16. None: the choice of `accelerate launch`, else no.
     mixed_precision: Annotated[Precision | None, BeforeValidator(_yaml_no)] = None
     # On NVIDIA GPUs: round the factors of float32 matrix products and convolutions to TF32 (a mantissa of 10 bits, not

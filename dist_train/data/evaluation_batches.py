@@ -85,7 +85,7 @@ def evaluation_batches(examples: Examples, net: nn.Module, world: World, config:
     largest_shard = -(-total // world.size)
     device = world.device
     resident = isinstance(examples, ImageSet) and is_resident(examples, config.data, device)
-    batch_size = config.per_device_batch_size
+    batch_size = _BATCH_SIZE if config.per_device_batch_size == "auto" else config.per_device_batch_size
     if not (resident and device.type == "cpu") or any(isinstance(module, _ConvNd) for module in net.modules()):
         batch_size = min(batch_size, _BATCH_SIZE)
     return EvaluationBatches(

@@ -37,7 +37,7 @@ def create_job(run_dir: RunDir, config: Config, nproc: int) -> None:
         RunDirError: there is a run of that name, or the directory cannot be written.
     """
     check_run_name("--run-name", run_dir.path.name, run_dir.path.parent)
-    BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
+    BatchPlan.of(config, nproc)
     if not run_dir.create(new=True):
         raise RunDirError(f"{run_dir.path} exists already. Choose another --run-name for the job.")
     try:

@@ -93,7 +93,7 @@ def find_nodes(
         )
     nodes = Nodes.parse(nnodes, endpoint, config.setup_timeout_s)
     for number in range(nodes.at_least, nodes.at_most + 1):
-        BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, number * nproc)
+        BatchPlan.of(config, number * nproc)
     return nodes
 
 

@@ -106,7 +106,7 @@ def _check_arguments(config: Config, nproc: int, run_name: str | None) -> None:
     if nproc > 1:
         _check_importable(config, nproc)
     check_gpu_driver(config.device)
-    BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
+    BatchPlan.of(config, nproc)
     if run_name is None:
         check_initial_weights(config)
     else:

@@ -25,7 +25,7 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
         ConfigError: the batch cannot be divided among `world_size` processes.
         DistTrainError: the ranks do not take the examples of the epoch's order, each once unless they are drawn.
     """
-    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world_size)
+    plan = BatchPlan.of(config, world_size)
     yield plan.describe()
     splits = load_splits(config.data, config.seed, 1)
     sampler = ShardSampler(num_examples(splits.train), plan, 0, config.seed, splits.sample_weights)

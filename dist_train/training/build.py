@@ -75,7 +75,7 @@ def build_components(
 
     Collective: every rank must call this.
     """
-    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world.size)
+    plan = BatchPlan.of(config, world.size)
     sampler = ShardSampler(num_examples(splits.train), plan, world.rank, config.seed, splits.sample_weights)
     learning_rate = LearningRate.of(config, sampler.steps_per_epoch)
     net = build_model(config.model, splits.input_spec, config.seed)

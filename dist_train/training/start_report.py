@@ -55,12 +55,12 @@ def report_start(
     if step.frozen is not None and (until is None or state.step < until):
         _log.info("frozen: %s%s", step.frozen, "" if until is None else f", until {until} steps are done")
     _log.info("%s", plan.describe())
-    if plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < config.per_device_batch_size:
+    at_most = config.per_device_batch_size
+    if at_most != "auto" and plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < at_most:
         _log.warning(
             "%d examples per process have no divisor between %d and per_device_batch_size=%d: small batches are slow. "
             "Choose a global_batch_size with more divisors, or raise per_device_batch_size to %d.",
-            plan.per_rank_batch_size, plan.per_device_batch_size, config.per_device_batch_size,
-            plan.per_rank_batch_size,
+            plan.per_rank_batch_size, plan.per_device_batch_size, at_most, plan.per_rank_batch_size,
         )  # fmt: skip
     for split, fingerprint in splits.fingerprints.items():
         if "unsteady" in fingerprint:

@@ -112,7 +112,7 @@ def _job(config: Config, texts: Texts, numbers: Mapping[str, int], folder: Path)
     config, start = arguments.resolve(time.perf_counter())
     is_local = texts["where"] == "local"
     world_size = numbers["nproc"] if is_local else numbers["nodes"] * numbers["per_node"]
-    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, world_size)
+    plan = BatchPlan.of(config, world_size)
     script = None
     if not is_local:
         script = batch_script(

@@ -22,7 +22,7 @@ def check_submission(script: BatchScript, config: Config, save_s: float = 0.0) -
     Raises:
         ConfigError, DataError: it cannot; names the setting, the arithmetic and the fix.
     """
-    BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, script.nodes * script.nproc)
+    BatchPlan.of(config, script.nodes * script.nproc)
     if (config.device == "cuda" or script.gpus_per_node) and script.gpus_per_node < script.nproc:
         raise ConfigError(
             f"{script.nproc} processes and {script.gpus_per_node} GPUs per node, with device={config.device}. "

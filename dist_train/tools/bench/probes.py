@@ -47,7 +47,7 @@ def _step(config: Config, world: World, copies: int = 1) -> Step:
     examples = (
         one if copies == 1 else ImageSet(one.images.repeat(copies, 1, 1, 1), one.labels.repeat(copies), one.classes)
     )
-    plan = BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, 1)
+    plan = BatchPlan.of(config, 1)
     sampler = ShardSampler(len(examples), plan, 0, config.seed)
     batches = training_batches(examples, sampler, config.data, world.device, config.seed)
     net = build_model(config.model, {}, config.seed)

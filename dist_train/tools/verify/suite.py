@@ -37,7 +37,7 @@ def verify(config: Config, nproc: int) -> Iterator[Check]:
         ConfigError: the global batch cannot be divided among `nproc` processes.
         LaunchError: the processes of a check failed; with the end of their stderr.
     """
-    BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
+    BatchPlan.of(config, nproc)
     sizes = [n for n in sorted({1, 2, 3, nproc}) if n <= nproc and config.global_batch_size % n == 0]
     bound = BOUNDS[config.dtype]
     with tempfile.TemporaryDirectory() as folder:

@@ -41,7 +41,7 @@ def new_step(world: World, net: nn.Module, **settings: Any) -> Step:
     """A step on real MNIST with one_cycle, so that a constant lr would be noticed."""
     config = parse_config({"global_batch_size": BATCH, "device": "cpu", **settings})
     train = mnist_part(train=True)
-    plan = BatchPlan.fit(BATCH, config.per_device_batch_size, 1)
+    plan = BatchPlan.of(config, 1)
     batches = training_batches(train, ShardSampler(len(train), plan, 0, 0), config.data, world.device, 0)
     weights = class_weights(config, train, 10, world.device)
     rate = LearningRate(config.optimizer.lr, STEPS, "one_cycle")
