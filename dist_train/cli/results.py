@@ -95,17 +95,25 @@ def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, 
 @click.argument("run", type=RunPath())
 @click.argument("out", type=click.Path(path_type=Path))
 @_checkpoint
-def export(run: Path, out: Path, checkpoint: str) -> None:
+@click.option("--format", "form", type=click.Choice(["torch", "onnx"]), show_default="by the name OUT")
+def export(run: Path, out: Path, checkpoint: str, form: str | None) -> None:
     """Write a run's net to a new folder OUT: its weights, and a program that needs only torch.
 
-    With a name that ends in .pth, write the weights alone, for torch.load and load_state_dict.
+    With --format onnx, or a name that ends in .onnx, write an ONNX file. With a name that ends in .pth, write the
+    weights alone, for torch.load and load_state_dict.
     """
     from dist_train.inference.export import export as write
     from dist_train.inference.export import export_weights
     from dist_train.inference.trained_net import TrainedNet
 
-    if out.suffix == ".pth":
+    if (form or out.suffix.removeprefix(".")) == "onnx":
+        from dist_train.inference.onnx_file import export_onnx
+
+        difference = export_onnx(TrainedNet.open(run, checkpoint), out)
+        same = "not compared: no onnxruntime here" if difference is None else f"logits as torch's to {difference:.1e}"
+        click.echo(f"written: {out} ({same})")
+    elif out.suffix == ".pth":
         click.echo(f"written: {export_weights(run, checkpoint, out)}")
-        return
-    for path in write(TrainedNet.open(run, checkpoint), out):
-        click.echo(f"written: {path}")
+    else:
+        for path in write(TrainedNet.open(run, checkpoint), out):
+            click.echo(f"written: {path}")

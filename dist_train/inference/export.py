@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.export import Dim, ExportedProgram
 
 from dist_train.atomic_files import atomic_write
 from dist_train.checkpoints.contents import MODEL
@@ -16,7 +17,7 @@ from dist_train.inference.trained_net import TrainedNet, logits_of
 from dist_train.models.tasks.confusion import class_names
 
 PROGRAM = "model.pt2"
-
+DYNAMIC_BATCH = {"images": {0: Dim("batch")}}  # any number of images
 
 # The load.py of an exported folder.
 _LOADER = """\
@@ -67,19 +68,10 @@ def export(saved: TrainedNet, out: Path) -> list[Path]:
     """
     if out.exists():
         raise RunDirError(f"{out} exists already. Give the path of a new folder.")
-    size, channels = saved.image_size, saved.in_channels
-    example = torch.zeros(2, channels, size, size, dtype=torch.uint8)
-    shape = list(logits_of(saved, example).shape)
-    try:
-        program = torch.export.export(
-            saved.on_pixels, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-        )
-    except Exception as error:  # torch may raise any exception for a user's net
-        reason = str(error).strip().split("\n")[0]
-        raise UserCodeError(f"torch.export cannot export {type(saved.net).__name__}: {reason}") from error
+    program, num_classes = program_of(saved)
     text = (_LOADER + _ANSWER[saved.config.task]).format(
-        program=PROGRAM, channels=channels, size=size, logits=f"float [B, {shape[1]}]",
-        classes=class_names(saved.classes, shape[1]),
+        program=PROGRAM, channels=saved.in_channels, size=saved.image_size, logits=f"float [B, {num_classes}]",
+        classes=class_names(saved.classes, num_classes),
     )  # fmt: skip
     try:
         with atomic_write(out) as aside:
@@ -90,3 +82,19 @@ def export(saved: TrainedNet, out: Path) -> list[Path]:
     except (OSError, RuntimeError) as error:  # RuntimeError is from torch's writer
         raise RunDirError(f"{out} cannot be written: {error}.") from None
     return [out / name for name in (MODEL, PROGRAM, "load.py")]
+
+
+def program_of(saved: TrainedNet) -> tuple[ExportedProgram, int]:
+    """Return the net with its normalisation as a program, uint8 `images` [B, C, S, S] to logits [B, K], and K.
+
+    Raises:
+        UserCodeError: the net is no classifier, or cannot be exported.
+    """
+    example = torch.zeros(2, saved.in_channels, saved.image_size, saved.image_size, dtype=torch.uint8)
+    num_classes = logits_of(saved, example).shape[1]
+    try:
+        program = torch.export.export(saved.on_pixels, (example,), dynamic_shapes=DYNAMIC_BATCH)
+    except Exception as error:  # torch may raise any exception for a user's net
+        reason = str(error).strip().split("\n")[0]
+        raise UserCodeError(f"torch.export cannot export {type(saved.net).__name__}: {reason}") from error
+    return program, num_classes

@@ -6,13 +6,15 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.atomic_files import read_json, write_json
 from dist_train.cli import main
@@ -21,7 +23,10 @@ from dist_train.config.paths import default_data_root
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.data.sets.named_sets import load_named
 from dist_train.distributed.world import World
+from dist_train.errors import UserCodeError
+from dist_train.inference.onnx_file import export_onnx
 from dist_train.inference.trained_net import TrainedNet
+from dist_train.inference.trained_net import logits_of as logits_in_torch
 from dist_train.models.tasks.confusion import Confusion, accuracy_by_class, class_names
 from support.processes import DIST_TRAIN
 from support.ranks import join_group, run_forked, run_on_ranks
@@ -128,6 +133,54 @@ def test_export_needs_only_torch(trained: Path, test_set: ImageSet, tmp_path: Pa
     again = call("export", trained, out)
     assert again.exit_code == 1
     assert "exists already" in again.output
+
+
+def test_export_to_onnx(trained: Path, test_set: ImageSet, tmp_path: Path) -> None:
+    """The file alone has the net's logits for uint8 images, any number of them, and the names of its classes."""
+    out = tmp_path / "net.onnx"
+    result = call("export", trained, out)
+    assert result.exit_code == 0, result.output
+    assert f"written: {out} (logits as torch's to" in result.output
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    for count in (1, 2, 17):
+        images = test_set.images[:count]
+        (logits,) = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), logits_of(trained, images), atol=1e-4, rtol=0)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list("0123456789")
+    assert [*tmp_path.iterdir()] == [out]
+    again = call("export", trained, out, "--format", "onnx")
+    assert again.exit_code == 1
+    assert "exists already" in again.output
+
+
+class _Bessel(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = torch.special.bessel_j0(images.flatten(1)[:, :10])
+        return logits
+
+
+def test_onnx_file_that_is_not_the_net_is_not_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reason is one line: no such operation, other logits, no onnx. Without onnxruntime nothing is compared."""
+    saved, out = TrainedNet.open(trained, "last"), tmp_path / "net.onnx"
+    with pytest.raises(UserCodeError, match=r"^ONNX cannot hold _Bessel: No ONNX function found .*bessel_j0.*$"):
+        export_onnx(replace(saved, net=_Bessel()), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "dist_train.inference.onnx_file.logits_of", lambda net, images: logits_in_torch(net, images) + 0.01
+        )
+        with pytest.raises(
+            UserCodeError, match=r"^\w+ has other logits in onnxruntime: for 1 random images .* 0\.01.*$"
+        ):
+            export_onnx(saved, out)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        assert 'pip install "dist-train[onnx]"' in call("export", trained, out).output
+    assert not out.exists()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert export_onnx(saved, out) is None
+    assert out.exists()
 
 
 def test_run_is_found_by_name(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
