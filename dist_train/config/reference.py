@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from dist_train.config import schema
 from dist_train.config.durations import Duration
+from dist_train.config.profiled_steps import ProfiledSteps
 
 _HEAD = """\
 # Settings
@@ -41,7 +42,8 @@ entry.
 result: the resume is refused, with both values. "None:" in a meaning says what holds while the setting is not set.
 """
 _STEPS = get_args(schema.Steps)[1]  # the validator that refuses seconds
-_WORDS = {str: "text", bool: "`true` or `false`", int: "integer", float: "number", Path: "path"}
+_WORDS = {str: "text", bool: "`true` or `false`", int: "integer", float: "number", Path: "path",
+          ProfiledSteps: "N steps from STEP"}  # fmt: skip
 
 
 def to_markdown() -> str:

@@ -31,6 +31,7 @@ from pydantic import (
 
 from dist_train.config.durations import Duration
 from dist_train.config.metric_names import Task, check_metrics, direction
+from dist_train.config.profiled_steps import ProfiledSteps
 from dist_train.errors import did_you_mean
 
 _log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ _AsText = PlainSerializer(str, when_used="always")
 Steps = Annotated[Duration, BeforeValidator(_not_seconds), _AsText]  # "600 steps" (also as 600) or "3 epochs"
 PositiveSteps = Annotated[Steps, AfterValidator(_not_zero)]
 StepsOrSeconds = Annotated[Duration, BeforeValidator(Duration.parse), _AsText]  # also "30 s"
+StepsFrom = Annotated[ProfiledSteps, BeforeValidator(ProfiledSteps.parse), _AsText]  # "20 steps from 100"
 Options = dict[str, JsonValue]  # keyword arguments of a class that a setting names
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BatchSize = Annotated[int, Field(gt=0, lt=2**31)]
@@ -364,6 +366,9 @@ class Config(_Settings):
     # or val/loss if there is none.
     best_by: Annotated[str | None, Field(validate_default=True)] = None
     early_stop: EarlyStopConfig | None = None  # end the run when evaluations stop improving; None: never
+    # Trace these steps with torch.profiler on each rank, to profile/ in the run directory: 20 steps from 100, which are
+    # the steps 101 to 120. None: no trace.
+    profile: Annotated[StepsFrom | None, MayChange] = None
     log_every: Annotated[Steps, MayChange] = Duration(100)  # log training metrics; 0: only at the end
     eval_every: Steps = Duration(1, "epochs")  # evaluate on the validation split; 0: only at the end
     save_every: Annotated[StepsOrSeconds, MayChange] = Duration(1, "epochs")  # save a checkpoint; 0: only at the end

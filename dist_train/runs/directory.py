@@ -44,6 +44,7 @@ class RunDir:
         self.error = self.path / "error.json"
         self.result = self.path / "result.json"
         self.pictures = self.path / "pictures"
+        self.profile = self.path / "profile"
         self.layers = self.path / "layers.json"
         # Created by users, from any shell.
         self.stop_request_file, self.save_request_file = self.path / "STOP", self.path / "SAVE"

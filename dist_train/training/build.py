@@ -47,6 +47,7 @@ from dist_train.training.start_report import report_limits, report_start
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.memory_format import is_faster_in_channels_last
 from dist_train.training.step.train_step import Step
+from dist_train.training.step_trace import StepTrace
 from dist_train.training.tensorboard_graph import write_graph
 from dist_train.training.tracking import Tracker
 from dist_train.training.trainer import Trainer
@@ -164,6 +165,7 @@ def build_trainer(
         learning_rate=learning_rate,
         audit=audit,
         steps_per_epoch=sampler.steps_per_epoch,
+        trace=StepTrace(config.profile, run_dir, world.rank) if config.profile is not None else None,
     )
 
 

@@ -69,6 +69,8 @@ def report_start(
                 "exact. Draw from the global generators of torch, numpy and Python, which are seeded for each example.",
                 split, fingerprint["unsteady"],
             )  # fmt: skip
+    if config.profile is not None and config.profile.start >= total_steps:
+        _log.warning("profile=%s: the run ends after %d steps, so nothing is traced", config.profile, total_steps)
     if state.step:
         _log.info("resumed at step %d of %d", state.step, total_steps)
 
@@ -117,4 +119,6 @@ def report_results(run_dir: RunDir) -> None:
             numbers.insert(0, f"accuracy {accuracy}{counts}")
         if numbers:
             _log.info("%s %s", split, ", ".join(numbers))
+    if any(run_dir.profile.glob("*.json.gz")):
+        _log.info("traces are in %s: open one at https://ui.perfetto.dev", run_dir.profile)
     _log.info("all files are in %s", run_dir.path)

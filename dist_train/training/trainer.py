@@ -30,6 +30,7 @@ from dist_train.training.step.counts import Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
 from dist_train.training.step_timer import StepTimer
+from dist_train.training.step_trace import StepTrace
 
 _MAX_OVERFLOWS = 50  # consecutive updates skipped by fp16; each has halved the scale
 
@@ -51,6 +52,7 @@ class Trainer:
     learning_rate: LearningRate
     audit: ShardAudit
     steps_per_epoch: int
+    trace: StepTrace | None
 
     def __post_init__(self) -> None:
         self.total_steps = self.learning_rate.total_steps
@@ -92,6 +94,9 @@ class Trainer:
         while state.step < self.total_steps and not agreement.stop and not self.early_stopped:
             if state.step == step.unfreezes_at:
                 self.unfreeze()
+            if self.trace is not None and self.trace.turns_at(state.step):
+                self._pause_timer()
+                self._resume_timer()
             step.take(state.step)
             state.step += 1
             agreement.tick()
@@ -269,13 +274,17 @@ class Trainer:
             with_train=self.config.final_train_eval,
         )
 
-    # --- timing: train_s counts the time between _resume_timer and _pause_timer ---------------------------------------
+    # --- timing: train_s counts the time between _resume_timer and _pause_timer, and nothing else is traced -----------
 
     def _pause_timer(self) -> None:
         self.world.synchronize()
         self._timer.stop()
+        if self.trace is not None:
+            self.trace.end(self.state.step)
 
     def _resume_timer(self) -> None:
+        if self.trace is not None:
+            self.trace.begin(self.state.step)
         self.agreement.start_phase()
         self._timer.start()
 

@@ -146,6 +146,11 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
          "data.resident", "optimizer.nesterov", "optimizer.amsgrad", "optimizer.centered"],
         ["maybe", "2", "[yes]", "{a: 1}", "0.5", "ja", "''"],
     ),
+    "steps to trace": (
+        ["profile"],
+        [*WORDS, "20", "20 steps", "20 epochs from 100", "0 steps from 1", "101 steps from 1", "-1 steps from 1",
+         "1.5 steps from 1", "5 steps from -1", f"{'9' * 400} steps from 1", "yes", "[20, 100]"],
+    ),
     "strings": (
         ["data.name", "data.split", "model.name", "tracking.project", "tracking.entity", "tracking.name",
          "tracking.group", "tracking.job_type"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import shutil
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.loading import parse_config
+from dist_train.config.profiled_steps import ProfiledSteps
 from dist_train.config.schema import StepMode
 from dist_train.data.batches import training_batches
 from dist_train.data.class_weights import class_weights
@@ -24,10 +26,12 @@ from dist_train.data.sampler import ShardSampler
 from dist_train.distributed.world import World
 from dist_train.models.freezing import Frozen
 from dist_train.models.nets import MODELS, Mlp
+from dist_train.runs.directory import RunDir
 from dist_train.training.step import mode_selection, train_step
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import MAX_DISTANCE, modes_to_try, try_update
 from dist_train.training.step.train_step import Step
+from dist_train.training.step_trace import StepTrace
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked
 from support.run_files import train_losses
@@ -109,6 +113,38 @@ def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]
     assert losses[-1] < losses[0]
     assert (weights - fast_weights).norm() / weights.norm() < 1e-4
     assert steps[0].grad_norm() == pytest.approx(steps[1].grad_norm(), rel=1e-3)
+
+
+def losses_with_traces(step: Step, mode: StepMode, folder: Path, *traced: str) -> list[list[float]]:
+    """Return the losses of eight steps, done again for each of `traced`, the steps to trace in `folder`."""
+    step.warm_up(0, mode)
+    assert step.mode == mode
+    step.take(0)  # creates the optimizer's state
+    losses: list[list[float]] = []
+    for steps in traced:
+        trace = StepTrace(ProfiledSteps.parse(steps), RunDir(folder), rank=0)
+        step.pop_window()
+        losses.append([])
+        with mode_selection.unchanged(step.eager.state()):
+            for number in range(8):
+                if trace.turns_at(number):
+                    trace.end(number)
+                    trace.begin(number)
+                step.take(number)
+                losses[-1].append(step.pop_window()["loss"])
+    return losses
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_trace_changes_no_loss(mode: StepMode, world: World, tmp_path: Path) -> None:
+    step = new_step(
+        world, net_of("mlp"), optimizer={"lr": 1e-2, "weight_decay": 0.01}, max_grad_norm=0.5, ema_decay=0.9
+    )
+    traced, plain = losses_with_traces(step, mode, tmp_path, "3 steps from 2", "1 steps from 99")
+    assert traced == plain
+    (trace,) = (tmp_path / "profile").iterdir()
+    assert trace.name == "rank_00000_steps_3-5.json.gz"
+    assert ("Torch-Compiled Region" in gzip.decompress(trace.read_bytes()).decode()) == (mode == "compile")
 
 
 def freezing_step(world: World) -> Step:
@@ -389,6 +425,20 @@ def test_each_mode_equals_eager_on_gpu(mode: str, precision: str, process_state:
         (losses, weights), (fast_losses, fast_weights) = trained(steps[0], "eager"), trained(steps[1], mode)
         assert losses == pytest.approx(fast_losses, rel=1e-4 if precision == "no" else 0.05)
         assert (weights - fast_weights).norm() / weights.norm() < (1e-2 if precision == "no" else 0.1)
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
+def test_trace_shows_kernels_on_gpu(mode: StepMode, process_state: None, tmp_path: Path) -> None:
+    """Also a second trace of a process, after the first one has ended."""
+    step = new_step(World.join(parse_config({"device": "cuda"})), net_of("mlp"), ema_decay=0.9)
+    windows = ("3 steps from 2", "2 steps from 4", "1 steps from 99")
+    first, second, plain = losses_with_traces(step, mode, tmp_path, *windows)
+    assert first == pytest.approx(plain, rel=1e-4)
+    assert second == pytest.approx(plain, rel=1e-4)
+    traces = [gzip.decompress(path.read_bytes()).decode() for path in (tmp_path / "profile").iterdir()]
+    assert ['"cat": "kernel"' in trace for trace in traces] == [True, True]
 
 
 @needs_cuda
