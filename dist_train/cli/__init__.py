@@ -15,6 +15,7 @@ from dist_train.cli.config import config
 from dist_train.cli.data import data
 from dist_train.cli.doctor import doctor
 from dist_train.cli.library import library
+from dist_train.cli.lr_find import lr_find
 from dist_train.cli.queue import queue
 from dist_train.cli.results import evaluate, export, predict
 from dist_train.cli.runs import runs
@@ -79,6 +80,7 @@ for _command in (
     queue,
     slurm,
     wandb,
+    lr_find,
     verify,
     doctor,
     bench,

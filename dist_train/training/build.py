@@ -204,11 +204,11 @@ def _restore(
     if start.init_from is not None:
         load_weights(step.net, find_checkpoint(RunDir(start.init_from), "last"))
     if config.model.weights is not None:
-        return TrainerState(), _load_on_all(step.net, config.model.weights, checkpoints.world)
+        return TrainerState(), load_on_all(step.net, config.model.weights, checkpoints.world)
     return TrainerState(), None
 
 
-def _load_on_all(net: nn.Module, path: Path, world: World) -> dict[str, Any]:
+def load_on_all(net: nn.Module, path: Path, world: World) -> dict[str, Any]:
     """Load initial weights from a file that rank zero reads; the others get its weights, whatever they find there.
 
     Collective: every rank must call this.

@@ -1,4 +1,4 @@
-"""Charts: learning curves of runs, and the confusion matrix and mistakes of a classifier."""
+"""Charts: learning curves of runs, the confusion matrix and mistakes of a classifier, the loss by learning rate."""
 
 from __future__ import annotations
 
@@ -166,6 +166,32 @@ def mistakes(
         panel.text(left + width / 2, bottom + height + 0.03, caption, fontsize="small", ha="center", va="bottom")
     panel.set_xlim(0, 1.05 * _PER_ROW - 0.05)
     panel.set_ylim(-1.3 * (rows - 1), 1.25)
+    figure.suptitle(_label(title))
+    return _png(figure)
+
+
+def loss_by_rate(
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], marked: float | None, title: str
+) -> bytes:
+    """Draw a PNG with the loss of a range test by learning rate, and the rate that is suggested.
+
+    Raises:
+        DistTrainError: matplotlib is not installed.
+    """
+    figure = _figure(7.0, 4.2)
+    panel = figure.subplots()
+    panel.plot(rates, losses, ".", color="C0", alpha=0.4, label="of each step")
+    panel.plot(rates, smoothed, color="C0", label="smoothed")
+    if marked is not None:
+        panel.axvline(marked, color="C1", label=f"falls fastest: {marked:.1e}")
+    panel.set_xscale("log")
+    first, lowest = losses[0], min(losses)
+    if lowest < first:  # the last losses may be thousands of times higher
+        panel.set_ylim(lowest - 0.1 * (first - lowest), first + 0.5 * (first - lowest))
+    panel.set_xlabel("learning rate")
+    panel.set_ylabel("loss")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
     figure.suptitle(_label(title))
     return _png(figure)
 
