@@ -18,7 +18,6 @@ from dist_train.checkpoints.manager import Checkpoints
 from dist_train.checkpoints.manifest import find_checkpoint
 from dist_train.checkpoints.storage import load_weights
 from dist_train.checkpoints.weights import load_into
-from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
 from dist_train.data.class_weights import class_weights
@@ -41,6 +40,7 @@ from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen
 from dist_train.runs.start_options import StartOptions
 from dist_train.training.agreement import Agreement
+from dist_train.training.micro_batch import plan_of
 from dist_train.training.provenance import collect_provenance
 from dist_train.training.recorder import RunRecorder
 from dist_train.training.start_report import report_limits, report_start
@@ -69,14 +69,16 @@ def build_components(
     splits: Splits,
     channels_last: bool | None = None,
     change: Callable[[nn.Module], None] = lambda net: None,
+    micro_batch: int | None = None,
 ) -> Components:
     """Build the components. `change` may modify the net before anything else holds a reference to it.
 
+    `micro_batch`: its size when the run began, for `per_device_batch_size: auto`. None: to be found.
     `channels_last`: whether a net of torchvision or timm is trained in this memory format. None: if it is faster.
 
     Collective: every rank must call this.
     """
-    plan = BatchPlan.of(config, world.size)
+    plan = plan_of(config, world, splits, micro_batch)
     sampler = ShardSampler(num_examples(splits.train), plan, world.rank, config.seed, splits.sample_weights)
     learning_rate = LearningRate.of(config, sampler.steps_per_epoch)
     net = build_model(config.model, splits.input_spec, config.seed)
@@ -117,7 +119,8 @@ def build_trainer(
     _check_sizes(config, splits)
     before = run_dir.read_provenance()
     channels_last = before.get("channels_last", False) if "step_mode" in before else None  # as when it began
-    components = build_components(config, world, splits, channels_last)
+    micro_batch = before.get("batch_plan", {}).get("per_device_batch_size")
+    components = build_components(config, world, splits, channels_last, micro_batch=micro_batch)
     sampler, learning_rate, step = components.sampler, components.learning_rate, components.step
     total_steps = learning_rate.total_steps
     checkpoints = Checkpoints(

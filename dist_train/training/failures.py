@@ -38,7 +38,7 @@ class FailureHandler:
         self.run_dir = RunDir(start.run_dir) if start.launched and start.run_dir else None
         self.errors: TextIO = sys.stderr  # shared by all ranks
         self.in_setup = True
-        self.config = config
+        self._config = config
         self._start = start
         self._launched = self.run_dir is not None
 
@@ -97,7 +97,7 @@ class FailureHandler:
         if is_peer_failure(error):
             if is_timeout(error):
                 name = "setup_timeout_s" if self.in_setup else "stall_timeout_s"
-                limit = f"{name}={getattr(self.config, name):g}"
+                limit = f"{name}={getattr(self._config, name):g}"
                 return PeerLost(f"Another rank did not answer within {limit}: it hangs or is much slower.")
             return PeerLost("Another rank is gone and left no error: it was probably killed, or its node failed.")
         if is_device_assert(error):
@@ -108,9 +108,11 @@ class FailureHandler:
         return loader_error(error) or error
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
-        config, size = self.config, self.process.world_size
+        config, size = self._config, self.process.world_size
         plan = BatchPlan.of(config, size)
         smaller = plan.with_smaller_forwards()
+        if config.per_device_batch_size == "auto":
+            return OutOfMemory(f"Out of memory with per_device_batch_size=auto. Set a number.\n{first_line(error)}")
         if smaller is None:
             fix = f"A forward pass already has only one example: use a smaller net, or more than {size} processes."
         else:

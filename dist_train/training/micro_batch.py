@@ -30,8 +30,8 @@ _MARGIN = 0.1  # of a GPU's memory: for fragments, and for what only a training 
 _MOST_ON_CPU = 1024  # larger ones gain nothing there, and a CPU out of memory kills the process instead of failing
 
 
-def choose_micro_batch(config: Config, world: World, splits: Splits, recorded: int | None) -> Config:
-    """Return the config with a number in the place of `per_device_batch_size: auto`: `recorded`, or what fits.
+def plan_of(config: Config, world: World, splits: Splits, recorded: int | None) -> BatchPlan:
+    """Return how the global batch is divided. With `auto` a micro-batch has `recorded` examples, or as many as fit.
 
     Collective: every rank must call this.
 
@@ -39,12 +39,13 @@ def choose_micro_batch(config: Config, world: World, splits: Splits, recorded: i
         OutOfMemory: not even one example fits.
     """
     if config.per_device_batch_size != "auto":
-        return config
-    found = recorded or _largest_that_fits(config, world, splits)
-    return config.model_copy(update={"per_device_batch_size": found})
+        return BatchPlan.of(config, world.size)
+    if recorded is not None:
+        return BatchPlan.fit(config.global_batch_size, recorded, world.size)
+    return _largest_that_fits(config, world, splits)
 
 
-def _largest_that_fits(config: Config, world: World, splits: Splits) -> int:
+def _largest_that_fits(config: Config, world: World, splits: Splits) -> BatchPlan:
     """Collective: every rank must call this."""
     most = config.global_batch_size if world.device.type == "cuda" else _MOST_ON_CPU
     plan: BatchPlan | None = BatchPlan.fit(config.global_batch_size, most, world.size)
@@ -57,7 +58,7 @@ def _largest_that_fits(config: Config, world: World, splits: Splits) -> int:
                 plan.per_device_batch_size, plan.per_rank_batch_size,
                 f"; it is part of the result: {', '.join(dependent)}" if dependent else "",
             )  # fmt: skip
-            return plan.per_device_batch_size
+            return plan
         plan = plan.with_smaller_forwards()
     raise OutOfMemory("Out of memory with per_device_batch_size=auto: not even one example fits. Use a smaller net.")
 

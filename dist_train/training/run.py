@@ -28,7 +28,6 @@ from dist_train.runs.records import State
 from dist_train.runs.start_options import StartOptions, check_start, find_run_dir
 from dist_train.training.build import build_trainer
 from dist_train.training.failures import FailureHandler
-from dist_train.training.micro_batch import choose_micro_batch
 from dist_train.training.provenance import changed_data, describe_start
 from dist_train.training.start_report import report_results
 
@@ -69,8 +68,6 @@ def run_training(
         world = _same_threads(world, run_dir)
         _record_start(world, run_dir, start)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
-        recorded = run_dir.read_provenance().get("batch_plan", {}).get("per_device_batch_size")
-        config = failure_handler.config = choose_micro_batch(config, world, splits, recorded)
         with build_trainer(config, world, run_dir, splits, start, request, started, scheduler) as trainer:
             # The set-up is over: compiling may take long, a step must not.
             world.set_timeout(config.stall_timeout_s)

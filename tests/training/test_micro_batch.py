@@ -13,7 +13,7 @@ from dist_train.config.loading import parse_config
 from dist_train.data.splits import load_splits
 from dist_train.distributed.world import World
 from dist_train.runs.directory import RunDir
-from dist_train.training.micro_batch import choose_micro_batch
+from dist_train.training.micro_batch import plan_of
 from support.ranks import join_group, run_on_ranks, train_on_ranks
 from support.run_files import assert_bit_identical
 from support.trainings import MNIST
@@ -33,8 +33,8 @@ def choose_on_ranks(folder: Path, limited_rank: int) -> None:
     if world.rank == limited_rank:  # all images at once need 250 MB
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + 100 * 10**6, -1))
-    chosen = choose_micro_batch(config, world, splits, recorded=None)
-    (folder / f"rank_{world.rank}").write_text(json.dumps(chosen.per_device_batch_size))
+    plan = plan_of(config, world, splits, recorded=None)
+    (folder / f"rank_{world.rank}").write_text(json.dumps(plan.per_device_batch_size))
     world.leave()
 
 
@@ -46,8 +46,8 @@ def test_size_is_the_largest_that_fits_every_rank(tmp_path: Path) -> None:
 
 def test_resume_keeps_what_was_found(world: World) -> None:
     nothing: Any = None  # no data: it tries nothing
-    assert choose_micro_batch(parse_config(AUTO), world, nothing, recorded=7).per_device_batch_size == 7
-    assert choose_micro_batch(parse_config({}), world, nothing, recorded=7).per_device_batch_size == 1024
+    assert plan_of(parse_config(AUTO), world, nothing, recorded=2) == BatchPlan(2, SHARE, 1)
+    assert plan_of(parse_config({"global_batch_size": 64}), world, nothing, recorded=2) == BatchPlan(64, 1, 1)
 
 
 def test_run_is_that_of_the_size_found(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class RangeTest:
         """
         if not self.low < self.high:
             raise ConfigError(f"--low={self.low:g} must be less than --high={self.high:g}.")
-        BatchPlan.fit(config.global_batch_size, config.per_device_batch_size, nproc)
+        BatchPlan.of(config, nproc)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, CONFIG).write_text(to_yaml(config))
             program = _PROGRAM, json.dumps(asdict(self)), folder
