@@ -35,7 +35,7 @@ def direction(name: str) -> Literal["max", "min"] | None:
     """Return which value of a metric is better, None if that is not known: of a net's own metric."""
     if name in _ERRORS:
         return "min"
-    return "max" if name in ("accuracy", *_OF_CLASSES, "r2") or _TOP.fullmatch(name) else None
+    return "max" if name in ("accuracy", "accuracy_tta", *_OF_CLASSES, "r2") or _TOP.fullmatch(name) else None
 
 
 def top_k(name: str) -> int | None:

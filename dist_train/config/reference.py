@@ -9,13 +9,13 @@ import json
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import NoneType
+from types import ModuleType, NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dist_train.config import schema
+from dist_train.config import augment, schema
 from dist_train.config.durations import Duration
 from dist_train.config.profiled_steps import ProfiledSteps
 
@@ -87,7 +87,7 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is Annotated:
         return _type(inner[0], inner[1:])
     if origin is Literal:
-        return ", ".join(f"`{value}`" for value in inner)
+        return ", ".join(f"`{json.dumps(value) if isinstance(value, bool) else value}`" for value in inner)
     if origin is list:
         if entries := schema.section_of(inner[0]):
             return f"[{{{', '.join(entries.model_fields)}}}, ...]"
@@ -125,7 +125,11 @@ def _default(field: FieldInfo) -> str:
 
 def _comments() -> dict[tuple[str, str], str]:
     """The comments of each field by class and name: those above it, then the one beside it."""
-    source = inspect.getsource(schema)
+    return _comments_in(schema) | _comments_in(augment)
+
+
+def _comments_in(module: ModuleType) -> dict[tuple[str, str], str]:
+    source = inspect.getsource(module)
     alone: dict[int, str] = {}
     beside: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

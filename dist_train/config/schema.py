@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     NonNegativeFloat,
@@ -29,9 +27,11 @@ from pydantic import (
     model_validator,
 )
 
+from dist_train.config.augment import AugmentConfig, NamedTransform
 from dist_train.config.durations import Duration
 from dist_train.config.metric_names import Task, check_metrics, direction
 from dist_train.config.profiled_steps import ProfiledSteps
+from dist_train.config.section import Section
 from dist_train.errors import did_you_mean
 
 _log = logging.getLogger(__name__)
@@ -93,19 +93,7 @@ FilePath = Annotated[Path, AfterValidator(_without_nul)]
 Seconds = Annotated[float, Field(gt=0, lt=2**31)]  # the upper bound of the system's timers
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _reject_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        if isinstance(value, bool) and (int in kinds or float in kinds) and bool not in kinds:
-            raise ValueError("write a number, not yes or no")  # pydantic would read max_grad_norm: yes as 1.0
-        return value
-
-
-class Normalize(_Settings):
+class Normalize(Section):
     """Normalisation of pixels x (0 to 255): (x / 255 - mean) / std."""
 
     mean: list[float]  # one number per channel, on the scale 0 to 1
@@ -118,14 +106,7 @@ class Normalize(_Settings):
         return self
 
 
-class AugmentConfig(_Settings):
-    """Random changes of training images, drawn for each example at each step and applied on the device."""
-
-    shift: NonNegativeInt = 0  # shift by up to this many pixels in each direction; the gap is filled with black
-    flip: bool = False  # mirror left and right with probability 0.5
-
-
-class DataConfig(_Settings):
+class DataConfig(Section):
     # A data set listed by `dist-train data ls`, `image_folder`, or your own class as `package.module:Name`.
     name: str = "mnist"
     bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_dataset.py
@@ -150,6 +131,12 @@ class DataConfig(_Settings):
     sample_weights: FilePath | None = None
     normalize: Normalize | None = None  # None: pixels / 255 only
     augment: AugmentConfig | None = None  # random changes of training images; None: no changes
+    # torchvision's transforms of each training image as it is loaded, before `augment`: names, or names with arguments,
+    # such as [RandomResizedCrop, {RandAugment: {magnitude: 5}}].
+    transforms: list[NamedTransform] = []
+    # Also evaluate the mean output over views of each image, as accuracy_tta. flip: it and its mirror image. shift: it
+    # also moved by a pixel along the diagonal, each way. flip_shift: both. None: accuracy alone.
+    tta: Annotated[Literal["flip", "shift", "flip_shift"] | None, MayChange] = None
     # Worker processes per rank that load a streamed data set. 0: the training process loads it.
     num_workers: Annotated[int, Field(ge=0, le=1024), MayChange] = 0
     # Keep the whole data set in device memory instead of streaming it. None: if that is possible and it fits.
@@ -157,7 +144,7 @@ class DataConfig(_Settings):
     args: Options = {}  # keyword arguments of your own class: data.args.KEY=VALUE
 
 
-class ModelConfig(_Settings):
+class ModelConfig(Section):
     # mlp, bks, guide, conv, fast, speedrun, torchvision:NAME, timm:NAME, or your own class as package.module:Class.
     name: str = "mlp"
     bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_model.py
@@ -188,7 +175,7 @@ OPTIMIZERS: dict[str, frozenset[str]] = {
 }
 
 
-class GroupConfig(_Settings):
+class GroupConfig(Section):
     """Parameters with a learning rate or weight decay of their own. The first group that matches one takes it."""
 
     match: str  # name of a parameter or of a module around it; * stands for any text
@@ -196,7 +183,7 @@ class GroupConfig(_Settings):
     weight_decay: NonNegativeFloat | None = None  # None: that of the optimizer
 
 
-class OptimizerConfig(_Settings):
+class OptimizerConfig(Section):
     name: Literal["adam", "adamw", "sgd", "adadelta", "rmsprop"] = "adam"
     lr: PositiveFloat = 1e-3  # peak learning rate, before lr_scaling
     # From betas to centered: keyword arguments of the torch.optim class (see OPTIMIZERS); None keeps its default.
@@ -258,7 +245,7 @@ SCHEDULES: dict[str, frozenset[str]] = {
 }
 
 
-class ScheduleConfig(_Settings):
+class ScheduleConfig(Section):
     # How lr changes after the warm-up: constant, cosine, linear, one_cycle, step, polynomial, cosine_restarts, or your
     # own function as package.module:function, which returns lr / peak for (step, total), step from 0 to total - 1.
     name: Annotated[str, AfterValidator(_schedule_or_own)] = "constant"
@@ -290,17 +277,17 @@ class ScheduleConfig(_Settings):
         return self
 
 
-class EarlyStopConfig(_Settings):
+class EarlyStopConfig(Section):
     patience: PositiveInt  # end the run after this many evaluations in a row without an improvement
     min_delta: NonNegativeFloat = 0.0  # a gain must be larger than this to count as an improvement
 
 
-class DdpConfig(_Settings):
+class DdpConfig(Section):
     find_unused_parameters: bool = False  # set it for a net that does not use all of its weights in every step
     sync_batchnorm: bool = False  # compute BatchNorm statistics over all ranks; GPUs only
 
 
-class TrackingConfig(_Settings):
+class TrackingConfig(Section):
     """Weights & Biases (W&B) and TensorBoard. W&B's environment variables, such as WANDB_PROJECT, take precedence."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with an API key, else offline
@@ -323,7 +310,7 @@ _LOSSES: dict[Task, tuple[str, ...]] = {
 }
 
 
-class Config(_Settings):
+class Config(Section):
     seed: int = Field(0, ge=0, lt=2**63)  # determines initial weights, data order, dropout and augmentation
     # Length of the training, with its unit: 5 epochs or 600 steps.
     train_for: Annotated[Steps, BeforeValidator(_with_unit)] = Duration(5, "epochs")
@@ -466,22 +453,16 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _kinds(annotation: Any) -> list[Any]:
-    """Return the plain types inside an annotation such as `PositiveFloat | None`."""
-    inner = get_args(annotation)
-    return [kind for part in inner for kind in _kinds(part)] if inner else [annotation]
-
-
-def section_of(annotation: Any) -> type[_Settings] | None:
+def section_of(annotation: Any) -> type[Section] | None:
     """Return the section class inside an annotation such as `EarlyStopConfig | None`; None for a list of them."""
     if get_origin(annotation) is list:
         return None
     candidates = (annotation, *get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Settings)), None)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def _is_free(key: str) -> bool:
-    section: type[_Settings] | None = Config
+    section: type[Section] | None = Config
     for part in key.split("."):
         field = section.model_fields.get(part) if section else None
         if field is None:

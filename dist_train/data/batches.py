@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
+from dist_train.data.augment import Augment
 from dist_train.data.loader import ExampleKey, LoadedBatch, make_loader, stream
+from dist_train.data.picture_transforms import transformed
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import Examples, ImageSet, yields_pixels
-from dist_train.data.transforms import Augment, Pixels, change_each, to_default_dtype
+from dist_train.data.transforms import Pixels, change_each, to_default_dtype
 
 Position = tuple[int, int]  # (step, micro-step)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Images are [B, C, H, W] in the default dtype, labels int64 [B]; user code may differ."""
+    """One micro-batch. Images are [B, C, H, W] in the default dtype, labels int64 [B] or `Mixed`; user code may
+    differ."""
 
     inputs: Any
     targets: Any
@@ -61,21 +64,22 @@ class ResidentBatches:
 
     def at(self, step: int, micro_step: int) -> Batch:
         draw = self.select(step, micro_step)
-        return Batch(*self.materialise(*draw), draw[0])
+        return Batch(*self.materialise(*draw), self._own(draw[0]))
 
     def select(self, step: int, micro_step: int) -> tuple[Tensor, ...]:
-        """Return what defines the micro-batch, on the device: example indices, int64 [B], and their shifts."""
-        size = self.sampler.plan.per_device_batch_size
-        indices = self.sampler.indices(step)[micro_step * size : (micro_step + 1) * size]
-        self.on_gather(indices)
+        """Return what defines the micro-batch, on the device: example indices, int64 [M], and their changes."""
+        indices = self.sampler.at(step, _positions(self.sampler, self.augment, micro_step))
+        self.on_gather(self._own(indices))
         return (indices, *self.augment.draw(step, micro_step)) if self.augment else (indices,)
 
-    def materialise(self, indices: Tensor, *shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images [B, C, H, W] and labels [B] that `select` chose. Runs tensor operations only."""
-        images = self.images.index_select(0, indices)
-        if self.augment is not None:
-            images = self.augment(images, *shifts)
-        return self.pixels(images), self.labels.index_select(0, indices)
+    def materialise(self, indices: Tensor, *drawn: Tensor) -> tuple[Tensor, Any]:
+        """Return the images [B, C, H, W] and targets [B] that `select` chose. Runs tensor operations only."""
+        images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
+        return self.augment(images, labels, *drawn) if self.augment else (self.pixels(images), labels)
+
+    def _own(self, indices: Tensor) -> Tensor:
+        """Return the examples of the micro-batch itself, int64 [B]: others are mixed into them."""
+        return indices[: self.sampler.plan.per_device_batch_size]
 
 
 class PerturbedBatches:
@@ -133,7 +137,7 @@ class StreamingBatches:
         started = time.perf_counter()
         if self._next != wanted:
             self._ready.clear()
-            self._loaded = stream(self._open_loader(_keys_from(self._sampler, *wanted)))
+            self._loaded = stream(self._open_loader(_keys_from(self._sampler, self._augment, *wanted)))
         if not self._ready:
             self._ready.append(self._fetch(wanted))
         batch = self._ready.popleft()
@@ -147,10 +151,14 @@ class StreamingBatches:
         return batch
 
     def _fetch(self, position: Position) -> Batch:
-        loaded = next(self._loaded)
+        inputs, targets, indices = next(self._loaded)
+        loaded = inputs, targets, indices[: self._sampler.plan.per_device_batch_size]  # others are mixed into them
         with torch.cuda.stream(self._copy_stream):  # None: no effect
-            shifts = self._augment.draw(*position) if self._augment else ()
-            return self._to_device(loaded, lambda images: self._augment(images, *shifts) if self._augment else images)
+            augment = self._augment
+            if augment is None:
+                return self._to_device(loaded)
+            drawn = augment.draw(*position)
+            return self._to_device(loaded, lambda images, labels: augment(images, labels, *drawn))
 
     def _after(self, position: Position) -> Position:
         step, micro_step = position
@@ -175,29 +183,35 @@ def _record_stream(stream: torch.cuda.Stream, item: Any) -> Any:
     return item
 
 
-def _keys_from(sampler: ShardSampler, step: int, micro_step: int) -> Iterator[list[ExampleKey]]:
+def _positions(sampler: ShardSampler, augment: Augment | None, micro_step: int) -> slice | Tensor:
+    """Return where in the global batch the M examples are that a micro-batch is made of, its own B first."""
+    return sampler.positions(micro_step) if augment is None else augment.positions(micro_step)
+
+
+def _keys_from(
+    sampler: ShardSampler, augment: Augment | None, step: int, micro_step: int
+) -> Iterator[list[ExampleKey]]:
     """Yield the keys of every micro-batch from this position on, endlessly.
 
     Not a method of the batches: the loader that reads it would be part of a reference cycle, and its workers would
     live until the garbage collector finds the cycle and then waits 5 s for each worker.
     """
-    size = sampler.plan.per_device_batch_size
     while True:
-        keys = _keys_of(sampler, step)
-        for start in range(micro_step * size, len(keys), size):
-            yield keys[start : start + size]
+        for each in range(micro_step, sampler.plan.grad_accum_steps):
+            yield _keys_at(sampler, step, _positions(sampler, augment, each))
         step, micro_step = step + 1, 0
 
 
-def _keys_of(sampler: ShardSampler, step: int) -> list[ExampleKey]:
-    """Return the keys of this rank's examples of a step, in the order of the sampler."""
+def _keys_at(sampler: ShardSampler, step: int, positions: slice | Tensor) -> list[ExampleKey]:
+    """Return the keys of the examples at these positions in the global batch of a step."""
     epoch, in_epoch = divmod(step, sampler.steps_per_epoch)
-    indices = sampler.indices(step).tolist()
+    indices = sampler.at(step, positions).tolist()
     if not sampler.replaces:
         return [(epoch, index) for index in indices]
     # With the place, each draw of an example has random changes of its own.
-    first = in_epoch * sampler.plan.global_batch_size + sampler.rank
-    return [(epoch, first + number * sampler.plan.world_size, index) for number, index in enumerate(indices)]
+    size = sampler.plan.global_batch_size
+    places = (in_epoch * size + torch.arange(size))[positions].tolist()
+    return [(epoch, place, index) for place, index in zip(places, indices, strict=True)]
 
 
 class ToDevice:
@@ -207,13 +221,18 @@ class ToDevice:
         self.pixels = pixels
         self.device = device
 
-    def __call__(self, loaded: LoadedBatch, change: Callable[[Tensor], Tensor] = lambda images: images) -> Batch:
+    def __call__(self, loaded: LoadedBatch, augment: Callable[[Any, Any], tuple[Any, Any]] | None = None) -> Batch:
         inputs, targets, indices = loaded
         labels = None
         if self.device.type != "cpu":
             labels = targets if isinstance(targets, Tensor) and targets.device.type == "cpu" else None
             inputs, targets = change_each(self._move, (inputs, targets))
-        return Batch(self.pixels(change(inputs)) if self.pixels else to_default_dtype(inputs), targets, indices, labels)
+        if augment is not None:
+            inputs, targets = augment(inputs, targets)
+            labels = None if labels is None else labels[: len(indices)]
+        else:
+            inputs = self.pixels(inputs) if self.pixels else to_default_dtype(inputs)
+        return Batch(inputs, targets, indices, labels)
 
     def _move(self, item: Any) -> Any:
         return item.to(self.device, non_blocking=True) if isinstance(item, Tensor) else item.to(self.device)
@@ -223,8 +242,10 @@ def training_batches(
     examples: Examples, sampler: ShardSampler, config: DataConfig, device: torch.device, seed: int
 ) -> Batches:
     """Return resident or streaming batches; both are equal bit for bit."""
+    if config.transforms:
+        examples = transformed(examples, config.transforms)
     pixels = Pixels(config.normalize, device) if yields_pixels(examples) else None
-    augment = Augment(config.augment, sampler.plan, sampler.rank, seed, device) if config.augment else None
+    augment = Augment(config.augment, sampler, pixels, device) if config.augment and pixels else None
     if isinstance(examples, ImageSet) and pixels and is_resident(examples, config, device):
         return ResidentBatches(examples, sampler, pixels, augment, device)
     return StreamingBatches(examples, sampler, pixels, augment, device, config.num_workers, seed)

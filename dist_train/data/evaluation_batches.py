@@ -14,6 +14,7 @@ from dist_train.data.loader import make_loader, stream
 from dist_train.data.sampler import evaluation_shard
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples, yields_pixels
 from dist_train.data.transforms import Pixels
+from dist_train.data.views import other_views
 from dist_train.distributed.rng import derive_seed
 from dist_train.distributed.world import World
 
@@ -37,10 +38,12 @@ class EvaluationBatches:
         device: torch.device,
         num_workers: int,
         seed: int,
+        tta: str | None = None,
     ) -> None:
         self.examples = examples  # the whole split
         self.num_examples = num_examples(examples)
         self.num_batches = num_batches
+        self._tta = tta
         self._chunks = torch.split(shard, batch_size) if len(shard) else ()
         self._to_device = ToDevice(pixels, device)
         self._seed = seed
@@ -68,6 +71,10 @@ class EvaluationBatches:
     def _gather(self, chunk: Tensor, images: Tensor, labels: Tensor) -> Batch:
         indices = chunk.to(images.device)
         return self._to_device((images.index_select(0, indices), labels.index_select(0, indices), chunk))
+
+    def other_views(self, batch: Batch) -> list[tuple[float, Tensor]]:
+        """Return the views in which the batch is evaluated too, as `views.other_views`; none without data.tta."""
+        return other_views(batch.inputs, self._tta) if self._tta else []
 
     def seed_of(self, batch: Batch) -> int:
         """Return a seed for nets that draw random numbers in evaluation (a VAE, active dropout); a resume keeps it."""
@@ -98,4 +105,5 @@ def evaluation_batches(examples: Examples, net: nn.Module, world: World, config:
         device=device,
         num_workers=config.data.num_workers,
         seed=config.seed,
+        tta=config.data.tta,
     )

@@ -73,9 +73,25 @@ class ShardSampler(DistributedSampler[Any]):
 
     def indices(self, step: int) -> Tensor:
         """Return this rank's examples of the update after `step` (from 0) updates: int64 [per_rank_batch_size]."""
+        return self.batch(step)[self.rank :: self.plan.world_size]
+
+    def batch(self, step: int) -> Tensor:
+        """Return the examples of that update over all ranks, its global batch: int64 [global_batch_size]."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         start = in_epoch * self.plan.global_batch_size
-        return self.order(epoch)[start + self.rank : start + self.plan.global_batch_size : self.plan.world_size]
+        return self.order(epoch)[start : start + self.plan.global_batch_size]
+
+    def at(self, step: int, positions: slice | Tensor) -> Tensor:
+        """Return the examples at these positions of the global batch."""
+        if isinstance(positions, Tensor):
+            positions = positions.to(self._device, non_blocking=True)
+        return self.batch(step)[positions]
+
+    def positions(self, micro_step: int) -> slice:
+        """Return which examples of a global batch are this rank's micro-batch."""
+        start = micro_step * self.plan.per_device_batch_size * self.plan.world_size
+        end = start + self.plan.per_device_batch_size * self.plan.world_size
+        return slice(start + self.rank, end, self.plan.world_size)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the indices of the epoch set by `set_epoch`, as a DataLoader expects."""

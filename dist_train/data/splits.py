@@ -13,6 +13,7 @@ from dist_train.config.schema import DataConfig
 from dist_train.data.child_process import run_in_child
 from dist_train.data.example_weights import example_weights
 from dist_train.data.fingerprint import Fingerprint, checksum, fingerprint_split
+from dist_train.data.picture_transforms import transformed
 from dist_train.data.sets.examples_check import check_pixels, check_validation_set
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import (
@@ -121,6 +122,8 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     summary = run_in_child(_summarise, *arguments) if in_child else _summarise(*arguments)
     found |= {split: Subset(found[split], range(summary.fingerprints[split]["count"])) for split in in_child}
     check_pixels(config, found["train"], summary.image_shape)
+    if config.transforms:
+        transformed(found["train"], config.transforms)  # raises where their arguments are wrong
     train, val, test, val_source, trained_on = _add_validation(config, seed, found, name_of_val)
     return Splits(train, val, test, val_source, summary, example_weights(config, found["train"], trained_on))
 

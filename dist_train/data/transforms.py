@@ -1,4 +1,4 @@
-"""Transforms of uint8 images on their device: random shifts and flips, normalisation."""
+"""Conversion of pixels, and of what user code returns, to the run's type of numbers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.schema import AugmentConfig, Normalize
-from dist_train.distributed.rng import derive_seed
+from dist_train.config.schema import Normalize
 
 
 class Pixels:
@@ -54,38 +51,3 @@ def to_default_dtype(inputs: Any) -> Any:
     if dtype == torch.float32:
         return inputs
     return change_each(lambda item: item.to(dtype) if getattr(item, "dtype", None) == torch.float32 else item, inputs)
-
-
-class Augment:
-    """Random shifts and flips of uint8 images, drawn for each example of each step.
-
-    They are drawn for the whole global batch as a function of (seed, step), and each rank takes its rows: the images
-    are the same for any world size, any division into micro-batches, and after any resume.
-    """
-
-    def __init__(self, config: AugmentConfig, plan: BatchPlan, rank: int, seed: int, device: torch.device) -> None:
-        self.shift, self.flip = config.shift, config.flip
-        self._plan, self._rank, self._seed, self._device = plan, rank, seed, device
-
-    def draw(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """Draw a micro-batch's corners of the shifted images in the padded ones, int64 [B, 2], and flips, bool [B]."""
-        plan = self._plan
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "augment", step))
-        corners = torch.randint(2 * self.shift + 1, (plan.global_batch_size, 2), generator=generator)
-        flips = torch.rand(plan.global_batch_size, generator=generator) < (0.5 if self.flip else 0.0)
-        start = micro_step * plan.per_device_batch_size
-        rows = slice(start, start + plan.per_device_batch_size)
-        corners, flips = corners[self._rank :: plan.world_size][rows], flips[self._rank :: plan.world_size][rows]
-        return corners.to(self._device, non_blocking=True), flips.to(self._device, non_blocking=True)
-
-    def __call__(self, images: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
-        """Shift and flip uint8 [B, C, H, W]; pixels from outside the image are black."""
-        if self.shift:
-            height, width = images.shape[2:]
-            padded = pad(images, [self.shift] * 4)
-            windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, 2 s + 1, 2 s + 1, H, W]
-            rows = torch.arange(len(images), device=images.device)
-            images = windows[rows, :, corners[:, 0], corners[:, 1]]
-        if self.flip:
-            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        return images

@@ -50,7 +50,7 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     """
     saved = SavedNet.find(path, which)
     config, run_dir, folder = saved.config, saved.run_dir, saved.folder
-    data = config.data.model_copy(update={"sample_weights": None})  # only training needs the file
+    data = config.data.model_copy(update={"sample_weights": None, "transforms": []})  # only training needs them
     splits = load_splits(data, config.seed, detect_process(os.environ).local_world_size)
     examples = splits.test if split == "test" else splits.val
     if examples is None:

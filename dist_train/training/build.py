@@ -183,7 +183,8 @@ def _check_sizes(config: Config, splits: Splits) -> None:
 def _check_best_by(config: Config, net: nn.Module) -> None:
     """Refuse a metric that no evaluation will have. Those of the net's own are known after the first evaluation."""
     name = (config.best_by or "val/loss").removeprefix("val/")
-    if name not in ("loss", "accuracy", *config.metrics) and getattr(net, "metrics", None) is None:
+    ours = ("loss", "accuracy", *(["accuracy_tta"] if config.data.tta else []), *config.metrics)
+    if name not in ours and getattr(net, "metrics", None) is None:
         raise ConfigError(
             f"best_by={config.best_by}: evaluations have loss, accuracy and what metrics lists, which is "
             f"{', '.join(config.metrics) or 'nothing'}. Set metrics=[{', '.join([*config.metrics, name])}]."

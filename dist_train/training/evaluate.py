@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.data.evaluation_batches import EvaluationBatches
-from dist_train.data.sets.image_set import Examples
+from dist_train.data.sets.image_set import Examples, describe_value
 from dist_train.distributed.world import World
-from dist_train.errors import DataError, DistTrainError, TrainingDiverged, UserCodeError
+from dist_train.errors import ConfigError, DataError, DistTrainError, TrainingDiverged, UserCodeError
 from dist_train.models.invariance import seeding_for
 from dist_train.models.tasks.confusion import Confusion
 from dist_train.models.tasks.objective import ErrorContext, Objective
@@ -62,10 +62,12 @@ def evaluate(
             batch = next(stream, None)  # a rank's shard may be one batch shorter than the longest
             if batch is not None:
                 seed_generators(batches.seed_of(batch))
+                views = batches.other_views(batch)  # made before a net may change the inputs in place
                 with sums.error_context(batch.indices), world.accelerator.autocast():
                     output = objective.forward(net, batch.inputs)
                     objective.check_labels(output, batch.labels)
-                sums.add(output, batch.targets, batch.indices)
+                    of_views = [(weight, objective.forward(net, view)) for weight, view in views]
+                sums.add(output, batch.targets, batch.indices, _mean_output(objective, output, batch.targets, of_views))
             if agreement is not None:
                 agreement.tick("evaluate")
                 if agreement.stop:
@@ -128,6 +130,25 @@ def _check_accuracy(theirs: float, ours: float) -> None:
         )
 
 
+def _mean_output(objective: Objective, output: Any, targets: Any, of_views: list[tuple[float, Any]]) -> Tensor | None:
+    """Return the weighted mean of the outputs of all views of a batch, [B, K]; None without other views.
+
+    Raises:
+        ConfigError: there are no classes to count.
+    """
+    if not of_views:
+        return None
+    if objective.correct(output, targets) is None:
+        raise ConfigError(
+            f"data.tta counts the classes of logits [B, K] and labels [B], and these are {describe_value(output)} and "
+            f"{describe_value(targets)}. Remove data.tta; the run can be resumed without it."
+        )
+    mean: Tensor = (1 - sum(weight for weight, _ in of_views)) * output
+    for weight, each in of_views:
+        mean = mean + weight * each
+    return mean
+
+
 class _Sums:
     """Sums over a split's outputs. Small outputs of a classifier are scored together: one operation instead of ten."""
 
@@ -148,18 +169,22 @@ class _Sums:
         self._metrics = metrics
         self._counts: Counts | None = None  # None until the first batch
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending_means: list[Tensor] = []
         self._num_pending = 0  # output elements in `_pending`
 
     def error_context(self, indices: Tensor) -> ErrorContext:
         """Return a context that reports an error of the net or its loss on these examples in one line."""
         return ErrorContext(self._net, "in evaluation", indices, self._examples)
 
-    def add(self, output: Any, targets: Any, indices: Tensor) -> None:
+    def add(self, output: Any, targets: Any, indices: Tensor, mean_output: Tensor | None) -> None:
+        """Add a batch. `mean_output`: over all views of it, if there are others than the batch itself."""
         tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)
         if not (self._objective.is_plain and tensors and output.ndim == 2 and targets.ndim == 1):
-            self._score(output, targets, indices)
+            self._score(output, targets, indices, mean_output)
             return
         self._pending.append((output, targets, indices))
+        if mean_output is not None:
+            self._pending_means.append(mean_output)
         self._num_pending += output.numel()
         if self._num_pending >= _MAX_PENDING:
             self._score_pending()
@@ -172,12 +197,15 @@ class _Sums:
     def _score_pending(self) -> None:
         if self._pending:
             outputs, targets, indices = zip(*self._pending, strict=True)
-            self._pending, self._num_pending = [], 0
-            self._score(torch.cat(outputs), torch.cat(targets), torch.cat(indices))
+            mean_output = torch.cat(self._pending_means) if self._pending_means else None
+            self._pending, self._pending_means, self._num_pending = [], [], 0
+            self._score(torch.cat(outputs), torch.cat(targets), torch.cat(indices), mean_output)
 
-    def _score(self, output: Any, targets: Any, indices: Tensor) -> None:
+    def _score(self, output: Any, targets: Any, indices: Tensor, mean_output: Tensor | None) -> None:
         with self.error_context(indices):
             loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
+        if mean_output is not None:
+            own["accuracy_tta"] = int((mean_output.argmax(dim=1) == targets).sum()) / len(indices)
         if self._objective.weighs:
             own = {_WEIGHT: float(self._objective.mean_weight(targets))} | own
         counts = self._counts = self._counts or Counts(self._device, tuple(own))

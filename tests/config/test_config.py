@@ -182,15 +182,16 @@ def test_temporary_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 FREE = {
     "per_device_batch_size": 7, "device": "cpu", "log_every": 7, "save_every": "30 s", "keep_last": 9, "keep_best": 9,
     "keep_every": 9, "stall_timeout_s": 9, "runs_dir": "x", "data.root": "x", "data.val_root": "x",
-    "data.num_workers": 2, "data.resident": False, "tracking.wandb": "disabled", "tracking.tags": ["a"],
-    "metrics": ["f1"],
+    "data.num_workers": 2, "data.resident": False, "data.tta": "flip", "tracking.wandb": "disabled",
+    "tracking.tags": ["a"], "metrics": ["f1"],
 }  # fmt: skip
 BOUND = {
     "seed": 7, "train_for": "7 steps", "global_batch_size": 7, "mixed_precision": "bf16", "dtype": "float64",
     "max_grad_norm": 1.0, "task": "regression", "class_weights": "balanced", "ignore_index": -1, "best_by": "val/loss",
     "label_smoothing": 0.1, "ema_decay": 0.9, "early_stop.patience": 3, "eval_every": 7,
     "data.name": "x", "data.val_bundle": "x", "data.val_examples": 7, "data.normalize": {"mean": [0.5], "std": [0.5]},
-    "data.args": {"a": 1}, "data.sampling": "balanced", "data.sample_weights": "x",
+    "data.args": {"a": 1}, "data.sampling": "balanced", "data.sample_weights": "x", "data.augment.mixup_alpha": 0.2,
+    "data.transforms": ["RandAugment"],
     "model.name": "x", "model.weights": "x", "model.args": {"a": 1}, "optimizer.lr": 7, "optimizer.betas": [0.5, 0.5],
     "schedule.name": "cosine", "schedule.warmup": 7, "ddp.sync_batchnorm": True, "final_train_eval": False,
 }  # fmt: skip

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from dist_train.config.schema import AugmentConfig, DataConfig, Normalize
+from dist_train.config.augment import AugmentConfig
+from dist_train.config.schema import DataConfig, Normalize
 from dist_train.data.sets import source as module
 from dist_train.data.sets.image_set import ImageSet, num_examples
 from dist_train.data.sets.settings_check import check_settings
@@ -71,11 +72,21 @@ def test_normalize_needs_one_number_per_channel(numbered: ImageSet) -> None:
         load(normalize=Normalize(mean=[0.3] * 3, std=[0.3] * 3))
 
 
-def test_shift_must_be_smaller_than_image(numbered: ImageSet) -> None:
+@pytest.mark.parametrize(
+    ("setting", "effect"), [("shift", "shifts images of"), ("cutout", "blacks out whole images of")]
+)
+def test_shift_and_cutout_must_be_smaller_than_image(setting: str, effect: str, numbered: ImageSet) -> None:
     side = numbered.images.shape[-1]
-    load(augment=AugmentConfig(shift=side - 1))
-    with pytest.raises(ConfigError, match=rf"data\.augment\.shift={side} shifts images of {side} pixels out of"):
-        load(augment=AugmentConfig(shift=side))
+    load(augment=AugmentConfig.model_validate({setting: side - 1}))
+    with pytest.raises(ConfigError, match=rf"data\.augment\.{setting}={side} {effect} {side} pixels"):
+        load(augment=AugmentConfig.model_validate({setting: side}))
+
+
+def test_saturation_needs_colours(numbered: ImageSet) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.augment\.saturation=0\.4 .* 3 channels, and these have 1\. Remove it"
+    ):
+        load(augment=AugmentConfig(saturation=0.4))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "`freeze_until`": {"model": {"name": "mlp", "freeze": ["fc1"], "freeze_until": f"{CHANGE} steps"}},
     "`freeze_until`, SGD": {"model": {"name": "mlp", "freeze": ["fc1"], "freeze_until": f"{CHANGE} steps"},
                             "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}},
+    "`augment`: `scale`, `flip`, colours, `cutout`": {"data": MNIST["data"] | {"augment": {
+        "scale": [0.35, 1], "flip": "alternate", "brightness": 0.2, "contrast": 0.2, "cutout": 8}}},
+    "`augment`: `mixup_alpha`, `cutmix_alpha`": {
+        "data": MNIST["data"] | {"augment": {"mixup_alpha": 0.2, "cutmix_alpha": 1}}, "label_smoothing": 0.1},
+    "`transforms`": {"data": MNIST["data"] | {"transforms": ["RandomResizedCrop", "RandAugment"]}},
 }  # fmt: skip
 
 

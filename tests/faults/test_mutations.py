@@ -93,7 +93,7 @@ WORDS = ["nonsense", "7", "[cpu]", "{a: 1}", "1.5", "''"]
 KINDS: dict[str, tuple[list[str], list[str]]] = {
     "integers": (
         ["seed", "global_batch_size", "per_device_batch_size", "keep_last", "keep_best", "data.val_examples",
-         "data.num_workers", "data.image_size", "data.augment.shift", "early_stop.patience",
+         "data.num_workers", "data.image_size", "data.augment.shift", "data.augment.cutout", "early_stop.patience",
          "optimizer.lr_base_batch_size", "schedule.t_mult"],
         [*NUMBERS, "1.5", "1e-3"],
     ),
@@ -109,7 +109,8 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     "numbers": (
         ["optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "max_grad_norm", "label_smoothing", "ema_decay",
          "stall_timeout_s", "setup_timeout_s", "schedule.final_ratio", "schedule.gamma", "schedule.power",
-         "optimizer.layer_decay", "early_stop.min_delta", "tracking.timeout_s"],
+         "optimizer.layer_decay", "early_stop.min_delta", "tracking.timeout_s", "data.augment.brightness",
+         "data.augment.contrast", "data.augment.saturation", "data.augment.mixup_alpha", "data.augment.cutmix_alpha"],
         [*NUMBERS, "1e-3x", "1/3", "1e999", f"1{'0' * 400}"],
     ),
     "positive numbers": (
@@ -137,7 +138,8 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "enumerations": (
         ["mixed_precision", "dtype", "device", "step_mode", "preempt_signal", "optimizer.name", "optimizer.lr_scaling",
-         "schedule.name", "tracking.wandb", "data.sampling", "optimizer.no_decay", "task", "loss", "best_mode"],
+         "schedule.name", "tracking.wandb", "data.sampling", "data.augment.padding_mode", "data.tta",
+         "optimizer.no_decay", "task", "loss", "best_mode"],
         [*WORDS, "Nonsense", "yes"],
     ),
     "booleans": (
@@ -163,7 +165,8 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "lists": (
         ["data.normalize.mean", "data.normalize.std", "tracking.tags", "optimizer.betas", "schedule.milestones",
-         "model.freeze", "optimizer.groups", "class_weights"],
+         "data.augment.scale", "data.augment.ratio", "data.transforms", "model.freeze", "optimizer.groups",
+         "class_weights"],
         ["words", "5", "{a: 1}", "[[1]]", "[{}]"],
     ),
     "names of metrics": (

@@ -12,14 +12,14 @@ from dist_train.tools.verify import rank
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.train_step import Step
 
-_indices, _loss = ShardSampler.indices, Objective.loss
+_positions, _loss = ShardSampler.positions, Objective.loss
 
 
-def doubled_shard(sampler: ShardSampler, step: int) -> Any:
-    """Return rank zero's examples on every rank."""
+def doubled_shard(sampler: ShardSampler, micro_step: int) -> Any:
+    """Return the positions of rank zero's examples on every rank."""
     mine, sampler.rank = sampler.rank, 0
     try:
-        return _indices(sampler, step)
+        return _positions(sampler, micro_step)
     finally:
         sampler.rank = mine
 
@@ -29,7 +29,7 @@ def first_shard_on_every_rank(total: int, rank: int, world_size: int) -> Any:
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
-    "a doubled shard": (ShardSampler, "indices", doubled_shard),
+    "a doubled shard": (ShardSampler, "positions", doubled_shard),
     "a doubled evaluation": (evaluation_batches, "evaluation_shard", first_shard_on_every_rank),
     "a mean per rank": (EagerUpdate, "sync_gradients", lambda self, when: self.world.accelerator.no_sync(self.model)),
     "a sum for a mean": (Objective, "loss", lambda self, output, targets: _loss(self, output, targets) * len(targets)),

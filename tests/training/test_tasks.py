@@ -39,6 +39,7 @@ ODD = [float(number % 3) for number in range(10)]  # four classes do not count a
 TASKS: dict[str, dict[str, Any]] = {
     "balanced": {"data": DIGITS, "class_weights": "balanced"},
     "weighted": {"data": DIGITS, "class_weights": ODD, "label_smoothing": 0.1},
+    "mixed": {"data": DIGITS | {"augment": {"mixup_alpha": 0.4}}, "class_weights": ODD, "ignore_index": 7},
     "ignoring": {"data": DIGITS, "class_weights": ODD, "ignore_index": 7},
     "multi-label": {"data": {"name": "support.user_sets:TwoDigits"}, "task": "multi_label", "metrics": ["f1"]},
     "regression": {

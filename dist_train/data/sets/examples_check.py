@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dist_train.config.augment import AugmentConfig
 from dist_train.config.schema import DataConfig
 from dist_train.data.sets.image_set import (
     Examples,
@@ -50,18 +51,15 @@ def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, in
     Raises:
         ConfigError
     """
-    for setting in ("normalize", "augment"):
-        if getattr(config, setting) is not None and not yields_pixels(train):
+    for setting in ("normalize", "augment", "transforms", "tta"):
+        if getattr(config, setting) and not yields_pixels(train):
             label = "data.bundle" if config.bundle is not None else f"data.name={config.name}"
             raise ConfigError(
                 f"data.{setting} does not apply to {label}, which has its own transforms. Remove data.{setting}."
             )
     channels, *sides = image_shape or (0, 0, 0)
-    if config.augment is not None and config.augment.shift >= (side := min(sides)):
-        raise ConfigError(
-            f"data.augment.shift={config.augment.shift} shifts images of {side} pixels out of the frame. "
-            f"Set it to less than {side}."
-        )
+    if config.augment is not None:
+        _check_augment(config.augment, channels, min(sides))
     if config.normalize is None:
         return
     given = len(config.normalize.mean)
@@ -69,4 +67,20 @@ def check_pixels(config: DataConfig, train: Examples, image_shape: tuple[int, in
         raise ConfigError(
             f"data.normalize has {given} channels, the images of data.name={config.name} have {channels}. "
             f"Set {channels} numbers for mean and for std."
+        )
+
+
+def _check_augment(config: AugmentConfig, channels: int, side: int) -> None:
+    for setting, pixels, effect in (
+        ("shift", config.shift, "shifts images of {side} pixels out of the frame"),
+        ("cutout", config.cutout, "blacks out whole images of {side} pixels"),
+    ):
+        if pixels and pixels >= side:
+            raise ConfigError(
+                f"data.augment.{setting}={pixels} {effect.format(side=side)}. Set it to less than {side}."
+            )
+    if config.saturation and channels != 3:
+        raise ConfigError(
+            f"data.augment.saturation={config.saturation:g} changes the colours of images with 3 channels, and these "
+            f"have {channels}. Remove it."
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -60,12 +60,14 @@ class ImageFolder(Dataset[Any]):
             self.paths += [class_folder / entry.name for entry in files]
             labels += [label] * len(files)
         self.labels = torch.tensor(labels)  # int64 [N]
+        self.transforms: Callable[[Tensor], Tensor] | None = None  # of the whole picture, uint8 [3, H, W]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode(self.paths[index], self.image_size), int(self.labels[index])
+        image = decode(self.paths[index], self.image_size, transforms=self.transforms)
+        return image, int(self.labels[index])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,8 +138,12 @@ def load_image_folder(
     return {name: split.in_memory() if resident else split for name, split in splits.items()}
 
 
-def decode(path: Path, image_size: int, channels: int = 3) -> Tensor:
+def decode(
+    path: Path, image_size: int, channels: int = 3, transforms: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Decode an image to uint8 [C, S, S] with 3 channels (RGB) or 1 (greyscale).
+
+    `transforms` change the picture, uint8 [C, H, W], before it is resized.
 
     Raises:
         DataError: PIL cannot read the image, or would lose information.
@@ -153,12 +159,18 @@ def decode(path: Path, image_size: int, channels: int = 3) -> Tensor:
         raise DataError(f"There is no image {path}.") from None
     except Exception as error:  # PIL raises many types, depending on the format
         raise DataError(f"{path} is not a valid image: {error}. Repair or remove it.") from None
+    if transforms is not None:
+        converted = Image.fromarray(transforms(_to_pixels(converted)).permute(1, 2, 0).contiguous().numpy())
     short = min(converted.size)
     width, height = (image_size * side // short for side in converted.size)
     resized = converted.resize((width, height), Image.Resampling.BILINEAR)  # PIL antialiases when it downscales
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    square = resized.crop((left, top, left + image_size, top + image_size))
-    pixels = torch.from_numpy(np.array(square)).view(image_size, image_size, channels)
+    return _to_pixels(resized.crop((left, top, left + image_size, top + image_size)))
+
+
+def _to_pixels(image: Image.Image) -> Tensor:
+    """Return an RGB or greyscale image as uint8 [C, H, W]."""
+    pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
     return pixels.permute(2, 0, 1).contiguous()
 
 

@@ -38,6 +38,11 @@ def check_settings(config: DataConfig) -> None:
                 f"data.val_examples={config.val_examples} holds out training examples, and data.{setting}={path} is a "
                 f"validation set of its own. Set data.val_examples=0, or remove data.{setting}."
             )
+    if config.transforms and config.resident:
+        raise ConfigError(
+            "data.resident=true keeps images on the device as they are, and data.transforms changes them each time "
+            "they are loaded. Remove one of them."
+        )
     _check_sampling(config)
     for setting, value, owner, belongs in (
         ("split", config.split, "emnist", kind == "emnist"),

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.data.loader import loader_error
+from dist_train.data.mixing import Mixed
 from dist_train.data.sets.image_set import Examples, describe_example
 from dist_train.data.transforms import change_each
 from dist_train.distributed.devices import is_device_assert, is_out_of_memory
 from dist_train.distributed.peer_failures import is_peer_failure
-from dist_train.errors import UserCodeError
+from dist_train.errors import ConfigError, UserCodeError
 from dist_train.models.tasks.losses import CrossEntropy, Loss, TargetMismatch
 from dist_train.user_code.importing import wrap_user_errors
 
@@ -87,6 +88,8 @@ class Objective:
 
         The loss is the sum of these means over a whole batch, divided by that of `mean_weight`.
         """
+        if isinstance(targets, Mixed):
+            return self._loss_of_mixed(output, targets)
         if self._own_loss is None:
             try:
                 return self._loss(output, targets)
@@ -99,16 +102,36 @@ class Objective:
             raise UserCodeError(f"loss(output, target) must return one number, the mean over the batch; got {got}.")
         return loss.reshape(())
 
-    def mean_weight(self, targets: Tensor) -> Tensor:
+    def _loss_of_mixed(self, output: Any, targets: Mixed) -> Tensor:
+        """Return the loss with the mixed labels: it is linear in them, smoothed and weighted or not."""
+        loss = targets.share * self.loss(output, targets.labels)
+        try:
+            return loss + (1 - targets.share) * self.loss(output, targets.others)
+        except TargetMismatch as error:
+            raise TargetMismatch(str(error)) from error  # its row is another example's
+
+    def mean_weight(self, targets: Any) -> Tensor:
         """Return the mean weight of the examples of the micro-batch in the loss, []: 1 unless it `weighs`."""
+        if isinstance(targets, Mixed):
+            of_labels, of_others = self._loss.mean_weight(targets.labels), self._loss.mean_weight(targets.others)
+            return targets.share * of_labels + (1 - targets.share) * of_others
         return self._loss.mean_weight(targets)
 
     def check(self, output: Any, targets: Any) -> None:
         """Check that the task's loss accepts output and targets, unless the net has its own. Waits for the device.
 
         Raises:
+            ConfigError: the images are mixed, and the net has its own loss.
             TargetMismatch: it does not accept them.
         """
+        if isinstance(targets, Mixed):
+            if self._own_loss is not None:
+                raise ConfigError(
+                    f"data.augment.mixup_alpha and cutmix_alpha give an image two labels, and {self._name}.loss takes "
+                    f"one. Remove both settings, or {self._name}.loss to train with cross-entropy."
+                )
+            self.check(output, targets.labels)
+            return
         if self._own_loss is None:
             self._loss.check(self._name, output, targets)
 
@@ -160,7 +183,12 @@ def _has_half(output: Any) -> bool:
 
 @torch.no_grad()
 def count_correct(output: Any, targets: Any) -> Tensor | None:
-    """Count the correct predictions, []; None unless these are logits [B, K > 1] and integer labels [B]."""
+    """Count the correct predictions, []; None unless these are logits [B, K > 1] and integer labels [B].
+
+    Of mixed labels the one with the larger share counts.
+    """
+    if isinstance(targets, Mixed):
+        targets = targets.larger
     classifies = (
         isinstance(output, Tensor)
         and isinstance(targets, Tensor)

@@ -152,7 +152,9 @@ def _doubled(step: Step, batch: Batch) -> float:
     losses = []
     for times in (1, 2):
         torch.manual_seed(0)  # a net may use random numbers
-        inputs, targets = recursively_apply(lambda t, n=times: torch.cat([t] * n), (batch.inputs, batch.targets))
+        inputs, targets = recursively_apply(
+            lambda t, n=times: torch.cat([t] * n) if t.ndim else t, (batch.inputs, batch.targets)
+        )
         losses.append(float(objective.loss(objective.forward(step.net, inputs), targets)))
     return abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12)
 

@@ -56,7 +56,7 @@ class FusedUpdate:
             if self.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
             self.optimize()
-            self._count(loss.detach(), self.objective.correct(output.detach(), targets), len(targets))
+            self._count(loss.detach(), self.objective.correct(output.detach(), targets), len(inputs))
             for parameter in self.parameters:
                 parameter.grad = None  # no longer needed: the compiler need not write it to memory
         return norm

@@ -17,6 +17,7 @@ from dist_train.checkpoints.weights import load_into
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config, StepMode, WantedMode
 from dist_train.data.batches import Batch, Batches, ResidentBatches
+from dist_train.data.mixing import Mixed
 from dist_train.distributed.world import World
 from dist_train.errors import UserCodeError
 from dist_train.models.freezing import Frozen
@@ -181,7 +182,8 @@ class Step:
             output = eager.objective.forward(model, inputs)
             eager.objective.check(output, targets)
             if self._config.metrics:
-                check_output(self._config.task, self._config.metrics, output, targets)
+                plain = targets.labels if isinstance(targets, Mixed) else targets
+                check_output(self._config.task, self._config.metrics, output, plain)
             eager.objective.loss(output, targets).backward()
         return output, batch
 

@@ -78,7 +78,8 @@ def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Ten
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("mlp", {"optimizer": {"lr": 1e-2, "weight_decay": 0.01}, "max_grad_norm": 0.5, "ema_decay": 0.9}),
+        ("mlp", {"optimizer": {"lr": 1e-2, "weight_decay": 0.01}, "max_grad_norm": 0.5, "ema_decay": 0.9,
+                 "data": {"augment": {"shift": 2, "flip": True}}}),
         ("bks", {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}}),  # dropout
         (
             "guide",
@@ -101,10 +102,13 @@ def trained(step: Step, mode: Any, steps: int = STEPS) -> tuple[list[float], Ten
             },
         ),
         ("guide", {"optimizer": {"name": "rmsprop", "momentum": 0.5, "centered": True}}),
-        ("guide", {"optimizer": {"name": "adadelta", "lr": 1.0}, "data": {"augment": {"shift": 2, "flip": True}}}),
+        ("guide", {"optimizer": {"name": "adadelta", "lr": 1.0}, "label_smoothing": 0.1, "data": {"augment": {
+            "scale": [0.3, 1], "flip": "alternate", "brightness": 0.4, "contrast": 0.4, "cutout": 9, "mixup_alpha": 0.4,
+            "cutmix_alpha": 1,
+        }}}),
     ],
     ids=["mlp-adam", "bks-sgd", "guide-adamw-weighted", "mlp-groups", "guide-rmsprop", "guide-adadelta-augmented"],
-)
+)  # fmt: skip
 def test_compiled_equals_eager(world: World, name: str, settings: dict[str, Any]) -> None:
     """Losses within 1e-5, with equal dropout masks; the gradient norm is that of the same step."""
     steps = [new_step(world, net_of(name), **settings) for _ in range(2)]
