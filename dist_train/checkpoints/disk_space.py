@@ -15,6 +15,7 @@ AT_ONCE = 2  # at least: a checkpoint is deleted only after the next one is writ
 
 # Tensors of a parameter's size that an optimizer keeps for each, and those that an option adds.
 _STATE = {"adam": 2, "adamw": 2, "sgd": 0, "adadelta": 2, "rmsprop": 1}
+_STATE_OF_OTHERS = 2  # as most have
 _ADDED_BY = ("momentum", "amsgrad", "centered")
 _MIB = 2**20
 
@@ -33,7 +34,8 @@ class CheckpointSize:
         weights = sum(value.nbytes for value in net.state_dict().values() if isinstance(value, Tensor))
         frozen_later_trained = config.model.freeze_until is not None
         trained = sum(each.nbytes for each in net.parameters() if each.requires_grad or frozen_later_trained)
-        copies = _STATE[config.optimizer.name] + sum(bool(getattr(config.optimizer, name)) for name in _ADDED_BY)
+        added = sum(bool(getattr(config.optimizer, name)) for name in _ADDED_BY)
+        copies = _STATE.get(config.optimizer.name, _STATE_OF_OTHERS) + added
         return cls(weights, copies * trained, 2 * weights if config.ema_decay else 0)
 
     @property

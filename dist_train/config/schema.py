@@ -71,6 +71,15 @@ def _schedule_or_own(name: str) -> str:
     return name
 
 
+def _optimizer_or_own(name: str) -> str:
+    if name not in OPTIMIZERS and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError(
+            f"no such optimizer.{did_you_mean(name, OPTIMIZERS)} Names: {', '.join(OPTIMIZERS)}, timm:NAME, "
+            f"package.module:Class"
+        )
+    return name
+
+
 def _yaml_no(value: object) -> object:
     return "no" if value is False else value  # YAML reads a bare `no` as False
 
@@ -172,6 +181,7 @@ OPTIMIZERS: dict[str, frozenset[str]] = {
     "sgd": frozenset({"momentum", "weight_decay", "nesterov", "dampening"}),
     "adadelta": frozenset({"rho", "eps", "weight_decay"}),
     "rmsprop": frozenset({"alpha", "eps", "weight_decay", "momentum", "centered"}),
+    "muon": frozenset({"weight_decay"}),
 }
 
 
@@ -184,7 +194,9 @@ class GroupConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adam", "adamw", "sgd", "adadelta", "rmsprop"] = "adam"
+    # adam, adamw, sgd, adadelta, rmsprop, muon (with AdamW for all but the matrices of hidden layers), timm:NAME, or a
+    # class of torch.optim or your own as package.module:Class.
+    name: Annotated[str, AfterValidator(_optimizer_or_own)] = "adam"
     lr: PositiveFloat = 1e-3  # peak learning rate, before lr_scaling
     # From betas to centered: keyword arguments of the torch.optim class (see OPTIMIZERS); None keeps its default.
     betas: tuple[Fraction, Fraction] | None = None
@@ -197,6 +209,8 @@ class OptimizerConfig(Section):
     alpha: Fraction | None = None
     rho: Fraction | None = None
     centered: bool | None = None
+    # Keyword arguments of torch.optim.Muon, of timm's optimizer or of your class: optimizer.args.KEY=VALUE.
+    args: Options = {}
     # Parameters with their own lr or weight decay: [{match: head, lr_factor: 10, weight_decay: 0}, ...]. `match` is the
     # name of a parameter or of a module around it, where * stands for any text; the first that matches one takes it.
     groups: list[GroupConfig] = []
@@ -211,13 +225,29 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> OptimizerConfig:
-        own = OPTIMIZERS[self.name]
-        unknown = sorted(self._arguments_set() - own)
+        own = OPTIMIZERS.get(self.name, frozenset({"weight_decay"})) | ({"args"} if self.own_step else set())
+        unknown = sorted(self._arguments_set() - own) + (["args"] if self.args and not self.own_step else [])
         if unknown:
-            raise ValueError(f"{self.name} has no {', '.join(unknown)}. Its settings: lr, {', '.join(sorted(own))}")
+            hint = f". Did you mean args.{unknown[0]}?" if self.own_step else ""
+            raise ValueError(
+                f"{self.name} has no {', '.join(unknown)}. Its settings: lr, {', '.join(sorted(own))}{hint}"
+            )
+        for key in ("lr", "weight_decay"):
+            if key in self.args:
+                raise ValueError(f"args.{key}={self.args[key]}: set optimizer.{key} instead")
         if (self.lr_scaling == "none") != (self.lr_base_batch_size is None):
             raise ValueError("lr_scaling (linear or sqrt) and lr_base_batch_size go together; set both or neither")
         return self
+
+    @property
+    def own_step(self) -> bool:
+        """Whether the optimizer takes its own step, which is known in no other form than the eager one."""
+        return self.name == "muon" or ":" in self.name
+
+    @property
+    def rounds_to_bf16(self) -> bool:
+        """Whether its steps are rounded to bf16, which amplifies the rounding that differs with the division."""
+        return "muon" in self.name.lower()
 
     def _arguments_set(self) -> set[str]:
         return {key for key in set().union(*OPTIMIZERS.values()) if getattr(self, key) is not None}
@@ -429,6 +459,11 @@ class Config(Section):
     def _trains(self) -> Config:
         if not self.train_for.value:
             raise ValueError(f"train_for={self.train_for} trains nothing; write 5 epochs or 600 steps, for example")
+        if self.optimizer.own_step and self.step_mode not in ("auto", "eager"):
+            raise ValueError(
+                f"step_mode={self.step_mode}: optimizer.name={self.optimizer.name} takes its own step, which is eager. "
+                f"Set step_mode=auto"
+            )
         return self
 
     @property

@@ -75,6 +75,10 @@ def launch(
         ConfigError, RunDirError: The run cannot be started there.
         LaunchError: A rank failed; with the error of the one that failed first.
     """
+    if config.optimizer.own_step:
+        from dist_train.training.step.optimizer_names import find_optimizer
+
+        find_optimizer(config.optimizer)
     run_dir = find_run_dir(config, start, claim=not dry_run)
     finished = check_start(run_dir, config, start, create=not dry_run)
     spec = LaunchSpec(

@@ -114,11 +114,12 @@ def _check_arguments(config: Config, nproc: int, run_name: str | None) -> None:
 
 
 def _check_importable(config: Config, nproc: int) -> None:
-    for setting, name in (("model.name", config.model.name), ("data.name", config.data.name)):
+    for section in ("model", "data", "optimizer", "schedule"):
+        setting, name = f"{section}.name", getattr(config, section).name
         if name.startswith("__main__:"):
             raise ConfigError(
                 f"{setting}={name} and nproc={nproc}: other processes cannot import what is defined in this script or "
-                f"notebook. Move the class to a file, say mine.py, and name it mine:{name.partition(':')[2]}."
+                f"notebook. Move it to a file, say mine.py, and name it mine:{name.partition(':')[2]}."
             )
 
 

@@ -207,9 +207,11 @@ def _restore(
         return state, None
     if start.init_from is not None:
         load_weights(step.net, find_checkpoint(RunDir(start.init_from), "last"))
+    record = None
     if config.model.weights is not None:
-        return TrainerState(), load_on_all(step.net, config.model.weights, checkpoints.world)
-    return TrainerState(), None
+        record = load_on_all(step.net, config.model.weights, checkpoints.world)
+    step.restart_optimizer()
+    return TrainerState(), record
 
 
 def load_on_all(net: nn.Module, path: Path, world: World) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def _start_attempt(
     step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
     provenance |= {"step_mode": step.mode, "channels_last": components.channels_last}
     if world.is_rank_zero:
-        report_limits(step, provenance, before)
+        report_limits(config, step, provenance, before)
         cut = run_dir.cut_metrics(state.step, evaluation_pending=state.evaluation_pending)
         if cut:
             _log.info("%d metric lines after step %d set aside: they are written again", cut, state.step)

@@ -75,9 +75,11 @@ def report_start(
         _log.info("resumed at step %d of %d", state.step, total_steps)
 
 
-def report_limits(step: Step, provenance: dict[str, Any], before: dict[str, Any]) -> None:
+def report_limits(config: Config, step: Step, provenance: dict[str, Any], before: dict[str, Any]) -> None:
     """Log the limits of exactness for this net. `before`: the provenance of a resumed run, else {}."""
     dependent = step.effects.world_size_dependent
+    if config.optimizer.rounds_to_bf16:
+        dependent.append(f"{config.optimizer.name} (its steps are rounded to bf16)")
     rounding = [f"{provenance['mixed_precision']} rounding"] if provenance["mixed_precision"] != "no" else []
     groups = step.eager.optimizer.param_groups
     if len(groups) > 1:

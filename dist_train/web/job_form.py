@@ -152,7 +152,7 @@ def _config(texts: Texts, found: Checked) -> Config | None:
         for line in str(error).splitlines():
             found.refuse(field_of(line, texts), line)
         return None
-    for check_one in (_check_net, _check_data, _check_schedule):
+    for check_one in (_check_net, _check_data, _check_optimizer):
         try:
             check_one(config)
         except DistTrainError as error:
@@ -173,7 +173,10 @@ def _check_net(config: Config) -> None:
         check_object_source("model.name", model.name)
 
 
-def _check_schedule(config: Config) -> None:
+def _check_optimizer(config: Config) -> None:
+    """Check that optimizer and schedule are there, as far as their names and their source show it."""
+    if ":" in config.optimizer.name and not config.optimizer.name.startswith("timm:"):
+        check_object_source("optimizer.name", config.optimizer.name)
     if ":" in config.schedule.name:
         check_object_source("schedule.name", config.schedule.name)
 

@@ -40,7 +40,8 @@ def test_types_defaults_and_comments() -> None:
     assert found["data.num_workers"][0] == "integer ≥ 0, ≤ 1024"
     assert found["eval_every"][0] == "steps or epochs"
     assert found["optimizer.betas"][:2] == ["[number ≥ 0, < 1, number ≥ 0, < 1]", "not set"]
-    assert found["optimizer.name"][0] == "`adam`, `adamw`, `sgd`, `adadelta`, `rmsprop`"
+    assert found["optimizer.lr_scaling"][0] == "`none`, `linear`, `sqrt`"
+    assert "muon" in found["optimizer.name"][-1]
     assert found["early_stop.patience"][:2] == ["integer > 0", "required"]
     assert found["device"][:2] == ["`auto`, `cpu`, `cuda`, `mps`", "`auto`"]
     assert found["final_train_eval"][0] == "`true` or `false`"

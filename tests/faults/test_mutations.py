@@ -175,7 +175,10 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "deciding metrics": (["best_by"], ["psnr", "val/", "''", "5", "[f1]", "{f1: max}"]),
     "labels": (["ignore_index"], ["words", "1.5", "[1]", "yes", "1e-3"]),
-    "arguments": (["data.args", "model.args"], ["words", "5", "[1]", "{1: 2}", "{a: .nan}", "{a: 2026-01-01}"]),
+    "arguments": (
+        ["data.args", "model.args", "optimizer.args"],
+        ["words", "5", "[1]", "{1: 2}", "{a: .nan}", "{a: 2026-01-01}"],
+    ),
     "sections": (
         ["data", "model", "optimizer", "schedule", "ddp", "tracking", "data.augment", "early_stop"],
         ["words", "5", "[1, 2]", "yes", "1.5", "[{}]", "{1: 2}", "{nonsense: 1}"],
@@ -185,8 +188,8 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
          "label_smoothing", "log_every", "eval_every", "save_every", "keep_last", "keep_best", "keep_every",
          "stall_timeout_s", "setup_timeout_s", "preempt_signal", "final_train_eval", "data", "data.name",
          "data.val_examples", "data.sampling", "data.num_workers", "data.args", "model", "model.name", "model.args",
-         "optimizer", "optimizer.name", "optimizer.lr", "schedule", "schedule.name", "schedule.warmup", "ddp",
-         "tracking"],
+         "optimizer", "optimizer.name", "optimizer.lr", "optimizer.args", "schedule", "schedule.name",
+         "schedule.warmup", "ddp", "tracking"],
         ["", "~", "null"],
     ),
 }  # fmt: skip

@@ -187,8 +187,9 @@ def test_several_processes() -> None:
     assert sum(parameter.numel() for parameter in result.net.parameters()) > 0
     with pytest.raises(ConfigError, match=r"global_batch_size=96 is not a multiple of world_size=5"):
         train(settings(), nproc=5)
-    with pytest.raises(ConfigError, match=r"model\.name=__main__:Net and nproc=2: .* mine:Net"):
-        train(settings("model.name=__main__:Net"), nproc=2)
+    for section in ("model", "optimizer"):
+        with pytest.raises(ConfigError, match=rf"{section}\.name=__main__:Own and nproc=2: .* mine:Own"):
+            train(settings(f"{section}.name=__main__:Own", "optimizer.betas="), nproc=2)
     assert [path.name for path in Path("runs").iterdir()] == ["two"]
 
 

@@ -33,14 +33,14 @@ def broken(checks: list[Check]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("net", "dtype", "nproc", "sampling", "frozen", "how_often"),
+    ("net", "optimizer", "nproc", "sampling", "frozen", "how_often"),
     [
-        ("conv", "float32", 3, "shuffled", "nothing", "at most once"),
-        ("bks", "float64", 2, "balanced", "dropout off", "as often as its epoch draws it"),
+        ("conv", "{lr: 1e-3}", 3, "shuffled", "nothing", "at most once"),
+        ("bks", "{name: muon, lr: 1e-2}", 2, "balanced", "dropout off, Muon in float64", "as often as its epoch draws"),
     ],
 )
-def test_all_promises_hold(net: str, dtype: str, nproc: int, sampling: str, frozen: str, how_often: str) -> None:
-    checks = list(verify(small(f"model.name={net}", f"dtype={dtype}", f"data.sampling={sampling}"), nproc))
+def test_all_promises_hold(net: str, optimizer: str, nproc: int, sampling: str, frozen: str, how_often: str) -> None:
+    checks = list(verify(small(f"model.name={net}", f"optimizer={optimizer}", f"data.sampling={sampling}"), nproc))
     assert not broken(checks)
     promises = "\n".join(check.promise for check in checks)
     for part in (f"losses of {nproc} processes", how_often, "evaluated once", "as if never stopped",

@@ -94,6 +94,7 @@ def test_fields_change_their_settings(runs: Path) -> None:
     assert str(settings_of(runs, train_for="600 steps").train_for) == "600 steps"
     assert settings_of(runs, lines="optimizer.lr=0.5\n\n seed = 7 ").seed == 7  # wins over the field
     assert settings_of(runs, lines="optimizer.lr=0.5").optimizer.lr == 0.5
+    assert settings_of(runs, lines="optimizer.name=torch.optim:NAdam").optimizer.own_step
     assert settings_of(runs, config="mnist", optimizer__name="sgd").optimizer.betas is None  # so do those of adam
     assert settings_of(runs, model="mlp", lines="model.args.hidden=9").model.args == {"hidden": 9}
 
@@ -102,7 +103,9 @@ MISTAKES = [
     ({"optimizer__lr": "abc"}, "optimizer.lr", "optimizer.lr=abc: input should be a valid number"),
     ({"optimizer__lr": ""}, "optimizer.lr", "optimizer.lr=None: input should be a valid number"),
     ({"optimizer__lr": "["}, "optimizer.lr", 'The value of "optimizer.lr=[" is not YAML'),
-    ({"optimizer__name": "adamm"}, "optimizer.name", "optimizer.name=adamm: input should be 'adam', "),
+    ({"lines": "optimizer.name=form_nets:Nett"}, LINES, "has no Nett. Did you mean Net?"),
+    ({"lines": "optimizer.name=timm:lamb\nstep_mode=compile"}, LINES, "optimizer.name=timm:lamb takes its own step"),
+    ({"optimizer__name": "adamm"}, "optimizer.name", "optimizer.name=adamm: no such optimizer. Did you mean adam?"),
     ({"max_grad_norm": "-1"}, "max_grad_norm", "max_grad_norm=-1: input should be greater than 0"),
     ({"train_for": "soon"}, "train_for", 'write a number and a unit: "3 epochs"'),
     ({"train_for": "30 s"}, "train_for", "train_for=30 s: write it in steps or epochs"),

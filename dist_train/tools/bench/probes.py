@@ -82,7 +82,7 @@ def breakdown(net: str) -> dict[str, float]:
         done("loss")
         loss.backward()
         done("backward")
-        eager.optimize()
+        eager.optimize(number)
         done("optimizer")
         eager.window.add(loss, count_correct(output, batch.targets), len(batch))
         done("metric sums")

@@ -44,6 +44,7 @@ def run(test: RangeTest, config: Config) -> Curve:
         )
     if config.model.weights is not None:
         load_on_all(step.net, config.model.weights, world)
+        step.restart_optimizer()
     ratio = test.low / test.high
     rising = LearningRate(test.high, steps, "rising", function=lambda number, last: ratio ** (1 - number / (last - 1)))
     step.eager.learning_rate = rising

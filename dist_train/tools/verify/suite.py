@@ -39,11 +39,13 @@ def verify(config: Config, nproc: int) -> Iterator[Check]:
     """
     BatchPlan.of(config, nproc)
     sizes = [n for n in sorted({1, 2, 3, nproc}) if n <= nproc and config.global_batch_size % n == 0]
+    config = _without_rounding(config)
     bound = BOUNDS[config.dtype]
     with tempfile.TemporaryDirectory() as folder:
         trials = _Trials(Path(folder), config)
         alone = trials.run(1)
-        yield Check("frozen for these checks", ", ".join(alone.frozen) or "nothing", True)
+        frozen = [*alone.frozen, *(["Muon in float64"] if config.optimizer.rounds_to_bf16 else [])]
+        yield Check("frozen for these checks", ", ".join(frozen) or "nothing", True)
         outcomes = {1: alone}
         for size in sizes[1:]:
             outcomes[size] = trials.run(size)
@@ -112,6 +114,16 @@ def _killed_while_saving(trials: _Trials) -> Check:
     return Check("SIGKILL during saves leaves a checkpoint to resume from", result, min(began) > 0)
 
 
+def _without_rounding(config: Config) -> Config:
+    """Return the config without what rounds by more than the bound.
+
+    That is bf16, fp16 and a compiled update, which rounds in another order. Muon rounds to bf16 in any type, and then
+    equally if what it rounds is equal to 1e-16.
+    """
+    exact = config.model_dump(mode="json") | {"mixed_precision": "no", "step_mode": "eager"}
+    return parse_config(exact | ({"dtype": "float64"} if config.optimizer.rounds_to_bf16 else {}))
+
+
 def _worst(ours: list[float], theirs: list[float]) -> float:
     pairs = zip(ours, theirs, strict=True)
     errors = [abs(one - other) / max(abs(other), 1e-12) for one, other in pairs]
@@ -124,9 +136,7 @@ class _Trials:
     def __init__(self, folder: Path, config: Config) -> None:
         self._folder = folder
         self._config = folder / "config.yaml"
-        # The rounding of bf16 or fp16 is larger than the bound; a compiled update rounds in another order.
-        exact = config.model_dump(mode="json") | {"mixed_precision": "no", "step_mode": "eager"}
-        self._config.write_text(to_yaml(parse_config(exact)))
+        self._config.write_text(to_yaml(config))
 
     def run(
         self, size: int, *, steps: int = STEPS, folder: str = "", save_at: int = 0, kill_after_s: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,7 +20,7 @@ from dist_train.models.tasks.objective import ErrorContext, Objective
 from dist_train.training.step.counts import Counts, Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import unchanged
-from dist_train.training.step.optimizers import bare_step, build_optimizer
+from dist_train.training.step.optimizers import bare_step, build_optimizer, own_step
 from dist_train.training.step.parameter_groups import set_learning_rate
 from dist_train.training.step.weight_averaging import AveragedNet
 
@@ -60,7 +61,10 @@ class EagerUpdate:
         # Only a gradient scaler needs the prepared optimizer, which costs 88 us per step.
         self.overflows = Overflows(accelerator.scaler, world.device) if accelerator.scaler is not None else None
         self.optimizer = prepared if self.overflows else optimizer
-        self.optimize = self.optimizer.step if self.overflows else bare_step(optimizer)
+        update = self.optimizer.step if self.overflows else bare_step(optimizer)
+        self.optimize: Callable[[int], object] = lambda _step: update()
+        if config.optimizer.own_step:
+            self.optimize = own_step(self.optimizer, config.optimizer.name, config.seed)
 
     def __call__(self, step: int) -> None:
         """Do update number `step` (from 0)."""
@@ -94,7 +98,7 @@ class EagerUpdate:
         self.norm = None
         if self.max_grad_norm is not None:
             self.norm = self.world.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimize()
+        self.optimize(step)
         if self.overflows is not None and scale is not None:
             self.overflows.record_update(scale)
         if self.ema is not None:

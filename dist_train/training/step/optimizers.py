@@ -11,8 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_train.config.schema import OptimizerConfig
+from dist_train.distributed.devices import is_device_assert, is_out_of_memory
+from dist_train.distributed.rng import derive_seed, seed_everything
 from dist_train.errors import UserCodeError
-from dist_train.training.step.parameter_groups import check_same_groups, parameter_groups
+from dist_train.training.step.muon import divide
+from dist_train.training.step.optimizer_names import find_optimizer
+from dist_train.training.step.parameter_groups import parameter_groups
+from dist_train.user_code.importing import wrap_user_errors
 
 _CLASSES: dict[str, type[Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -28,8 +33,8 @@ def build_optimizer(config: OptimizerConfig, net: nn.Module, device: torch.devic
     """Build the optimizer, fused if torch supports it (1.07x to 1.21x a whole step on two cores).
 
     Raises:
-        ConfigError: a group of parameters matches none.
-        UserCodeError: the net defines its own, which would be ignored.
+        ConfigError: as `find_optimizer`, or a group of parameters matches none.
+        UserCodeError: as `find_optimizer`, or the net defines its own, which would be ignored.
     """
     if hasattr(net, "configure_optimizers"):
         raise UserCodeError(
@@ -38,36 +43,14 @@ def build_optimizer(config: OptimizerConfig, net: nn.Module, device: torch.devic
             f"trained. Use these, and remove the method."
         )
     _avoid_compiler_import()
+    groups = parameter_groups(config, net)
+    if config.name == "muon":
+        groups = divide(groups, net)
+    if config.own_step:
+        return find_optimizer(config)(groups)
     fused = {"fused": True} if config.name in _FUSED and device.type in ("cpu", "cuda") else {}
     arguments: dict[str, Any] = {"lr": config.lr, **config.arguments(), **fused}
-    return _CLASSES[config.name](parameter_groups(config, net), **arguments)
-
-
-# The keys of param_groups that come from this process: the first three select an implementation in torch, and older
-# checkpoints have no factor.
-_OWN = ("fused", "foreach", "capturable", "lr_factor")
-
-
-def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Like `load_state_dict`, but keeps the implementation of this process, not that of the one that saved.
-
-    Raises:
-        ValueError: the groups of the saved state hold other parameters.
-    """
-    check_same_groups(optimizer.param_groups, state["param_groups"])
-    own = implementation_of(optimizer)
-    optimizer.load_state_dict(state)
-    set_implementation(optimizer, own)
-
-
-def implementation_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return for each group of parameters what selects its implementation."""
-    return [{key: group[key] for key in _OWN if key in group} for group in optimizer.param_groups]
-
-
-def set_implementation(optimizer: Optimizer, implementation: list[dict[str, Any]]) -> None:
-    for group, own in zip(optimizer.param_groups, implementation, strict=True):
-        group.update(own, lr=float(group["lr"]))  # a compiled step has a tensor
+    return _CLASSES[config.name](groups, **arguments)
 
 
 def begin_momenta(optimizer: Optimizer) -> None:
@@ -90,6 +73,21 @@ def bare_step(optimizer: Optimizer) -> Callable[[], None]:
             step(optimizer)
 
     return take
+
+
+def own_step(optimizer: Optimizer, name: str, seed: int) -> Callable[[int], None]:
+    """Return `optimizer.step` for a step number. What it draws is the same on every rank and after a resume."""
+
+    def take(step: int) -> None:
+        seed_everything(derive_seed(seed, "optimizer", step))
+        with wrap_user_errors(f"optimizer.name={name}", f"fails at step {step + 1}", pass_through=_is_of_the_device):
+            optimizer.step()
+
+    return take
+
+
+def _is_of_the_device(error: BaseException) -> bool:
+    return is_out_of_memory(error) or is_device_assert(error)
 
 
 def traceable_step(optimizer: Optimizer, device: torch.device, fused: bool) -> Callable[[], None]:

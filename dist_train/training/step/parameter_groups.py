@@ -69,8 +69,8 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
     if len(groups) > _MOST_SHOWN:
         return f"{len(groups)} groups of parameters, lr x {min(factors):.4g} to {max(factors):.4g}"
     return "; ".join(
-        f"lr x {group['lr_factor']:.4g}, weight decay {group.get('weight_decay', 0):g}: "
-        f"{first_of(group['param_names'])}"
+        f"{group.get('optimizer', '')} lr x {group['lr_factor']:.4g}, weight decay {group.get('weight_decay', 0):g}: "
+        f"{first_of(group['param_names'])}".lstrip()
         for group in groups
     )
 

@@ -30,7 +30,8 @@ from dist_train.training.step.fused import prepare, unsupported_reason
 from dist_train.training.step.layer_table import Layer, record_layers
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import Update, modes_to_try, try_update
-from dist_train.training.step.optimizers import begin_momenta, implementation_of, load_state, set_implementation
+from dist_train.training.step.optimizer_state import implementation_of, load_state, saved_state, set_implementation
+from dist_train.training.step.optimizers import begin_momenta, build_optimizer
 from dist_train.training.step.weight_averaging import AveragedNet
 
 _log = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ class Step:
         self.frozen = None
         self._update, self.mode = self.eager, "eager"
         set_implementation(self.eager.optimizer, self._implementation)
-        begin_momenta(self.eager.optimizer)
+        if not self._config.optimizer.own_step:
+            begin_momenta(self.eager.optimizer)
         self.eager.wrap_again()
         self.effects = ForwardEffects(self.net)
 
@@ -236,7 +238,7 @@ class Step:
         scaler = self.world.accelerator.scaler
         return {
             "net": self.net.state_dict(),
-            "optimizer": self.eager.optimizer.state_dict(),
+            "optimizer": saved_state(self.eager.optimizer, self._config.optimizer.name),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "overflows": self.eager.overflows.counts if self.eager.overflows is not None else None,
@@ -261,10 +263,21 @@ class Step:
         elif self.world.is_rank_zero:
             self.window.sums.copy_(windows.sum(dim=0))
 
+    def restart_optimizer(self) -> None:
+        """Begin the optimizer anew after other initial weights were loaded: one that is not ours may keep a copy."""
+        if self._config.optimizer.own_step:
+            anew = build_optimizer(self._config.optimizer, self.net, self.world.device)
+            load_state(self.eager.optimizer, anew.state_dict())
+
     # --- the mode of the update ------------------------------------------------------------------------------------
 
     def _choose_mode(self, step: int, wanted: WantedMode, pass_s: float) -> None:
         """Keep the eager update, or switch to an equivalent one: the `wanted` mode, or with `auto` a faster one."""
+        if self._config.optimizer.own_step:
+            if wanted != "eager":
+                name = self._config.optimizer.name
+                _log.info("step_mode=%s: eager, since optimizer.name=%s takes its own step", wanted, name)
+            return
         left = self.eager.learning_rate.total_steps - step
         auto = wanted == "auto"
         modes = modes_to_try(self.world.device.type, left, pass_s) if wanted == "auto" else (wanted,)

@@ -12,7 +12,8 @@ from torch import nn
 from dist_train.config.loading import parse_config
 from dist_train.config.schema import OptimizerConfig
 from dist_train.errors import ConfigError
-from dist_train.training.step.optimizers import build_optimizer, load_state
+from dist_train.training.step.optimizer_state import load_state
+from dist_train.training.step.optimizers import build_optimizer
 from dist_train.training.step.parameter_groups import describe_groups, parameter_groups, set_learning_rate
 
 CPU = torch.device("cpu")

@@ -24,6 +24,7 @@ from dist_train.data.batches import training_batches
 from dist_train.data.class_weights import class_weights
 from dist_train.data.sampler import ShardSampler
 from dist_train.distributed.world import World
+from dist_train.errors import UserCodeError
 from dist_train.models.freezing import Frozen
 from dist_train.models.nets import MODELS, Mlp
 from dist_train.runs.directory import RunDir
@@ -34,7 +35,7 @@ from dist_train.training.step.train_step import Step
 from dist_train.training.step_trace import StepTrace
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked
-from support.run_files import train_losses
+from support.run_files import assert_equal, train_losses
 from support.user_nets import Drawing
 from support.user_sets import mnist_part
 
@@ -416,6 +417,39 @@ def test_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_step_of_its_own_stays_eager_and_keeps_its_first_state(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A trial of another mode would set it to zero, or take steps from it."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(train_step, "modes_to_try", lambda *_: ["compile"])
+    name = "support.user_optimizers:Anchored"
+    step = new_step(world, net_of("mlp"), optimizer={"name": name, "lr": 0.1})
+    optimizer = step.eager.optimizer
+    before = deepcopy(optimizer.state_dict())
+    step.warm_up(0, "auto")
+    assert_equal(optimizer.state_dict(), before)
+    assert [line for line in caplog.messages if "step_mode" in line] == [
+        f"step_mode=auto: eager, since optimizer.name={name} takes its own step"
+    ]
+    for number in range(2):
+        step.take(number)
+    assert optimizer.param_groups[0]["taken"] == 2
+    assert {int(state["count"]) for state in optimizer.state.values()} == {2}
+
+
+def test_step_of_its_own_that_fails_is_named(world: World) -> None:
+    """Here a frozen weight, which has no gradient."""
+    net = net_of("mlp")
+    assert isinstance(net, Mlp)
+    net.fc1.requires_grad_(False)
+    step = new_step(world, net, optimizer={"name": "support.user_optimizers:Undecayed"})
+    step.warm_up(4)
+    why = r"optimizer\.name=support.user_optimizers:Undecayed fails at step 5: .*user_optimizers\.py:\d+: TypeError"
+    with pytest.raises(UserCodeError, match=why):
+        step.take(4)
 
 
 @needs_cuda
