@@ -16,6 +16,7 @@ from dist_train.cli.data import data
 from dist_train.cli.doctor import doctor
 from dist_train.cli.library import library
 from dist_train.cli.lr_find import lr_find
+from dist_train.cli.new import new
 from dist_train.cli.queue import queue
 from dist_train.cli.results import evaluate, export, predict
 from dist_train.cli.runs import runs
@@ -87,5 +88,6 @@ for _command in (
     config,
     data,
     library,
+    new,
 ):
     main.add_command(_command)

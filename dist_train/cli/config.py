@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dist_train.cli.options import check_net_and_data, load, settings_options
+from dist_train.cli.options import check_net_and_data, load, settings_options, try_option, try_out
 
 
 @click.group()
@@ -36,15 +36,21 @@ def config_show(config_name: str, overrides: tuple[str, ...], settings: tuple[st
 @config.command("validate")
 @settings_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
-def config_validate(config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...], nproc: int) -> None:
+@try_option
+def config_validate(
+    config_name: str, overrides: tuple[str, ...], settings: tuple[str, ...], nproc: int, tries: bool
+) -> None:
     """Check a config: its net and data set exist, and N processes can divide its batch."""
     from dist_train.config.batch_plan import BatchPlan
     from dist_train.runs.start_options import check_initial_weights
+    from dist_train.runs.train_arguments import TrainArguments
 
     found = load(config_name, (*overrides, *settings))
     check_net_and_data(found)
     check_initial_weights(found)
     plan = BatchPlan.of(found, nproc)
+    if tries:
+        try_out(TrainArguments(config_name=config_name, overrides=(*overrides, *settings)))
     click.echo(f"{config_name} is fine: {plan.describe()}")
 
 

@@ -50,6 +50,7 @@ def start_options(command: Any) -> Any:
         click.option("--dry-run", is_flag=True, help="Print the settings and what would be started."),
         click.option("--run-name", metavar="N", help="Name of the run's directory."),
         click.option("--init-from", type=RunPath(), metavar="RUN", help="Start from the weights of this run."),
+        click.option("--extend", metavar="TIME", help='Go on with a run, finished or not, to "5 epochs" in all.'),
         click.option(
             "--resume", default="auto", metavar="auto|never|DIR", show_default=True, is_flag=False, flag_value="auto",
             help="Whether to continue the run in its directory.",
@@ -59,11 +60,24 @@ def start_options(command: Any) -> Any:
     return settings_options(command)
 
 
+try_option = click.option(
+    "--try", "tries", is_flag=True, help="Also train five steps and evaluate, in a process of its own; keeps nothing."
+)
+
+
+def try_out(arguments: TrainArguments) -> None:
+    """Try the settings of a start out, without the run that it continues."""
+    from dist_train.launch.trial import try_batch
+
+    try_batch(arguments)
+    click.echo("tried: five steps and one evaluation went through, in one process")
+
+
 def train_arguments(options: dict[str, Any]) -> TrainArguments:
     """Return those of `start_options` among a command's options."""
     from dist_train.runs.train_arguments import TrainArguments
 
-    names = ("config_name", "resume", "run_name", "init_from", "fast_dev_run", "quiet", "verbose")
+    names = ("config_name", "resume", "run_name", "init_from", "extend", "fast_dev_run", "quiet", "verbose")
     overrides = (*options["overrides"], *options["settings"])
     return TrainArguments(overrides=overrides, **{name: options[name] for name in names})
 

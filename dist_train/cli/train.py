@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import click
 
-from dist_train.cli.options import STARTED, check_net_and_data, end_rank, start_options, train_arguments
+from dist_train.cli.options import (
+    STARTED,
+    check_net_and_data,
+    end_rank,
+    start_options,
+    train_arguments,
+    try_option,
+    try_out,
+)
 from dist_train.errors import ConfigError
 
 _simulating = click.option(
@@ -20,6 +29,7 @@ _simulating = click.option(
 @click.command()
 @start_options
 @_simulating
+@try_option
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Start N processes on this machine.")
 def train(**options: Any) -> None:
     """Train a run, or continue it. Under torchrun, accelerate launch or srun, as one of its processes."""
@@ -52,6 +62,7 @@ def _train_or_launch(
     nproc: int | None,
     simulate_world_size: int | None,
     dry_run: bool,
+    tries: bool = False,
     nnodes: str | None = None,
     rdzv_endpoint: str | None = None,
     max_restarts: int = 0,
@@ -66,7 +77,7 @@ def _train_or_launch(
     from dist_train.distributed.stdio import tolerate_closed_stdio
     from dist_train.launch import jobs
     from dist_train.launch.machines import find_nodes
-    from dist_train.runs.start_options import check_start, find_run_dir
+    from dist_train.runs.start_options import find_run_dir
 
     tolerate_closed_stdio()
     process = detect_process(os.environ)
@@ -75,6 +86,8 @@ def _train_or_launch(
         watch_launcher(lambda: request.request("INTERRUPT"))
     arguments = train_arguments(options)
     config, start = arguments.resolve(STARTED)
+    if tries and not dry_run:
+        raise ConfigError("--try trains nothing that is kept. Add --dry-run, or leave it out.")
     if simulate_world_size:
         from dist_train.tools.simulate import simulate
 
@@ -87,8 +100,11 @@ def _train_or_launch(
     plan = BatchPlan.of(config, nproc or process.world_size)
     if dry_run:
         check_net_and_data(config)
-        check_start(find_run_dir(config, start), config, start, create=False)
+        jobs.check(find_run_dir(config, start), config, start)
         click.echo(f"{to_yaml(config)}# {plan}")
+    if tries:
+        own = None if start.run_dir is None else str(start.run_dir / "config.yaml")
+        try_out(replace(arguments, config_name=arguments.config_name or own, resume="auto", extend=None))
     if nproc is not None:
         nodes = find_nodes(nnodes, rdzv_endpoint, start.run_name, nproc, config)
         code = jobs.launch(

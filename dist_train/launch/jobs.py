@@ -55,6 +55,21 @@ def train_here(config: Config, start: StartOptions, request: StopRequest, starte
         run_training(config, start, request, started, SlurmScheduler(os.environ))
 
 
+def check(run_dir: RunDir, config: Config, start: StartOptions, *, create: bool = False) -> bool:
+    """Do as `check_start`, and see that the run may be extended if it is to be, as far as no code of the user tells.
+
+    Raises:
+        ConfigError, RunDirError: It cannot be started there.
+    """
+    from dist_train.training.extension import check_extension
+
+    finished = check_start(run_dir, config, start, create=create)
+    status = run_dir.status.read()
+    if start.extend and status.get("step") and status.get("epoch") and ":" not in config.schedule.name:
+        check_extension(run_dir, config, steps_per_epoch=round(status["step"] / status["epoch"]))
+    return finished
+
+
 def launch(
     config: Config,
     start: StartOptions,
@@ -80,7 +95,7 @@ def launch(
 
         find_optimizer(config.optimizer)
     run_dir = find_run_dir(config, start, claim=not dry_run)
-    finished = check_start(run_dir, config, start, create=not dry_run)
+    finished = check(run_dir, config, start, create=not dry_run)
     spec = LaunchSpec(
         arguments=arguments,
         run_dir=run_dir,
@@ -114,7 +129,7 @@ def find_finished(config: Config, start: StartOptions) -> RunDir | None:
         ConfigError, RunDirError: It cannot be started there.
     """
     run_dir = _named(config, start)
-    return run_dir if run_dir is not None and check_start(run_dir, config, start, create=False) else None
+    return run_dir if run_dir is not None and check(run_dir, config, start) else None
 
 
 def _named(config: Config, start: StartOptions) -> RunDir | None:

@@ -54,7 +54,7 @@ class Result:
         return SavedNet.find(self.run_dir, "last").build()
 
 
-def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Result:
+def train(config: Config, nproc: int = 1, *, run_name: str | None = None, extend: bool = False) -> Result:
     """Train a run to its end, or continue it, and return what it has left.
 
     With one process it trains in the calling one, from any thread, and leaves default dtype, number of threads,
@@ -67,18 +67,19 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
         nproc: Number of processes.
         run_name: Name of the run's directory. A run of that name that is there and not finished is continued. None: a
             new one, named by the time.
+        extend: Go on with the run of that name until `config.train_for`, also if it is finished.
 
     Raises:
         DistTrainError: As `dist-train train` reports it: ConfigError, DataError, UserCodeError, TrainingDiverged, ...;
             of a failed rank, with nproc > 1, LaunchError with its message.
     """
-    _check_arguments(config, nproc, run_name)
+    _check_arguments(config, nproc, run_name, extend)
     if nproc == 1 and not _IN_USE.acquire(blocking=False):
         raise LaunchError("Another thread of this process is training. Wait for it, or pass nproc=2.")
     try:
         parent, name = runs_root(config.runs_dir), config.model.name.rpartition(":")[2]
         run_dir = RunDir(parent / run_name) if run_name else run_dir_by_time(parent, name, claim=True)
-        start = StartOptions(config_name=name, run_dir=run_dir.path)
+        start = StartOptions(config_name=name, run_dir=run_dir.path, extend=extend)
         try:
             _train_here(config, start) if nproc == 1 else _launch(config, start, nproc)
         except DistTrainError:
@@ -93,7 +94,7 @@ def train(config: Config, nproc: int = 1, *, run_name: str | None = None) -> Res
     return Result(run_dir.path, run_dir.status.read().get("state", "INTERRUPT"), run_dir.read_result())
 
 
-def _check_arguments(config: Config, nproc: int, run_name: str | None) -> None:
+def _check_arguments(config: Config, nproc: int, run_name: str | None, extend: bool) -> None:
     """Refuse what cannot be trained here, before anything is written."""
     process = detect_process(os.environ)
     if process.world_size > 1:
@@ -107,6 +108,8 @@ def _check_arguments(config: Config, nproc: int, run_name: str | None) -> None:
         _check_importable(config, nproc)
     check_gpu_driver(config.device)
     BatchPlan.of(config, nproc)
+    if run_name is None and extend:
+        raise ConfigError("extend=True names no run. Pass its run_name.")
     if run_name is None:
         check_initial_weights(config)
     else:
@@ -140,6 +143,7 @@ def _launch(config: Config, start: StartOptions, nproc: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(to_yaml(config))
-        code = jobs.launch(config, start, ("train", "-c", str(path)), nproc, say=lambda _: None)
+        extend = ("--extend", str(config.train_for)) if start.extend else ()
+        code = jobs.launch(config, start, ("train", "-c", str(path), *extend), nproc, say=lambda _: None)
     if code > 128:
         raise KeyboardInterrupt(signal.Signals(code - 128).name)

@@ -13,16 +13,24 @@ from dist_train.config.schema import Config
 from dist_train.distributed.process_info import REQUEUED, slurm_job
 from dist_train.errors import ConfigError
 from dist_train.runs.directory import RunDir
+from dist_train.runs.extension import with_extension
 from dist_train.runs.status_file import is_of_earlier_start
 from dist_train.runs.time_accounting import TimeAccounting
 
 
 def begin_attempt(
-    run_dir: RunDir, config: Config, wandb_id: str, started: float | None = None, asked_at: float | None = None
+    run_dir: RunDir,
+    config: Config,
+    wandb_id: str,
+    started: float | None = None,
+    asked_at: float | None = None,
+    *,
+    extend: bool = False,
 ) -> None:
     """Number this attempt and write config.yaml. Needs the lock. `wandb_id` is used by the first attempt only.
 
-    `started`: time.perf_counter() when the process started; `asked_at`: when the command was given.
+    `started`: time.perf_counter() when the process started; `asked_at`: when the command was given; `extend`: the run
+    may go on for longer than before.
     """
     started = time.perf_counter() if started is None else started
     # status.json, or a part of it, may be lost to a power cut; run.json is older, but synced.
@@ -31,6 +39,8 @@ def begin_attempt(
     if _belongs_to_other_config(run_dir, config):
         before = {}
     last_seen = before.get("heartbeat") or run_dir.read_submission().get("submitted") or time.time()
+    if before.get("state") == "FINISHED":
+        last_seen = time.time()  # until it was extended, it was not to train
     reached = max(before.get("reached", 0), before.get("step", 0))  # of all attempts: one may die in its set-up
     time_accounting = TimeAccounting(
         before.get("seconds", {}),
@@ -49,6 +59,9 @@ def begin_attempt(
         **{name: before[name] for name in ("resumed_at", "fruitless_starts") if name in before},
     }
     run_dir.status.begin(fields, time_accounting)
+    if extend and (changes := run_dir.extension_to(config)):
+        run_dir.status.update(state="STARTING")  # first: a run with the state FINISHED is not begun again
+        run_dir.write_provenance(with_extension(run_dir.read_provenance(), run_dir.saved_step, changes))
     for stale in (run_dir.error, run_dir.result):
         stale.unlink(missing_ok=True)
     run_dir.write_config(config)

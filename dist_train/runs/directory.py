@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dist_train.config.loading import differences, load_config, to_yaml
 from dist_train.config.schema import Config
 from dist_train.errors import ConfigError, RunDirError
 from dist_train.runs.disk_errors import DiskErrors
+from dist_train.runs.extension import describe, may_change
 from dist_train.runs.metrics_log import MetricsFile
 from dist_train.runs.records import Error, Layers, Provenance, QueuedJob, Result, Submission, read_record
 from dist_train.runs.status_file import StatusFile, is_of_earlier_start
@@ -101,8 +103,8 @@ class RunDir:
         """Whether there are checkpoints, counting those renamed because of damage or by an interrupted save."""
         return any(step_of(path) is not None for path in self.checkpoints.glob("*step_*"))
 
-    def check_config(self, config: Config) -> None:
-        """Refuse a directory that belongs to another config. Writes nothing.
+    def check_config(self, config: Config, *, extend: bool = False) -> None:
+        """Refuse a directory that belongs to another config, but for what an extension may change. Writes nothing.
 
         Raises:
             ConfigError: lists the settings that differ, with both values.
@@ -117,12 +119,19 @@ class RunDir:
         difference = self.differences_to(config)
         if config.mixed_precision in (None, self.precision):  # unset: the run keeps its precision
             difference.pop("mixed_precision", None)
+        if extend:
+            difference = {key: both for key, both in difference.items() if not may_change(key)}
         if difference:
             lines = [f"  {key}: {old} in the run, {new} now" for key, (old, new) in sorted(difference.items())]
             raise ConfigError(
                 f"{self.path} belongs to a run with other settings:\n" + "\n".join(lines) + "\n"
                 "Choose another --run-name for the new run, or undo the change."
+                + (" To train this run longer, give --extend." if "train_for" in difference else "")
             )
+
+    def extension_to(self, config: Config) -> dict[str, tuple[str, str]]:
+        """Return the settings that an extension changes, as `differences_to`."""
+        return {key: both for key, both in self.differences_to(config).items() if may_change(key)}
 
     def differences_to(self, config: Config) -> dict[str, tuple[str, str]]:
         """Return the settings that may change results and differ, as YAML: {name: (of the run, of `config`)}."""
@@ -138,6 +147,11 @@ class RunDir:
             raise self._not_writable(error) from None
         recorded = self.read_provenance().get("mixed_precision")
         return recorded or (load_config(str(self.config)).mixed_precision if self.config.exists() else None)
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint, 0 if there is none."""
+        return next((step for folder in self.step_folders() if (step := step_of(folder))), 0)
 
     def lock(self) -> None:
         """Lock the directory for this process. A second start is refused while the first holds the lock.
@@ -177,13 +191,17 @@ class RunDir:
             return self.metrics.cut(step, evaluation_pending=evaluation_pending)
 
     def write_config(self, config: Config) -> None:
-        """Write config.yaml.
+        """Write config.yaml, with a comment for each extension.
 
         Raises:
             RunDirError: the file cannot be written.
         """
+        comments = [
+            f"# extended {datetime.fromtimestamp(each['time']):%Y-%m-%d %H:%M} {describe(each)}\n"
+            for each in self.read_provenance().get("extensions", ())
+        ]
         with self._disk_errors.tolerated(self.config, required=True):
-            write_atomically(self.config, to_yaml(config))
+            write_atomically(self.config, "".join([*comments, to_yaml(config)]))
 
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
         """Write run.json: what determines the results, and what must survive a power cut that loses status.json."""

@@ -82,6 +82,12 @@ class InitialWeights(TypedDict):
     left_out: list[str]  # tensors of the net
 
 
+class Extension(TypedDict):
+    time: Annotated[float, Field(ge=0, lt=2**35)]  # time.time()
+    step: Count  # from which on it holds
+    settings: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]  # old and new value, as YAML
+
+
 class Provenance(TypedDict, total=False):
     """run.json, written by the newest attempt that reached training; before the first checkpoint by each attempt."""
 
@@ -104,6 +110,7 @@ class Provenance(TypedDict, total=False):
     environment: dict[str, str]  # a named list of variables, see process_info.py
     init_from: str | None  # a run directory
     initial_weights: InitialWeights  # of `model.weights`
+    extensions: list[Extension]
     data: DataFacts
     data_identity: dict[str, SplitFingerprint]
 

@@ -38,6 +38,7 @@ class StartOptions:
     launched: bool = False  # by our launcher, which shows the error that the run leaves in its directory
     resume: Literal["auto", "never"] = "auto"
     init_from: Path | None = None  # a run directory: start a new run from its weights
+    extend: bool = False  # a run with checkpoints may go on for longer, also if it is finished
     verbosity: int = 0  # -1 quiet, 0, 1 verbose
     # time.perf_counter() when the command was given. All processes of a machine share this clock.
     asked_at: float = field(default_factory=time.perf_counter)
@@ -113,19 +114,24 @@ def is_taken(name: str, folder: Path) -> bool:
 
 
 def check_start(run_dir: RunDir, config: Config, start: StartOptions, *, create: bool = True) -> bool:
-    """Check that a start may use this run directory. Return True if the run is already finished.
+    """Check that a start may use this run directory. Return True if the run is already finished, and not extended.
 
     Raises:
         ConfigError, RunDirError: the directory belongs to another config, cannot be written, or should have been new.
     """
-    run_dir.check_config(config)
+    run_dir.check_config(config, extend=start.extend)
+    if start.extend and not run_dir.holds_checkpoints:
+        raise ConfigError(
+            f"{run_dir.path} has no checkpoint, so there is no run to extend. To start one, set train_for instead: "
+            f'-o train_for="{config.train_for}".'
+        )
     if start.resume == "never" and run_dir.holds_checkpoints:
         raise RunDirError(
             f"{run_dir.path} holds checkpoints and --resume=never forbids resuming from them. Choose another "
             f"--run-name, or omit --resume."
         )
     if run_dir.status.read().get("state") == "FINISHED":
-        return True
+        return not (start.extend and run_dir.extension_to(config))
     if not run_dir.holds_checkpoints:
         check_initial_weights(config)
     if create:

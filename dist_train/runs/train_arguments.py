@@ -24,6 +24,7 @@ class TrainArguments:
     resume: str = "auto"  # auto, never, or a run's directory or name
     run_name: str | None = None
     init_from: Path | None = None
+    extend: str | None = None  # a duration: train this long in all
     fast_dev_run: bool = False
     quiet: bool = False
     verbose: bool = False
@@ -47,7 +48,8 @@ class TrainArguments:
             name = name or str(folder / "config.yaml")
         if name is None:
             raise missing_config(self.overrides)
-        config = load_config(name, [*self.overrides, *(_FAST_DEV_RUN if self.fast_dev_run else ())])
+        longer = (f"train_for={self.extend}",) if self.extend is not None else ()
+        config = load_config(name, [*self.overrides, *(_FAST_DEV_RUN if self.fast_dev_run else ()), *longer])
         if self.init_from is not None and config.model.weights is not None:
             raise ConfigError(
                 f"--init-from={self.init_from} and model.weights={config.model.weights} both give the initial weights. "
@@ -58,6 +60,8 @@ class TrainArguments:
                 f"--init-from={self.init_from} has no config.yaml, so it is not a run. Give a run's name or "
                 f"directory, or set model.weights=FILE for a file of weights."
             )
+        if self.extend is not None and folder is None and self.run_name is None:
+            raise ConfigError(f'--extend="{self.extend}" names no run. Add --resume=RUN.')
         if self.run_name is not None:
             check_run_name("--run-name", self.run_name, runs_root(config.runs_dir))
         return config, StartOptions(
@@ -67,6 +71,7 @@ class TrainArguments:
             launched=by_launcher is not None,
             resume="never" if self.resume == "never" else "auto",
             init_from=self.init_from,
+            extend=self.extend is not None,
             verbosity=-1 if self.quiet else int(self.verbose),
             asked_at=float(os.environ.get(ASKED_AT, started)),
         )
@@ -82,6 +87,8 @@ class TrainArguments:
             arguments.append(f"--resume={self.resume}")
         if self.init_from:
             arguments.append(f"--init-from={self.init_from}")
+        if self.extend is not None:
+            arguments.append(f"--extend={self.extend}")
         flags = {"--fast-dev-run": self.fast_dev_run, "--quiet": self.quiet, "--verbose": self.verbose}
         return (*arguments, *(flag for flag, is_set in flags.items() if is_set))
 

@@ -245,6 +245,8 @@ def _start_attempt(
     init_from = before.get("init_from") if state.step else start.init_from_text
     provenance = collect_provenance(world, sampler.plan, world.hosts(), init_from) | {"data": splits.description}
     provenance["data_identity"] = before.get("data_identity") or splits.fingerprints
+    if "extensions" in before:
+        provenance["extensions"] = before["extensions"]
     if recorded := initial_weights or before.get("initial_weights"):
         provenance["initial_weights"] = recorded
     if world.is_rank_zero:

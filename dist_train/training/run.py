@@ -12,6 +12,7 @@ from dist_train.checkpoints.manifest import run_id_from_checkpoints
 from dist_train.config.loading import to_yaml
 from dist_train.config.schema import Config
 from dist_train.data.fingerprint import differences
+from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import Splits, load_splits
 from dist_train.distributed import watchdog
 from dist_train.distributed.job_scheduler import JobScheduler
@@ -27,6 +28,7 @@ from dist_train.runs.progress import log_to_file, log_to_screen
 from dist_train.runs.records import State
 from dist_train.runs.start_options import StartOptions, check_start, find_run_dir
 from dist_train.training.build import build_trainer
+from dist_train.training.extension import check_extension
 from dist_train.training.failures import FailureHandler
 from dist_train.training.provenance import changed_data, describe_start
 from dist_train.training.start_report import report_results
@@ -92,13 +94,15 @@ def _open(run_dir: RunDir, config: Config, splits: Splits, start: StartOptions, 
             f"{run_dir.path} was trained on different data:\n" + "\n".join(f"  {change}" for change in changes) + "\n"
             "Give the new run another name with --run-name, or restore the data."
         )
+    if start.extend:
+        check_extension(run_dir, config, num_examples(splits.train) // config.global_batch_size)
     run_dir.lock()
     if check_start(run_dir, config, start, create=False):  # another start may have finished it in between
         run_dir.unlock()
         return None
     # Without an id in its files, a run keeps that of its checkpoints: with another they would not count as its own.
     wandb_id = run_id_from_checkpoints(run_dir) or uuid4().hex[:8]
-    begin_attempt(run_dir, config, wandb_id=wandb_id, started=started, asked_at=start.asked_at)
+    begin_attempt(run_dir, config, wandb_id=wandb_id, started=started, asked_at=start.asked_at, extend=start.extend)
     return run_dir.status.attempt
 
 

@@ -12,6 +12,7 @@ from dist_train.data.sampler import ShardSampler
 from dist_train.data.splits import Splits
 from dist_train.runs.accuracy_text import accuracy_text, is_share
 from dist_train.runs.directory import RunDir
+from dist_train.runs.extension import describe
 from dist_train.runs.further_metrics import further_text
 from dist_train.training.provenance import DIVISION_FACTORS, changed_determinism_factors
 from dist_train.training.step.parameter_groups import describe_groups
@@ -71,6 +72,8 @@ def report_start(
             )  # fmt: skip
     if config.profile is not None and config.profile.start >= total_steps:
         _log.warning("profile=%s: the run ends after %d steps, so nothing is traced", config.profile, total_steps)
+    for extension in provenance.get("extensions", ()):
+        _log.info("extended %s", describe(extension))
     if state.step:
         _log.info("resumed at step %d of %d", state.step, total_steps)
 

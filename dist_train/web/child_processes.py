@@ -8,20 +8,18 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import psutil
-
 from dist_train.errors import LaunchError
+from dist_train.launch import trial
 from dist_train.launch.resume import environment_of
 from dist_train.launch.subprocesses import limited_output_of
 from dist_train.runs.directory import RunDir
 from dist_train.runs.train_arguments import TrainArguments
 
 MAX_IMAGE_BYTES = 16 * 10**6
-_PREDICT_S, _EXPORT_S, _TRY_S = 60.0, 300.0, 300.0
+_PREDICT_S, _EXPORT_S = 60.0, 300.0
 
 _one_at_a_time = threading.Lock()
 
@@ -40,7 +38,7 @@ def predict(run_dir: RunDir, image: bytes) -> dict[str, Any]:
         provenance = run_dir.read_provenance()
         folder, python = Path(provenance.get("cwd", ".")), shutil.which(provenance.get("python", ""))
         answer = limited_output_of(
-            "predict", str(run_dir.path), file.name, "--json", timeout_s=_PREDICT_S, memory_bytes=_memory_bytes(),
+            "predict", str(run_dir.path), file.name, "--json", timeout_s=_PREDICT_S, memory_bytes=trial.memory_bytes(),
             python=python or "", folder=folder if folder.is_dir() else None,
             environment=environment_of(provenance),
         )  # fmt: skip
@@ -58,7 +56,7 @@ def export_pth(run: Path, step: int) -> BinaryIO:
         out = Path(folder) / "weights.pth"
         options = ("--checkpoint", str(step))
         limited_output_of(
-            "export", str(run), str(out), *options, timeout_s=_EXPORT_S, memory_bytes=_memory_bytes()
+            "export", str(run), str(out), *options, timeout_s=_EXPORT_S, memory_bytes=trial.memory_bytes()
         )  # fmt: skip
         return out.open("rb")
 
@@ -73,31 +71,19 @@ def export_comparison(runs: Sequence[Path], suffix: str, axis: str) -> bytes:
         out = Path(folder) / f"comparison{suffix}"
         options = ("--out", str(out), "--by", axis)
         limited_output_of(
-            "runs", "compare", *map(str, runs), *options, timeout_s=_EXPORT_S, memory_bytes=_memory_bytes()
+            "runs", "compare", *map(str, runs), *options, timeout_s=_EXPORT_S, memory_bytes=trial.memory_bytes()
         )  # fmt: skip
         return out.read_bytes()
 
 
 def try_batch(arguments: TrainArguments) -> str:
-    """Train for a few steps in a folder that is removed at the end; return what the training printed.
+    """Do as `trial.try_batch`.
 
     Raises:
-        LaunchError: net and data do not go together, another child is at work, or it took too long.
+        LaunchError: as that, or another child is at work.
     """
-    with _child(), tempfile.TemporaryDirectory(prefix="dist_train-") as folder:
-        trial = replace(arguments, overrides=(*arguments.overrides, f"runs_dir={folder}", "tracking.pictures=false"))
-        try:
-            printed = limited_output_of(
-                *trial.of_a_rank(), "--fast-dev-run", "--run-name=trial", timeout_s=_TRY_S, memory_bytes=_memory_bytes()
-            )
-        except LaunchError as error:
-            raise LaunchError(RunDir(Path(folder) / "trial").read_error().get("message", str(error))) from None
-        return "\n".join(line for line in printed.splitlines() if folder not in line)
-
-
-def _memory_bytes() -> int:
-    """Return how much a child may allocate: half of the memory, so that a training beside it does not lose its own."""
-    return psutil.virtual_memory().total // 2
+    with _child():
+        return trial.try_batch(arguments)
 
 
 @contextmanager

@@ -54,8 +54,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": STEP,
     },
     "`muon`, bks": {"optimizer": {"name": "muon", "lr": 1e-3}, "model": NETS["bks"], "schedule": STEP},
+    "`--extend`": {},
 }  # fmt: skip
 BOUND_FP32 = {"`muon`, bks": 1e-3}  # its steps are rounded to bf16; others: 1e-5
+Start = tuple[int, int, int | None]  # processes, length of the run and step to stop after, if any
+# The starts of runs that are stopped one step before, at and after the change, and go on on other processes.
+STOPPED: list[list[Start]] = [[(2, 2 * CHANGE, CHANGE + by), (3, 2 * CHANGE, None)] for by in (-1, 0, 1)]
+STOPPED_AND_EXTENDED: list[list[Start]] = [
+    [(2, CHANGE, CHANGE - 1), (3, 2 * CHANGE, None)],
+    [(2, CHANGE, None), (3, 2 * CHANGE, None)],
+    [(2, CHANGE, None), (2, 2 * CHANGE, CHANGE + 1), (3, 2 * CHANGE, None)],
+]
 
 
 def compare(net: str, settings: dict[str, Any], folder: Path) -> tuple[list[str], bool]:
@@ -80,9 +89,12 @@ def compare(net: str, settings: dict[str, Any], folder: Path) -> tuple[list[str]
     return rows, fine
 
 
-def compare_recipe(recipe: dict[str, Any], folder: Path) -> list[float]:
+def compare_recipe(recipe: dict[str, Any], folder: Path, *, extends: bool = False) -> list[float]:
     """How far the weights (float64) and losses (float64, fp32) are apart, and the losses of runs that were stopped one
-    step before, at and after the change and resumed on other numbers of processes (float64)."""
+    step before, at and after the change and resumed on other numbers of processes (float64).
+
+    `extends`: the change is that a run which has ended there is trained longer, beside one of that length.
+    """
     weights_apart, apart = 0.0, {"float64": 0.0, "float32": 0.0, "resumed": 0.0}
     for dtype in ("float64", "float32"):
         settings = (
@@ -92,17 +104,24 @@ def compare_recipe(recipe: dict[str, Any], folder: Path) -> list[float]:
         train_on_ranks(settings, whole)
         for world_size, per_device in DIVISIONS:
             part = folder / f"{dtype}_{world_size}_{per_device}"
-            train_on_ranks(settings | {"per_device_batch_size": per_device}, part, world_size)
+            lengths = (CHANGE, 2 * CHANGE) if extends else (2 * CHANGE,)
+            starts: list[Start] = [(world_size, length, None) for length in lengths]
+            _train(settings | {"per_device_batch_size": per_device}, part, starts)
             apart[dtype] = max(apart[dtype], _losses_apart(part, whole))
             if dtype == "float64":
                 weights_apart = max(weights_apart, largest_difference(weights(part), weights(whole)))
         if dtype == "float64":
-            for stop in (CHANGE - 1, CHANGE, CHANGE + 1):
-                part = folder / f"stopped_{stop}"
-                train_on_ranks(settings, part, world_size=2, stop_after=stop)
-                train_on_ranks(settings, part, world_size=3)
+            for number, starts in enumerate(STOPPED_AND_EXTENDED if extends else STOPPED):
+                part = folder / f"stopped_{number}"
+                _train(settings, part, starts)
                 apart["resumed"] = max(apart["resumed"], _losses_apart(part, whole))
     return [weights_apart, *apart.values()]
+
+
+def _train(settings: dict[str, Any], run_dir: Path, starts: list[Start]) -> None:
+    for number, (world_size, steps, stop_after) in enumerate(starts):
+        of_start = settings | {"train_for": f"{steps} steps"}
+        train_on_ranks(of_start, run_dir, world_size, stop_after, extend=number > 0)
 
 
 def _losses_apart(part: Path, whole: Path) -> float:
@@ -112,7 +131,7 @@ def _losses_apart(part: Path, whole: Path) -> float:
 def recipe_rows(folder: Path) -> tuple[list[str], bool]:
     rows, fine = [], True
     for number, (name, recipe) in enumerate(RECIPES.items()):
-        found = compare_recipe(recipe, folder / f"recipe_{number}")
+        found = compare_recipe(recipe, folder / f"recipe_{number}", extends=name == "`--extend`")
         good = max(found[0], found[1], found[3]) < BOUND and found[2] < BOUND_FP32.get(name, 1e-5)
         fine &= good
         rows.append(f"| {name} | {' | '.join(f'{value:.1e}' for value in found)} | {'yes' if good else 'NO'} |")

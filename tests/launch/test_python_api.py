@@ -86,6 +86,18 @@ def test_finished_run_is_returned_unchanged() -> None:
 
 
 @pytest.mark.usefixtures("unchanged_process")
+def test_finished_run_is_extended() -> None:
+    constant = "schedule={name: constant}"
+    train(settings(constant), run_name="r")
+    config = settings(constant, "train_for=6 steps")
+    longer = train(config, run_name="r", extend=True)
+    assert (longer.state, longer.metrics["step"]) == ("FINISHED", 6)
+    assert train_losses(longer.run_dir) == train_losses(train(config, run_name="whole").run_dir)
+    with pytest.raises(ConfigError, match="Pass its run_name"):
+        train(config, extend=True)
+
+
+@pytest.mark.usefixtures("unchanged_process")
 def test_failure_leaves_process_unchanged() -> None:
     kept = []  # as a notebook keeps the last traceback, and with it all objects of the run
     for _ in range(2):

@@ -142,7 +142,7 @@ def join_group(name: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
 
 
-def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None = None) -> str:
+def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None = None, *, extend: bool = False) -> str:
     """Train one attempt on this rank. `stop_after`: rank 1, if any, gets a stop request after that many steps."""
     import torch
 
@@ -172,7 +172,7 @@ def train_here(settings: dict[str, Any], run_dir: Path, stop_after: int | None =
         step.Step.take = take_and_request  # type: ignore[method-assign, assignment]
         agreement.Agreement.__init__ = agree_at_each_step  # type: ignore[method-assign]
     try:
-        start = StartOptions(config_name="test", run_dir=run_dir, verbosity=-1)
+        start = StartOptions(config_name="test", run_dir=run_dir, verbosity=-1, extend=extend)
         return run_training(config, start, request, time.perf_counter(), JobScheduler())
     finally:
         step.Step.take = take  # type: ignore[method-assign]
@@ -196,11 +196,12 @@ def train_on_ranks(
     world_size: int = 1,
     stop_after: int | None = None,
     timeout_s: float = PATIENCE_S,
+    extend: bool = False,
 ) -> None:
     """Run a training, or one attempt of it, on new ranks."""
-    run_on_ranks(_train, settings, run_dir, stop_after, world_size=world_size, timeout_s=timeout_s)
+    run_on_ranks(_train, settings, run_dir, stop_after, extend, world_size=world_size, timeout_s=timeout_s)
 
 
-def _train(settings: dict[str, Any], run_dir: Path, stop_after: int | None) -> None:
-    state = train_here(settings, run_dir, stop_after)
+def _train(settings: dict[str, Any], run_dir: Path, stop_after: int | None, extend: bool) -> None:
+    state = train_here(settings, run_dir, stop_after, extend=extend)
     assert state == ("FINISHED" if stop_after is None else "INTERRUPT")

@@ -14,6 +14,10 @@ def halved(step: int, total: int) -> float:
     return 1.0 if step < total // 2 else 0.5
 
 
+def falling(step: int, total: int) -> float:
+    return 0.9**step
+
+
 def negative(step: int, total: int) -> float:
     return 1.0 if step < total - 1 else -1.0
 

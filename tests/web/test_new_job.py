@@ -15,10 +15,11 @@ from starlette.testclient import TestClient
 from dist_train.atomic_files import read_json
 from dist_train.config.loading import bundled_configs, load_config
 from dist_train.errors import LaunchError
+from dist_train.launch import trial
 from dist_train.launch.slurm import commands
 from dist_train.launch.slurm.commands import Partition
 from dist_train.runs.summary import summarise
-from dist_train.web import child_processes, job_pages
+from dist_train.web import job_pages
 from support.page import SAME_ORIGIN, client_of, write_run
 from support.run_files import contents
 
@@ -230,7 +231,7 @@ def test_trial_is_that_of_command_line(client: TestClient, tmp_path: Path, monke
         folder = next(each for each in arguments if each.startswith(f"runs_dir={tempfile.gettempdir()}/dist_train-"))
         return f"run directory {folder.partition('=')[2]}/trial\nval accuracy 9 % <>\n"
 
-    monkeypatch.setattr(child_processes, "limited_output_of", answer)
+    monkeypatch.setattr(trial, "limited_output_of", answer)
     tried = client.post("/new/try", data=TEXTS, headers=SAME_ORIGIN).text
     assert 'id="works"' in tried
     assert '<pre tabindex="0">val accuracy 9 % &lt;&gt;</pre>' in tried
