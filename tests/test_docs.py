@@ -1,4 +1,4 @@
-"""Every row of a table in docs/ names existing tests."""
+"""Every row of a table in docs/ names existing tests, and every recipe existing settings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from dist_train.config.loading import load_config
 from support.processes import ROOT
 
 
@@ -35,6 +36,17 @@ def test_each_row_names_its_test(page: str) -> None:
 
 def _is_reason(row: dict[str, str]) -> bool:
     return row.get("test", "").startswith("why not: ")
+
+
+def test_each_recipe_is_made_of_settings() -> None:
+    """Those of a row together; or it is a command."""
+    recipes, lines_elsewhere = tables((ROOT / "docs" / "recipes.md").read_text())
+    assert len(recipes) == len(lines_elsewhere) > 10
+    for row in recipes:
+        written = [text.strip("'") for text in re.findall(r"`([^`]+)`", row["what you write"])]
+        assert written
+        if not written[0].startswith("dist-train "):
+            load_config("mnist_mlp", written)
 
 
 def test_rows_of_table() -> None:
