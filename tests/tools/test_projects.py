@@ -7,21 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from dist_train.cli import main
 from support.processes import DIST_TRAIN, run
 from support.ranks import run_forked
 from support.run_files import status
 
 
-def new(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(folder)
-    return CliRunner().invoke(main, ["new", name]).output
+def new(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
+    return run_forked([*DIST_TRAIN, "new", "--", name], folder)
 
 
-def test_new_folder_trains_and_passes_its_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = new(tmp_path, "mine", monkeypatch)
+def test_new_folder_trains_and_passes_its_test(tmp_path: Path) -> None:
+    printed = new(tmp_path, "mine").stdout
     assert printed.endswith("\ncd mine && dist-train train -c config.yaml\n")
     made = {path.name for path in (tmp_path / "mine").iterdir()}
     assert made == {"config.yaml", "net.py", "data_set.py", "test_training.py", "job.sbatch"}
@@ -33,8 +30,8 @@ def test_new_folder_trains_and_passes_its_test(tmp_path: Path, monkeypatch: pyte
     assert "1 passed" in tested.stdout, tested.stdout
 
 
-def test_batch_script_of_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new(tmp_path, "mine", monkeypatch)
+def test_batch_script_of_new_folder(tmp_path: Path) -> None:
+    new(tmp_path, "mine")
     script = (tmp_path / "mine/job.sbatch").read_text()
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert " -m dist_train train -c config.yaml &" in script.replace("\\\n", "")
@@ -42,16 +39,15 @@ def test_batch_script_of_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a b", "-x", ".hidden", "a/b", "x" * 300, "a\nb"])
-def test_names_that_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    answer = CliRunner().invoke(main, ["new", "--", name])
-    assert answer.exit_code == 2
-    assert "for example " in answer.output
+    done = new(tmp_path / "here", name)
+    assert done.returncode == 2
+    assert "for example " in done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
-def test_folder_that_exists_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    assert "mine exists already" in new(tmp_path, "mine", monkeypatch)
+    assert "mine exists already" in new(tmp_path, "mine").stderr
     assert list((tmp_path / "mine").iterdir()) == []
