@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dist_train.config import augment, schema
+from dist_train.config import augment, data, optimizer, schedule, schema, values
 from dist_train.config.durations import Duration
 from dist_train.config.profiled_steps import ProfiledSteps
 
 _HEAD = """\
 # Settings
 
-Generated from [dist_train/config/schema.py](../dist_train/config/schema.py) by `dist-train config reference`.
+Generated from [dist_train/config/](../dist_train/config/) by `dist-train config reference`.
 
 A run is one YAML file. `-o name=value` changes a setting and wins over the file; the file wins over the defaults. An
 unknown name is refused with the nearest legal one, a wrong value with what is allowed, before any process starts.
@@ -41,7 +41,7 @@ entry.
 "Resume" says whether another value is accepted when a run is resumed. A `no` stands for settings that change the
 result: the resume is refused, with both values. "None:" in a meaning says what holds while the setting is not set.
 """
-_STEPS = get_args(schema.Steps)[1]  # the validator that refuses seconds
+_STEPS = get_args(values.Steps)[1]  # the validator that refuses seconds
 _WORDS = {str: "text", bool: "`true` or `false`", int: "integer", float: "number", Path: "path",
           ProfiledSteps: "N steps from STEP"}  # fmt: skip
 
@@ -74,7 +74,7 @@ def _walk(model: type[BaseModel], prefix: str = "", free: bool = False) -> Itera
     """Dotted name, class, field and whether a resume may change it, of each setting and each optional section."""
     for name, field in model.model_fields.items():
         section = schema.section_of(field.annotation)
-        free_here = free or schema.MayChange in field.metadata
+        free_here = free or values.MayChange in field.metadata
         if section is None or (not field.is_required() and field.default is None):
             yield prefix + name, model.__name__, field, free_here
         if section is not None:
@@ -125,7 +125,10 @@ def _default(field: FieldInfo) -> str:
 
 def _comments() -> dict[tuple[str, str], str]:
     """The comments of each field by class and name: those above it, then the one beside it."""
-    return _comments_in(schema) | _comments_in(augment)
+    found: dict[tuple[str, str], str] = {}
+    for module in (schema, data, augment, optimizer, schedule):
+        found |= _comments_in(module)
+    return found
 
 
 def _comments_in(module: ModuleType) -> dict[tuple[str, str], str]:

@@ -1,4 +1,4 @@
-"""Every setting with its type, default and meaning.
+"""Every setting with its type, default and meaning; the larger sections are in modules of their own beside this one.
 
 One config file describes one run. Defaults are defined only here. A setting marked `MayChange` may have another value
 when a run resumes, because that cannot change the result; all others must stay the same.
@@ -9,17 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
-    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
-    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
@@ -27,27 +23,30 @@ from pydantic import (
     model_validator,
 )
 
-from dist_train.config.augment import AugmentConfig, NamedTransform
+from dist_train.config.data import DataConfig
 from dist_train.config.durations import Duration
 from dist_train.config.metric_names import Task, check_metrics, direction
-from dist_train.config.profiled_steps import ProfiledSteps
+from dist_train.config.optimizer import OptimizerConfig
+from dist_train.config.schedule import ScheduleConfig
 from dist_train.config.section import Section
-from dist_train.errors import did_you_mean
+from dist_train.config.values import (
+    BatchSize,
+    FilePath,
+    Fraction,
+    MayChange,
+    Options,
+    PositiveSteps,
+    Seconds,
+    Steps,
+    StepsFrom,
+    StepsOrSeconds,
+)
 
 _log = logging.getLogger(__name__)
-
-MayChange = "free"  # may differ between the starts of one run
 
 Precision = Literal["no", "bf16", "fp16"]
 StepMode = Literal["eager", "compile", "graph"]
 WantedMode = Literal["auto", StepMode]
-
-
-def _not_seconds(text: object) -> Duration:
-    duration = Duration.parse(text)
-    if duration.unit == "s":
-        raise ValueError("write it in steps or epochs: a time in seconds would fall on another step after a resume")
-    return duration
 
 
 def _with_unit(text: object) -> object:
@@ -57,100 +56,8 @@ def _with_unit(text: object) -> object:
     return text
 
 
-def _not_zero(duration: Duration) -> Duration:
-    if not duration.value:
-        raise ValueError("it must be longer than zero")
-    return duration
-
-
-def _schedule_or_own(name: str) -> str:
-    if name not in SCHEDULES and not re.fullmatch(r"[\w.]+:\w+", name):
-        raise ValueError(
-            f"no such schedule.{did_you_mean(name, SCHEDULES)} Names: {', '.join(SCHEDULES)}, package.module:function"
-        )
-    return name
-
-
-def _optimizer_or_own(name: str) -> str:
-    if name not in OPTIMIZERS and not re.fullmatch(r"[\w.]+:\w+", name):
-        raise ValueError(
-            f"no such optimizer.{did_you_mean(name, OPTIMIZERS)} Names: {', '.join(OPTIMIZERS)}, timm:NAME, "
-            f"package.module:Class"
-        )
-    return name
-
-
 def _yaml_no(value: object) -> object:
     return "no" if value is False else value  # YAML reads a bare `no` as False
-
-
-def _without_nul(path: Path) -> Path:
-    if "\0" in str(path):
-        raise ValueError("a path must not contain a NUL character")
-    return path
-
-
-_AsText = PlainSerializer(str, when_used="always")
-Steps = Annotated[Duration, BeforeValidator(_not_seconds), _AsText]  # "600 steps" (also as 600) or "3 epochs"
-PositiveSteps = Annotated[Steps, AfterValidator(_not_zero)]
-StepsOrSeconds = Annotated[Duration, BeforeValidator(Duration.parse), _AsText]  # also "30 s"
-StepsFrom = Annotated[ProfiledSteps, BeforeValidator(ProfiledSteps.parse), _AsText]  # "20 steps from 100"
-Options = dict[str, JsonValue]  # keyword arguments of a class that a setting names
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-BatchSize = Annotated[int, Field(gt=0, lt=2**31)]
-FilePath = Annotated[Path, AfterValidator(_without_nul)]
-Seconds = Annotated[float, Field(gt=0, lt=2**31)]  # the upper bound of the system's timers
-
-
-class Normalize(Section):
-    """Normalisation of pixels x (0 to 255): (x / 255 - mean) / std."""
-
-    mean: list[float]  # one number per channel, on the scale 0 to 1
-    std: list[PositiveFloat]  # one number per channel
-
-    @model_validator(mode="after")
-    def _same_channels(self) -> Normalize:
-        if len(self.mean) != len(self.std):
-            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}; give both the same number")
-        return self
-
-
-class DataConfig(Section):
-    # A data set listed by `dist-train data ls`, `image_folder`, or your own class as `package.module:Name`.
-    name: str = "mnist"
-    bundle: FilePath | None = None  # BK.Synapse user code, used instead of `name`: folder or zip with bks_dataset.py
-    # Folder of the data. None: $DIST_TRAIN_DATA_DIR, else the folder dist_train in the user's cache folder.
-    root: Annotated[FilePath | None, MayChange] = None
-    # A validation set of its own: the loader's val split, else its test split, else its training split, read from
-    # this folder instead of `root`. The training set's own val split is not used; its test split stays the test split.
-    val_root: Annotated[FilePath | None, MayChange] = None
-    # Another loader for the validation set, as `bundle`: its UserValDataset, else its UserDataset, which reads
-    # `val_root`, else `root`.
-    val_bundle: FilePath | None = None
-    split: str | None = None  # for emnist only: balanced, byclass, bymerge, digits, letters or mnist
-    image_size: PositiveInt | None = None  # for image_folder only: pixels per side of the resized square images
-    # Training examples held out for validation; not with a validation set of its own. 0: validate on `val_root` or
-    # `val_bundle`, else on the set's own val split, else on its test split.
-    val_examples: NonNegativeInt = 0
-    # How an epoch chooses its examples. shuffled: each at most once. balanced: drawn with replacement, every class
-    # equally likely.
-    sampling: Literal["shuffled", "balanced"] = "shuffled"
-    # Draw with replacement in proportion to these weights: a .npy file or a text file with one number >= 0 per example
-    # of the training set, in its order, those held out for validation included.
-    sample_weights: FilePath | None = None
-    normalize: Normalize | None = None  # None: pixels / 255 only
-    augment: AugmentConfig | None = None  # random changes of training images; None: no changes
-    # torchvision's transforms of each training image as it is loaded, before `augment`: names, or names with arguments,
-    # such as [RandomResizedCrop, {RandAugment: {magnitude: 5}}].
-    transforms: list[NamedTransform] = []
-    # Also evaluate the mean output over views of each image, as accuracy_tta. flip: it and its mirror image. shift: it
-    # also moved by a pixel along the diagonal, each way. flip_shift: both. None: accuracy alone.
-    tta: Annotated[Literal["flip", "shift", "flip_shift"] | None, MayChange] = None
-    # Worker processes per rank that load a streamed data set. 0: the training process loads it.
-    num_workers: Annotated[int, Field(ge=0, le=1024), MayChange] = 0
-    # Keep the whole data set in device memory instead of streaming it. None: if that is possible and it fits.
-    resident: Annotated[bool | None, MayChange] = None
-    args: Options = {}  # keyword arguments of your own class: data.args.KEY=VALUE
 
 
 class ModelConfig(Section):
@@ -171,139 +78,6 @@ class ModelConfig(Section):
     def _freezes(self) -> ModelConfig:
         if self.freeze_until is not None and not self.freeze:
             raise ValueError(f"freeze_until={self.freeze_until} needs freeze, such as freeze=[conv1, layer*]")
-        return self
-
-
-# The settings of each optimizer besides lr: keyword arguments of its torch.optim class. None keeps torch's default.
-OPTIMIZERS: dict[str, frozenset[str]] = {
-    "adam": frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
-    "adamw": frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
-    "sgd": frozenset({"momentum", "weight_decay", "nesterov", "dampening"}),
-    "adadelta": frozenset({"rho", "eps", "weight_decay"}),
-    "rmsprop": frozenset({"alpha", "eps", "weight_decay", "momentum", "centered"}),
-    "muon": frozenset({"weight_decay"}),
-}
-
-
-class GroupConfig(Section):
-    """Parameters with a learning rate or weight decay of their own. The first group that matches one takes it."""
-
-    match: str  # name of a parameter or of a module around it; * stands for any text
-    lr_factor: PositiveFloat = 1.0  # of the scheduled learning rate
-    weight_decay: NonNegativeFloat | None = None  # None: that of the optimizer
-
-
-class OptimizerConfig(Section):
-    # adam, adamw, sgd, adadelta, rmsprop, muon (with AdamW for all but the matrices of hidden layers), timm:NAME, or a
-    # class of torch.optim or your own as package.module:Class.
-    name: Annotated[str, AfterValidator(_optimizer_or_own)] = "adam"
-    lr: PositiveFloat = 1e-3  # peak learning rate, before lr_scaling
-    # From betas to centered: keyword arguments of the torch.optim class (see OPTIMIZERS); None keeps its default.
-    betas: tuple[Fraction, Fraction] | None = None
-    momentum: NonNegativeFloat | None = None
-    dampening: float | None = None
-    nesterov: bool | None = None
-    weight_decay: NonNegativeFloat | None = None
-    eps: PositiveFloat | None = None
-    amsgrad: bool | None = None
-    alpha: Fraction | None = None
-    rho: Fraction | None = None
-    centered: bool | None = None
-    # Keyword arguments of torch.optim.Muon, of timm's optimizer or of your class: optimizer.args.KEY=VALUE.
-    args: Options = {}
-    # Parameters with their own lr or weight decay: [{match: head, lr_factor: 10, weight_decay: 0}, ...]. `match` is the
-    # name of a parameter or of a module around it, where * stands for any text; the first that matches one takes it.
-    groups: list[GroupConfig] = []
-    # 1d: no weight decay, in any group, of parameters with fewer than two dimensions, which are biases and norms.
-    no_decay: Literal["1d"] | None = None
-    # Multiply lr by this once for each layer between a parameter and the last layer. A layer is a child of the net, or
-    # one of the modules in its nn.Sequential and nn.ModuleList; a norm belongs to the layer before it.
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    # Multiply lr by r = global_batch_size / lr_base_batch_size (linear) or by the square root of r (sqrt).
-    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    lr_base_batch_size: PositiveInt | None = None  # the global batch size for which lr was chosen
-
-    @model_validator(mode="after")
-    def _fits(self) -> OptimizerConfig:
-        own = OPTIMIZERS.get(self.name, frozenset({"weight_decay"})) | ({"args"} if self.own_step else set())
-        unknown = sorted(self._arguments_set() - own) + (["args"] if self.args and not self.own_step else [])
-        if unknown:
-            hint = f". Did you mean args.{unknown[0]}?" if self.own_step else ""
-            raise ValueError(
-                f"{self.name} has no {', '.join(unknown)}. Its settings: lr, {', '.join(sorted(own))}{hint}"
-            )
-        for key in ("lr", "weight_decay"):
-            if key in self.args:
-                raise ValueError(f"args.{key}={self.args[key]}: set optimizer.{key} instead")
-        if (self.lr_scaling == "none") != (self.lr_base_batch_size is None):
-            raise ValueError("lr_scaling (linear or sqrt) and lr_base_batch_size go together; set both or neither")
-        return self
-
-    @property
-    def own_step(self) -> bool:
-        """Whether the optimizer takes its own step, which is known in no other form than the eager one."""
-        return self.name == "muon" or ":" in self.name
-
-    @property
-    def rounds_to_bf16(self) -> bool:
-        """Whether its steps are rounded to bf16, which amplifies the rounding that differs with the division."""
-        return "muon" in self.name.lower()
-
-    def _arguments_set(self) -> set[str]:
-        return {key for key in set().union(*OPTIMIZERS.values()) if getattr(self, key) is not None}
-
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that were set, without lr."""
-        return {key: getattr(self, key) for key in sorted(self._arguments_set())}
-
-    def scaled_lr(self, global_batch_size: int) -> float:
-        """The learning rate after the scaling rule (linear: Goyal et al., arXiv 1706.02677)."""
-        ratio = global_batch_size / (self.lr_base_batch_size or global_batch_size)
-        factors: dict[str, float] = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}
-        return self.lr * factors[self.lr_scaling]
-
-
-# The settings of each schedule besides warmup and final_ratio, which are ignored where they have no meaning.
-SCHEDULES: dict[str, frozenset[str]] = {
-    "constant": frozenset(),
-    "cosine": frozenset(),
-    "linear": frozenset(),
-    "one_cycle": frozenset(),
-    "step": frozenset({"step_size", "milestones", "gamma"}),
-    "polynomial": frozenset({"power"}),
-    "cosine_restarts": frozenset({"t_0", "t_mult"}),
-}
-
-
-class ScheduleConfig(Section):
-    # How lr changes after the warm-up: constant, cosine, linear, one_cycle, step, polynomial, cosine_restarts, or your
-    # own function as package.module:function, which returns lr / peak for (step, total), step from 0 to total - 1.
-    name: Annotated[str, AfterValidator(_schedule_or_own)] = "constant"
-    # Linear rise from 0 to the peak. For one_cycle the length of its rise; there 0 means 30 % of the run.
-    warmup: Steps = Duration(0)
-    # For cosine, linear, polynomial and cosine_restarts: final learning rate / peak learning rate.
-    final_ratio: Fraction = 0.0
-    step_size: PositiveSteps | None = None  # for step: multiply lr by gamma each time that this much is trained
-    milestones: list[PositiveSteps] | None = None  # for step: multiply lr by gamma here, instead of with step_size
-    gamma: Annotated[float, Field(gt=0, lt=1)] | None = None  # for step; None: 0.1
-    power: PositiveFloat | None = None  # for polynomial; None: 1, which is linear
-    t_0: PositiveSteps | None = None  # for cosine_restarts: length of the first cycle, after the warm-up
-    t_mult: PositiveInt | None = None  # for cosine_restarts: length of a cycle / length of the one before; None: 1
-
-    @model_validator(mode="after")
-    def _fits(self) -> ScheduleConfig:
-        own = SCHEDULES.get(self.name, frozenset())
-        unknown = sorted(key for key in set().union(*SCHEDULES.values()) - own if getattr(self, key) is not None)
-        if unknown:
-            raise ValueError(
-                f"{self.name} has no {', '.join(unknown)}. Its settings: {', '.join(sorted(own)) or 'none'}"
-            )
-        if self.name == "step" and (self.step_size is None) == (not self.milestones):
-            raise ValueError("step takes step_size, such as 30 epochs, or milestones, such as [30 epochs, 60 epochs]")
-        if self.name == "cosine_restarts" and self.t_0 is None:
-            raise ValueError("cosine_restarts needs t_0, the length of the first cycle, such as 10 epochs")
-        if ":" in self.name and (self.warmup.value or self.final_ratio):
-            raise ValueError(f"{self.name} returns lr / peak at every step: leave out warmup and final_ratio")
         return self
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.augment import Augment
 from dist_train.data.loader import ExampleKey, LoadedBatch, make_loader, stream
 from dist_train.data.picture_transforms import transformed

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.sets.image_set import Examples, locate, num_examples, stored_labels
 from dist_train.errors import ConfigError, DataError
 

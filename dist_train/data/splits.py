@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.child_process import run_in_child
 from dist_train.data.example_weights import example_weights
 from dist_train.data.fingerprint import Fingerprint, checksum, fingerprint_split

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.config.schema import Normalize
+from dist_train.config.data import Normalize
 
 
 class Pixels:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config.loading import bundled_configs, load_config, overrides_between, value_text
-from dist_train.config.schema import OPTIMIZERS, Config
+from dist_train.config.optimizer import OPTIMIZERS
+from dist_train.config.schema import Config
 from dist_train.data.sets.catalog import SETS
 from dist_train.errors import LibraryError
 from dist_train.models.names import NETS

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_train.config.loading import load_config, parse_config
-from dist_train.config.schema import OPTIMIZERS
+from dist_train.config.optimizer import OPTIMIZERS
 from dist_train.errors import ConfigError
 from support.settings import DEFAULT, put, read_back
 

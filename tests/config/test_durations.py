@@ -14,7 +14,7 @@ from torch.optim import SGD, lr_scheduler
 
 from dist_train.config.durations import Duration, is_due
 from dist_train.config.loading import parse_config
-from dist_train.config.schema import SCHEDULES
+from dist_train.config.schedule import SCHEDULES
 from dist_train.errors import ConfigError, UserCodeError
 from dist_train.training.step.lr_schedule import LearningRate
 

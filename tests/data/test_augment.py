@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_train.config.augment import AugmentConfig
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.augment import Augment
 from dist_train.data.batches import Batches, training_batches
 from dist_train.data.sampler import ShardSampler

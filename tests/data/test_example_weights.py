@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.fingerprint import differences
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import num_examples

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from dist_train.atomic_files import read_json, write_json
 from dist_train.checkpoints.manifest import digest, fingerprint
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data import fingerprint as module
 from dist_train.data.fingerprint import Difference, differences, fingerprint_split
 from dist_train.data.sets.image_folder import ImageFolder

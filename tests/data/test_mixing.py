@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.batches import Batches, training_batches
 from dist_train.data.mixing import Mixed
 from dist_train.data.sampler import ShardSampler

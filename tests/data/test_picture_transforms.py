@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dist_train.config.augment import TRANSFORMS
 from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.data import DataConfig
 from dist_train.config.loading import parse_config
-from dist_train.config.schema import DataConfig
 from dist_train.data.batches import training_batches
 from dist_train.data.picture_transforms import PictureTransforms
 from dist_train.data.sampler import ShardSampler

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.data import DataConfig, Normalize
 from dist_train.config.loading import parse_config
-from dist_train.config.schema import DataConfig, Normalize
 from dist_train.data.batches import Batches, ResidentBatches, StreamingBatches, training_batches
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.sampler import ShardSampler, evaluation_shard

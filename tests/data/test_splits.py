@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dist_train.config.augment import AugmentConfig
-from dist_train.config.schema import DataConfig, Normalize
+from dist_train.config.data import DataConfig, Normalize
 from dist_train.data.sets import source as module
 from dist_train.data.sets.image_set import ImageSet, num_examples
 from dist_train.data.sets.settings_check import check_settings

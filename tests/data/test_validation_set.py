@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.sets import source as module
 from dist_train.data.sets.image_set import ImageSet, num_examples
 from dist_train.data.splits import Splits, check_data_exists, load_splits

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.data import DataConfig
 from dist_train.config.loading import parse_config
-from dist_train.config.schema import DataConfig
 from dist_train.data.batches import training_batches
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import ImageSet

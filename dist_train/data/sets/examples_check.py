@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_train.config.augment import AugmentConfig
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.sets.image_set import (
     Examples,
     classes_of,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
 from dist_train.errors import ConfigError, did_you_mean
 from dist_train.user_code.source_names import check_class_is_named

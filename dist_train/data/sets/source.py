@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_train.config.data import DataConfig
 from dist_train.config.paths import default_data_root
-from dist_train.config.schema import DataConfig
 from dist_train.data.sets.bundle import load_dataset_bundle
 from dist_train.data.sets.image_folder import load_image_folder, split_folders
 from dist_train.data.sets.image_set import Examples

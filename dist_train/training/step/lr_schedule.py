@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step. Its names are `SCHEDULES` in config/schema.py."""
+"""The learning rate as a function of the step. Its names are `SCHEDULES` in config/schedule.py."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_train.config.schema import OptimizerConfig
+from dist_train.config.optimizer import OptimizerConfig
 from dist_train.distributed.rng import seeded
 from dist_train.errors import ConfigError, UserCodeError, did_you_mean
 from dist_train.torchvision_compat import import_torchvision

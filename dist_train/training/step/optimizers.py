@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_train.config.schema import OptimizerConfig
+from dist_train.config.optimizer import OptimizerConfig
 from dist_train.distributed.devices import is_device_assert, is_out_of_memory
 from dist_train.distributed.rng import derive_seed, seed_everything
 from dist_train.errors import UserCodeError

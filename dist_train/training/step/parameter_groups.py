@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_train.config.schema import OptimizerConfig
+from dist_train.config.optimizer import OptimizerConfig
 from dist_train.errors import ConfigError, did_you_mean
 from dist_train.models.name_patterns import covers
 from dist_train.training.step.forward_effects import first_of

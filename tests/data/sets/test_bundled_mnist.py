@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from dist_train.atomic_files import temporary_path
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.sets import bundled_mnist as module
 from dist_train.data.sets import named_sets
 from dist_train.data.sets.bundled_mnist import FILES, MARKER_NAME, unpack_mnist

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from dist_train.config.schema import DataConfig, Normalize
+from dist_train.config.data import DataConfig, Normalize
 from dist_train.data.sets import image_folder as module
 from dist_train.data.sets.available_memory import available_bytes
 from dist_train.data.sets.image_folder import ImageFolder, decode, load_image_folder, split_folders

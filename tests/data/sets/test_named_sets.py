@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train.config.schema import DataConfig
+from dist_train.config.data import DataConfig
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS, available_sets
 from dist_train.data.sets.download import fetch
 from dist_train.data.sets.image_set import ImageSet

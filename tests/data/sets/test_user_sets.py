@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from dist_train.config.schema import DataConfig, Normalize
+from dist_train.config.data import DataConfig, Normalize
 from dist_train.data.sets.bundled_mnist import unpack_mnist
 from dist_train.data.sets.image_set import ImageSet, num_examples
 from dist_train.data.splits import Splits, load_splits

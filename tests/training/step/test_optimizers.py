@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.config.schema import OptimizerConfig
+from dist_train.config.optimizer import OptimizerConfig
 from dist_train.errors import UserCodeError
 from dist_train.training.step.optimizers import bare_step, build_optimizer
 

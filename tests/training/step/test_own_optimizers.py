@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dist_train.cli import main
 from dist_train.config.loading import parse_config
-from dist_train.config.schema import OptimizerConfig
+from dist_train.config.optimizer import OptimizerConfig
 from dist_train.errors import ConfigError
 from dist_train.runs.directory import RunDir
 from dist_train.training.step.muon import hidden_matrices

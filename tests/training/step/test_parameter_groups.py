@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_train.config.loading import parse_config
-from dist_train.config.schema import OptimizerConfig
+from dist_train.config.optimizer import OptimizerConfig
 from dist_train.errors import ConfigError
 from dist_train.training.step.optimizer_state import load_state
 from dist_train.training.step.optimizers import build_optimizer
