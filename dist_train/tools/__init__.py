@@ -1,1 +1,1 @@
-"""What examines the product itself: verify, bench, doctor, simulate."""
+"""Tools beside the training: verify, bench, doctor and simulate examine the product itself; lr-find; new."""
