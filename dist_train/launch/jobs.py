@@ -56,10 +56,10 @@ def train_here(config: Config, start: StartOptions, request: StopRequest, starte
 
 
 def check(run_dir: RunDir, config: Config, start: StartOptions, *, create: bool = False) -> bool:
-    """Do as `check_start`, and see that the run may be extended if it is to be, as far as no code of the user tells.
+    """Do as `check_start`, and check an extension too. One with a schedule of the user's is checked in training only.
 
     Raises:
-        ConfigError, RunDirError: It cannot be started there.
+        ConfigError, RunDirError: The run cannot be started there.
     """
     from dist_train.training.extension import check_extension
 

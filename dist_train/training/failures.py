@@ -109,10 +109,10 @@ class FailureHandler:
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         config, size = self._config, self.process.world_size
-        plan = BatchPlan.of(config, size)
-        smaller = plan.with_smaller_forwards()
         if config.per_device_batch_size == "auto":
             return OutOfMemory(f"Out of memory with per_device_batch_size=auto. Set a number.\n{first_line(error)}")
+        plan = BatchPlan.of(config, size)
+        smaller = plan.with_smaller_forwards()
         if smaller is None:
             fix = f"A forward pass already has only one example: use a smaller net, or more than {size} processes."
         else:
