@@ -238,6 +238,9 @@ class Config(Section):
                 f"step_mode={self.step_mode}: optimizer.name={self.optimizer.name} takes its own step, which is eager. "
                 f"Set step_mode=auto"
             )
+        if self.data.tta is not None and (self.task != "classification" or self.ignore_index is not None):
+            needs = "task=classification" if self.task != "classification" else "every label, without ignore_index"
+            raise ValueError(f"data.tta={self.data.tta} counts correct classes: it needs {needs}. Remove data.tta")
         return self
 
     @property

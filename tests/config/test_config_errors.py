@@ -55,6 +55,8 @@ def test_unknown_settings_get_suggestion(tree: dict[str, Any], expected: str) ->
     ("tree", "expected"),
     [
         ({"global_batch_size": 0}, "global_batch_size=0: input should be greater than 0."),
+        ({"task": "regression", "data": {"tta": "flip"}}, "data.tta=flip counts correct classes: it needs task=class"),
+        ({"ignore_index": 0, "data": {"tta": "flip"}}, "data.tta=flip counts correct classes: it needs every label,"),
         ({"global_batch_size": "many"}, "global_batch_size=many: input should be a valid integer"),
         ({"mixed_precision": "fp8"}, "mixed_precision=fp8: input should be 'no', 'bf16' or 'fp16'."),
         ({"optimizer": {"name": "adan"}}, "optimizer.name=adan: no such optimizer. Did you mean adam? Names: adam, "),
