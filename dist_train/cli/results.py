@@ -80,15 +80,15 @@ def predict(run: Path, images: tuple[Path, ...], checkpoint: str, invert: bool, 
     from dist_train.inference.trained_net import TrainedNet
 
     for found in ask(TrainedNet.open(run, checkpoint), images, invert=invert):
-        shares = dict(zip(found.classes, found.values, strict=False))
-        if as_json:
-            answer = {"classes": shares} if shares else {"numbers": found.values}
-            click.echo(json.dumps({"image": str(found.image), **answer}))
+        if found.classes:
+            pairs = list(zip(found.classes, found.values, strict=True))
+            answer: dict[str, Any] = {"classes": dict(pairs)}
+            texts = [f"{name} {value:.1%}" for name, value in pairs]
         else:
-            texts = [f"{name} {value:.1%}" for name, value in shares.items()] or [
-                f"{each:.4g}" for each in found.values
-            ]
-            click.echo(f"{found.image}: " + ", ".join(texts))
+            answer, texts = {"numbers": found.values}, [f"{value:.4g}" for value in found.values]
+        click.echo(
+            json.dumps({"image": str(found.image), **answer}) if as_json else f"{found.image}: {', '.join(texts)}"
+        )
 
 
 @click.command()

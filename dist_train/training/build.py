@@ -119,7 +119,7 @@ def build_trainer(
     _check_sizes(config, splits)
     before = run_dir.read_provenance()
     channels_last = before.get("channels_last", False) if "step_mode" in before else None  # as when it began
-    micro_batch = before.get("batch_plan", {}).get("per_device_batch_size")
+    micro_batch = before.get("micro_batch", before.get("batch_plan", {}).get("per_device_batch_size"))
     components = build_components(config, world, splits, channels_last, micro_batch=micro_batch)
     sampler, learning_rate, step = components.sampler, components.learning_rate, components.step
     total_steps = learning_rate.total_steps
@@ -183,11 +183,11 @@ def _check_sizes(config: Config, splits: Splits) -> None:
 def _check_best_by(config: Config, net: nn.Module) -> None:
     """Refuse a metric that no evaluation will have. Those of the net's own are known after the first evaluation."""
     name = (config.best_by or "val/loss").removeprefix("val/")
-    ours = ("loss", "accuracy", *(["accuracy_tta"] if config.data.tta else []), *config.metrics)
+    counts = config.task == "classification" and config.ignore_index is None
+    ours = ["loss", *(["accuracy"] if counts else []), *(["accuracy_tta"] if config.data.tta else []), *config.metrics]
     if name not in ours and getattr(net, "metrics", None) is None:
         raise ConfigError(
-            f"best_by={config.best_by}: evaluations have loss, accuracy and what metrics lists, which is "
-            f"{', '.join(config.metrics) or 'nothing'}. Set metrics=[{', '.join([*config.metrics, name])}]."
+            f"best_by={config.best_by}: the evaluations have {', '.join(ours)}. Name one of them, or add it to metrics."
         )
 
 
@@ -255,6 +255,8 @@ def _start_attempt(
         report_start(config, run_dir, splits, sampler, step, state, total_steps, provenance)
     # A resumed run keeps the mode that was chosen when it began.
     step.warm_up(state.step, before.get("step_mode", "auto") if config.step_mode == "auto" else config.step_mode)
+    if config.per_device_batch_size == "auto":  # on another number of processes less may be divisible
+        provenance["micro_batch"] = before.get("micro_batch", sampler.plan.per_device_batch_size)
     provenance |= {"step_mode": step.mode, "channels_last": components.channels_last}
     if world.is_rank_zero:
         report_limits(config, step, provenance, before)

@@ -205,6 +205,10 @@ class _Sums:
         with self.error_context(indices):
             loss, own = self._objective.loss(output, targets), self._objective.metrics(output, targets)
         if mean_output is not None:
+            if "accuracy_tta" in own:
+                raise UserCodeError(
+                    "metrics(output, target) returned accuracy_tta, which data.tta counts itself. Give it another name."
+                )
             own["accuracy_tta"] = int((mean_output.argmax(dim=1) == targets).sum()) / len(indices)
         if self._objective.weighs:
             own = {_WEIGHT: float(self._objective.mean_weight(targets))} | own

@@ -160,6 +160,27 @@ def test_values_are_those_of_scikit_learn(world_size: int, length: int, tmp_path
         assert found == pytest.approx(truth(case.split()[0], length), abs=1e-6), case
 
 
+class Timid(Net):
+    """Predicts every label, by logits that could be probabilities below one half."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).sigmoid() * 0.4 + 0.01
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_label_is_predicted_where_its_logit_is_above_zero(size: int, world: World) -> None:
+    examples, net = WithTargets("multi_label", 50), Timid()
+    loss = loss_of(net, parse_config({"task": "multi_label"}))
+    further = SplitMetrics("multi_label", ["recall", "precision", "f1"], 50, CPU)
+    found = evaluate(net, batches(examples, world, size), Objective(net, loss), world, metrics=further)
+    assert found is not None
+    shares = examples.targets.mean(dim=0).double()
+    expected = {"recall": (shares > 0).double(), "precision": shares, "f1": 2 * shares / (1 + shares)}
+    assert {name: found[name] for name in expected} == pytest.approx(
+        {name: float(value.mean()) for name, value in expected.items()}, abs=1e-6
+    )
+
+
 def test_metrics_are_shown_wherever_accuracy_is(tmp_path: Path) -> None:
     run = tmp_path / "r"
     settings = {

@@ -62,6 +62,12 @@ def test_run_is_that_of_the_size_found(tmp_path: Path) -> None:
     plan = BatchPlan(**RunDir(tmp_path / "24").read_provenance()["batch_plan"])
     assert plan == BatchPlan(24, 4, 1)
 
+    auto = settings | {"per_device_batch_size": "auto"}
+    train_on_ranks(auto, tmp_path / "moved", world_size=2, stop_after=2)
+    train_on_ranks(auto, tmp_path / "moved", world_size=3)
+    record = RunDir(tmp_path / "moved").read_provenance()
+    assert (record["batch_plan"]["per_device_batch_size"], record["micro_batch"]) == (32, 48)
+
 
 def test_any_size_is_planned_for_before_it_is_found() -> None:
     assert BatchPlan.of(parse_config(AUTO), 2) == BatchPlan(SHARE, 1, 2)

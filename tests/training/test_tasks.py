@@ -152,6 +152,10 @@ def test_balanced_weights_are_those_of_the_examples_trained_on() -> None:
         assert found is not None
         assert found.tolist() == pytest.approx(expected)
         assert float(found[digits.labels[kept]].mean()) == pytest.approx(1)
+    ignoring = class_weights(parse_config({"class_weights": "balanced", "ignore_index": 3}), digits, 10, cpu)
+    assert ignoring is not None
+    assert float(ignoring[3]) == 0
+    assert float(ignoring[digits.labels[digits.labels != 3]].mean()) == pytest.approx(1)
     with pytest.raises(ConfigError, match=r"class_weights=balanced: class 10 has none of the 960 training examples"):
         class_weights(config, digits, 11, cpu)
     with pytest.raises(ConfigError, match=r"class_weights=balanced needs the class of each training example"):
@@ -314,8 +318,8 @@ def test_best_checkpoint_is_that_of_the_metric(settings: dict[str, Any], better:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"best_by": "val/f1"}, r"best_by=val/f1: evaluations have loss, accuracy and what metrics lists, which is "
-                                r"nothing\. Set metrics=\[f1\]"),
+        ({"best_by": "val/f1"}, r"best_by=val/f1: the evaluations have loss, accuracy\. Name one of them, or add"),
+        ({"best_by": "val/accuracy", "ignore_index": 3}, r"best_by=val/accuracy: the evaluations have loss\."),
         ({"best_by": "val/psnr", "best_mode": "max", "model": {"name": "test_tasks:Wandering"}},
          r"best_by=val/psnr: the evaluations have val/accuracy, val/depth, val/loss, val/seen"),
     ],

@@ -61,8 +61,10 @@ class SplitMetrics:
         else:
             targets = targets.long()
             self._check_labels(targets, indices)
+        # torchmetrics takes logits for probabilities, and compares them with 0.5, if all of a batch are from 0 to 1.
+        predicted = (output > 0).long() if self._task == "multi_label" else output
         for metric in self._summed.values():
-            metric.update(output, targets)
+            metric.update(predicted, targets)
         if self._gathered:
             probabilities = output.softmax(dim=1) if self._task == "classification" else output.sigmoid()
             head = [indices.to(self._device).unsqueeze(1), targets.view(len(output), -1)]
