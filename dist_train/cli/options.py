@@ -93,6 +93,7 @@ def load(name: str | None, overrides: tuple[str, ...] = ()) -> Config:
 def check_net_and_data(config: Config) -> None:
     """Check that net, data set, schedule and optimizer exist, without constructing net and data set."""
     from dist_train.data.splits import check_data_exists
+    from dist_train.launch.jobs import check_optimizer
     from dist_train.models.registry import check_model_exists
     from dist_train.user_code.importing import check_object
 
@@ -100,10 +101,7 @@ def check_net_and_data(config: Config) -> None:
     check_model_exists(config.model)
     if ":" in config.schedule.name:
         check_object(config.schedule.name)
-    if config.optimizer.own_step:
-        from dist_train.training.step.optimizer_names import find_optimizer
-
-        find_optimizer(config.optimizer)
+    check_optimizer(config)
 
 
 def end_rank() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from dist_train.config.section import Section
-from dist_train.config.values import Fraction, Options
-from dist_train.errors import did_you_mean
+from dist_train.config.values import Fraction, Options, known_or_own
 
 # The settings of each optimizer besides lr: keyword arguments of its torch.optim class. None keeps torch's default.
 OPTIMIZERS: dict[str, frozenset[str]] = {
@@ -23,12 +21,7 @@ OPTIMIZERS: dict[str, frozenset[str]] = {
 
 
 def _optimizer_or_own(name: str) -> str:
-    if name not in OPTIMIZERS and not re.fullmatch(r"[\w.]+:\w+", name):
-        raise ValueError(
-            f"no such optimizer.{did_you_mean(name, OPTIMIZERS)} Names: {', '.join(OPTIMIZERS)}, timm:NAME, "
-            f"package.module:Class"
-        )
-    return name
+    return known_or_own("optimizer", name, OPTIMIZERS, "timm:NAME, package.module:Class")
 
 
 class GroupConfig(Section):

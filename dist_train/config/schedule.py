@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from dist_train.config.durations import Duration
 from dist_train.config.section import Section
-from dist_train.config.values import Fraction, PositiveSteps, Steps
-from dist_train.errors import did_you_mean
+from dist_train.config.values import Fraction, PositiveSteps, Steps, known_or_own
 
 # The settings of each schedule besides warmup and final_ratio, which are ignored where they have no meaning.
 SCHEDULES: dict[str, frozenset[str]] = {
@@ -25,11 +23,7 @@ SCHEDULES: dict[str, frozenset[str]] = {
 
 
 def _schedule_or_own(name: str) -> str:
-    if name not in SCHEDULES and not re.fullmatch(r"[\w.]+:\w+", name):
-        raise ValueError(
-            f"no such schedule.{did_you_mean(name, SCHEDULES)} Names: {', '.join(SCHEDULES)}, package.module:function"
-        )
-    return name
+    return known_or_own("schedule", name, SCHEDULES, "package.module:function")
 
 
 class ScheduleConfig(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PlainSer
 
 from dist_train.config.durations import Duration
 from dist_train.config.profiled_steps import ProfiledSteps
+from dist_train.errors import did_you_mean
 
 MayChange = "free"  # may differ between the starts of one run
 
@@ -24,6 +27,17 @@ def _not_zero(duration: Duration) -> Duration:
     if not duration.value:
         raise ValueError("it must be longer than zero")
     return duration
+
+
+def known_or_own(kind: str, name: str, known: Collection[str], others: str) -> str:
+    """Return the name of an optimizer or schedule that is known, or may be an object of the user's as module:name.
+
+    Raises:
+        ValueError: it is neither. `others`: how names that are not `known` are written.
+    """
+    if name not in known and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError(f"no such {kind}.{did_you_mean(name, known)} Names: {', '.join(known)}, {others}")
+    return name
 
 
 def _without_nul(path: Path) -> Path:

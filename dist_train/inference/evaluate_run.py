@@ -14,7 +14,6 @@ from torch import Tensor
 from dist_train.checkpoints.manifest import read_manifest
 from dist_train.checkpoints.saved_net import SavedNet
 from dist_train.checkpoints.storage import load_weights
-from dist_train.data.class_weights import class_weights
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.splits import load_splits
 from dist_train.distributed.process_info import detect_process
@@ -22,7 +21,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import DataError
 from dist_train.models.registry import build_model
 from dist_train.models.tasks.confusion import Confusion, class_names
-from dist_train.models.tasks.losses import loss_of
+from dist_train.models.tasks.losses import loss_for
 from dist_train.models.tasks.objective import Objective
 from dist_train.models.tasks.split_metrics import split_metrics
 from dist_train.training.evaluate import evaluate
@@ -71,8 +70,7 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     batches = evaluation_batches(examples, net, world, config)
     world.set_timeout(config.stall_timeout_s)
     confusion = Confusion()
-    weights = class_weights(config, splits.train, splits.input_spec["num_classes"], world.device)
-    objective = Objective(net, loss_of(net, config, weights))
+    objective = Objective(net, loss_for(net, config, splits, world.device))
     metrics = split_metrics(config, batches.num_examples, world.device)
     values = evaluate(net, batches, objective, world, confusion=confusion, metrics=metrics)
     counts = confusion.total(world)

@@ -55,6 +55,14 @@ def train_here(config: Config, start: StartOptions, request: StopRequest, starte
         run_training(config, start, request, started, SlurmScheduler(os.environ))
 
 
+def check_optimizer(config: Config) -> None:
+    """Check an optimizer that takes its own step: see `find_optimizer`."""
+    if config.optimizer.own_step:
+        from dist_train.training.step.optimizer_names import find_optimizer
+
+        find_optimizer(config.optimizer)
+
+
 def check(run_dir: RunDir, config: Config, start: StartOptions, *, create: bool = False) -> bool:
     """Do as `check_start`, and check an extension too. One with a schedule of the user's is checked in training only.
 
@@ -90,10 +98,7 @@ def launch(
         ConfigError, RunDirError: The run cannot be started there.
         LaunchError: A rank failed; with the error of the one that failed first.
     """
-    if config.optimizer.own_step:
-        from dist_train.training.step.optimizer_names import find_optimizer
-
-        find_optimizer(config.optimizer)
+    check_optimizer(config)
     run_dir = find_run_dir(config, start, claim=not dry_run)
     finished = check(run_dir, config, start, create=not dry_run)
     spec = LaunchSpec(

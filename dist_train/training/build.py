@@ -20,7 +20,6 @@ from dist_train.checkpoints.storage import load_weights
 from dist_train.checkpoints.weights import load_into
 from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
-from dist_train.data.class_weights import class_weights
 from dist_train.data.epoch_audit import ShardAudit
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import num_examples
@@ -33,7 +32,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import ConfigError
 from dist_train.models.freezing import Frozen
 from dist_train.models.registry import build_model, is_library_net
-from dist_train.models.tasks.losses import loss_of
+from dist_train.models.tasks.losses import loss_for
 from dist_train.models.tasks.objective import Objective
 from dist_train.models.tasks.split_metrics import check_gathered
 from dist_train.runs.directory import RunDir
@@ -87,9 +86,9 @@ def build_components(
     change(net)
     net.to(world.device)
     batches = training_batches(splits.train, sampler, config.data, world.device, config.seed)
-    weights = class_weights(config, splits.train, splits.input_spec["num_classes"], world.device)
+    loss = loss_for(net, config, splits, world.device)
     if channels_last is None:
-        objective = Objective(net, loss_of(net, config, weights))
+        objective = Objective(net, loss)
         channels_last = is_library_net(config.model) and is_faster_in_channels_last(net, batches, objective, world)
     if channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -98,7 +97,7 @@ def build_components(
         until = config.model.freeze_until
         frozen = Frozen(net, config.model.freeze, until.to_steps(sampler.steps_per_epoch) if until else None)
     _check_best_by(config, net)
-    step = Step(config, world, net, batches, plan, learning_rate, frozen, weights)
+    step = Step(config, world, net, batches, plan, learning_rate, frozen, loss)
     return Components(sampler, learning_rate, step, channels_last)
 
 
@@ -210,7 +209,8 @@ def _restore(
     record = None
     if config.model.weights is not None:
         record = load_on_all(step.net, config.model.weights, checkpoints.world)
-    step.restart_optimizer()
+    if start.init_from is not None or config.model.weights is not None:
+        step.restart_optimizer()
     return TrainerState(), record
 
 

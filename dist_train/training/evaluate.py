@@ -210,8 +210,8 @@ class _Sums:
                     "metrics(output, target) returned accuracy_tta, which data.tta counts itself. Give it another name."
                 )
             own["accuracy_tta"] = int((mean_output.argmax(dim=1) == targets).sum()) / len(indices)
-        if self._objective.weighs:
-            own = {_WEIGHT: float(self._objective.mean_weight(targets))} | own
+        if (weight := self._objective.mean_weight(targets)) is not None:
+            own = {_WEIGHT: float(weight)} | own
         counts = self._counts = self._counts or Counts(self._device, tuple(own))
         if tuple(own) != counts.names[3:]:
             raise UserCodeError(

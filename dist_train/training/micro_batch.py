@@ -11,7 +11,6 @@ from torch import nn
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
 from dist_train.data.batches import training_batches
-from dist_train.data.class_weights import class_weights
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import Splits
@@ -20,7 +19,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import OutOfMemory
 from dist_train.models.invariance import world_size_dependent_layers
 from dist_train.models.registry import build_model
-from dist_train.models.tasks.losses import loss_of
+from dist_train.models.tasks.losses import loss_for
 from dist_train.models.tasks.objective import Objective
 from dist_train.training.step.optimizers import build_optimizer
 
@@ -82,8 +81,7 @@ def _step(config: Config, world: World, splits: Splits, plan: BatchPlan) -> list
     margin = torch.empty(_margin(world.device), dtype=torch.uint8, device=world.device)
     copies = int(world.size > 1) + int(config.ema_decay is not None)
     reserved = [torch.empty_like(parameter) for parameter in net.parameters() for _ in range(copies)]
-    weights = class_weights(config, splits.train, splits.input_spec["num_classes"], world.device)
-    objective = Objective(net, loss_of(net, config, weights))
+    objective = Objective(net, loss_for(net, config, splits, world.device))
     optimizer = build_optimizer(config.optimizer, net, world.device)
     batch = training_batches(splits.train, sampler, config.data, world.device, config.seed).at(0, 0)
     with world.accelerator.autocast():

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.config.schema import Config
+from dist_train.data.class_weights import class_weights
 from dist_train.data.sets.image_set import describe_value
+from dist_train.data.splits import Splits
 from dist_train.errors import ConfigError, UserCodeError
 
 _IGNORE_NOTHING = -(2**31)  # torch's default, -100, would silently ignore labels of -100
@@ -26,19 +28,18 @@ class TargetMismatch(UserCodeError):
 
 
 class Loss(Protocol):
-    """A loss that is a mean over examples, each with the weight 1 unless `weighs`."""
+    """A loss that is a mean over examples, whose weights may differ."""
 
-    weighs: bool
     ignores: bool  # whether some labels are left out, so that there is no accuracy over all examples
 
     def __call__(self, output: Any, targets: Any) -> Tensor:
         """Return the mean over the micro-batch of weight x loss, [].
 
-        Where it `weighs`, divide by the mean weight of the whole batch, of which this may be a part.
+        Divide by the mean weight of the whole batch, of which this may be a part.
         """
 
-    def mean_weight(self, targets: Tensor) -> Tensor:
-        """Return the mean weight over the micro-batch, [], in the default dtype."""
+    def mean_weight(self, targets: Tensor) -> Tensor | None:
+        """Return the mean weight over the micro-batch, [], in the default dtype; None if all weights are 1."""
 
     def check(self, net: str, output: Any, targets: Any) -> None:
         """Check that output and targets fit together. `net` names its class. Waits for the device.
@@ -66,7 +67,7 @@ class CrossEntropy:
     ) -> None:
         """`class_weights`: [K], on the device."""
         self.ignores = ignore_index is not None
-        self.weighs = class_weights is not None or self.ignores
+        self._weighs = class_weights is not None or self.ignores
         self._label_smoothing = label_smoothing
         self._class_weights = class_weights
         # Ignored labels reduce the number of examples in the mean and give micro-batches unequal weights.
@@ -79,11 +80,13 @@ class CrossEntropy:
             self._class_weights,
             label_smoothing=self._label_smoothing,
             ignore_index=self._ignore_index,
-            reduction="sum" if self.weighs else "mean",
+            reduction="sum" if self._weighs else "mean",
         )
-        return loss / targets.numel() if self.weighs else loss
+        return loss / targets.numel() if self._weighs else loss
 
-    def mean_weight(self, targets: Tensor) -> Tensor:
+    def mean_weight(self, targets: Tensor) -> Tensor | None:
+        if not self._weighs:
+            return None
         labels = targets.long()  # uint8 has no negative numbers to compare with
         counts = labels != self._ignore_index
         if self._class_weights is None:
@@ -105,7 +108,7 @@ class CrossEntropy:
                 f"class_weights has {len(weights)} numbers, but {net} has {output.shape[1]} classes. Give each one."
             )
         probabilities = isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == output.shape
-        if probabilities and not self.weighs:
+        if probabilities and not self._weighs:
             return
         shape = [len(output), *output.shape[2:]]
         if not isinstance(targets, Tensor) or targets.dtype not in _LABEL_DTYPES or list(targets.shape) != shape:
@@ -147,10 +150,10 @@ class CrossEntropy:
 class _Elementwise:
     """A mean over all numbers of the output, each compared with the target at its place."""
 
-    weighs = ignores = False
+    ignores = False
 
-    def mean_weight(self, targets: Tensor) -> Tensor:
-        return torch.ones((), device=targets.device)
+    def mean_weight(self, targets: Tensor) -> Tensor | None:
+        return None
 
     def check_labels(self, net: str, output: Tensor, labels: Tensor) -> None:
         pass
@@ -237,8 +240,13 @@ def one_over(weight: Tensor) -> Tensor:
     return torch.where(weight > 0, 1 / weight, 0)
 
 
-def loss_of(net: nn.Module, config: Config, class_weights: Tensor | None = None) -> Loss:
-    """Return the loss of `task`. `class_weights`: [K], on the device.
+def loss_for(net: nn.Module, config: Config, splits: Splits, device: torch.device) -> Loss:
+    """Return the loss of `task` with the `class_weights` of the training set: see `loss_of`."""
+    return loss_of(net, config, class_weights(config, splits.train, splits.num_classes, device))
+
+
+def loss_of(net: nn.Module, config: Config, weights: Tensor | None = None) -> Loss:
+    """Return the loss of `task`. `weights`: of the classes, [K], on the device.
 
     Raises:
         ConfigError: the net has a loss of its own, for which a setting of the task's loss has no meaning.
@@ -255,4 +263,4 @@ def loss_of(net: nn.Module, config: Config, class_weights: Tensor | None = None)
         return BinaryCrossEntropy()
     if config.task == "regression":
         return Distance(config.loss or "mse")
-    return CrossEntropy(config.label_smoothing, class_weights, config.ignore_index)
+    return CrossEntropy(config.label_smoothing, weights, config.ignore_index)

@@ -78,11 +78,6 @@ class Objective:
         output = model(*inputs) if self._unpack and isinstance(inputs, (list, tuple)) else model(inputs)
         return change_each(_to_float32, output) if _has_half(output) else output
 
-    @property
-    def weighs(self) -> bool:
-        """Whether examples have different weights: see `mean_weight`."""
-        return self._own_loss is None and self._loss.weighs
-
     def loss(self, output: Any, targets: Any) -> Tensor:
         """Return the mean over the micro-batch of weight x loss, [] (nats for cross-entropy).
 
@@ -110,12 +105,16 @@ class Objective:
         except TargetMismatch as error:
             raise TargetMismatch(str(error)) from error  # its row is another example's
 
-    def mean_weight(self, targets: Any) -> Tensor:
-        """Return the mean weight of the examples of the micro-batch in the loss, []: 1 unless it `weighs`."""
-        if isinstance(targets, Mixed):
-            of_labels, of_others = self._loss.mean_weight(targets.labels), self._loss.mean_weight(targets.others)
-            return targets.share * of_labels + (1 - targets.share) * of_others
-        return self._loss.mean_weight(targets)
+    def mean_weight(self, targets: Any) -> Tensor | None:
+        """Return the mean weight of the examples of the micro-batch in the loss, []; None if all weights are 1."""
+        if self._own_loss is not None:
+            return None
+        if not isinstance(targets, Mixed):
+            return self._loss.mean_weight(targets)
+        of_labels, of_others = self._loss.mean_weight(targets.labels), self._loss.mean_weight(targets.others)
+        if of_labels is None or of_others is None:
+            return None
+        return targets.share * of_labels + (1 - targets.share) * of_others
 
     def check(self, output: Any, targets: Any) -> None:
         """Check that the task's loss accepts output and targets, unless the net has its own. Waits for the device.

@@ -90,6 +90,15 @@ class LoadedRun:
         return [x for x, _ in points], [y for _, y in points]
 
     @cached_property
+    def further(self) -> dict[str, list[str]]:
+        """The names of the metrics besides loss and accuracy, by split."""
+        lines = (self.summary.result, *self.lines)
+        return {
+            split: list(dict.fromkeys(name for line in lines for name in further_metrics(line, split)))
+            for split in ("test", "val")
+        }
+
+    @cached_property
     def _seconds(self) -> list[float]:
         """Seconds from the first line to each line, without the time between attempts."""
         seconds, attempt, before = 0.0, None, 0.0
@@ -117,13 +126,7 @@ METRICS = (
 
 def metrics_of(runs: Sequence[LoadedRun]) -> list[Metric]:
     """Return the columns for these runs: `METRICS`, and after the accuracies the further metrics that any run has."""
-    found = {
-        (split, name): None
-        for split in ("test", "val")
-        for run in runs
-        for line in (run.summary.result, *run.lines)
-        for name in further_metrics(line, split)
-    }
+    found = {(split, name): None for split in ("test", "val") for run in runs for name in run.further[split]}
     if all(run.summary.test_accuracy is None for run in runs):
         found[("test", "loss")] = None
     modes = {run.config.best_by: run.config.best_is for run in runs if run.config and run.config.best_by}

@@ -20,7 +20,7 @@ from dist_train.models.tasks.objective import ErrorContext, Objective
 from dist_train.training.step.counts import Counts, Overflows
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import unchanged
-from dist_train.training.step.optimizers import bare_step, build_optimizer, own_step
+from dist_train.training.step.optimizers import bare_step, build_optimizer, seeded_step
 from dist_train.training.step.parameter_groups import set_learning_rate
 from dist_train.training.step.weight_averaging import AveragedNet
 
@@ -64,7 +64,7 @@ class EagerUpdate:
         update = self.optimizer.step if self.overflows else bare_step(optimizer)
         self.optimize: Callable[[int], object] = lambda _step: update()
         if config.optimizer.own_step:
-            self.optimize = own_step(self.optimizer, config.optimizer.name, config.seed)
+            self.optimize = seeded_step(self.optimizer, config.optimizer.name, config.seed)
 
     def __call__(self, step: int) -> None:
         """Do update number `step` (from 0)."""
@@ -88,8 +88,8 @@ class EagerUpdate:
                 # sum of the parts is the mean over the global batch.
                 self._backward(loss / micro_steps if micro_steps > 1 else loss)  # saves 40 us per step
             counted.append((loss.detach(), self.objective.correct(output, batch.targets), len(batch)))
-            if self.objective.weighs:
-                weights.append(self.objective.mean_weight(batch.targets))
+            if (weight := self.objective.mean_weight(batch.targets)) is not None:
+                weights.append(weight)
         if weights:
             factor = self._divide_by_weight(weights)
             counted = [(loss * factor, correct, seen) for loss, correct, seen in counted]

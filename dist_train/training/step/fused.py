@@ -43,8 +43,8 @@ class FusedUpdate:
         inputs, targets = self.batches.materialise(*selection)
         output = self.objective.forward(self.model, inputs)
         loss = self.objective.loss(output, targets)
-        if self.objective.weighs:  # this batch is the global one
-            loss = loss * one_over(self.objective.mean_weight(targets))
+        if (weight := self.objective.mean_weight(targets)) is not None:  # this batch is the global one
+            loss = loss * one_over(weight)
         # Not loss.backward(): it would break the compiled graph, and there are no gradients to add to.
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():

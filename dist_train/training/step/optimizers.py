@@ -75,7 +75,7 @@ def bare_step(optimizer: Optimizer) -> Callable[[], None]:
     return take
 
 
-def own_step(optimizer: Optimizer, name: str, seed: int) -> Callable[[int], None]:
+def seeded_step(optimizer: Optimizer, name: str, seed: int) -> Callable[[int], None]:
     """Return `optimizer.step` for a step number. What it draws is the same on every rank and after a resume."""
 
     def take(step: int) -> None:

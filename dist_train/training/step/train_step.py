@@ -21,7 +21,7 @@ from dist_train.data.mixing import Mixed
 from dist_train.distributed.world import World
 from dist_train.errors import UserCodeError
 from dist_train.models.freezing import Frozen
-from dist_train.models.tasks.losses import loss_of
+from dist_train.models.tasks.losses import Loss, loss_of
 from dist_train.models.tasks.objective import Objective
 from dist_train.models.tasks.split_metrics import check_output
 from dist_train.training.step.eager import EagerUpdate
@@ -49,9 +49,9 @@ class Step:
         plan: BatchPlan,
         learning_rate: LearningRate,
         frozen: Frozen | None = None,
-        class_weights: Tensor | None = None,
+        loss: Loss | None = None,
     ) -> None:
-        """`frozen`: what of the net is frozen. `class_weights`: of the loss, [K], on the device.
+        """`frozen`: what of the net is frozen. `loss`: as of `loss_for`; None: without class weights.
 
         Collective: every rank must call this.
         """
@@ -68,7 +68,7 @@ class Step:
         self._stay_finite = [*net.parameters(), *finite]
         # Copied before Accelerate patches `forward`: a later copy would call the original's.
         self.ema = AveragedNet(net, config.ema_decay) if config.ema_decay else None
-        loss = loss_of(net, config, class_weights)
+        loss = loss or loss_of(net, config)
         self.evaluation_objective = Objective(self.evaluated_net, loss)
         self.mode: StepMode = "eager"  # until `warm_up`
         self.chosen_mode: StepMode = "eager"  # as `mode`, except where the net or the data do not support it

@@ -27,6 +27,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import UserCodeError
 from dist_train.models.freezing import Frozen
 from dist_train.models.nets import MODELS, Mlp
+from dist_train.models.tasks.losses import loss_of
 from dist_train.runs.directory import RunDir
 from dist_train.training.step import mode_selection, train_step
 from dist_train.training.step.lr_schedule import LearningRate
@@ -50,7 +51,7 @@ def new_step(world: World, net: nn.Module, **settings: Any) -> Step:
     batches = training_batches(train, ShardSampler(len(train), plan, 0, 0), config.data, world.device, 0)
     weights = class_weights(config, train, 10, world.device)
     rate = LearningRate(config.optimizer.lr, STEPS, "one_cycle")
-    return Step(config, world, net, batches, plan, rate, class_weights=weights)
+    return Step(config, world, net, batches, plan, rate, loss=loss_of(net, config, weights))
 
 
 @pytest.fixture(autouse=True)
