@@ -13,27 +13,23 @@ from torch import Tensor
 
 from dist_train.config.augment import AugmentConfig
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.data import DataConfig
 from dist_train.data.augment import Augment
-from dist_train.data.batches import Batches, training_batches
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.data.transforms import Pixels
 from dist_train.distributed.rng import derive_seed
 from dist_train.torchvision_compat import import_torchvision
+from support.divided_batches import GLOBAL, STEPS, WHOLE, batches, check_division, every_division, random_images
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked
 
 CPU = torch.device("cpu")
 PIXELS = Pixels(None, CPU)
-GLOBAL = 24
 
 
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(1, 256, (100, 3, 7, 9), dtype=torch.uint8, generator=generator)  # no black pixels
-    return ImageSet(pixels, torch.arange(100) % 4, tuple("abcd"))
+    return random_images()
 
 
 EACH = {
@@ -53,47 +49,18 @@ def torchvision_functions() -> Any:
     return import_module("torchvision.transforms.v2.functional")
 
 
-def batches(images: ImageSet, plan: BatchPlan, rank: int, **settings: object) -> Batches:
-    config = DataConfig.model_validate({"augment": EACH["shift and flip"], **settings})
-    return training_batches(images, ShardSampler(len(images), plan, rank, 5), config, CPU, seed=5)
-
-
 def augment_of(**settings: object) -> Augment:
-    sampler = ShardSampler(100, BatchPlan(GLOBAL, 1, 1), 0, 5)
+    sampler = ShardSampler(100, WHOLE, 0, 5)
     return Augment(AugmentConfig.model_validate(settings), sampler, PIXELS, CPU)
 
 
-def by_example(images: ImageSet, plan: BatchPlan, step: int, **settings: object) -> dict[int, Tensor]:
-    """Return the images of one global batch from all ranks."""
-    found: dict[int, Tensor] = {}
-    for rank in range(plan.world_size):
-        source = batches(images, plan, rank, **settings)
-        for micro_step in range(plan.grad_accum_steps):
-            batch = source.at(step, micro_step)
-            found |= dict(zip(batch.indices.tolist(), batch.inputs, strict=True))
-    return found
-
-
 @pytest.mark.parametrize("augment", EACH.values(), ids=EACH)
-@pytest.mark.parametrize(
-    ("plan", "settings"),
-    [
-        (BatchPlan(12, 1, 2), {}),
-        (BatchPlan(2, 4, 3), {}),
-        (BatchPlan(8, 3, 1), {"resident": False}),
-        (BatchPlan(4, 3, 2), {"resident": False, "num_workers": 2}),
-    ],
-    ids=["two", "three-micro", "streamed-micro", "workers"],
-)
+@every_division
 def test_images_are_equal_for_any_division(
     plan: BatchPlan, settings: dict[str, object], augment: dict[str, object], images: ImageSet
 ) -> None:
-    for step in (0, 3, 4, 9):  # four steps per epoch
-        whole = by_example(images, BatchPlan(GLOBAL, 1, 1), step, augment=augment)
-        divided = by_example(images, plan, step, augment=augment, **settings)
-        assert len(whole) == GLOBAL
-        assert whole.keys() == divided.keys()
-        assert all(torch.equal(whole[index], divided[index]) for index in whole)
+    for step in STEPS:  # begun anew at each, as by a resume
+        check_division(images, plan, [step], lambda batch: zip(batch.inputs, strict=True), augment, **settings)
 
 
 @pytest.mark.parametrize(("padding_mode", "numpy_mode"), [("constant", "constant"), ("reflect", "reflect")])
@@ -132,7 +99,7 @@ def test_draws_of_shift_and_flip_are_those_of_older_versions() -> None:
 
 def test_alternating_flip_mirrors_each_example_in_every_other_epoch() -> None:
     """96 of 100 examples per epoch; half of them in the first, which is off by more than 5 sigma once in 10^6."""
-    augment, sampler = augment_of(flip="alternate"), ShardSampler(100, BatchPlan(GLOBAL, 1, 1), 0, 5)
+    augment, sampler = augment_of(flip="alternate"), ShardSampler(100, WHOLE, 0, 5)
     first: dict[int, bool] = {}
     for step in range(16):  # four epochs
         _, flips = augment.draw(step, 0)
@@ -191,8 +158,7 @@ def test_cutout_equals_reference_loop(images: ImageSet) -> None:
 
 
 def test_shift_of_zero_changes_nothing(images: ImageSet) -> None:
-    plan = BatchPlan(GLOBAL, 1, 1)
-    plain, off = batches(images, plan, 0, augment=None), batches(images, plan, 0, augment={"shift": 0})
+    plain, off = batches(images, WHOLE, 0, augment=None), batches(images, WHOLE, 0, augment={"shift": 0})
     assert torch.equal(plain.at(0, 0).inputs, off.at(0, 0).inputs)
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from dist_train.config.batch_plan import BatchPlan
-from dist_train.config.data import DataConfig
-from dist_train.data.batches import Batches, training_batches
+from dist_train.data.batches import Batch, Batches
 from dist_train.data.mixing import Mixed
-from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.errors import ConfigError
 from dist_train.models.nets import Mlp
 from dist_train.models.tasks.losses import CrossEntropy
 from dist_train.models.tasks.objective import Objective, count_correct
+from support.divided_batches import GLOBAL, STEPS, WHOLE, batches, check_division, every_division, random_images
 
-GLOBAL, CLASSES = 24, 4
-WHOLE = BatchPlan(GLOBAL, 1, 1)
-STEPS = (0, 3, 4, 9)  # four steps per epoch
+CLASSES = 4
 CHANGES = {"shift": 2, "flip": "alternate"}
 MIXED: dict[str, dict[str, object]] = {"mixup": {"mixup_alpha": 0.4}, "cutmix": {"cutmix_alpha": 1.0},
          "both": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}}  # fmt: skip
@@ -29,55 +28,30 @@ every_kind = pytest.mark.parametrize("kind", MIXED.values(), ids=MIXED)
 
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(1, 256, (100, 3, 7, 9), dtype=torch.uint8, generator=generator)
-    return ImageSet(pixels, torch.arange(100) % CLASSES, tuple("abcd"))
+    return random_images()
 
 
-def batches(images: ImageSet, plan: BatchPlan, rank: int, augment: dict[str, object], **settings: object) -> Batches:
-    config = DataConfig.model_validate({"augment": CHANGES | augment, **settings})
-    return training_batches(images, ShardSampler(len(images), plan, rank, 5), config, torch.device("cpu"), seed=5)
+def mixed_batches(images: ImageSet, plan: BatchPlan, kind: dict[str, object]) -> Batches:
+    return batches(images, plan, 0, augment=CHANGES | kind)
 
 
-def by_example(source: list[Batches], plan: BatchPlan, step: int) -> dict[int, tuple[Tensor, ...]]:
-    """Return the image, both labels and the share of each example of a global batch."""
-    found: dict[int, tuple[Tensor, ...]] = {}
-    for each in source:
-        for micro_step in range(plan.grad_accum_steps):
-            batch = each.at(step, micro_step)
-            labels, others, share = batch.targets
-            assert len(batch) == len(batch.inputs) == plan.per_device_batch_size
-            rows = zip(batch.inputs, labels, others, share.expand(len(batch)), strict=True)
-            found |= dict(zip(batch.indices.tolist(), rows, strict=True))
-    return found
+def rows(batch: Batch) -> Iterable[tuple[Tensor, ...]]:
+    """Return the image, both labels and the share of each example."""
+    labels, others, share = batch.targets
+    return zip(batch.inputs, labels, others, share.expand(len(batch)), strict=True)
 
 
 @every_kind
-@pytest.mark.parametrize(
-    ("plan", "settings"),
-    [
-        (BatchPlan(12, 1, 2), {}),
-        (BatchPlan(2, 4, 3), {}),
-        (BatchPlan(8, 3, 1), {"resident": False}),
-        (BatchPlan(4, 3, 2), {"resident": False, "num_workers": 2}),
-    ],
-    ids=["two", "three-micro", "streamed-micro", "workers"],
-)
+@every_division
 def test_mixed_images_are_equal_for_any_division(
     plan: BatchPlan, settings: dict[str, object], kind: dict[str, object], images: ImageSet
 ) -> None:
-    source = [batches(images, plan, rank, kind, **settings) for rank in range(plan.world_size)]
-    for step in STEPS:
-        whole = by_example([batches(images, WHOLE, 0, kind)], WHOLE, step)
-        divided = by_example(source, plan, step)
-        assert len(whole) == GLOBAL
-        assert whole.keys() == divided.keys()
-        assert all(torch.equal(*pair) for key in whole for pair in zip(whole[key], divided[key], strict=True))
+    check_division(images, plan, STEPS, rows, CHANGES | kind, **settings)
 
 
 @every_kind
 def test_each_image_is_mixed_with_the_one_before_it(kind: dict[str, object], images: ImageSet) -> None:
-    plain, mixed = batches(images, WHOLE, 0, {}), batches(images, WHOLE, 0, kind)
+    plain, mixed = mixed_batches(images, WHOLE, {}), mixed_batches(images, WHOLE, kind)
     cut = 0
     for step in range(20):
         own, made = plain.at(step, 0), mixed.at(step, 0)
@@ -101,7 +75,7 @@ def test_each_image_is_mixed_with_the_one_before_it(kind: dict[str, object], ima
 
 def test_shares_are_those_of_beta_and_kinds_equally_likely(images: ImageSet) -> None:
     """Of 1000 steps. Beta(0.4, 0.4) has the variance 1 / 4 / 1.8; off by more than 5 sigma once in 10^6."""
-    alone, both = batches(images, WHOLE, 0, MIXED["mixup"]), batches(images, WHOLE, 0, MIXED["both"])
+    alone, both = (mixed_batches(images, WHOLE, MIXED[kind]) for kind in ("mixup", "both"))
     shares = torch.stack([alone.at(step, 0).targets.share for step in range(1000)])
     assert abs(shares.mean() - 0.5) < 5 * (shares.var() / 1000) ** 0.5
     assert shares.var() == pytest.approx(1 / 4 / 1.8, rel=0.1)
@@ -132,4 +106,4 @@ def test_loss_is_cross_entropy_with_soft_targets(smoothing: float) -> None:
 
 def test_nothing_to_mix_with_is_refused(images: ImageSet) -> None:
     with pytest.raises(ConfigError, match="global_batch_size=1 leaves no other image"):
-        batches(images, BatchPlan(1, 1, 1), 0, MIXED["mixup"])
+        mixed_batches(images, BatchPlan(1, 1, 1), MIXED["mixup"])
