@@ -1,16 +1,27 @@
-"""A rank of `dist-train verify` with the fault that FAULT names."""
+"""Forked ranks for `dist-train verify`, with a fault planted in them if the test wants one."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from dist_train.data import evaluation_batches
 from dist_train.data.sampler import ShardSampler, evaluation_shard
+from dist_train.errors import LaunchError
 from dist_train.models.tasks.objective import Objective
-from dist_train.tools.verify import rank
+from dist_train.tools.verify import suite
+from dist_train.tools.verify.rank import run
+from dist_train.tools.verify.trial import Trial
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.train_step import Step
+from support.ranks import join_group, run_on_ranks
 
 _positions, _loss = ShardSampler.positions, Objective.loss
 
@@ -36,6 +47,28 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a missing warm-up": (Step, "warm_up", lambda self, step, wanted="eager": None),
 }
 
-if __name__ == "__main__":
-    setattr(*FAULTS[os.environ["FAULT"]])
-    rank.main()
+
+def verify_on_forked_ranks(monkeypatch: pytest.MonkeyPatch, fault: str | None = None) -> None:
+    """Let `verify` run its trials on forked ranks, which start in a tenth of the time, with this fault in each."""
+    monkeypatch.setattr(suite, "output_of_ranks", partial(_output_of_ranks, fault))
+    monkeypatch.setattr(suite, "output_of", partial(_output_of_ranks, fault, 1))
+
+
+def _output_of_ranks(fault: str | None, size: int, _program: str, settings: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        printed = Path(folder, "out")
+        try:
+            run_on_ranks(_run, fault, settings, printed, world_size=size)
+        except AssertionError as error:
+            raise LaunchError(str(error)) from error
+        return printed.read_text()
+
+
+def _run(fault: str | None, settings: str, printed: Path) -> None:
+    if fault is not None:
+        setattr(*FAULTS[fault])
+    if os.environ["RANK"] == "0":
+        os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT), 1)
+    join_group("ranks")
+    run(Trial(**json.loads(settings)))
+    sys.stdout.flush()

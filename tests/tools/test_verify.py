@@ -14,9 +14,9 @@ from torch import nn
 
 from dist_train.config.loading import load_config
 from dist_train.config.schema import Config
-from dist_train.tools.verify import suite
 from dist_train.tools.verify.rank import freeze_for_comparison
 from dist_train.tools.verify.suite import Check, verify
+from support.planted import verify_on_forked_ranks
 from support.processes import DIST_TRAIN, run
 
 # Several DDP buckets, so that the order of their first layout matters; few images, as they are evaluated many times.
@@ -39,7 +39,10 @@ def broken(checks: list[Check]) -> str:
         ("bks", "{name: muon, lr: 1e-2}", 2, "balanced", "dropout off, Muon in float64", "as often as its epoch draws"),
     ],
 )
-def test_all_promises_hold(net: str, optimizer: str, nproc: int, sampling: str, frozen: str, how_often: str) -> None:
+def test_all_promises_hold(
+    net: str, optimizer: str, nproc: int, sampling: str, frozen: str, how_often: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify_on_forked_ranks(monkeypatch)
     checks = list(verify(small(f"model.name={net}", f"optimizer={optimizer}", f"data.sampling={sampling}"), nproc))
     assert not broken(checks)
     promises = "\n".join(check.promise for check in checks)
@@ -81,8 +84,7 @@ def test_only_dropout_probabilities_are_changed() -> None:
     ],
 )
 def test_planted_fault_is_found(fault: str, nproc: int, found_by: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAULT", fault)
-    monkeypatch.setattr(suite, "PROGRAM", "support.planted")
+    verify_on_forked_ranks(monkeypatch, fault)
     missing = set(found_by)
     for check in verify(small(), nproc):
         if not check.kept:
@@ -93,7 +95,7 @@ def test_planted_fault_is_found(fault: str, nproc: int, found_by: list[str], mon
 
 
 def test_verify_command(tmp_path: Path) -> None:
-    """Exit code 1 and a line with FAIL for a net whose loss is a sum."""
+    """Exit code 1 and a line with FAIL for a net whose loss is a sum, on ranks that a launcher starts."""
     (tmp_path / "mine.py").write_text(
         "from torch.nn.functional import cross_entropy\n"
         "from dist_train.models.nets import Mlp\n"
@@ -101,7 +103,7 @@ def test_verify_command(tmp_path: Path) -> None:
         "    def loss(self, output, target):\n"
         "        return cross_entropy(output, target, reduction='sum')\n"
     )
-    command = [*DIST_TRAIN, "verify", "-c", "smoke", "--nproc=1", "model.name=mine:Net", PART]
+    command = [*DIST_TRAIN, "verify", "-c", "smoke", "--nproc=2", "model.name=mine:Net", PART]
     done = run(command, tmp_path)
     assert done.returncode == 1, done.stderr
     assert "FAIL  a batch joined to itself has the same loss" in done.stdout

@@ -20,7 +20,6 @@ from dist_train.tools.verify.trial import Outcome, Trial
 
 STEPS, SAVE_AT, KILLS = 20, 10, 3
 BOUNDS = {"float32": 1e-5, "float64": 1e-9}  # relative, of each of the first 20 losses
-PROGRAM = "dist_train.tools.verify.rank"
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class _Trials:
             save_at=save_at,
             kill_after_s=kill_after_s,
         )
-        program = PROGRAM, json.dumps(asdict(trial))
+        program = "dist_train.tools.verify.rank", json.dumps(asdict(trial))
         printed = output_of_ranks(size, *program) if size > 1 else output_of(*program)
         # A user's net may print too.
         fields = json.loads(next(line for line in printed.splitlines() if line.startswith('{"began_at": ')))
