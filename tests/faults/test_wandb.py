@@ -47,13 +47,15 @@ def same_history(server: WandbServer, run_dir: Path) -> None:
 
 @pytest.mark.parametrize("behaviour", AT_START)
 def test_wandb_unreachable_at_start(
-    behaviour: Behaviour | None, undisturbed: Path, tmp_path: Path, row: Callable[..., None]
+    behaviour: Behaviour | None, undisturbed_alone: Path, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     with WandbServer(behaviour or "answers") as server:
         if behaviour is None:
             server.die()
         began = time.monotonic()
-        with started(train("tracking.timeout_s=20", "model.args.slow_s=1"), tmp_path, None, **server.env) as process:
+        with started(
+            train("tracking.timeout_s=20", "model.args.slow_s=1", nproc=None), tmp_path, None, **server.env
+        ) as process:
             wait_until(lambda: any((tmp_path / "runs/r/wandb").glob("offline-run-*")), "record offline")
             release(tmp_path)
             out, err = process.communicate()
@@ -61,7 +63,7 @@ def test_wandb_unreachable_at_start(
     assert process.returncode == 0, err
     assert "Traceback" not in out + err
     assert "W&B cannot be reached" in out
-    assert_bit_identical(tmp_path / "runs/r", undisturbed)
+    assert_bit_identical(tmp_path / "runs/r", undisturbed_alone)
     sync(tmp_path, tmp_path / "runs/r")
     what = f"W&B {behaviour}" if behaviour else "W&B's port refuses connections"
     row(what, "finishes normally, recorded offline, delivered later", f"{seconds:.0f}", "to the bit")
@@ -99,13 +101,13 @@ def test_wandb_fails_mid_run(
 def test_wandb_receives_resumed_run_once(tmp_path: Path) -> None:
     """Online, stopped and resumed: one W&B run, and each line once."""
     with WandbServer() as server:
-        with started(train(), tmp_path, None, **server.env) as process:
+        with started(train(nproc=None), tmp_path, None, **server.env) as process:
             wait_until(lambda: step_of(tmp_path / "runs/r") >= 10, "training")
             process.send_signal(signal.SIGTERM)
             process.communicate()
         half = len(server.history)
         release(tmp_path)
-        done = run(train(), tmp_path, **server.env)
+        done = run(train(nproc=None), tmp_path, **server.env)
         assert done.returncode == 0, done.stderr
         assert half < STEPS // 4  # lines
         assert len(server.runs) == 1

@@ -110,11 +110,12 @@ USE = """
 import sys, torch
 sys.modules["dist_train"] = None
 text = open("load.py").read()
-mine = [line if not line.startswith("images = ") else "images = torch.load('images.pt')" for line in text.splitlines()]
 __file__ = "load.py"
-exec("\\n".join(mine))
-torch.save(logits, "logits.pt")
-assert classes == list("0123456789")
+for count in sys.argv[1:]:
+    read = f"images = torch.load('images_{count}.pt')"
+    exec("\\n".join(read if line.startswith("images = ") else line for line in text.splitlines()))
+    torch.save(logits, f"logits_{count}.pt")
+    assert classes == list("0123456789")
 """
 
 
@@ -122,10 +123,12 @@ def test_export_needs_only_torch(trained: Path, test_set: ImageSet, tmp_path: Pa
     out = tmp_path / "out"
     result = call("export", trained, out)
     assert result.exit_code == 0, result.output
-    for count in (1, 7, 64):  # any batch size works
-        torch.save(test_set.images[:count], out / "images.pt")
-        subprocess.run([sys.executable, "-I", "-c", USE], cwd=out, check=True)
-        logits = torch.load(out / "logits.pt")
+    counts = (1, 7, 64)  # any batch size works
+    for count in counts:
+        torch.save(test_set.images[:count], out / f"images_{count}.pt")
+    subprocess.run([sys.executable, "-I", "-c", USE, *map(str, counts)], cwd=out, check=True)
+    for count in counts:
+        logits = torch.load(out / f"logits_{count}.pt")
         torch.testing.assert_close(logits, logits_of(trained, test_set.images[:count]), atol=1e-5, rtol=1e-5)
     unchanged = subprocess.run([sys.executable, out / "load.py"], capture_output=True, text=True, check=True).stdout
     assert unchanged.strip()[1:-1].strip("'") in set("0123456789")

@@ -73,7 +73,7 @@ def test_accidental_single_process_is_refused(command: list[str], env: dict[str,
 
 def test_resume_after_sigterm_in_mid_epoch(tmp_path: Path) -> None:
     """TERM at any step: state INTERRUPT, exit 0, and the resumed run equals an uninterrupted one."""
-    command = [str(ROOT / "launch/local.sh"), "2", *SETTINGS, "-o", "train_for=600 steps"]
+    command = [str(ROOT / "launch/local.sh"), "2", *SETTINGS, "-o", "train_for=200 steps"]
     command += ["model.name=support.user_nets:GatedBks", "-o", "data.name=support.user_sets:mnist_part"]
     stopped = tmp_path / "runs/stopped"
     with started([*command, "--run-name", "stopped"], tmp_path) as process:
@@ -82,7 +82,7 @@ def test_resume_after_sigterm_in_mid_epoch(tmp_path: Path) -> None:
         assert process.wait() == 0, process.communicate()
     assert status(stopped) == "INTERRUPT"
     step = step_of(stopped)
-    assert 10 <= step < 600
+    assert 10 <= step < 200
     assert alive(tmp_path) == []
     release(tmp_path)
     done = run([*command, "--run-name", "stopped"], tmp_path)
@@ -91,9 +91,6 @@ def test_resume_after_sigterm_in_mid_epoch(tmp_path: Path) -> None:
     assert uninterrupted.returncode == 0, uninterrupted.stderr
     assert_bit_identical(stopped, tmp_path / "runs/uninterrupted")
     assert {line["attempt"] for line in metrics(stopped)} == {1, 2}
-    again = run([*command, "--run-name", "stopped"], tmp_path)
-    assert again.returncode == 0
-    assert "finished already" in again.stdout
 
 
 @pytest.mark.parametrize("nproc", [[], ["--nproc", "2"]], ids=["1 process", "2 processes"])

@@ -14,6 +14,7 @@ import pytest
 
 from support.cluster import KILL_WAIT_S, LOST_S, Cluster
 from support.jobs import (
+    ONE_PER_NODE,
     Check,
     assert_finishes,
     full,
@@ -89,7 +90,7 @@ def test_node_disconnected_and_reconnected(
     cluster: Cluster, assert_undisturbed: Check, tmp_path: Path, row: Callable[..., None]
 ) -> None:
     """The node of rank zero, whose old process keeps running beside the new one and sees the same files."""
-    job, run_dir = train(cluster, tmp_path)
+    job, run_dir = train(cluster, tmp_path, ONE_PER_NODE)
     first, _second = cluster.nodes_of(job)
     with cluster.detecting_lost_nodes():
         cluster.disconnect(first)
@@ -117,13 +118,13 @@ def test_old_attempt_keeps_training(
     row: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All four ranks are on the node that loses its network: they keep training and write where the new ones write."""
-    monkeypatch.setitem(cluster.env, "NPROC", "4")
+    """All ranks are on the node that loses its network: they keep training and write where the new ones write."""
+    monkeypatch.setitem(cluster.env, "NPROC", "3")
     job, run_dir = train(cluster, tmp_path, "--nodes=1", "--cpus-per-task=4")
     (node,) = cluster.nodes_of(job)
     with cluster.detecting_lost_nodes():
         cluster.disconnect(node)
-        old = [pid for rank in range(4) for pid in pids_of_rank(cluster, job, rank)]
+        old = [pid for rank in range(3) for pid in pids_of_rank(cluster, job, rank)]
         for pid in old:  # otherwise it would finish before Slurm notices
             os.kill(pid, signal.SIGSTOP)
         noticed_s, again_s, lost = wait_for_next_attempt(cluster, job, run_dir)

@@ -12,6 +12,7 @@ import pytest
 from support.cluster import GRACE_S, KILL_WAIT_S, Cluster
 from support.jobs import (
     LONG,
+    ONE_PER_NODE,
     SCRIPTS,
     Check,
     assert_finishes,
@@ -84,7 +85,9 @@ def test_time_limit(
     """
     times = count(2)
     held = [*LONG, "model.args.slow_s=3"]
-    job = submit(cluster, "--time=2", "--signal=B:USR1@1", f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *held)
+    job = submit(
+        cluster, "--time=2", "--signal=B:USR1@1", ONE_PER_NODE, f"--chdir={tmp_path}", SCRIPTS / "train.sbatch", *held
+    )
     run_dir = tmp_path / f"runs/smoke-{job}"
     for number in range(times):
         wait_until(partial(has_run_out, cluster, job, run_dir, number + 1), "end of its time", 2400)
@@ -114,7 +117,7 @@ def test_stop_before_training(
     disturb: Callable[[Cluster, str], None], cluster: Cluster, assert_undisturbed: Check, tmp_path: Path
 ) -> None:
     """Nothing can be saved yet, and the job ends within its grace time: it must still be requeued."""
-    job, run_dir = submit_long(cluster, tmp_path)
+    job, run_dir = submit_long(cluster, tmp_path, ONE_PER_NODE)
     wait_until(lambda: pids_of_rank(cluster, job, 0), "start")
     disturb(cluster, job)
     wait_until(lambda: cluster.state(job) == "PENDING", "requeue")
@@ -127,7 +130,7 @@ def test_stop_before_training(
 def test_cancelled_job_is_not_requeued(
     script: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cluster.env, "NPROC", "2" if script == "train" else "1")
+    monkeypatch.setitem(cluster.env, "NPROC", "1")
     job, run_dir = submit_long(cluster, tmp_path, script=script)
     wait_until(lambda: is_training(run_dir), "training")
     cluster.ask("scancel", job)

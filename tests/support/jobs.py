@@ -21,6 +21,8 @@ LONG = [
     *SETTINGS, "model.name=support.user_nets:Gated", "model.args.slow_s=1",
     "train_for=120 steps", "log_every=5", "save_every=120 steps",
 ]  # fmt: skip
+# The fewest processes of a torchrun job on two nodes, where the order in which their gradients are added is not tested.
+ONE_PER_NODE = "--export=ALL,NPROC=1"
 Check = Callable[[Path], None]  # of a run directory
 full = partial(pytest.param, marks=pytest.mark.full)  # parameters for runs with --full only
 

@@ -12,10 +12,12 @@ from collections.abc import Callable
 PATIENCE_S = 600.0
 
 
-def wait_until(condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> float:
-    """Wait until the condition is true and return the seconds."""
+def wait_until(
+    condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S, every_s: float = 0.05
+) -> float:
+    """Wait until the condition, looked at `every_s`, is true; return the seconds."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < patience_s, f"no {what} within {patience_s} s"
-        time.sleep(0.05)
+        time.sleep(every_s)
     return time.monotonic() - began

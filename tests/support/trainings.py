@@ -45,9 +45,10 @@ HELD = [
 ]  # fmt: skip
 
 
-def train(*settings: str, nproc: int = 2) -> list[str]:
-    """Return the command of a HELD training in the current folder, as `runs/r`."""
-    return [*DIST_TRAIN, "train", *HELD, *settings, "--run-name=r", f"--nproc={nproc}"]
+def train(*settings: str, nproc: int | None = 2) -> list[str]:
+    """Return the command of a HELD training in the current folder, as `runs/r`. `nproc`: None for no launcher."""
+    launcher = [] if nproc is None else [f"--nproc={nproc}"]
+    return [*DIST_TRAIN, "train", *HELD, *settings, "--run-name=r", *launcher]
 
 
 def trained_once(
