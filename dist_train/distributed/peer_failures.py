@@ -21,6 +21,16 @@ def is_peer_failure(error: BaseException) -> bool:
     return any(w in text for w in words) and bool(frames) and any(part in frames[-1].filename for part in sources)
 
 
+def peer_ended(rank: int) -> RuntimeError:
+    """Return the error to raise in place of a collective's when another rank has ended."""
+    return dist.DistNetworkError(f"Connection closed by peer: rank {rank} has ended.")
+
+
+def peer_is_late(rank: int, timeout_s: float) -> RuntimeError:
+    """Return the error to raise in place of a collective's when a rank was waited for too long."""
+    return dist.DistBackendError(f"Timed out waiting {timeout_s:g} s for rank {rank}.")
+
+
 def is_timeout(error: BaseException) -> bool:
     """Return whether a wait for other ranks timed out; only torch's message tells."""
     return any(words in str(error).lower() for words in ("timed out", "timeout"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -14,16 +15,20 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.config.schema import Config, Precision
+from dist_train.distributed import shared_memory
 from dist_train.distributed.devices import choose_device, choose_precision
 from dist_train.distributed.joining import connect, override_accelerate_config, set_up_process
 from dist_train.distributed.process_end import keep_alive
 from dist_train.distributed.process_info import ProcessInfo, detect_process, export_rendezvous
+from dist_train.distributed.shared_memory import SharedMemory
 from dist_train.errors import ConfigError, DistTrainError, LaunchError, RunDirError
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
+SHARED_MEMORY = "shared memory"  # as the name of an exchange
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class World:
     process: ProcessInfo
     mixed_precision: Precision
     num_threads: int
+    shared_memory: SharedMemory | None = None  # adds gradients; None: the backend does
 
     @property
     def rank(self) -> int:
@@ -79,8 +85,38 @@ class World:
         torch.set_num_threads(num_threads)
         return replace(self, num_threads=num_threads)
 
+    def with_shared_memory(self, timeout_s: float) -> World:
+        """Return this world with gradients added through shared memory, if all ranks are on CPUs of one host.
+
+        `timeout_s`: how long a rank waits for another, until `set_timeout` is called.
+
+        Collective: every rank must call this.
+        """
+        if self.size == 1 or self.device.type != "cpu":
+            return self
+        shared = shared_memory.share_memory(self.rank, self.size, self.gather, timeout_s)
+        if isinstance(shared, str):
+            _log.info("gradients are added by gloo and not through shared memory: %s", shared)
+            return self
+        return replace(self, shared_memory=shared)
+
+    @property
+    def exchange(self) -> str:
+        """What adds the gradients of the ranks; it decides the last bits of a sum of three and more."""
+        if self.size == 1:
+            return "none"
+        return SHARED_MEMORY if self.shared_memory is not None else str(dist.get_backend())
+
+    def exchange_gradients(self, model: nn.Module) -> None:
+        """Have `model`, if it is wrapped in DDP, average its gradients through the shared memory of this world."""
+        if self.shared_memory is not None and isinstance(model, nn.parallel.DistributedDataParallel):
+            # DDP refuses a hook whose annotations are strings.
+            model.register_comm_hook(self.shared_memory, lambda memory, bucket: _average_bucket(memory, bucket))
+
     def set_timeout(self, seconds: float) -> None:
         """Set how long this rank waits for the others in each later collective; then it raises RuntimeError."""
+        if self.shared_memory is not None:
+            self.shared_memory.timeout_s = seconds
         if self.size > 1:
             assert dist.group.WORLD is not None
             dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
@@ -254,6 +290,14 @@ class World:
             keep_alive(dist.group.WORLD)
         self.barrier()
         self.accelerator.end_training()
+
+
+def _average_bucket(memory: SharedMemory, bucket: Any) -> torch.futures.Future[Tensor]:
+    gradients = bucket.buffer()
+    memory.average(gradients)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(gradients)
+    return done
 
 
 def backends() -> list[str]:

@@ -97,6 +97,7 @@ class Provenance(TypedDict, total=False):
     num_nodes: Count
     hosts: list[str]
     num_threads: Count
+    exchange: str  # what adds the gradients of the ranks
     device: str
     cpu: str
     mixed_precision: Precision

@@ -51,6 +51,7 @@ def describe_start(world: World, hosts: list[str], init_from: str | None) -> dic
         "world_size": world.size,
         "num_nodes": len(set(hosts)),
         "num_threads": world.num_threads,
+        "exchange": world.exchange,
     }
 
 
@@ -59,14 +60,17 @@ DIVISION_FACTORS = ("world_size", "micro_steps", "device")
 
 
 def changed_determinism_factors(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return the changes between two starts that affect the bits of the numbers: {"num_threads": "2 -> 1", ...}."""
+    """Return the changes between two starts that affect the bits of the numbers: {"num_threads": "2 -> 1", ...}.
+
+    What the first did not record, since its version did not know it, counts as unchanged.
+    """
     old, new = (
         {name: _lookup(provenance, name) for name in (*DIVISION_FACTORS, *_ROUNDING)} for provenance in (before, now)
     )
-    return {name: f"{old[name]} -> {new[name]}" for name in old if old[name] != new[name]}
+    return {name: f"{old[name]} -> {new[name]}" for name in old if old[name] not in (None, new[name])}
 
 
-_ROUNDING = ("num_threads", "step_mode", "cpu", "torch")
+_ROUNDING = ("num_threads", "exchange", "step_mode", "cpu", "torch")
 
 
 def _lookup(provenance: dict[str, Any], name: str) -> Any:

@@ -19,7 +19,7 @@ from dist_train.distributed.job_scheduler import JobScheduler
 from dist_train.distributed.process_info import detect_process
 from dist_train.distributed.signals import StopRequest
 from dist_train.distributed.stdio import redirect_output
-from dist_train.distributed.world import World
+from dist_train.distributed.world import SHARED_MEMORY, World
 from dist_train.errors import DataError
 from dist_train.models.registry import check_model_exists
 from dist_train.runs.attempt import begin_attempt
@@ -67,7 +67,7 @@ def run_training(
         log_to_file(run_dir, world.rank)
         if not world.is_rank_zero:  # with a hundred nodes, only rank zero prints
             failure_handler.errors = redirect_output(run_dir.rank_log(world.rank))
-        world = _same_threads(world, run_dir)
+        world = _same_exchange(_same_threads(world, run_dir), run_dir, config)
         _record_start(world, run_dir, start)
         _log.debug("rank %d of %d, %s, %d threads", world.rank, world.size, world.device, world.num_threads)
         with build_trainer(config, world, run_dir, splits, start, request, started, scheduler) as trainer:
@@ -131,6 +131,17 @@ def _record_start(world: World, run_dir: RunDir, start: StartOptions) -> None:
     """
     description = describe_start(world, world.hosts(), start.init_from_text)
     world.on_rank_zero(lambda: None if run_dir.holds_checkpoints else run_dir.write_provenance(description))
+
+
+def _same_exchange(world: World, run_dir: RunDir, config: Config) -> World:
+    """Return `world` with the exchange of gradients that the run began with; a new run shares memory where it can.
+
+    Collective: every rank must call this.
+    """
+    before = world.from_rank_zero(run_dir.read_provenance() if run_dir.holds_checkpoints else {})
+    if before.get("world_size") == world.size and before.get("exchange", "gloo") != SHARED_MEMORY:
+        return world
+    return world.with_shared_memory(config.setup_timeout_s)
 
 
 def _same_threads(world: World, run_dir: RunDir) -> World:

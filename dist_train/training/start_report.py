@@ -56,6 +56,8 @@ def report_start(
     if step.frozen is not None and (until is None or state.step < until):
         _log.info("frozen: %s%s", step.frozen, "" if until is None else f", until {until} steps are done")
     _log.info("%s", plan.describe())
+    if provenance["world_size"] > 1:
+        _log.info("gradients of the %d processes are added by %s", provenance["world_size"], provenance["exchange"])
     at_most = config.per_device_batch_size
     if at_most != "auto" and plan.grad_accum_steps > 1 and 4 * plan.per_device_batch_size < at_most:
         _log.warning(

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.runs.directory import RunDir
 from support.cluster import REASON, Cluster, can_be_made
 from support.jobs import LONG, Check
-from support.run_files import assert_bit_identical, status_of
+from support.ranks import ONLY_GLOO
+from support.run_files import assert_bit_identical
 from support.trainings import trained_once
 
 
@@ -44,11 +46,16 @@ def _without_stacks(log: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def assert_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Check:
-    """A function that asserts that a LONG run equals one on as many ranks of this machine, without Slurm."""
+    """A function that asserts that a LONG run equals one on as many ranks of this machine, without Slurm.
+
+    Its ranks exchange gradients as those of the run did, which were on several nodes or on one.
+    """
 
     def compare(run_dir: Path) -> None:
-        world_size = status_of(run_dir)["world_size"]
-        undisturbed = trained_once(tmp_path_factory, f"long on {world_size}", LONG, world_size)
+        provenance = RunDir(run_dir).read_provenance()
+        world_size, exchange = provenance["world_size"], provenance["exchange"]
+        env = {ONLY_GLOO: "1"} if exchange == "gloo" else {}
+        undisturbed = trained_once(tmp_path_factory, f"long on {world_size} over {exchange}", LONG, world_size, **env)
         assert_bit_identical(run_dir, undisturbed)
 
     return compare

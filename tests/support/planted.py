@@ -21,7 +21,7 @@ from dist_train.tools.verify.rank import run
 from dist_train.tools.verify.trial import Trial
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.train_step import Step
-from support.ranks import join_group, run_on_ranks
+from support.ranks import join_group, run_on_ranks, use_only_gloo
 
 _positions, _loss = ShardSampler.positions, Objective.loss
 
@@ -67,6 +67,7 @@ def _output_of_ranks(fault: str | None, size: int, _program: str, settings: str)
 def _run(fault: str | None, settings: str, printed: Path) -> None:
     if fault is not None:
         setattr(*FAULTS[fault])
+        use_only_gloo()  # the order in which it adds depends on DDP's buckets, and so on the warm-up
     if os.environ["RANK"] == "0":
         os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT), 1)
     join_group("ranks")

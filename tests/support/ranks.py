@@ -23,6 +23,9 @@ _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["dist_train.training.run", "dist_train.cli", "support.ranks", "torch._dynamo"])
 
 
+ONLY_GLOO = "TEST_ONLY_GLOO"  # a variable of run_forked: if set, ranks do not share memory
+
+
 def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int, timeout_s: float = PATIENCE_S) -> None:
     """Run `function(*args)` on `world_size` CPU processes with the environment that torchrun sets.
 
@@ -122,11 +125,20 @@ def _run_command(
     os.environ.clear()
     os.environ.update(env)
     _dump_stack_on_signal(rank, made)
+    if env.get(ONLY_GLOO):
+        use_only_gloo()
     os.chdir(folder)
     if world_size > 1:
         _set_rank_environment(rank, world_size, made)
         join_group("ranks")
     main(arguments, prog_name="dist-train")
+
+
+def use_only_gloo() -> None:
+    """Let the ranks of this host exchange gradients like those of several hosts."""
+    from dist_train.distributed import shared_memory
+
+    shared_memory.share_memory = lambda *_: "the test wants gloo"
 
 
 def join_group(name: str) -> None:

@@ -52,13 +52,13 @@ def train(*settings: str, nproc: int | None = 2) -> list[str]:
 
 
 def trained_once(
-    tmp_path_factory: pytest.TempPathFactory, name: str, settings: Sequence[str], world_size: int = 1
+    tmp_path_factory: pytest.TempPathFactory, name: str, settings: Sequence[str], world_size: int = 1, **env: str
 ) -> Path:
     """Return the directory of an undisturbed training on forked ranks, made once for all workers."""
 
     def make(folder: Path) -> None:
         release(folder)
-        done = run_forked([*DIST_TRAIN, "train", *settings, "--run-name=r"], folder, world_size)
+        done = run_forked([*DIST_TRAIN, "train", *settings, "--run-name=r"], folder, world_size, **env)
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, name, make) / "runs/r"

@@ -60,7 +60,7 @@ def run(trial: Trial) -> Outcome:
     """
     config = load_config(trial.config)
     splits = load_splits(config.data, config.seed, detect_process(os.environ).local_world_size)
-    world = World.join(config)
+    world = World.join(config).with_shared_memory(config.setup_timeout_s)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     outcome = Outcome(on_cpu=world.device.type == "cpu")

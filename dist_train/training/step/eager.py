@@ -58,6 +58,7 @@ class EagerUpdate:
         accelerator = world.accelerator
         # The net is on its device. With device placement, Accelerate looks for DTensors and imports sympy (0.5 s).
         self.model, prepared = accelerator.prepare(net, optimizer, device_placement=[False, False])
+        world.exchange_gradients(self.model)
         # Only a gradient scaler needs the prepared optimizer, which costs 88 us per step.
         self.overflows = Overflows(accelerator.scaler, world.device) if accelerator.scaler is not None else None
         self.optimizer = prepared if self.overflows else optimizer
@@ -168,6 +169,7 @@ class EagerUpdate:
         if "_original_forward" in vars(self.net):  # Accelerate would patch its own patch, for mixed precision
             self.net.forward = vars(self.net).pop("_original_forward")
         self.model = self.world.accelerator.prepare(self.net, device_placement=[False])
+        self.world.exchange_gradients(self.model)
 
     # --- the state that an update changes --------------------------------------------------------------------------
 
