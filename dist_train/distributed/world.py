@@ -132,6 +132,24 @@ class World:
             dist.all_reduce(values, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
         return values
 
+    def average(self, values: Tensor) -> Tensor:
+        """Return the mean of `values`, contiguous, over the ranks, as DDP averages gradients. In place.
+
+        Collective: every rank must call this.
+        """
+        if self.shared_memory is not None:
+            self.shared_memory.average(values)
+        elif self.size > 1:
+            self.all_reduce(values.div_(self.size))
+        return values
+
+    def slowest(self, seconds: float) -> float:
+        """Return the longest time of all ranks.
+
+        Collective: every rank must call this.
+        """
+        return self.all_reduce(torch.tensor(seconds, device=self.device), "max").item() if self.size > 1 else seconds
+
     def all_gather(self, values: Tensor) -> Tensor:
         """Return the `values` of all ranks, stacked: [world_size, ...].
 

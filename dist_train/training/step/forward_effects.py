@@ -78,6 +78,17 @@ class ForwardEffects:
         return [*causes, self._loss] if self._loss else causes
 
     @property
+    def changed_buffers(self) -> list[str]:
+        """Names of the buffers that a forward in training changes."""
+        batch_norm = [
+            f"{path}.{name}" if path else name
+            for path, module in self._net.named_modules()
+            for name, _ in module.named_buffers(recurse=False)
+            if isinstance(module, _BatchNorm)
+        ]
+        return [*batch_norm, *self._changes]
+
+    @property
     def unsaved(self) -> list[str]:
         """Attributes that change from pass to pass and are not in checkpoints."""
         if len(self._attributes) < 2:

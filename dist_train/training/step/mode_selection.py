@@ -66,10 +66,12 @@ def try_update(
     state: list[Tensor],
     step: int,
     synchronize: Callable[[], None],
+    slowest: Callable[[float], float] = float,
 ) -> tuple[Update, TrialResult]:
     """Return the fast update that `prepare` makes and its trial result. Restores `state`, all that an update changes.
 
-    `perturbed`: the eager update on inputs with rounding errors added.
+    `perturbed`: the eager update on inputs with rounding errors added. `slowest`: returns the longest time of all
+    ranks, which must take as many steps.
 
     Raises: any error of compiling, capturing or running the net in this mode.
     """
@@ -82,7 +84,7 @@ def try_update(
             perturbed(step + number)
             rounding.append(_distances(marks[number], marks[number + 1], state))
             _set_values(state, marks[number + 1])
-        eager_s = median_time(eager, step, synchronize)
+        eager_s = median_time(eager, step, synchronize, slowest)
     with unchanged(state):
         started = time.perf_counter()
         fast = prepare()
@@ -94,7 +96,7 @@ def try_update(
             _set_values(state, marks[number])
             fast(step + number)
             fast_distances.append(_distances(marks[number], marks[number + 1], state))
-        fast_s = median_time(fast, step, synchronize)
+        fast_s = median_time(fast, step, synchronize, slowest)
     distances = map(statistics.median, zip(*fast_distances, strict=True))
     allowed = (max(MAX_DISTANCE, _ROUNDING_FACTOR * max(each)) for each in zip(*rounding, strict=True))
     worst = max(zip(distances, allowed, strict=True), key=lambda pair: pair[0] / pair[1])
@@ -112,9 +114,11 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         _set_values(tensors, values)
 
 
-def median_time(update: Update, step: int, synchronize: Callable[[], None]) -> float:
+def median_time(
+    update: Update, step: int, synchronize: Callable[[], None], slowest: Callable[[float], float] = float
+) -> float:
     """Return the median seconds per update. Waits for the device once per sequence of updates, as between two logs."""
-    one = _time_per_update(update, step, 1, synchronize)
+    one = slowest(_time_per_update(update, step, 1, synchronize))
     length = max(1, min(20, round(_REPEAT_S / one)))
     return statistics.median(_time_per_update(update, step, length, synchronize) for _ in range(_REPEATS))
 

@@ -101,7 +101,7 @@ def traceable_step(optimizer: Optimizer, device: torch.device, fused: bool) -> C
         if not (fused and group.get("fused")):
             group.update({"fused": False, "foreach": True} | ({"capturable": True} if "capturable" in group else {}))
     for state in optimizer.state.values():
-        if "step" in state:
+        if "step" in state and state["step"].device.type != device.type:  # not if equal: cpu:0 would be a copy of cpu
             state["step"] = state["step"].to(device)
     step: Callable[[Any], Any] = inspect.unwrap(type(optimizer).step)
     stand_in = _OptimizerStandIn(optimizer)

@@ -278,7 +278,7 @@ class Step:
                 name = self._config.optimizer.name
                 _log.info("step_mode=%s: eager, since optimizer.name=%s takes its own step", wanted, name)
             return
-        left = self.eager.learning_rate.total_steps - step
+        left, pass_s = self.eager.learning_rate.total_steps - step, self.world.slowest(pass_s)
         auto = wanted == "auto"
         modes = modes_to_try(self.world.device.type, left, pass_s) if wanted == "auto" else (wanted,)
         if not modes:
@@ -288,9 +288,8 @@ class Step:
         for mode in modes:
             if mode == "eager":
                 return
-            why_not = unsupported_reason(self.eager, self.effects, mode, self._config) or self._try(
-                step, mode, must_be_faster=auto
-            )
+            why_not = self._of_any_rank(unsupported_reason(self.eager, self.effects, mode, self._config))
+            why_not = why_not or self._try(step, mode, must_be_faster=auto)
             if not why_not:
                 return
             level = logging.INFO if auto else logging.WARNING
@@ -307,12 +306,18 @@ class Step:
         groups = [dict(group) for group in optimizer.param_groups]
         try:
             update, result = try_update(
-                eager, eager.perturbed, lambda: prepare(eager, mode, step), eager.state(), step, self.world.synchronize
+                eager,
+                eager.perturbed,
+                lambda: self._prepare(mode, step),
+                eager.state(),
+                step,
+                self.world.synchronize,
+                self.world.slowest,
             )
-            why_not = result.rejection_reason(must_be_faster)
+            why_not = self._of_any_rank(result.rejection_reason(must_be_faster))
         except Exception as error:  # a compiler may raise anything for a user's net
             _log.debug("%s", traceback.format_exc())
-            why_not = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
+            why_not = _in_one_line(error)
         if why_not:
             for group, before in zip(optimizer.param_groups, groups, strict=True):
                 group.update(before)
@@ -323,6 +328,34 @@ class Step:
             self._update, self.mode = update, mode
             _log.info("step_mode=%s: %s", mode, result)
         return why_not
+
+    def _prepare(self, mode: StepMode, step: int) -> Update:
+        """Prepare the update, or fail on every rank.
+
+        Collective: every rank must call this.
+        """
+        update, problem = None, ""
+        try:
+            update = prepare(self.eager, mode, step)
+        except Exception as error:
+            if self.world.size == 1:
+                raise
+            problem = _in_one_line(error)
+        if problem := self._of_any_rank(problem):
+            raise RuntimeError(problem)
+        assert update is not None
+        return update
+
+    def _of_any_rank(self, problem: str) -> str:
+        """Return the first problem of all ranks, "" if there is none.
+
+        Collective: every rank must call this.
+        """
+        return next(filter(None, self.world.gather(problem)), "")
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
 
 
 @contextmanager
