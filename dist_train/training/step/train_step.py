@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,12 +23,12 @@ from dist_train.models.freezing import Frozen
 from dist_train.models.tasks.losses import Loss, loss_of
 from dist_train.models.tasks.objective import Objective
 from dist_train.models.tasks.split_metrics import check_output
+from dist_train.training.step.chosen_update import choose_update
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.forward_effects import ForwardEffects, first_of
-from dist_train.training.step.fused import prepare, unsupported_reason
 from dist_train.training.step.layer_table import Layer, record_layers
 from dist_train.training.step.lr_schedule import LearningRate
-from dist_train.training.step.mode_selection import Update, modes_to_try, try_update
+from dist_train.training.step.mode_selection import Update
 from dist_train.training.step.optimizer_state import implementation_of, load_state, saved_state, set_implementation
 from dist_train.training.step.optimizers import begin_momenta, build_optimizer
 from dist_train.training.step.weight_averaging import AveragedNet
@@ -120,7 +119,7 @@ class Step:
                 else:
                     self._try_unfrozen(self.frozen, step)
             pass_s = self._first_passes(step)
-            self._choose_mode(step, wanted, pass_s)
+            self.mode, self._update = choose_update(self.eager, self.effects, self._config, step, wanted, pass_s)
         self.chosen_mode = self.mode if wanted == "auto" else wanted
         self.warm_up_s = time.perf_counter() - began
 
@@ -268,94 +267,6 @@ class Step:
         if self._config.optimizer.own_step:
             anew = build_optimizer(self._config.optimizer, self.net, self.world.device)
             load_state(self.eager.optimizer, anew.state_dict())
-
-    # --- the mode of the update ------------------------------------------------------------------------------------
-
-    def _choose_mode(self, step: int, wanted: WantedMode, pass_s: float) -> None:
-        """Keep the eager update, or switch to an equivalent one: the `wanted` mode, or with `auto` a faster one."""
-        if self._config.optimizer.own_step:
-            if wanted != "eager":
-                name = self._config.optimizer.name
-                _log.info("step_mode=%s: eager, since optimizer.name=%s takes its own step", wanted, name)
-            return
-        left, pass_s = self.eager.learning_rate.total_steps - step, self.world.slowest(pass_s)
-        auto = wanted == "auto"
-        modes = modes_to_try(self.world.device.type, left, pass_s) if wanted == "auto" else (wanted,)
-        if not modes:
-            _log.info(
-                "step_mode=auto: eager, since a trial of another mode would not pay off in the remaining %d steps", left
-            )
-        for mode in modes:
-            if mode == "eager":
-                return
-            why_not = self._of_any_rank(unsupported_reason(self.eager, self.effects, mode, self._config))
-            why_not = why_not or self._try(step, mode, must_be_faster=auto)
-            if not why_not:
-                return
-            level = logging.INFO if auto else logging.WARNING
-            _log.log(level, "step_mode=%s: keeps the eager update: %s", wanted if len(modes) == 1 else mode, why_not)
-
-    def _try(self, step: int, mode: StepMode, must_be_faster: bool) -> str:
-        """Try this mode and switch to it; or return why not, with everything restored."""
-        eager, optimizer = self.eager, self.eager.optimizer
-        known = set(optimizer.state)
-        if any(each.requires_grad and each not in known for each in eager.parameters):
-            eager.make_optimizer_state(step)
-        action = "capturing" if mode == "graph" else "compiling"
-        _log.info("step_mode=%s: %s the update, which may take a minute the first time", mode, action)
-        groups = [dict(group) for group in optimizer.param_groups]
-        try:
-            update, result = try_update(
-                eager,
-                eager.perturbed,
-                lambda: self._prepare(mode, step),
-                eager.state(),
-                step,
-                self.world.synchronize,
-                self.world.slowest,
-            )
-            why_not = self._of_any_rank(result.rejection_reason(must_be_faster))
-        except Exception as error:  # a compiler may raise anything for a user's net
-            _log.debug("%s", traceback.format_exc())
-            why_not = _in_one_line(error)
-        if why_not:
-            for group, before in zip(optimizer.param_groups, groups, strict=True):
-                group.update(before)
-            for parameter in set(optimizer.state) - known:
-                del optimizer.state[parameter]
-            eager.clear_gradients()
-        else:
-            self._update, self.mode = update, mode
-            _log.info("step_mode=%s: %s", mode, result)
-        return why_not
-
-    def _prepare(self, mode: StepMode, step: int) -> Update:
-        """Prepare the update, or fail on every rank.
-
-        Collective: every rank must call this.
-        """
-        update, problem = None, ""
-        try:
-            update = prepare(self.eager, mode, step)
-        except Exception as error:
-            if self.world.size == 1:
-                raise
-            problem = _in_one_line(error)
-        if problem := self._of_any_rank(problem):
-            raise RuntimeError(problem)
-        assert update is not None
-        return update
-
-    def _of_any_rank(self, problem: str) -> str:
-        """Return the first problem of all ranks, "" if there is none.
-
-        Collective: every rank must call this.
-        """
-        return next(filter(None, self.world.gather(problem)), "")
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])
 
 
 @contextmanager

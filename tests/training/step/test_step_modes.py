@@ -29,7 +29,7 @@ from dist_train.models.freezing import Frozen
 from dist_train.models.nets import MODELS, Mlp
 from dist_train.models.tasks.losses import loss_of
 from dist_train.runs.directory import RunDir
-from dist_train.training.step import mode_selection, train_step
+from dist_train.training.step import chosen_update, mode_selection
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import MAX_DISTANCE, modes_to_try, try_update
 from dist_train.training.step.train_step import Step
@@ -200,10 +200,10 @@ def test_compiled_equals_eager_before_and_after_unfreezing(world: World) -> None
 def test_mode_that_fails_after_unfreezing_is_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     step = new_step(world, net_of("mlp"))
     step.frozen = Frozen(step.net, ["fc1"], until=1)
-    monkeypatch.setattr(train_step, "prepare", lambda eager, _mode, _step: lambda number: eager(number))
+    monkeypatch.setattr(chosen_update, "prepare", lambda eager, _mode, _step: lambda number: eager(number))
     step.warm_up(0, "compile")
     assert step.mode == "compile"
-    monkeypatch.setattr(train_step, "unsupported_reason", lambda *_given: "a reason")
+    monkeypatch.setattr(chosen_update, "unsupported_reason", lambda *_given: "a reason")
     step.warm_up(1, step.chosen_mode)
     assert (step.mode, step.chosen_mode) == ("eager", "compile")
 
@@ -426,7 +426,7 @@ def test_step_of_its_own_stays_eager_and_keeps_its_first_state(
 ) -> None:
     """A trial of another mode would set it to zero, or take steps from it."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(train_step, "modes_to_try", lambda *_: ["compile"])
+    monkeypatch.setattr(chosen_update, "modes_to_try", lambda *_: ["compile"])
     name = "support.user_optimizers:Anchored"
     step = new_step(world, net_of("mlp"), optimizer={"name": name, "lr": 0.1})
     optimizer = step.eager.optimizer
