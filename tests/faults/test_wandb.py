@@ -54,7 +54,7 @@ def test_wandb_unreachable_at_start(
             server.die()
         began = time.monotonic()
         with started(
-            train("tracking.timeout_s=20", "model.args.slow_s=1", nproc=None), tmp_path, None, **server.env
+            train("tracking.timeout_s=20", "model.args.slow_s=3", nproc=None), tmp_path, None, **server.env
         ) as process:
             wait_until(lambda: any((tmp_path / "runs/r/wandb").glob("offline-run-*")), "record offline")
             release(tmp_path)

@@ -97,7 +97,7 @@ def test_two_attempts_are_one_run_with_every_metric_at_its_step(run_dir: RunDir)
 def test_stopped_or_killed_run_resumes_with_same_id(end: signal.Signals, tmp_path: Path) -> None:
     """Same id. After an agreed stop no gaps and no repeats; after a kill repeated steps have the same values."""
     run_dir = tmp_path / "runs/r"
-    command = train("save_every=200 steps", "log_every=1", "model.args.slow_s=1", nproc=None)
+    command = train("save_every=200 steps", "log_every=1", "model.args.slow_s=3", nproc=None)
 
     def recorded(beyond: int) -> bool:
         """Whether W&B, which takes as long to start as such a run, has recorded a later step."""
