@@ -182,6 +182,13 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def first_problem(self, problem: str) -> str:
+        """Return the `problem` of the first rank that has one, "" if none has.
+
+        Collective: every rank must call this.
+        """
+        return next(filter(None, self.gather(problem)), "")
+
     def hosts(self) -> list[str]:
         """Return the host names of all ranks.
 

@@ -120,8 +120,8 @@ def _check_same_data(world: World, splits: Splits) -> None:
         f"Every rank must build the same set: from the same files, with random draws under a fixed seed."
         for split, here, there in differences(splits.fingerprints, theirs)
     ]
-    for text in filter(None, world.gather("".join(said[:1]))):
-        raise DataError(text)
+    if problem := world.first_problem("".join(said[:1])):
+        raise DataError(problem)
 
 
 def _record_start(world: World, run_dir: RunDir, start: StartOptions) -> None:

@@ -6,7 +6,6 @@ import logging
 import traceback
 
 from dist_train.config.schema import Config, StepMode, WantedMode
-from dist_train.distributed.world import World
 from dist_train.training.step.eager import EagerUpdate
 from dist_train.training.step.forward_effects import ForwardEffects
 from dist_train.training.step.fused import prepare, unsupported_reason
@@ -39,7 +38,7 @@ def choose_update(
     for mode in modes:
         if mode == "eager":
             break
-        why_not = _of_any_rank(world, unsupported_reason(eager, effects, mode, config))
+        why_not = world.first_problem(unsupported_reason(eager, effects, mode, config))
         found = why_not or _try(eager, step, mode, must_be_faster=auto)
         if not isinstance(found, str):
             return mode, found
@@ -70,7 +69,7 @@ def _try(eager: EagerUpdate, step: int, mode: StepMode, must_be_faster: bool) ->
             if world.size == 1:
                 raise
             problem = _in_one_line(error)
-        if problem := _of_any_rank(world, problem):
+        if problem := world.first_problem(problem):
             raise RuntimeError(problem)
         assert update is not None
         return update
@@ -79,7 +78,7 @@ def _try(eager: EagerUpdate, step: int, mode: StepMode, must_be_faster: bool) ->
         update, result = try_update(
             eager, eager.perturbed, prepared, eager.state(), step, world.synchronize, world.slowest
         )
-        why_not = _of_any_rank(world, result.rejection_reason(must_be_faster))
+        why_not = world.first_problem(result.rejection_reason(must_be_faster))
     except Exception as error:  # a compiler may raise anything for a user's net
         _log.debug("%s", traceback.format_exc())
         why_not = _in_one_line(error)
@@ -92,14 +91,6 @@ def _try(eager: EagerUpdate, step: int, mode: StepMode, must_be_faster: bool) ->
         return why_not
     _log.info("step_mode=%s: %s", mode, result)
     return update
-
-
-def _of_any_rank(world: World, problem: str) -> str:
-    """Return the first problem of all ranks, "" if there is none.
-
-    Collective: every rank must call this.
-    """
-    return next(filter(None, world.gather(problem)), "")
 
 
 def _in_one_line(error: Exception) -> str:
