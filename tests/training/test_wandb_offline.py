@@ -18,7 +18,7 @@ from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
 from dist_train.training.tracking import Tracker
 from support.patience import wait_until
-from support.processes import alive, command_of, run, started
+from support.processes import alive, run, started
 from support.ranks import join_group, run_on_ranks
 from support.run_files import metrics
 from support.trainings import release, save, train
@@ -108,12 +108,7 @@ def test_stopped_or_killed_run_resumes_with_same_id(end: signal.Signals, tmp_pat
         wait_until(lambda: recorded(0), "record", every_s=3)
         saved = save(run_dir)
         wait_until(lambda: recorded(saved), "record of steps that will be repeated", every_s=3)
-        if end == signal.SIGTERM:
-            process.send_signal(end)
-        else:
-            for pid in alive(tmp_path):
-                if "dist_train" in command_of(pid):
-                    os.kill(pid, end)
+        process.send_signal(end)
         process.communicate()
         wait_until(lambda: not alive(tmp_path), "end of W&B's own process, which writes what it has")
     release(tmp_path)
