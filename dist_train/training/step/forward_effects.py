@@ -38,7 +38,7 @@ class ForwardEffects:
     def watch_pass(self) -> Iterator[None]:
         """Record what a pass changes. Buffers are restored: the same tensors with the same values."""
         generators = generator_states()
-        with _same_buffers(self._net) as before:
+        with same_buffers(self._net) as before:
             yield
             for module, path, old in before:
                 if not isinstance(module, _BatchNorm) and not _is_same(old, self._net.get_buffer(path)):
@@ -59,7 +59,7 @@ class ForwardEffects:
             return total
 
         try:
-            with torch.no_grad(), _same_buffers(self._net):
+            with torch.no_grad(), same_buffers(self._net):
                 whole = over(slice(0, size)) / size
                 halves = (over(slice(0, size // 2)) + over(slice(size // 2, size))) / size
         except Exception:  # it needs more than rows, such as what `forward` stored
@@ -112,7 +112,7 @@ def first_of(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _same_buffers(net: nn.Module) -> Iterator[list[tuple[nn.Module, str, Tensor]]]:
+def same_buffers(net: nn.Module) -> Iterator[list[tuple[nn.Module, str, Tensor]]]:
     """Restore all buffers at the end: the same tensors with the same values, even if the net has assigned others to
     their names. Yields for each its module, its path and a copy."""
     places = [

@@ -29,6 +29,7 @@ from dist_train.training.step.forward_effects import ForwardEffects, first_of
 from dist_train.training.step.layer_table import Layer, record_layers
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.mode_selection import Update
+from dist_train.training.step.one_process import report_faster_alone
 from dist_train.training.step.optimizer_state import implementation_of, load_state, saved_state, set_implementation
 from dist_train.training.step.optimizers import begin_momenta, build_optimizer
 from dist_train.training.step.weight_averaging import AveragedNet
@@ -119,6 +120,7 @@ class Step:
                 else:
                     self._try_unfrozen(self.frozen, step)
             pass_s = self._first_passes(step)
+            report_faster_alone(self.eager, self.effects, step, pass_s)
             self.mode, self._update = choose_update(self.eager, self.effects, self._config, step, wanted, pass_s)
         self.chosen_mode = self.mode if wanted == "auto" else wanted
         self.warm_up_s = time.perf_counter() - began
