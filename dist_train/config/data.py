@@ -57,6 +57,7 @@ class DataConfig(Section):
     tta: Annotated[Literal["flip", "shift", "flip_shift"] | None, MayChange] = None
     # Worker processes per rank that load a streamed data set. 0: the training process loads it.
     num_workers: Annotated[int, Field(ge=0, le=1024), MayChange] = 0
-    # Keep the whole data set in device memory instead of streaming it. None: if that is possible and it fits.
+    # Keep the whole data set in device memory instead of streaming it. None: if that is possible and it fits. For a
+    # data set of your own None is false; true makes each example twice before training, and both must be equal.
     resident: Annotated[bool | None, MayChange] = None
     args: Options = {}  # keyword arguments of your own class: data.args.KEY=VALUE

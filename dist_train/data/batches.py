@@ -16,8 +16,9 @@ from dist_train.config.data import DataConfig
 from dist_train.data.augment import Augment
 from dist_train.data.loader import ExampleKey, LoadedBatch, make_loader, stream
 from dist_train.data.picture_transforms import transformed
+from dist_train.data.resident_set import tensors_of
 from dist_train.data.sampler import ShardSampler
-from dist_train.data.sets.image_set import Examples, ImageSet, yields_pixels
+from dist_train.data.sets.image_set import Examples, yields_pixels
 from dist_train.data.transforms import Pixels, change_each, to_default_dtype
 
 Position = tuple[int, int]  # (step, micro-step)
@@ -48,15 +49,22 @@ class Batches(Protocol):
 
 
 class ResidentBatches:
-    """Batches of a set that is on the device as uint8: each is one gather."""
+    """Batches of a set that is on the device, pixels as uint8: each is one gather."""
 
     wait_s = 0.0
 
     def __init__(
-        self, examples: ImageSet, sampler: ShardSampler, pixels: Pixels, augment: Augment | None, device: torch.device
+        self,
+        examples: Examples,
+        sampler: ShardSampler,
+        pixels: Pixels | None,
+        augment: Augment | None,
+        device: torch.device,
     ) -> None:
-        self.examples: Examples = examples
-        self.images, self.labels = examples.images.to(device), examples.labels.to(device)
+        tensors = tensors_of(examples)
+        assert tensors is not None
+        self.examples = examples
+        self.inputs, self.targets = (each.to(device) for each in tensors)  # [N, ...] each
         self.sampler = sampler.on(device)
         self.pixels = pixels
         self.augment = augment
@@ -73,9 +81,9 @@ class ResidentBatches:
         return (indices, *self.augment.draw(step, micro_step)) if self.augment else (indices,)
 
     def materialise(self, indices: Tensor, *drawn: Tensor) -> tuple[Tensor, Any]:
-        """Return the images [B, C, H, W] and targets [B] that `select` chose. Runs tensor operations only."""
-        images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
-        return self.augment(images, labels, *drawn) if self.augment else (self.pixels(images), labels)
+        """Return the inputs [B, ...] and targets [B, ...] that `select` chose. Runs tensor operations only."""
+        inputs, targets = self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
+        return self.augment(inputs, targets, *drawn) if self.augment else (_to_inputs(inputs, self.pixels), targets)
 
     def _own(self, indices: Tensor) -> Tensor:
         """Return the examples of the micro-batch itself, int64 [B]: others are mixed into them."""
@@ -214,6 +222,11 @@ def _keys_at(sampler: ShardSampler, step: int, positions: slice | Tensor) -> lis
     return [(epoch, place, index) for place, index in zip(places, indices, strict=True)]
 
 
+def _to_inputs(loaded: Any, pixels: Pixels | None) -> Any:
+    """Convert what a set gives to what the net gets."""
+    return pixels(loaded) if pixels else to_default_dtype(loaded)
+
+
 class ToDevice:
     """Moves a loaded batch to the device and converts its pixels to images there."""
 
@@ -231,7 +244,7 @@ class ToDevice:
             inputs, targets = augment(inputs, targets)
             labels = None if labels is None else labels[: len(indices)]
         else:
-            inputs = self.pixels(inputs) if self.pixels else to_default_dtype(inputs)
+            inputs = _to_inputs(inputs, self.pixels)
         return Batch(inputs, targets, indices, labels)
 
     def _move(self, item: Any) -> Any:
@@ -246,15 +259,18 @@ def training_batches(
         examples = transformed(examples, config.transforms)
     pixels = Pixels(config.normalize, device) if yields_pixels(examples) else None
     augment = Augment(config.augment, sampler, pixels, device) if config.augment and pixels else None
-    if isinstance(examples, ImageSet) and pixels and is_resident(examples, config, device):
+    if is_resident(examples, config, device):
         return ResidentBatches(examples, sampler, pixels, augment, device)
     return StreamingBatches(examples, sampler, pixels, augment, device, config.num_workers, seed)
 
 
-def is_resident(examples: ImageSet, config: DataConfig, device: torch.device) -> bool:
-    """Whether the set is kept on the device: `data.resident`, else whether it takes at most half of the free device
-    memory. On a CPU the set is in memory already."""
+def is_resident(examples: Examples, config: DataConfig, device: torch.device) -> bool:
+    """Whether a set in memory is kept on the device: `data.resident`, else whether it takes at most half of the free
+    device memory."""
+    tensors = tensors_of(examples)
+    if tensors is None:
+        return False
     if config.resident is not None or device.type != "cuda":
         return config.resident is not False
     free, _total = torch.cuda.mem_get_info(device)
-    return examples.images.nbytes <= free // 2
+    return tensors[0].nbytes <= free // 2

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from dist_train.config.schema import Config
 from dist_train.data.batches import Batch, ToDevice, is_resident
 from dist_train.data.loader import make_loader, stream
+from dist_train.data.resident_set import tensors_of
 from dist_train.data.sampler import evaluation_shard
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples, yields_pixels
 from dist_train.data.transforms import Pixels
@@ -48,9 +49,10 @@ class EvaluationBatches:
         self._to_device = ToDevice(pixels, device)
         self._seed = seed
         self._resident = None
-        if resident and isinstance(examples, ImageSet):
-            self._resident = examples.images.to(device), examples.labels.to(device)
-            self._keeps = len(shard) * examples.images[0].numel() <= _KEPT_PIXELS
+        if resident and (tensors := tensors_of(examples)):
+            inputs, targets = (each.to(device) for each in tensors)
+            self._resident = inputs, targets
+            self._keeps = len(shard) * inputs[0].numel() <= _KEPT_PIXELS
         self._kept: dict[int, tuple[Batch, tuple[int, ...]]] = {}
         # One loader for all passes: its workers persist between them.
         keys = [[(0, index) for index in chunk.tolist()] for chunk in self._chunks]
@@ -68,9 +70,9 @@ class EvaluationBatches:
                     self._kept[number] = batch, _versions(batch)
             yield batch
 
-    def _gather(self, chunk: Tensor, images: Tensor, labels: Tensor) -> Batch:
-        indices = chunk.to(images.device)
-        return self._to_device((images.index_select(0, indices), labels.index_select(0, indices), chunk))
+    def _gather(self, chunk: Tensor, inputs: Tensor, targets: Tensor) -> Batch:
+        indices = chunk.to(inputs.device)
+        return self._to_device((inputs.index_select(0, indices), targets.index_select(0, indices), chunk))
 
     def other_views(self, batch: Batch) -> list[tuple[float, Tensor]]:
         """Return the views in which the batch is evaluated too, as `views.other_views`; none without data.tta."""
@@ -91,9 +93,12 @@ def evaluation_batches(examples: Examples, net: nn.Module, world: World, config:
     total = num_examples(examples)
     largest_shard = -(-total // world.size)
     device = world.device
-    resident = isinstance(examples, ImageSet) and is_resident(examples, config.data, device)
+    resident = is_resident(examples, config.data, device)
     batch_size = _BATCH_SIZE if config.per_device_batch_size == "auto" else config.per_device_batch_size
-    if not (resident and device.type == "cpu") or any(isinstance(module, _ConvNd) for module in net.modules()):
+    # A user's set keeps the batches of streaming, and so its results to the bit.
+    if not (resident and isinstance(examples, ImageSet) and device.type == "cpu") or any(
+        isinstance(module, _ConvNd) for module in net.modules()
+    ):
         batch_size = min(batch_size, _BATCH_SIZE)
     return EvaluationBatches(
         examples,

@@ -14,6 +14,8 @@ from dist_train.data.child_process import run_in_child
 from dist_train.data.example_weights import example_weights
 from dist_train.data.fingerprint import Fingerprint, checksum, fingerprint_split
 from dist_train.data.picture_transforms import transformed
+from dist_train.data.resident_set import make_resident, tensors_of, unchanging_bytes
+from dist_train.data.sets.available_memory import available_bytes, fits
 from dist_train.data.sets.examples_check import check_pixels, check_validation_set
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import (
@@ -41,6 +43,7 @@ class DataSummary:
     num_classes: int | None  # None if the training set does not define it, as is `classes`
     classes: list[str] | None
     fingerprints: Mapping[str, Fingerprint]  # by split
+    unchanging_bytes: int | None  # of one training example, if the set is streamed and might be resident
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,7 @@ class Splits:
     val_source: str  # origin of `val`, for the report
     summary: DataSummary
     sample_weights: Tensor | None = None  # float64 [num_examples(train)]; None: an epoch visits each at most once
+    resident_bytes: int | None = None  # what data.resident=true would take, where it is not set but possible
 
     @property
     def choice_by_test(self) -> str:
@@ -125,7 +129,12 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     if config.transforms:
         transformed(found["train"], config.transforms)  # raises where their arguments are wrong
     train, val, test, val_source, trained_on = _add_validation(config, seed, found, name_of_val)
-    return Splits(train, val, test, val_source, summary, example_weights(config, found["train"], trained_on))
+    if config.resident:
+        divided = [each for each in (train, val, test) if each is not None]
+        kept = {id(each): _in_memory(each, config, seed, ranks_per_node) for each in divided}
+        train, val, test = kept[id(train)], kept.get(id(val)), kept.get(id(test))
+    weights = example_weights(config, found["train"], trained_on)
+    return Splits(train, val, test, val_source, summary, weights, _resident_bytes(config, summary, ranks_per_node))
 
 
 def _load(config: DataConfig, ranks_per_node: int) -> tuple[dict[str, Examples], str, str]:
@@ -159,7 +168,7 @@ def _summarise(found: Mapping[str, Examples], seed: int, own_validation: str) ->
     if own_validation:
         with wrap_user_errors("The validation set", "cannot be read"):
             check_validation_set(train, found["val"], own_validation)
-    return DataSummary(image_shape, num_classes, classes, fingerprints)
+    return DataSummary(image_shape, num_classes, classes, fingerprints, unchanging_bytes(train, seed))
 
 
 def _image_shape(train: Examples) -> tuple[int, int, int] | None:
@@ -169,6 +178,20 @@ def _image_shape(train: Examples) -> tuple[int, int, int] | None:
         return None
     channels, height, width = image.shape
     return channels, height, width
+
+
+def _in_memory(examples: Examples, config: DataConfig, seed: int, ranks_per_node: int) -> Examples:
+    if tensors_of(examples) is not None:
+        return examples
+    return make_resident(examples, seed, config.num_workers, ranks_per_node)
+
+
+def _resident_bytes(config: DataConfig, summary: DataSummary, ranks_per_node: int) -> int | None:
+    """Return about how many bytes all splits would take with data.resident=true; None if it is no choice."""
+    if config.resident is not None or config.transforms or summary.unchanging_bytes is None:
+        return None
+    needed = summary.unchanging_bytes * sum(each["count"] for each in summary.fingerprints.values())
+    return needed if fits(needed, available_bytes(), ranks_per_node) else None
 
 
 _Divided = tuple[Examples, Examples | None, Examples | None, str, Tensor | None]

@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ def evaluate_run(path: Path, which: str, split: str) -> EvaluationResult | None:
     """
     saved = SavedNet.find(path, which)
     config, run_dir, folder = saved.config, saved.run_dir, saved.folder
-    data = config.data.model_copy(update={"sample_weights": None, "transforms": []})  # only training needs them
+    # Only training needs these, and a single pass does not pay for keeping a set in memory.
+    unused: dict[str, Any] = {"sample_weights": None, "transforms": []}
+    data = config.data.model_copy(update=unused | ({"resident": None} if config.data.resident else {}))
     splits = load_splits(data, config.seed, detect_process(os.environ).local_world_size)
     examples = splits.test if split == "test" else splits.val
     if examples is None:

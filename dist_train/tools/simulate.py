@@ -10,8 +10,9 @@ from torch import Tensor
 from dist_train.checkpoints.disk_space import CheckpointSize
 from dist_train.config.batch_plan import BatchPlan
 from dist_train.config.schema import Config
+from dist_train.data.resident_set import tensors_of
 from dist_train.data.sampler import ShardSampler, count_into, evaluation_shard
-from dist_train.data.sets.image_set import ImageSet, num_examples
+from dist_train.data.sets.image_set import num_examples
 from dist_train.data.splits import load_splits
 from dist_train.distributed.devices import default_dtype
 from dist_train.errors import DistTrainError
@@ -49,10 +50,11 @@ def simulate(config: Config, world_size: int) -> Iterator[str]:
     size = CheckpointSize.of(net, config)
     gradients = sum(parameter.nbytes for parameter in net.parameters() if parameter.requires_grad)
     needed = size.weights * (2 if config.ema_decay else 1) + gradients + size.optimizer
-    data = splits.train.images.nbytes if isinstance(splits.train, ImageSet) else 0
+    resident = tensors_of(splits.train)
+    data = resident[0].nbytes if resident else 0
     yield (
         f"memory per process: {needed / 2**20:.1f} MiB of weights, gradients, optimizer state and averages, "
-        f"{data / 2**20:.1f} MiB of resident images, and the activations of {plan.per_device_batch_size} examples"
+        f"{data / 2**20:.1f} MiB of resident inputs, and the activations of {plan.per_device_batch_size} examples"
     )
 
 

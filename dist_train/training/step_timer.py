@@ -20,17 +20,17 @@ class StepTimer:
 
     def stop(self) -> None:
         """Stop the timer and add the time to `total_s`."""
-        self.total_s = self._now_s()
+        self.total_s = self.now_s()
         self._started = None
 
     def start_window(self, step: int, data_wait_s: float) -> None:
         """Start the window that `measure` covers."""
-        self._window_start = self._now_s(), step, data_wait_s
+        self._window_start = self.now_s(), step, data_wait_s
 
     def measure(self, step: int, data_wait_s: float, global_batch_size: int) -> dict[str, float]:
         """Return the perf/... metrics of the window, {} if it has no step."""
         since_s, since_step, since_wait_s = self._window_start
-        seconds, steps = self._now_s() - since_s, step - since_step
+        seconds, steps = self.now_s() - since_s, step - since_step
         if not steps:
             return {}
         return {
@@ -39,5 +39,6 @@ class StepTimer:
             "perf/data_wait_ms": round(1000 * (data_wait_s - since_wait_s) / steps, 4),
         }
 
-    def _now_s(self) -> float:
+    def now_s(self) -> float:
+        """Return the total seconds, up to now if the timer is running."""
         return self.total_s + (time.perf_counter() - self._started if self._started is not None else 0.0)

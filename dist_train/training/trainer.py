@@ -32,6 +32,7 @@ from dist_train.training.step.train_step import Step
 from dist_train.training.step_timer import StepTimer
 from dist_train.training.step_trace import StepTrace
 
+_NOTICEABLE_WAIT = 0.2  # of the time in steps
 _MAX_OVERFLOWS = 50  # consecutive updates skipped by fp16; each has halved the scale
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Trainer:
         self.val = self.batches_of(self.splits.val) if self.splits.val is not None else None
         self._timer = StepTimer(self.state.train_s)
         self._timer.start_window(self.state.step, self.step.data_wait_s)
+        self._began = self._timer.now_s(), self.step.data_wait_s
+        self._first_epoch = self.state.step // self.steps_per_epoch + 1
 
     def __enter__(self) -> Trainer:
         self.recorder.screen.__enter__()
@@ -177,6 +180,20 @@ class Trainer:
             "epoch %d: %d different examples, %d draws of one again, %d not seen",
             epoch, counts["audit/unique"], counts["audit/duplicate"], counts["audit/dropped"],
         )  # fmt: skip
+        if epoch == self._first_epoch and self.world.is_rank_zero:
+            self._suggest_resident()
+
+    def _suggest_resident(self) -> None:
+        """Log how to save the time that the attempt's first epoch waited for a data set, if it fits in memory."""
+        needed, (since_s, since_wait_s) = self.splits.resident_bytes, self._began
+        share = (self.step.data_wait_s - since_wait_s) / (self._timer.now_s() - since_s)
+        # Keeping the set takes two passes over it.
+        if needed is not None and share > _NOTICEABLE_WAIT and self.total_steps > 3 * self.steps_per_epoch:
+            _log.info(
+                "%.0f %% of the time in steps went into waiting for examples. data.resident=true would make each of "
+                "them twice at the start of a run and then keep them, in %.1f MB of memory per process.",
+                100 * share, needed / 1e6,
+            )  # fmt: skip
 
     def evaluate(self) -> None:
         """Write one `val` line, and the final lines on an early stop. After an agreed stop the resumed run does it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,19 @@ class Jittered(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         noise = 0.1 * torch.rand(1, 8, 8) + 0.1 * random.random() + 0.1 * float(np.random.rand())
         return self.images[index] + noise, int(self.labels[index])
+
+
+class Still(Jittered):
+    """The same images without a transform: float32, or as uint8 pixels with the label as a numpy number."""
+
+    def __init__(self, train: bool, length: int = 101, yields_pixels: bool = False, slow_s: float = 0.0) -> None:
+        super().__init__(train, length)
+        self.yields_pixels, self.slow_s = yields_pixels, slow_s
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        time.sleep(self.slow_s)
+        image, label = self.images[index], int(self.labels[index])
+        return ((255 * image).to(torch.uint8), np.int64(label)) if self.yields_pixels else (image, label)
 
 
 class Unlabelled(Jittered):

@@ -15,6 +15,11 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
     return min(limits, default=None)
 
 
+def fits(num_bytes: int, free: int | None, ranks_per_node: int) -> bool:
+    """Whether each rank of a node can keep so many bytes in half of the free memory; also if that is unknown."""
+    return free is None or num_bytes <= free // 2 // ranks_per_node
+
+
 def _free(meminfo: Path) -> int | None:
     with suppress(OSError, ValueError, IndexError):
         for line in meminfo.read_text().splitlines():

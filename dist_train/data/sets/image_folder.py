@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dist_train.data.sets.available_memory import available_bytes
+from dist_train.data.sets.available_memory import available_bytes, fits
 from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.data.sets.split_choice import Choice, every_split
 from dist_train.errors import DataError
@@ -129,7 +129,7 @@ def load_image_folder(
     root = folders[first].parent
     if resident is None:
         needed, free = sum(split.num_bytes for split in splits.values()), available_bytes()
-        resident = free is None or needed <= free // 2 // ranks_per_node
+        resident = fits(needed, free, ranks_per_node)
         if not resident:
             sizes = f"{needed / 1e9:.1f} GB decoded, {(free or 0) / 1e9:.1f} GB free, {ranks_per_node} ranks per node"
             _log.info("%s is streamed: %s.", root, sizes)

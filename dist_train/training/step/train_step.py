@@ -164,7 +164,7 @@ class Step:
         if doubt := eager.objective.doubt(output):
             _log.warning("%s", doubt)
         if isinstance(eager.batches, ResidentBatches):  # all of them: a captured or compiled step cannot check
-            labels = eager.batches.labels
+            labels = eager.batches.targets
             with eager.error_context("on its data", Batch(None, labels, torch.arange(len(labels)))):
                 eager.objective.check_labels(output, labels)
         eager.clear_gradients()

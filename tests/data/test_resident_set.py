@@ -1,0 +1,223 @@
+"""A user's data set that is kept in memory: the same results as streamed, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dist_train.config.batch_plan import BatchPlan
+from dist_train.config.data import DataConfig
+from dist_train.config.loading import parse_config
+from dist_train.data import resident_set as module
+from dist_train.data import splits as splits_module
+from dist_train.data.batches import Batches, ResidentBatches, StreamingBatches, training_batches
+from dist_train.data.evaluation_batches import evaluation_batches
+from dist_train.data.resident_set import ResidentSet, make_resident
+from dist_train.data.sampler import ShardSampler
+from dist_train.data.sets.image_set import num_examples
+from dist_train.data.splits import Splits, load_splits
+from dist_train.distributed.world import World
+from dist_train.errors import DataError, UserCodeError
+from support.processes import DIST_TRAIN
+from support.ranks import run_forked, train_on_ranks
+from support.run_files import assert_bit_identical
+from support.trainings import SETTINGS
+from support.user_sets import Still, Unlabelled
+
+RUN: dict[str, Any] = {
+    "global_batch_size": 12, "per_device_batch_size": 3, "device": "cpu", "step_mode": "eager", "dtype": "float64",
+    "train_for": "19 steps", "log_every": 1, "eval_every": "8 steps", "optimizer": {"lr": 1e-2},
+}  # fmt: skip
+STILL: dict[str, Any] = {
+    "data": {"name": "support.user_sets:Still"},
+    "model": {"name": "support.user_sets:WithDropout"},
+}
+CHANGED: dict[str, Any] = {
+    "normalize": {"mean": [0.4], "std": [0.3]}, "augment": {"shift": 1, "flip": True, "mixup_alpha": 0.2},
+    "sampling": "balanced",
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "floats": STILL,
+    "pixels": STILL
+    | {"data": STILL["data"] | CHANGED | {"args": {"yields_pixels": True}}, "class_weights": "balanced"},
+    "arrays": {
+        "data": {
+            "name": "support.user_sets:Odd", "num_workers": 2, "val_examples": 7,
+            "args": {"length": 60, "form": "array", "draws": [], "folder": "."},  # of a file, which each process opens
+        },
+        "model": {"name": "support.user_nets:ForOdd", "args": {"in_place": True}},
+    },
+    "multi_label": {
+        "data": {"name": "support.user_sets:TwoDigits", "args": {"length": 96}}, "model": {"name": "mlp"},
+        "task": "multi_label",
+    },
+    "regression": {
+        "data": {"name": "support.user_sets:Tilted", "args": {"length": 96}}, "task": "regression",
+        "model": {"name": "mlp", "args": {"num_classes": 1}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_training_and_evaluation_are_those_of_streaming(
+    case: str, world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = RUN | CASES[case]
+    for name, resident in (("resident", True), ("streamed", None)):
+        train_on_ranks(settings | {"data": settings["data"] | {"resident": resident}}, tmp_path / name, world_size)
+    assert_bit_identical(tmp_path / "resident", tmp_path / "streamed")
+    one, other = (final_metrics(tmp_path / name) for name in ("resident", "streamed"))
+    assert one == other
+    assert one.keys() > {"test/loss", "train/loss"}
+
+
+def final_metrics(run_dir: Path) -> dict[str, float]:
+    result = json.loads((run_dir / "result.json").read_text())
+    return {name: value for name, value in result.items() if "/" in name}
+
+
+def load(name: str = "Still", **settings: Any) -> Splits:
+    return load_splits(DataConfig(name=f"support.user_sets:{name}", **settings), seed=0)
+
+
+def training_batches_of(splits: Splits) -> Batches:
+    sampler = ShardSampler(num_examples(splits.train), BatchPlan(4, 1, 1), 0, 0)
+    return training_batches(splits.train, sampler, DataConfig(), torch.device("cpu"), 0)
+
+
+@pytest.mark.parametrize("val_examples", [0, 5])
+def test_all_splits_are_in_memory(val_examples: int, world: World) -> None:
+    splits = load(val_examples=val_examples, resident=True)
+    assert [type(each) for each in (splits.train, splits.val, splits.test)] == [ResidentSet] * 3
+    assert (splits.val is splits.test) is (val_examples == 0)  # validation on the test split is not read twice
+    assert isinstance(training_batches_of(splits), ResidentBatches)
+    assert isinstance(training_batches_of(load(val_examples=val_examples)), StreamingBatches)
+    assert splits.val is not None
+    whole = num_examples(splits.val)
+    splits.val.whole = None  # type: ignore[union-attr]  # an evaluation does without it
+    evaluated = evaluation_batches(splits.val, nn.Linear(1, 1), world, parse_config({}))
+    assert sum(map(len, evaluated)) == whole
+
+
+class Made(Dataset[Any]):
+    """Makes example k of the result of `make(k)`, and counts how often."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+        self.counts: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> Any:
+        self.counts[index] += 1
+        return self.make(index)
+
+
+def test_each_example_is_made_twice_and_then_never_again() -> None:
+    whole = Made(lambda index: (torch.tensor([index, torch.nan]), index % 2))  # a NaN equals itself
+    kept = make_resident(whole, 0, 0, 1)
+    assert torch.equal(kept.inputs[:, 0], torch.arange(9.0))
+    assert kept.targets.tolist() == [index % 2 for index in range(9)]
+    assert kept.targets.dtype == torch.int64
+    assert [kept[index][1] for index in range(9)] == kept.targets.tolist()
+    assert whole.counts == dict.fromkeys(range(9), 2)
+
+
+numbers = count()
+REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
+    "torch": (lambda index: (torch.rand(2) if index == 8 else torch.zeros(2), 0), "Example 8 of Made differs when"),
+    "python": (lambda index: (torch.zeros(2), random.random()), "Example 0 of Made differs when it is made again"),
+    "numpy": (lambda index: (np.random.rand(2), 0), "Example 0 of Made differs when it is made again"),
+    "own generator": (lambda index: (torch.zeros(2), next(numbers)), "Example 0 of Made differs when"),
+    "other length each time": (lambda index: (torch.zeros(next(numbers) + 1), 0), "Example 0 of Made differs when"),
+    "ragged": (
+        lambda index: (torch.zeros(2 + index // 5), 0),
+        r"Example 5 of Made is \(float32 \[3\], int64 \[\]\), and those before it are \(float32 \[2\], int64 \[\]\)",
+    ),
+    "other type": (
+        lambda index: (torch.zeros(2), index if index < 4 else 0.5),
+        r"Example 4 of Made is \(float32 \[2\], float64 \[\]\), and those before it are \(float32 \[2\], int64 \[\]\)",
+    ),
+    "mapping": (
+        lambda index: ({"image": torch.zeros(2)}, 0),
+        r"Example 0 of Made is \({image: float32 \[1, 2\]}, int64 \[1\]\) in a batch, not tensors",
+    ),
+    "strings": (
+        lambda index: (torch.zeros(2), "cat"),
+        r"Example 0 of Made is \(float32 \[1, 2\], \(str\)\) in a batch, not tensors",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_sets_are_refused(case: str) -> None:
+    make, reason = REFUSED[case]
+    fix = r".* Remove data\.resident, and the examples are streamed\."
+    with pytest.raises(DataError, match=rf"^data\.resident=true: {reason}{fix}$"):
+        make_resident(Made(make), 0, 0, 1)
+
+
+def test_own_collate_is_refused() -> None:
+    with pytest.raises(DataError, match=r"^data\.resident=true: Unlabelled has a method collate, which makes whole"):
+        make_resident(Unlabelled(True), 0, 0, 1)
+
+
+def test_error_of_an_example_is_that_of_the_user() -> None:
+    with pytest.raises(UserCodeError, match=r"Example 0 of Fails cannot be made: .*no such record"):
+        load("Fails", resident=True)
+
+
+def test_no_rank_trains_on_a_random_set(tmp_path: Path) -> None:
+    settings = ["data.name=support.user_sets:Jittered", "data.resident=true", "--run-name=r"]
+    done = run_forked([*DIST_TRAIN, "train", *SETTINGS, *settings], tmp_path, 2)
+    assert done.returncode == 1  # and no rank waits for another
+    assert "data.resident=true: Example 0 of Jittered differs when it is made again" in done.stderr
+    assert not (tmp_path / "runs/r").exists()
+
+
+def test_set_must_fit_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Still(True, 1000)  # of 8 x 8 x 4 + 8 bytes each
+    monkeypatch.setattr(module, "available_bytes", lambda: 528_000)
+    make_resident(whole, 0, 0, ranks_per_node=2)
+    with pytest.raises(
+        DataError,
+        match=r"Still does not fit in memory: 1000 examples of 264 bytes are 0\.26 MB, on each of 3 ranks per node, "
+        r"0\.53 MB free\. Remove data\.resident",
+    ):
+        make_resident(whole, 0, 0, ranks_per_node=3)
+
+
+def test_only_a_set_that_may_become_resident_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (101 + 101) * 264
+    monkeypatch.setattr(splits_module, "available_bytes", lambda: 2 * size)
+    assert load().resident_bytes == size
+    for other in (load(resident=True), load(resident=False), load("Jittered"), load("Unlabelled"), load("mnist_part")):
+        assert other.resident_bytes is None
+    monkeypatch.setattr(splits_module, "available_bytes", lambda: 2 * size - 1)
+    assert load().resident_bytes is None
+
+
+@pytest.mark.parametrize(("slow_s", "lines"), [(0.005, 1), (0, 0)])
+def test_suggestion_is_one_line_of_the_log(slow_s: float, lines: int, tmp_path: Path) -> None:
+    settings = [
+        *SETTINGS, "--run-name=r", "data.name=support.user_sets:Still", f"data.args.slow_s={slow_s}",
+        "model.name=support.user_sets:WithDropout", "train_for=4 epochs", "global_batch_size=10",
+    ]  # fmt: skip
+    done = run_forked([*DIST_TRAIN, "train", *settings], tmp_path, 2)
+    assert done.returncode == 0, done.stderr
+    log = "".join(path.read_text() for path in (tmp_path / "runs/r").rglob("*.log"))
+    assert log.count("data.resident=true would make each of them twice") == lines
