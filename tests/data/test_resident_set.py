@@ -25,7 +25,7 @@ from dist_train.data.batches import Batches, ResidentBatches, StreamingBatches, 
 from dist_train.data.evaluation_batches import evaluation_batches
 from dist_train.data.resident_set import ResidentSet, make_resident
 from dist_train.data.sampler import ShardSampler
-from dist_train.data.sets.image_set import num_examples
+from dist_train.data.sets.image_set import Subset, num_examples
 from dist_train.data.splits import Splits, load_splits
 from dist_train.distributed.world import World
 from dist_train.errors import DataError, UserCodeError
@@ -84,6 +84,23 @@ def test_training_and_evaluation_are_those_of_streaming(
     assert one.keys() > {"test/loss", "train/loss"}
 
 
+def test_resume_and_evaluation_may_stream_what_was_resident(tmp_path: Path) -> None:
+    def train(name: str, resident: bool | None, stop_after: int | None = None) -> None:
+        data = STILL["data"] | {"resident": resident}
+        train_on_ranks(RUN | STILL | {"data": data}, tmp_path / name, stop_after=stop_after)
+
+    train("whole", True)
+    train("resumed", None, stop_after=5)
+    train("resumed", True, stop_after=13)
+    train("resumed", None)
+    assert_bit_identical(tmp_path / "resumed", tmp_path / "whole")
+    done = run_forked([*DIST_TRAIN, "evaluate", str(tmp_path / "whole"), "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "into memory" not in done.stderr  # one pass does not pay for two
+    final, found = final_metrics(tmp_path / "whole"), json.loads(done.stdout)
+    assert (found["loss"], found["accuracy"]) == (final["test/loss"], final["test/accuracy"])
+
+
 def final_metrics(run_dir: Path) -> dict[str, float]:
     result = json.loads((run_dir / "result.json").read_text())
     return {name: value for name, value in result.items() if "/" in name}
@@ -99,17 +116,25 @@ def training_batches_of(splits: Splits) -> Batches:
 
 
 @pytest.mark.parametrize("val_examples", [0, 5])
-def test_all_splits_are_in_memory(val_examples: int, world: World) -> None:
+def test_all_splits_are_in_memory(
+    val_examples: int, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     splits = load(val_examples=val_examples, resident=True)
     assert [type(each) for each in (splits.train, splits.val, splits.test)] == [ResidentSet] * 3
-    assert (splits.val is splits.test) is (val_examples == 0)  # validation on the test split is not read twice
+    assert (splits.val is splits.test) is (val_examples == 0)
+    assert caplog.text.count("Reading Still into memory") == (3 if val_examples else 2)
     assert isinstance(training_batches_of(splits), ResidentBatches)
     assert isinstance(training_batches_of(load(val_examples=val_examples)), StreamingBatches)
     assert splits.val is not None
     whole = num_examples(splits.val)
-    splits.val.whole = None  # type: ignore[union-attr]  # an evaluation does without it
     evaluated = evaluation_batches(splits.val, nn.Linear(1, 1), world, parse_config({}))
+    monkeypatch.delattr(ResidentSet, "__getitem__")  # no example is taken one by one
+    monkeypatch.delattr(Subset, "__getitem__")
     assert sum(map(len, evaluated)) == whole
+
+
+LENGTH = 70  # more than are read at once
 
 
 class Made(Dataset[Any]):
@@ -120,7 +145,7 @@ class Made(Dataset[Any]):
         self.counts: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        return 9
+        return LENGTH
 
     def __getitem__(self, index: int) -> Any:
         self.counts[index] += 1
@@ -130,43 +155,42 @@ class Made(Dataset[Any]):
 def test_each_example_is_made_twice_and_then_never_again() -> None:
     whole = Made(lambda index: (torch.tensor([index, torch.nan]), index % 2))  # a NaN equals itself
     kept = make_resident(whole, 0, 0, 1)
-    assert torch.equal(kept.inputs[:, 0], torch.arange(9.0))
-    assert kept.targets.tolist() == [index % 2 for index in range(9)]
+    assert torch.equal(kept.inputs[:, 0], torch.arange(float(LENGTH)))
+    assert kept.targets.tolist() == [index % 2 for index in range(LENGTH)]
     assert kept.targets.dtype == torch.int64
-    assert [kept[index][1] for index in range(9)] == kept.targets.tolist()
-    assert whole.counts == dict.fromkeys(range(9), 2)
+    assert [kept[index][1] for index in range(LENGTH)] == kept.targets.tolist()
+    assert whole.counts == dict.fromkeys(range(LENGTH), 2)
 
 
 numbers = count()
 REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
-    "torch": (lambda index: (torch.rand(2) if index == 8 else torch.zeros(2), 0), "Example 8 of Made differs when"),
+    "torch": (lambda index: (torch.rand(2) if index == 40 else torch.zeros(2), 0), "Example 40 of Made differs when"),
     "python": (lambda index: (torch.zeros(2), random.random()), "Example 0 of Made differs when it is made again"),
     "numpy": (lambda index: (np.random.rand(2), 0), "Example 0 of Made differs when it is made again"),
     "own generator": (lambda index: (torch.zeros(2), next(numbers)), "Example 0 of Made differs when"),
     "other length each time": (lambda index: (torch.zeros(next(numbers) + 1), 0), "Example 0 of Made differs when"),
     "ragged": (
-        lambda index: (torch.zeros(2 + index // 5), 0),
-        r"Example 5 of Made is \(float32 \[3\], int64 \[\]\), and those before it are \(float32 \[2\], int64 \[\]\)",
+        lambda index: (torch.zeros(2 + index // 33), 0),
+        r"Example 33 of Made is \(float32 \[3\], int\), and those before it are \(float32 \[2\], int\)",
     ),
     "other type": (
         lambda index: (torch.zeros(2), index if index < 4 else 0.5),
-        r"Example 4 of Made is \(float32 \[2\], float64 \[\]\), and those before it are \(float32 \[2\], int64 \[\]\)",
+        r"Example 4 of Made is \(float32 \[2\], float\), and those before it are \(float32 \[2\], int\)",
     ),
     "mapping": (
         lambda index: ({"image": torch.zeros(2)}, 0),
-        r"Example 0 of Made is \({image: float32 \[1, 2\]}, int64 \[1\]\) in a batch, not tensors",
+        r"Example 0 of Made is \({image: float32 \[2\]}, int\), not a pair of tensors or numbers",
     ),
-    "strings": (
-        lambda index: (torch.zeros(2), "cat"),
-        r"Example 0 of Made is \(float32 \[1, 2\], \(str\)\) in a batch, not tensors",
-    ),
+    "strings": (lambda index: (torch.zeros(2), "cat"), r"Example 0 of Made is \(float32 \[2\], str\), not a pair"),
+    "nothing": (lambda index: (torch.zeros(2), None), r"Example 0 of Made is \(float32 \[2\], NoneType\), not a pair"),
+    "three": (lambda index: (torch.zeros(2), 1, 2), r"Example 0 of Made is \(float32 \[2\], int, int\), not a pair"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_other_sets_are_refused(case: str) -> None:
     make, reason = REFUSED[case]
-    fix = r".* Remove data\.resident, and the examples are streamed\."
+    fix = r".*\. Remove data\.resident, and the examples are streamed\."
     with pytest.raises(DataError, match=rf"^data\.resident=true: {reason}{fix}$"):
         make_resident(Made(make), 0, 0, 1)
 
@@ -195,8 +219,8 @@ def test_set_must_fit_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     make_resident(whole, 0, 0, ranks_per_node=2)
     with pytest.raises(
         DataError,
-        match=r"Still does not fit in memory: 1000 examples of 264 bytes are 0\.26 MB, on each of 3 ranks per node, "
-        r"0\.53 MB free\. Remove data\.resident",
+        match=r"Still does not fit in memory: 1000 examples of 264 bytes are 0\.3 MB, on each of 3 ranks per node, "
+        r"0\.5 MB free\. Remove data\.resident",
     ):
         make_resident(whole, 0, 0, ranks_per_node=3)
 
@@ -211,11 +235,15 @@ def test_only_a_set_that_may_become_resident_is_suggested(monkeypatch: pytest.Mo
     assert load().resident_bytes is None
 
 
-@pytest.mark.parametrize(("slow_s", "lines"), [(0.005, 1), (0, 0)])
-def test_suggestion_is_one_line_of_the_log(slow_s: float, lines: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("slow_s", "net", "epochs", "lines"),
+    [(0.005, "WithDropout", 4, 1), (0.005, "WithDropout", 3, 0), (0, "Slow", 4, 0)],
+    ids=["noticeable", "too few epochs", "not noticeable"],
+)
+def test_suggestion_is_one_line_of_the_log(slow_s: float, net: str, epochs: int, lines: int, tmp_path: Path) -> None:
     settings = [
         *SETTINGS, "--run-name=r", "data.name=support.user_sets:Still", f"data.args.slow_s={slow_s}",
-        "model.name=support.user_sets:WithDropout", "train_for=4 epochs", "global_batch_size=10",
+        f"model.name=support.user_sets:{net}", f"train_for={epochs} epochs", "global_batch_size=10",
     ]  # fmt: skip
     done = run_forked([*DIST_TRAIN, "train", *settings], tmp_path, 2)
     assert done.returncode == 0, done.stderr

@@ -196,6 +196,14 @@ class WithDropout(nn.Module):
         return logits
 
 
+class Slow(WithDropout):
+    """Takes 50 ms longer."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return super().forward(images)
+
+
 class TwoDigits(Dataset[tuple[Tensor, Tensor]]):
     """Pictures with two digits of MNIST in them, and for each of the ten whether it is there."""
 
