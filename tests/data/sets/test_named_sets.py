@@ -52,6 +52,12 @@ def theirs() -> Any:
     return import_torchvision().datasets
 
 
+@pytest.fixture(scope="module")
+def savemat() -> Any:
+    """scipy's, imported before the test for the same reason."""
+    return pytest.importorskip("scipy.io").savemat
+
+
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -118,8 +124,7 @@ def write_cifar(name: str, root: Path, theirs: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": write_pickle(kind.meta["filename"], names)})
 
 
-def write_svhn(root: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    savemat = pytest.importorskip("scipy.io").savemat
+def write_svhn(root: Path, theirs: Any, savemat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = dict(theirs.SVHN.split_list)
     for half in ("train", "test"):
         url, filename, _ = listed[half]
@@ -190,8 +195,8 @@ def test_cifar_equals_torchvision(name: str, tmp_path: Path, theirs: Any, monkey
 
 
 @pytest.mark.usefixtures("no_network")
-def test_svhn_equals_torchvision(tmp_path: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_svhn(tmp_path, theirs, monkeypatch)
+def test_svhn_equals_torchvision(tmp_path: Path, theirs: Any, savemat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_svhn(tmp_path, theirs, savemat, monkeypatch)
     train, test = load_named("svhn", tmp_path, None)
     assert_same_images(train, theirs.SVHN(tmp_path, split="train"))
     assert_same_images(test, theirs.SVHN(tmp_path, split="test"))
