@@ -10,6 +10,8 @@ from dist_train.config.augment import AugmentConfig, NamedTransform
 from dist_train.config.section import Section
 from dist_train.config.values import FilePath, MayChange, Options
 
+Decoder = Literal["pil", "simplejpeg"]
+
 
 class Normalize(Section):
     """Normalisation of pixels x (0 to 255): (x / 255 - mean) / std."""
@@ -38,6 +40,9 @@ class DataConfig(Section):
     val_bundle: FilePath | None = None
     split: str | None = None  # for emnist only: balanced, byclass, bymerge, digits, letters or mnist
     image_size: PositiveInt | None = None  # for image_folder only: pixels per side of the resized square images
+    # What decodes the images of image_folder. simplejpeg: faster for JPEGs, which it reads; PIL reads all others, and
+    # torch resizes all. Pixels differ by at most one level. It needs the extra `jpeg`.
+    decoder: Decoder = "pil"
     # Training examples held out for validation; not with a validation set of its own. 0: validate on `val_root` or
     # `val_bundle`, else on the set's own val split, else on its test split.
     val_examples: NonNegativeInt = 0

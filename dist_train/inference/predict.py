@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dist_train.data.sets.image_folder import decode
+from dist_train.data.sets.decoding import decode
+from dist_train.data.sets.settings_check import check_decoder
 from dist_train.inference.trained_net import TrainedNet, logits_of
 from dist_train.models.tasks.confusion import class_names
 
@@ -28,12 +29,15 @@ def predict(saved: TrainedNet, images: Sequence[Path], *, invert: bool = False, 
     `invert` swaps dark and bright; `count`: of the most probable ones.
 
     Raises:
+        ConfigError: the decoder of the run's images is not installed.
         DataError: a file is not a valid image.
         UserCodeError: the net does not return logits [B, K].
     """
+    decoder = saved.config.data.decoder
+    check_decoder(decoder)
     for start in range(0, len(images), _BATCH_SIZE):
         paths = images[start : start + _BATCH_SIZE]
-        pixels = torch.stack([decode(path, saved.image_size, saved.in_channels) for path in paths])
+        pixels = torch.stack([decode(path, saved.image_size, decoder, saved.in_channels) for path in paths])
         logits = logits_of(saved, 255 - pixels if invert else pixels)
         if saved.config.task == "regression":
             yield from (Prediction(path, [], row.tolist()) for path, row in zip(paths, logits, strict=True))

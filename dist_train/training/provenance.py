@@ -19,7 +19,7 @@ from dist_train.data.fingerprint import Fingerprint, differences
 from dist_train.distributed.process_info import surroundings
 from dist_train.distributed.world import World
 
-_PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
+_PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "pillow", "simplejpeg")
 
 
 def collect_provenance(world: World, plan: BatchPlan, hosts: list[str], init_from: str | None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_crop_is_taken_from_the_whole_picture_of_the_file(held_out: int, folder:
     """With the generator seeded from (seed, epoch, index), on the picture as it is in the file."""
     import_torchvision()
     crop = import_module("torchvision.transforms.v2").RandomResizedCrop([10, 10])
-    whole = ImageFolder(folder / "train", 10)
+    whole = ImageFolder(folder / "train", 10, "pil")
     kept = torch.arange(held_out, 16)
     found = made(subset_of(whole, kept) if held_out else whole, WHOLE, 0, transforms=["RandomResizedCrop"])
     for index, image in found.items():
@@ -98,8 +98,8 @@ def test_crop_is_taken_from_the_whole_picture_of_the_file(held_out: int, folder:
 
 
 def test_pictures_are_resized_after_transforms_that_do_not(folder: Path) -> None:
-    found = made(ImageFolder(folder / "train", 10), WHOLE, 0, transforms=["RandomVerticalFlip"])
-    whole = ImageFolder(folder / "train", 10)
+    found = made(ImageFolder(folder / "train", 10, "pil"), WHOLE, 0, transforms=["RandomVerticalFlip"])
+    whole = ImageFolder(folder / "train", 10, "pil")
     flipped = [torch.equal(image, whole[index][0].flip(-2)) for index, image in found.items()]
     assert all(same or torch.equal(found[index], whole[index][0]) for same, index in zip(flipped, found, strict=True))
     assert 0 < sum(flipped) < 12

@@ -101,6 +101,7 @@ def test_saturation_needs_colours(numbered: ImageSet) -> None:
         ({"name": "mnist", "split": "letters"}, "data.split=letters applies to emnist, not to data.name=mnist"),
         ({"name": "image_folder"}, "needs data.image_size"),
         ({"name": "cifar10", "image_size": 32}, "data.image_size=32 applies to image_folder, not to data.name=cifar10"),
+        ({"decoder": "simplejpeg"}, "data.decoder=simplejpeg applies to image_folder, not to data.name=mnist"),
         ({"name": "a:b", "image_size": 32}, "data.image_size=32 applies to image_folder, not to data.name=a:b"),
         ({"name": "mnist", "args": {"x": 1}}, "data.args={'x': 1} applies to package.module:Name"),
         ({"bundle": "code", "args": {"x": 1}}, "not to data.bundle"),

@@ -9,32 +9,21 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dist_train.config.data import Decoder
 from dist_train.data.sets.available_memory import available_bytes, fits
+from dist_train.data.sets.decoding import decode
 from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.data.sets.split_choice import Choice, every_split
 from dist_train.errors import DataError
 
 _log = logging.getLogger(__name__)
-_TRANSPOSE_BY_ORIENTATION = {  # by EXIF orientation; 1 is upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_DEEP_MODES = ("I", "F")  # more than 8 bits per pixel: PIL would clip the values, not scale them
 
 
 class ImageFolder(Dataset[Any]):
@@ -42,12 +31,13 @@ class ImageFolder(Dataset[Any]):
 
     yields_pixels = True  # uint8, normalised on the device
 
-    def __init__(self, folder: Path, image_size: int) -> None:
+    def __init__(self, folder: Path, image_size: int, decoder: Decoder) -> None:
         class_folders = [folder / entry.name for entry in _entries(folder) if _is_folder(entry)]
         if not class_folders:
             raise DataError(f"{folder} has no class folders. Put the images into {folder}/CLASS/.")
         self.classes = tuple(path.name for path in class_folders)
         self.image_size = image_size
+        self.decoder = decoder
         self.paths: list[Path] = []
         labels: list[int] = []
         for label, class_folder in enumerate(class_folders):
@@ -66,7 +56,7 @@ class ImageFolder(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = decode(self.paths[index], self.image_size, transforms=self.transforms)
+        image = decode(self.paths[index], self.image_size, self.decoder, transforms=self.transforms)
         return image, int(self.labels[index])
 
     @property
@@ -80,11 +70,11 @@ class ImageFolder(Dataset[Any]):
         return len(self) * 3 * self.image_size**2
 
     def in_memory(self) -> ImageSet:
-        """Decode all images, with as many threads as this process may use (PIL releases the GIL)."""
+        """Decode all images, with as many threads as this process may use (decoding releases the GIL)."""
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
 
         def fill(index: int) -> None:
-            images[index] = decode(self.paths[index], self.image_size)
+            images[index] = decode(self.paths[index], self.image_size, self.decoder)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             try:
@@ -112,7 +102,11 @@ def split_folders(root: Path, choose: Choice = every_split, root_setting: str = 
 
 
 def load_image_folder(
-    folders: Mapping[str, Path], image_size: int, resident: bool | None = None, ranks_per_node: int = 1
+    folders: Mapping[str, Path],
+    image_size: int,
+    decoder: Decoder,
+    resident: bool | None = None,
+    ranks_per_node: int = 1,
 ) -> dict[str, Examples]:
     """Return the splits in `folders`, by name.
 
@@ -122,7 +116,7 @@ def load_image_folder(
     Raises:
         DataError: no images, splits with different classes, an image that cannot be decoded.
     """
-    splits = {name: ImageFolder(folder, image_size) for name, folder in folders.items()}
+    splits = {name: ImageFolder(folder, image_size, decoder) for name, folder in folders.items()}
     first, *others = splits
     for name in others:
         _check_classes(folders[name], splits[name].classes, splits[first].classes)
@@ -136,54 +130,6 @@ def load_image_folder(
     if resident:
         _log.info("Decoding %d images of %s into memory.", sum(map(len, splits.values())), root)
     return {name: split.in_memory() if resident else split for name, split in splits.items()}
-
-
-def decode(
-    path: Path, image_size: int, channels: int = 3, transforms: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Decode an image to uint8 [C, S, S] with 3 channels (RGB) or 1 (greyscale).
-
-    `transforms` change the picture, uint8 [C, H, W], before it is resized.
-
-    Raises:
-        DataError: PIL cannot read the image, or would lose information.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.split(";")[0] in _DEEP_MODES:
-                raise DataError(f"{path} has more than 8 bits per pixel (mode {image.mode}). Convert it to 8 bits.")
-            converted = _as_shown(image).convert("RGB" if channels == 3 else "L")
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"There is no image {path}.") from None
-    except Exception as error:  # PIL raises many types, depending on the format
-        raise DataError(f"{path} is not a valid image: {error}. Repair or remove it.") from None
-    if transforms is not None:
-        converted = Image.fromarray(transforms(_to_pixels(converted)).permute(1, 2, 0).contiguous().numpy())
-    short = min(converted.size)
-    width, height = (image_size * side // short for side in converted.size)
-    resized = converted.resize((width, height), Image.Resampling.BILINEAR)  # PIL antialiases when it downscales
-    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    return _to_pixels(resized.crop((left, top, left + image_size, top + image_size)))
-
-
-def _to_pixels(image: Image.Image) -> Tensor:
-    """Return an RGB or greyscale image as uint8 [C, H, W]."""
-    pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
-    return pixels.permute(2, 0, 1).contiguous()
-
-
-def _as_shown(image: Image.Image) -> Image.Image:
-    """Return the image as a viewer shows it: upright, on a white background."""
-    image.load()
-    transpose = None
-    with suppress(Exception):  # viewers also show images with broken EXIF data
-        transpose = _TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image if transpose is None else image.transpose(transpose)
 
 
 def _check_classes(folder: Path, classes: tuple[str, ...], expected: tuple[str, ...]) -> None:

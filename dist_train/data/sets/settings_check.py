@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
-from dist_train.config.data import DataConfig
+from dist_train.config.data import DataConfig, Decoder
 from dist_train.data.sets.catalog import EMNIST_CLASSES, SETS
 from dist_train.errors import ConfigError, did_you_mean
 from dist_train.user_code.source_names import check_class_is_named
@@ -47,6 +48,7 @@ def check_settings(config: DataConfig) -> None:
     for setting, value, owner, belongs in (
         ("split", config.split, "emnist", kind == "emnist"),
         ("image_size", config.image_size, "image_folder", kind == "image_folder"),
+        ("decoder", "simplejpeg" if config.decoder == "simplejpeg" else None, "image_folder", kind == "image_folder"),
         ("args", config.args or None, "package.module:Name", kind == "user"),
     ):
         if value is not None and not belongs:
@@ -54,8 +56,19 @@ def check_settings(config: DataConfig) -> None:
     if kind == "emnist" and config.split not in EMNIST_CLASSES:
         had = f"has no data.split={config.split}" if config.split else "needs data.split"
         raise ConfigError(f"data.name=emnist {had}. Set data.split to one of: {', '.join(EMNIST_CLASSES)}.")
+    check_decoder(config.decoder)
     if kind == "image_folder" and config.image_size is None:
         raise ConfigError("data.name=image_folder needs data.image_size, the pixels per side. Set data.image_size=64.")
+
+
+def check_decoder(decoder: Decoder) -> None:
+    """Check that the packages which decode images are installed.
+
+    Raises:
+        ConfigError
+    """
+    if decoder == "simplejpeg" and find_spec("simplejpeg") is None:
+        raise ConfigError("data.decoder=simplejpeg needs simplejpeg: pip install 'dist-train[jpeg]'.")
 
 
 def _check_sampling(config: DataConfig) -> None:

@@ -82,7 +82,7 @@ class Source:
         if config.image_size is not None:
             folders = split_folders(root, self.choose, self._setting("root"))
             resident = False if config.transforms else config.resident
-            return load_image_folder(folders, config.image_size, resident, ranks_per_node)
+            return load_image_folder(folders, config.image_size, config.decoder, resident, ranks_per_node)
         train_set, test_set = load_named(config.name, root, config.split)
         halves = {"train": train_set, "test": test_set}
         return {split: halves[split] for split in self.choose(halves)}

@@ -8,28 +8,17 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageOps
 
 from dist_train.config.data import DataConfig, Normalize
 from dist_train.data.sets import image_folder as module
 from dist_train.data.sets.available_memory import available_bytes
-from dist_train.data.sets.image_folder import ImageFolder, decode, load_image_folder, split_folders
+from dist_train.data.sets.image_folder import ImageFolder, load_image_folder, split_folders
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
 from dist_train.data.splits import load_splits
 from dist_train.errors import ConfigError, DataError
-from dist_train.torchvision_compat import import_torchvision
-
-NUMBERS = np.random.default_rng(0)
-
-
-def picture(path: Path, size: tuple[int, int] = (9, 7), mode: str = "RGB") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    channels = {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
-    Image.fromarray(NUMBERS.integers(0, 256, (*reversed(size), *channels), dtype=np.uint8)).save(path)
-    return path
+from support.pictures import picture
 
 
 @pytest.fixture
@@ -47,12 +36,6 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "train/dog/.DS_Store").write_bytes(b"hidden")
     (tmp_path / "train/README").write_text("no class")
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def transforms() -> Any:
-    """torchvision.transforms, imported before the test: the import sets environment variables."""
-    return import_torchvision().transforms
 
 
 def items(examples: Examples) -> list[tuple[Any, int]]:
@@ -82,66 +65,15 @@ def test_in_memory_equals_streamed(root: Path) -> None:
 
 
 def test_files_are_sorted_by_name_and_labels_by_class(root: Path) -> None:
-    train = ImageFolder(root / "train", image_size=8)
+    train = ImageFolder(root / "train", 8, "pil")
     assert [path.name for path in train.paths] == ["10.png", "9.bmp", "a.jpg", "b.png"]
     assert train.labels.tolist() == [0, 0, 1, 1]
 
 
 def test_streamed_set_can_be_pickled(root: Path) -> None:
-    train = ImageFolder(root / "train", image_size=8)
+    train = ImageFolder(root / "train", 8, "pil")
     again = pickle.loads(pickle.dumps(train))
     assert all(a[0].equal(b[0]) and a[1] == b[1] for a, b in zip(items(train), items(again), strict=True))
-
-
-@pytest.mark.parametrize("size", [(9, 7), (7, 9), (19, 16), (8, 8), (101, 33), (33, 100), (3, 5)])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_decoding_matches_torchvision(size: tuple[int, int], mode: str, transforms: Any, tmp_path: Path) -> None:
-    path = picture(tmp_path / "x.png", size, mode)
-    chain = [transforms.Resize(16), transforms.CenterCrop(16), transforms.PILToTensor()]
-    assert decode(path, 16).equal(transforms.Compose(chain)(Image.open(path).convert("RGB")))
-
-
-def test_transparent_pixels_become_white(tmp_path: Path) -> None:
-    """Any format blends with white: half-transparent pixels by half, opaque pixels keep their bits."""
-    opacity = NUMBERS.integers(0, 2, (8, 8), dtype=np.uint8) * 255  # black or transparent
-    on_white = torch.from_numpy(255 - opacity).expand(3, 8, 8)
-    alpha = Image.fromarray(opacity)
-    black = Image.new("L", (8, 8))
-    pictures = {"la.png": Image.merge("LA", (black, alpha)), "rgba.webp": Image.merge("RGBA", (black,) * 3 + (alpha,))}
-    pictures["p.png"] = pictures["p.gif"] = Image.fromarray(opacity // 255, "P")  # one of two colours is transparent
-    pictures["p.png"].putpalette([200, 100, 0, 0, 0, 0])
-    for name, made in pictures.items():
-        made.save(tmp_path / name, **({"transparency": 0} if made.mode == "P" else {"lossless": True}))
-        assert decode(tmp_path / name, 8).equal(on_white), name
-        assert decode(tmp_path / name, 8, channels=1).equal(on_white[:1]), name
-    half = Image.new("RGBA", (8, 8), (0, 0, 255, 128))
-    half.save(tmp_path / "half.png")
-    assert decode(tmp_path / "half.png", 8)[:, 0, 0].tolist() == [127, 127, 255]
-    opaque = Image.open(picture(tmp_path / "opaque.png", (8, 8))).convert("RGBA")
-    opaque.save(tmp_path / "alpha.png")
-    assert decode(tmp_path / "alpha.png", 8).equal(decode(tmp_path / "opaque.png", 8))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_exif_orientation_is_applied(orientation: int, mode: str, tmp_path: Path) -> None:
-    """The result matches PIL's exif_transpose in any format."""
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    plain = Image.open(picture(tmp_path / "plain.png", (9, 6), "RGB")).convert(mode)
-    for name in ("turned.png", "turned.webp", "turned.tiff"):
-        plain.save(tmp_path / name, exif=exif, lossless=True)
-        ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB").save(tmp_path / "upright.png")
-        assert decode(tmp_path / name, 6).equal(decode(tmp_path / "upright.png", 6)), name
-    assert decode(tmp_path / "turned.png", 6).equal(decode(tmp_path / "plain.png", 6)) == (orientation == 1)
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_data_are_ignored(tmp_path: Path) -> None:
-    drawn = Image.open(picture(tmp_path / "drawn.png"))
-    drawn.save(tmp_path / "none.jpg")
-    drawn.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert decode(tmp_path / "broken.jpg", 6).equal(decode(tmp_path / "none.jpg", 6))
 
 
 def test_test_folder_validates_without_val_folder(root: Path) -> None:
@@ -184,7 +116,7 @@ def test_free_memory_decides_by_default(
     needed = 8 * 3 * 8 * 8  # eight images
     monkeypatch.setattr(module, "available_bytes", lambda: int(needed * free_per_byte))
     with caplog.at_level(logging.INFO):
-        splits = load_image_folder(split_folders(root), 8, None, ranks_per_node)
+        splits = load_image_folder(split_folders(root), 8, "pil", None, ranks_per_node)
     assert {isinstance(split, ImageSet) for split in splits.values()} == {in_memory}
     assert ("streamed" in caplog.text) is not in_memory
 
@@ -241,14 +173,14 @@ def test_links_are_followed(root: Path) -> None:
     (root / "train/loop").symlink_to(root / "train/loop")
     for name, target in (("0.png", "train/cat/10.png"), ("gone.png", "nothing"), ("loop.png", "train/cat/loop.png")):
         (root / "train/cat" / name).symlink_to(root / target)
-    found = ImageFolder(root / "train", 8)
+    found = ImageFolder(root / "train", 8, "pil")
     cat, dog = ["0.png", "10.png", "9.bmp", "gone.png", "loop.png"], ["a.jpg", "b.png"]
     assert found.classes == ("cat", "cow", "dog")
     assert found.paths == [root / "train" / each / file for each, files in (("cat", cat), ("cow", dog), ("dog", dog))
                            for file in files]  # fmt: skip
     (root / "train/cat/more").symlink_to(root / "train/dog")
     with pytest.raises(DataError, match="more is a folder"):
-        ImageFolder(root / "train", 8)
+        ImageFolder(root / "train", 8, "pil")
 
 
 def test_listing_images_needs_no_stat(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +196,7 @@ def test_listing_images_needs_no_stat(root: Path, monkeypatch: pytest.MonkeyPatc
     assert not Path(root / "nothing").exists()
     assert asked  # pathlib asks through os.stat
     asked.clear()
-    ImageFolder(root / "train", 8)
+    ImageFolder(root / "train", 8, "pil")
     assert asked == []
 
 
@@ -290,12 +222,6 @@ def test_truncated_image_is_named(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(DataError, match=f"{path} is not a valid image"):
         load(root, resident=True)
-
-
-def test_sixteen_bits_per_pixel_are_refused_instead_of_clipped(tmp_path: Path) -> None:
-    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per pixel"):
-        decode(tmp_path / "deep.png", 8)
 
 
 @pytest.mark.parametrize("resident", [True, False])
