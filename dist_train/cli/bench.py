@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "guards", "growth", "speedrun", "web")
+_PARTS = ("speed", "scaling", "breakdown", "startup", "checkpoint", "guards", "growth", "jpegs", "speedrun", "web")
 _ON_A_GPU = ("gpu",)  # only if named
 
 
@@ -32,9 +32,9 @@ _ON_A_GPU = ("gpu",)  # only if named
 def bench(parts: tuple[str, ...], out: Path, **options: Any) -> None:
     """Compare this harness with hand-written loops and other trainers: tables, JSON and pictures.
 
-    Parts, all by default: speed, scaling, breakdown, startup, checkpoint, guards, growth, speedrun (four seeds a
-    repetition), web (the page of runs); and gpu, only if named. Before each measurement a line on stderr says what it
-    is and about how long all will still take.
+    Parts, all by default: speed, scaling, breakdown, startup, checkpoint, guards, growth, jpegs (a folder of them),
+    speedrun (four seeds a repetition), web (the page of runs); and gpu, only if named. Before each measurement a line
+    on stderr says what it is and about how long all will still take.
     """
     from dist_train.tools.bench.suite import Options, run
 

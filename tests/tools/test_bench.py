@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from dist_train.cli import main
-from dist_train.tools.bench import rounds, scaling, startup, web
+from dist_train.tools.bench import jpegs, rounds, scaling, startup, web
 from dist_train.tools.bench.contest import Contest, Rounds, best_peer, ratios, table
 from dist_train.tools.bench.interval import Interval
 from dist_train.tools.bench.report import write
@@ -121,6 +121,16 @@ PROBED = {
 }
 
 
+JPEGS = [
+    {
+        jpegs.label(loop, workers): {"images_per_s": speed * pace, "cpu_ms": 1000 / speed}
+        for workers in jpegs.WORKERS
+        for loop, speed in {"pil": 150.0, "simplejpeg": 200.0, jpegs.TORCHVISION: 100.0}.items()
+    }
+    for pace in (0.5, 1.0, 2.0)
+]
+
+
 ON_GPU = [{"mlp, fp32": {
     "dist_train graph": {"ms": [1.0, 1.1, 1.0], "launches": 3.0, "waits": 0.0, "start": 0.5},
     "bare loop": {"ms": [2.0, 2.2, 3.0]},
@@ -135,6 +145,7 @@ ON_GPU = [{"mlp, fp32": {
         ("speed", [Contest(Task(net="mlp"), SPEED)]),
         ("scaling", [Contest(Task(net="conv", batch_size=512), SCALING)]),
         ("startup", [{startup.HELP: 0.1, startup.IMPORTS: 1.0, startup.FIRST_STEP: 1.5}] * 3),
+        ("jpegs", JPEGS),
         *PROBED.items(),
     ],
 )
@@ -158,6 +169,12 @@ def test_table_of_the_page() -> None:
     row = "| first list of 1 000 runs, s | 0.200 (0.200 to 0.200) | 100.0x (100.0 to 100.0) | < 1 |"
     assert row in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_table_of_jpegs() -> None:
+    lines = jpegs.table(JPEGS)
+    assert "| simplejpeg, 2 workers | 200 | 2.00x (2.00 to 2.00) | 5.00 | 2.00x (2.00 to 2.00) |" in lines
+    assert len([line for line in lines if line.startswith("| ")]) == 1 + 6
 
 
 def test_progress_and_estimated_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_train.tools.bench import contest, gpu, inside, scaling, speedrun, startup, web
+from dist_train.tools.bench import contest, gpu, inside, jpegs, scaling, speedrun, startup, web
 from dist_train.tools.bench.report import check_pictures, write
 from dist_train.tools.bench.rounds import Round, Series, TimeEstimate
 from dist_train.tools.bench.task import Task
@@ -139,6 +139,12 @@ PARTS = {
         lambda _: {f"MNIST {times} times over": times for times in (1, 10, 100)},
         inside.growth_table,
         inside.growth_draw,
+    ),
+    "jpegs": Part(
+        lambda options: [Series("jpegs", {"all loops": jpegs.measure}, options.repetitions, 30.0)],
+        lambda _, found: [each["all loops"] for each in found[0]],
+        jpegs.table,
+        jpegs.draw,
     ),
     "gpu": Part(
         lambda options: [Series("gpu", gpu.measurements(), 1, 20.0)], lambda _, found: found[0], gpu.table, gpu.draw
