@@ -40,8 +40,8 @@ class DataConfig(Section):
     val_bundle: FilePath | None = None
     split: str | None = None  # for emnist only: balanced, byclass, bymerge, digits, letters or mnist
     image_size: PositiveInt | None = None  # for image_folder only: pixels per side of the resized square images
-    # What decodes the images of image_folder. simplejpeg: faster for JPEGs, which it reads; PIL reads all others, and
-    # torch resizes all. Pixels differ by at most one level. It needs the extra `jpeg`.
+    # What reads the images of image_folder. simplejpeg: JPEGs in less time, and all others by PIL. Pixels differ by at
+    # most one level. It needs the extra `jpeg`.
     decoder: Decoder = "pil"
     # Training examples held out for validation; not with a validation set of its own. 0: validate on `val_root` or
     # `val_bundle`, else on the set's own val split, else on its test split.

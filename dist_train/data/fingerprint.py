@@ -39,7 +39,7 @@ def fingerprint_split(examples: Examples, seed: int) -> Fingerprint:
     names = examples.names if isinstance(examples, (ImageSet, ImageFolder)) else ()
     if names:
         found["names"] = f"{zlib.crc32('/'.join(names).encode()):08x}"
-        found["resized"] = "square"  # the one that is kept
+        found["resized_by"] = "torch"
     if isinstance(examples, ImageSet) and not names:
         return found | {"pixels": checksum(examples.images.numpy())}
     return found | _sample_examples(examples, seed, decoded=bool(names))
@@ -63,12 +63,9 @@ def differences(now: Mapping[str, Fingerprint], then: Mapping[str, Fingerprint])
 def _difference(now: Fingerprint, then: Fingerprint) -> tuple[str, str] | None:
     if now["count"] != then["count"]:
         return f"{now['count']} examples", f"{then['count']}"
-    # Older versions resized whole pictures: their pixels are up to one level apart, which examples do not tell.
-    if "resized" in now and "names" in then and "resized" not in then:
-        return (
-            "pictures cropped before they are resized",
-            "pictures cropped afterwards, by an older version, which can continue it",
-        )
+    # Older versions resized by PIL: their pixels are up to one level apart, which the examples do not tell.
+    if "resized_by" in now and "names" in then and "resized_by" not in then:
+        return "pictures resized by torch", "pictures resized by PIL, in an older version, which can continue it"
     for part in ("labels", "names", "pixels", "sample weights"):
         if part in now and part in then and now[part] != then[part]:
             return f"{part} with checksum {now[part]}", f"{part} with checksum {then[part]}"

@@ -72,7 +72,7 @@ class SplitFingerprint(TypedDict):
     labels: NotRequired[str]  # this and the next two: checksums
     names: NotRequired[str]
     pixels: NotRequired[str]
-    resized: NotRequired[str]  # the part of a picture that is: the square that is kept
+    resized_by: NotRequired[str]  # of pictures in a folder
     examples: NotRequired[dict[str, Sketch]]  # by index
     unsteady: NotRequired[Count]  # the index of an example that differs at each read
 

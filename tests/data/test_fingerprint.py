@@ -258,13 +258,13 @@ def test_file_names_are_compared(folder: Path) -> None:
 
 
 def test_pictures_of_an_older_version_are_told_apart(folder: Path) -> None:
-    """It resized whole pictures: their pixels are one level off in places, which rounding may be too."""
+    """It resized them by PIL: their pixels are one level off in places, which rounding may be too."""
     pictures = ImageFolder(folder, 8, "pil")
     for now in (pictures, pictures.in_memory()):
         before = fingerprint_split(now, 0)
-        del before["resized"]
+        del before["resized_by"]
         [found] = differences({"train": fingerprint_split(now, 0)}, {"train": before})
-        assert found.then == "pictures cropped afterwards, by an older version, which can continue it"
+        assert found.then == "pictures resized by PIL, in an older version, which can continue it"
 
 
 def test_names_and_labels_are_read_without_file_access(folder: Path) -> None:

@@ -53,7 +53,7 @@ def transforms() -> Any:
 def test_decoding_matches_torchvision(
     size: tuple[int, int], name: str, mode: str, decoder: Decoder, transforms: Any, tmp_path: Path
 ) -> None:
-    """To one level: torchvision resizes the whole picture, then crops it, and each rounds in its own way."""
+    """To one level: torchvision resizes these by PIL, which rounds in another way."""
     path = picture(tmp_path / name, size, mode)
     for image_size in (16, 5, 40):
         chain = [transforms.Resize(image_size), transforms.CenterCrop(image_size), transforms.PILToTensor()]
@@ -199,9 +199,9 @@ def test_run_of_an_older_version_is_refused(tmp_path: Path) -> None:
     train_on_ranks(chosen, run, stop_after=3)
     recorded = read_json(run / "run.json")
     for fingerprint in recorded["data_identity"].values():
-        del fingerprint["resized"]
+        del fingerprint["resized_by"]
     write_json(run / "run.json", recorded)
-    with pytest.raises(AssertionError, match="The train set has pictures cropped before they are resized, but the run"):
+    with pytest.raises(AssertionError, match="The train set has pictures resized by torch, but the run began with"):
         train_on_ranks(chosen, run)
     assert status(run) == "INTERRUPT"
 
