@@ -100,8 +100,8 @@ class Choice:
 
 
 _HELD_OUT = ("data.val_examples",)
-_OF_DATA = ("data.name", "data.args", "data.split", "data.image_size", "data.sample_weights", "data.normalize",
-            "data.augment", "data.transforms", "data.tta", *_HELD_OUT)  # fmt: skip
+_OF_DATA = ("data.name", "data.args", "data.split", "data.image_size", "data.decoder", "data.sample_weights",
+            "data.normalize", "data.augment", "data.transforms", "data.tta", *_HELD_OUT)  # fmt: skip
 _OF_OPTIMIZER = tuple(f"optimizer.{name}" for name in sorted({"args"}.union(*OPTIMIZERS.values())))
 _FIELDS: tuple[Setting | Choice, ...] = (
     Choice("model", "Model", Kind.MODELS, "model.bundle", "model.name", NETS, belonging=("model.args",)),
