@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_train.config.augment import NamedTransform
 from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import Examples, ImageSet, Subset, describe_value, num_examples
+from dist_train.data.sets.prepared_folder import PreparedFolder
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.errors import ConfigError
 from dist_train.torchvision_compat import import_torchvision
@@ -27,6 +28,11 @@ def transformed(examples: Examples, named: Sequence[NamedTransform]) -> Examples
     """
     if isinstance(examples, Subset):
         return Subset(transformed(examples.whole, named), examples.indices)
+    if isinstance(examples, PreparedFolder):
+        raise ConfigError(
+            f"data.transforms changes whole pictures, and {examples.folder} holds only squares of them. Set data.root "
+            f"to the folder that it was made from, or use data.augment."
+        )
     if isinstance(examples, ImageFolder):
         folder = copy(examples)
         folder.transforms = PictureTransforms(named, [folder.image_size] * 2)

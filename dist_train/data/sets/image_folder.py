@@ -5,9 +5,8 @@ Each image, as a viewer shows it, is converted to RGB, resized to a shorter side
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dist_train.config.data import Decoder
-from dist_train.data.sets.available_memory import available_bytes, fits
 from dist_train.data.sets.decoding import decode
-from dist_train.data.sets.image_set import Examples, ImageSet
-from dist_train.data.sets.split_choice import Choice, every_split
+from dist_train.data.sets.image_set import ImageSet
 from dist_train.errors import DataError
-
-_log = logging.getLogger(__name__)
 
 
 class ImageFolder(Dataset[Any]):
@@ -70,76 +65,26 @@ class ImageFolder(Dataset[Any]):
         return len(self) * 3 * self.image_size**2
 
     def in_memory(self) -> ImageSet:
-        """Decode all images, with as many threads as this process may use (decoding releases the GIL)."""
+        """Return the whole split in memory."""
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for _ in self.decode_into(images):
+            pass
+        return ImageSet(images, self.labels, self.classes, self.names)
+
+    def decode_into(self, images: Tensor) -> Iterator[None]:
+        """Decode all images into uint8 [N, 3, S, S] and yield after each one.
+
+        Uses as many threads as this process may: decoding releases the GIL.
+        """
 
         def fill(index: int) -> None:
             images[index] = decode(self.paths[index], self.image_size, self.decoder)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             try:
-                for _ in pool.map(fill, range(len(self))):
-                    pass
+                yield from pool.map(fill, range(len(self)))
             finally:
                 pool.shutdown(cancel_futures=True)  # skip the rest after an invalid image
-        return ImageSet(images, self.labels, self.classes, self.names)
-
-
-def split_folders(root: Path, choose: Choice = every_split, root_setting: str = "data.root") -> dict[str, Path]:
-    """Return the folders of the chosen splits by name: of "train", "val" and "test", where they exist.
-
-    Raises:
-        DataError: the first of them does not exist.
-    """
-    present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-    folders = {name: root / name for name in choose(present)}
-    first = next(iter(folders))
-    if first not in present:
-        raise DataError(
-            f"There is no folder {folders[first]}. Set {root_setting} to the folder that holds {first}/CLASS/*."
-        )
-    return folders
-
-
-def load_image_folder(
-    folders: Mapping[str, Path],
-    image_size: int,
-    decoder: Decoder,
-    resident: bool | None = None,
-    ranks_per_node: int = 1,
-) -> dict[str, Examples]:
-    """Return the splits in `folders`, by name.
-
-    They are decoded into memory at once if `resident` is True or, if it is None, when they take at most half of the
-    free memory divided by the ranks per node.
-
-    Raises:
-        DataError: no images, splits with different classes, an image that cannot be decoded.
-    """
-    splits = {name: ImageFolder(folder, image_size, decoder) for name, folder in folders.items()}
-    first, *others = splits
-    for name in others:
-        _check_classes(folders[name], splits[name].classes, splits[first].classes)
-    root = folders[first].parent
-    if resident is None:
-        needed, free = sum(split.num_bytes for split in splits.values()), available_bytes()
-        resident = fits(needed, free, ranks_per_node)
-        if not resident:
-            sizes = f"{needed / 1e9:.1f} GB decoded, {(free or 0) / 1e9:.1f} GB free, {ranks_per_node} ranks per node"
-            _log.info("%s is streamed: %s.", root, sizes)
-    if resident:
-        _log.info("Decoding %d images of %s into memory.", sum(map(len, splits.values())), root)
-    return {name: split.in_memory() if resident else split for name, split in splits.items()}
-
-
-def _check_classes(folder: Path, classes: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    differences = []
-    if missing := sorted(set(expected) - set(classes)):
-        differences.append(f"lacks {', '.join(missing)}")
-    if extra := sorted(set(classes) - set(expected)):
-        differences.append(f"also has {', '.join(extra)}")
-    if differences:
-        raise DataError(f"{folder} {' and '.join(differences)}. All splits need the same class folders as train.")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_train.config.data import DataConfig
 from dist_train.config.paths import default_data_root
 from dist_train.data.sets.bundle import load_dataset_bundle
-from dist_train.data.sets.image_folder import load_image_folder, split_folders
+from dist_train.data.sets.folder_splits import load_image_folder, split_folders
 from dist_train.data.sets.image_set import Examples
 from dist_train.data.sets.named_sets import load_named
 from dist_train.data.sets.split_choice import Choice, all_but_val, every_split, one_to_validate

@@ -1,4 +1,4 @@
-"""Batches from a folder of JPEGs: by each decoder, and by torchvision's loop, with and without loader workers.
+"""Batches from a folder of JPEGs: by each decoder, prepared, and by torchvision's loop; with and without workers.
 
 `python -m dist_train.tools.bench.jpegs` measures each once and prints one line of JSON on stdout.
 """
@@ -27,6 +27,9 @@ from dist_train.config.loading import parse_config
 from dist_train.data.batches import training_batches
 from dist_train.data.sampler import ShardSampler
 from dist_train.data.sets.image_folder import ImageFolder
+from dist_train.data.sets.image_set import Examples, num_examples
+from dist_train.data.sets.preparation import prepare
+from dist_train.data.sets.prepared_folder import PreparedFolder
 from dist_train.launch.subprocesses import output_of
 from dist_train.tools.bench.interval import Interval
 from dist_train.torchvision_compat import import_torchvision
@@ -54,15 +57,20 @@ def label(loop: str, workers: int) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "train"
-        _write_jpegs(folder)
+        root, prepared = Path(name) / "jpegs", Path(name) / "prepared"
+        _write_jpegs(root / "train")
+        prepare(root, prepared, _IMAGE_SIZE, "pil")
         decoders: list[Decoder] = ["pil", "simplejpeg"] if find_spec("simplejpeg") else ["pil"]
         loops: dict[str, Callable[[int], Iterator[Any]]] = {
-            decoder: partial(_batches, folder, decoder) for decoder in decoders
+            decoder: partial(_batches, ImageFolder(root / "train", _IMAGE_SIZE, decoder), decoder)
+            for decoder in decoders
         }
-        loops[TORCHVISION] = partial(_batches_of_torchvision, folder)
+        loops[TORCHVISION] = partial(_batches_of_torchvision, root / "train")
         none, workers = WORKERS
-        found = _time({label(loop, none): batches(none) for loop, batches in loops.items()})
+        resident = _batches(PreparedFolder(prepared / "train", _IMAGE_SIZE, "pil").in_memory(), "pil", none)
+        found = _time(
+            {**{label(loop, none): batches(none) for loop, batches in loops.items()}, label("prepared", none): resident}
+        )
         for loop, batches in loops.items():  # alone: workers go on while others have their turn
             found |= _time({label(loop, workers): batches(workers)})
         print(json.dumps(found), flush=True)
@@ -80,11 +88,10 @@ def _write_jpegs(folder: Path) -> None:
         Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=_QUALITY)
 
 
-def _batches(folder: Path, decoder: Decoder, workers: int) -> Iterator[Any]:
+def _batches(examples: Examples, decoder: Decoder, workers: int) -> Iterator[Any]:
     data = {"name": "image_folder", "image_size": _IMAGE_SIZE, "decoder": decoder, "num_workers": workers}
     config = parse_config({"data": data, "global_batch_size": _BATCH_SIZE, "per_device_batch_size": _BATCH_SIZE})
-    examples = ImageFolder(folder, _IMAGE_SIZE, decoder)
-    sampler = ShardSampler(len(examples), BatchPlan.of(config, 1), 0, config.seed)
+    sampler = ShardSampler(num_examples(examples), BatchPlan.of(config, 1), 0, config.seed)
     batches = training_batches(examples, sampler, config.data, torch.device("cpu"), config.seed)
     step = 0
     while True:

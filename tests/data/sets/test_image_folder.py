@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from dist_train.config.data import DataConfig, Normalize
-from dist_train.data.sets import image_folder as module
+from dist_train.data.sets import folder_splits as module
 from dist_train.data.sets.available_memory import available_bytes
-from dist_train.data.sets.image_folder import ImageFolder, load_image_folder, split_folders
+from dist_train.data.sets.folder_splits import load_image_folder, split_folders
+from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import Examples, ImageSet, num_examples
 from dist_train.data.splits import load_splits
 from dist_train.errors import ConfigError, DataError
