@@ -29,6 +29,7 @@ from dist_train.data.sets.image_set import Subset, num_examples
 from dist_train.data.splits import Splits, load_splits
 from dist_train.distributed.world import World
 from dist_train.errors import DataError, UserCodeError
+from dist_train.inference.evaluate_run import evaluate_run
 from support.processes import DIST_TRAIN
 from support.ranks import run_forked, train_on_ranks
 from support.run_files import assert_bit_identical
@@ -84,7 +85,8 @@ def test_training_and_evaluation_are_those_of_streaming(
     assert one.keys() > {"test/loss", "train/loss"}
 
 
-def test_resume_and_evaluation_may_stream_what_was_resident(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("process_state")
+def test_resume_and_evaluation_may_stream_what_was_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(name: str, resident: bool | None, stop_after: int | None = None) -> None:
         data = STILL["data"] | {"resident": resident}
         train_on_ranks(RUN | STILL | {"data": data}, tmp_path / name, stop_after=stop_after)
@@ -94,11 +96,11 @@ def test_resume_and_evaluation_may_stream_what_was_resident(tmp_path: Path) -> N
     train("resumed", True, stop_after=13)
     train("resumed", None)
     assert_bit_identical(tmp_path / "resumed", tmp_path / "whole")
-    done = run_forked([*DIST_TRAIN, "evaluate", str(tmp_path / "whole"), "--json"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "into memory" not in done.stderr  # one pass does not pay for two
-    final, found = final_metrics(tmp_path / "whole"), json.loads(done.stdout)
-    assert (found["loss"], found["accuracy"]) == (final["test/loss"], final["test/accuracy"])
+    monkeypatch.setattr(splits_module, "make_resident", None)  # a single pass does not pay for it
+    found = evaluate_run(tmp_path / "whole", "last", "test")
+    assert found is not None
+    final = final_metrics(tmp_path / "whole")
+    assert {name: final[f"test/{name}"] for name in found.metrics} == found.metrics
 
 
 def final_metrics(run_dir: Path) -> dict[str, float]:
@@ -135,6 +137,15 @@ def test_all_splits_are_in_memory(
 
 
 LENGTH = 70  # more than are read at once
+
+
+def test_evaluation_has_the_batches_of_streaming(world: World) -> None:
+    config = parse_config({"global_batch_size": 1000, "per_device_batch_size": 1000})
+    for resident in (True, None):
+        examples = load(args={"length": 600}, resident=resident).test
+        assert examples is not None
+        batches = evaluation_batches(examples, nn.Linear(1, 1), world, config)
+        assert [len(batch) for batch in batches] == [256, 256, 88]
 
 
 class Made(Dataset[Any]):
