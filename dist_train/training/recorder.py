@@ -17,7 +17,8 @@ from dist_train.runs.directory import RunDir
 from dist_train.runs.progress import Screen
 from dist_train.runs.records import State
 from dist_train.runs.time_accounting import effective_ratio
-from dist_train.training.final_evaluation import FinalEvaluation, draw
+from dist_train.training.final_evaluation import FinalEvaluation
+from dist_train.training.pictures import Pictures
 from dist_train.training.step.train_step import Step
 from dist_train.training.tracking import Tracker
 
@@ -41,6 +42,7 @@ class RunRecorder:
 
     def __post_init__(self) -> None:
         self._newest: dict[str, Any] = {}  # the last value of each metric
+        self._pictures: Pictures | None = None  # from `begin_final_evaluation` on, if they are to be drawn
         self._evaluated_at = time.perf_counter()
         self._virtual_start = self.started - self.state.total_s
 
@@ -87,6 +89,12 @@ class RunRecorder:
         self.screen.show_evaluation(line)
         self._record_newest(line)
 
+    def begin_final_evaluation(self) -> None:
+        """Record that the last step is done: all lines that curves show are written."""
+        self.set_state("EVALUATING")
+        if self.world.is_rank_zero and self.config.tracking.pictures:
+            self._pictures = Pictures(self.run_dir)
+
     def stop(self, end: State) -> None:
         """Record that the run stopped early. Its last checkpoint is already on the disk.
 
@@ -109,8 +117,7 @@ class RunRecorder:
         self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
         self.world.on_rank_zero(lambda: self.set_state("FINISHED"))
         watchdog.disarm()  # the rest may take long and cannot change the result
-        draws = self.world.is_rank_zero and self.config.tracking.pictures
-        self.tracker.finish(results, draw(final, self.run_dir) if draws else {})
+        self.tracker.finish(results, self._pictures.draw(final) if self._pictures is not None else {})
 
     def _results(self, final: FinalEvaluation, extra: dict[str, Any]) -> dict[str, Any]:
         """Return the content of result.json."""

@@ -283,7 +283,7 @@ class Trainer:
 
     def _evaluate_final(self) -> FinalEvaluation | None:
         """Collective: every rank must call this."""
-        self.recorder.set_state("EVALUATING")
+        self.recorder.begin_final_evaluation()
         return final_evaluation(
             self.splits,
             lambda examples, confusion: self.evaluate_split(self.batches_of(examples), confusion),

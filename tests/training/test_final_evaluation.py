@@ -17,7 +17,8 @@ from dist_train.data.sets.image_set import Examples, ImageSet
 from dist_train.models.tasks.confusion import Mistake
 from dist_train.runs.directory import RunDir
 from dist_train.runs.reports import charts
-from dist_train.training.final_evaluation import FinalEvaluation, draw
+from dist_train.training.final_evaluation import FinalEvaluation
+from dist_train.training.pictures import Pictures
 from support.ranks import run_on_ranks, train_here, train_on_ranks
 
 SETTINGS: dict[str, Any] = {
@@ -29,7 +30,8 @@ SETTINGS: dict[str, Any] = {
 def drawn(examples: Examples | None, run_dir: RunDir) -> dict[str, bytes]:
     counts = torch.tensor([[3, 1], [0, 0]])
     metrics: dict[str, Any] = {"val/accuracy": 0.75}
-    return draw(FinalEvaluation(metrics, "val", examples, ["cat", "dog"], counts, [Mistake(1, 0, 1, 0.9)]), run_dir)
+    final = FinalEvaluation(metrics, "val", examples, ["cat", "dog"], counts, [Mistake(1, 0, 1, 0.9)])
+    return Pictures(run_dir).draw(final)
 
 
 def grey(count: int) -> ImageSet:
@@ -83,7 +85,7 @@ def test_unreadable_example_loses_only_its_picture(run_dir: RunDir, caplog: pyte
 
 
 def test_non_classifier_draws_only_curves(run_dir: RunDir) -> None:
-    assert draw(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, []), run_dir).keys() == {"curves"}
+    assert Pictures(run_dir).draw(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, [])).keys() == {"curves"}
 
 
 @pytest.mark.parametrize("classes", [2, 21, 100, 1000])
