@@ -87,7 +87,7 @@ class Checkpoints:
             return
         self._wait_for_write()
         try:
-            self.run_dir.metrics.sync()
+            self.run_dir.metrics.flush()
         except OSError as error:
             self._fail(error)
             return
@@ -152,6 +152,7 @@ class Checkpoints:
         """Write a checkpoint. Return the seconds from the request at `started` until all of it was on disk."""
         run_dir = self.run_dir
         run_dir.status.check_not_superseded()
+        run_dir.metrics.sync()  # no checkpoint may be newer than its metrics
         folder = folder_of(run_dir, snapshot.state.step)
         write(
             snapshot, folder, run_dir.status.attempt, run_dir.run_id, before_rename=run_dir.status.check_not_superseded

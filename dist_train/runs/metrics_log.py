@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dist_train.atomic_files import open_regular, parse_object, to_json, write_atomically
+from dist_train.atomic_files import fsync, open_regular, parse_object, to_json, write_atomically
 
 _POSITION = ("step", "epoch", "samples", "attempt", "time", "epoch_s")
 _LARGEST = sys.float_info.max
@@ -35,18 +35,34 @@ class MetricsFile:
             ValueError: the line holds NaN or infinity.
         """
         self._pending.append(to_json(line) + "\n")
-        self._flush()
+        self.flush()
 
-    def sync(self) -> None:
-        """Flush all lines to disk: no checkpoint may be newer than its metrics.
+    def flush(self) -> None:
+        """Write the lines that are pending.
 
         Raises:
             OSError: a line could not be written.
         """
-        self._flush()
+        if not self._pending:
+            return
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(self._pending))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # a disk that fills up may accept half a line
+            raise
+        self._pending.clear()
+
+    def sync(self) -> None:
+        """Wait until all lines that were written are on the disk. May be called from another thread than `append`.
+
+        Raises:
+            OSError: they may not be.
+        """
         if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync(self.path)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the lines in order, without lines that a kill or a power cut left incomplete."""
@@ -113,19 +129,6 @@ class MetricsFile:
             return []
         with open_regular(self.path) as file:
             return file.readlines()
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._pending))
-        except OSError:
-            with suppress(OSError):
-                os.truncate(self.path, size)  # a disk that fills up may accept half a line
-            raise
-        self._pending.clear()
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

@@ -39,22 +39,26 @@ class StatusFile:
         """Set what this attempt starts with; the next update writes it."""
         self.attempt, self.fields, self.time_accounting = fields["attempt"], fields, time_accounting
 
+    def record(self, **fields: Any) -> None:
+        """Set new values of `fields`, which the next update writes. Time counts as use of a new state from now on."""
+        self.fields |= fields
+        if "step" in fields:
+            self.time_accounting.record_step(fields["step"], fields.get("data_wait_s", 0.0))
+        if use := _USES.get(fields.get("state")):
+            self.time_accounting.switch_to(use)
+
     def update(self, **fields: Any) -> None:
         """Write new values of `fields`, and the heartbeat. Without a new state it writes at most once a second.
 
         Raises:
             RunDirError: this attempt was superseded, or STARTING or a clean end cannot be written: others act on it.
         """
-        self.fields |= fields
-        if "step" in fields:
-            self.time_accounting.record_step(fields["step"], fields.get("data_wait_s", 0.0))
+        self.record(**fields)
         if "state" not in fields and time.monotonic() - self._written < heartbeat.AT_MOST_EVERY_S:
             return
         self._written = time.monotonic()
         self.check_not_superseded()
         state = self.fields.get("state")
-        if use := _USES.get(fields.get("state")):
-            self.time_accounting.switch_to(use)
         now = {"seconds": self.time_accounting.totals(), "heartbeat": round(time.time(), 3)}
         with self._disk_errors.tolerated(self.path, required=state in (*CLEAN_ENDS, "STARTING")):
             write_json(self.path, self.fields | now, durable=False)

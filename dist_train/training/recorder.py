@@ -54,6 +54,11 @@ class RunRecorder:
     def set_state(self, state: State) -> None:
         self._set_status(state=state)
 
+    def record_brief_state(self, state: State) -> None:
+        """Count the time from now on as that of `state`, without a write of status.json at once, which takes longer."""
+        if self.world.is_rank_zero:
+            self.run_dir.status.record(state=state, **self._progress())
+
     def log_train(self, totals: dict[str, float], lr: float, perf: dict[str, float]) -> None:
         """Write one `train` line. `totals`: sums over the window since the last; `perf`: its perf/... metrics."""
         line = self._line()
@@ -163,11 +168,16 @@ class RunRecorder:
 
     def _set_status(self, **fields: Any) -> None:
         if self.world.is_rank_zero:
-            epoch = self.state.step / self.steps_per_epoch
-            self.run_dir.status.update(
-                step=self.state.step, total_steps=self.total_steps, epoch=epoch,
-                data_wait_s=round(self.step.data_wait_s, 3), best=self.state.best, **fields,
-            )  # fmt: skip
+            self.run_dir.status.update(**self._progress(), **fields)
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "step": self.state.step,
+            "total_steps": self.total_steps,
+            "epoch": self.state.step / self.steps_per_epoch,
+            "data_wait_s": round(self.step.data_wait_s, 3),
+            "best": self.state.best,
+        }
 
 
 def _finite(value: float) -> float | None:

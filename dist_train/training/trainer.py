@@ -259,10 +259,10 @@ class Trainer:
         self.state.train_s = self._timer.total_s
         self.state.total_s = self.recorder.total_s
         self.state.audit = self.audit.totals()
-        self.recorder.set_state("SAVING")
+        self.recorder.record_brief_state("SAVING")
         self.checkpoints.save(self.state, self.step)
         self.agreement.saved()
-        self.recorder.set_state("TRAINING")
+        self.recorder.record_brief_state("TRAINING")
         self._resume_timer()
 
     def finish(self) -> State:

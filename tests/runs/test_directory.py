@@ -355,7 +355,7 @@ def test_lines_are_kept_while_disk_is_full(run_dir: RunDir, caplog: pytest.LogCa
     for step in (2, 3):
         run_dir.append_metrics({"step": step})
     with pytest.raises(OSError, match="No space left"):
-        run_dir.metrics.sync()
+        run_dir.metrics.flush()
     run_dir.metrics.path = path
     run_dir.append_metrics({"step": 4})
     assert [line["step"] for line in run_dir.metrics.read()] == [1, 2, 3, 4]

@@ -152,7 +152,7 @@ def disturbed(how: Callable[[], None], run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "left"),
-    [(stop_during_evaluation, "INTERRUPT"), (kill_before_the_save, "SAVING"), (kill_after_the_save, "SAVING")],
+    [(stop_during_evaluation, "INTERRUPT"), (kill_before_the_save, "EVALUATED"), (kill_after_the_save, "SAVING")],
 )
 def test_interrupted_early_stop_writes_each_line_once(
     how: Callable[[], None], left: str, undisturbed: Path, tmp_path: Path
