@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from dist_train.atomic_files import atomic_write, remove_leftovers, temporary_path
+from dist_train.checkpoints.contents import TrainerState
+from dist_train.checkpoints.manifest import folder_of
+from dist_train.distributed.world import World
 from dist_train.runs.directory import RunDir
 from dist_train.runs.metrics_log import MetricsFile
 from dist_train.user_code.archives import unpack_archive
 from support.run_files import contents
-from support.tiny_runs import write_at
+from support.tiny_runs import checkpoints_of, new_step, write_at
 
 
 def make(path: Path, kind: str, text: str) -> None:
@@ -148,3 +152,23 @@ def test_contents_are_synced_before_rename_and_folder_after_it(
     written = {temporary, *(temporary / path.relative_to(target) for path in target.rglob("*"))}
     assert written <= {path for what, path in trace[:renamed] if what == "sync"}
     assert trace[renamed + 1] == ("sync", target.parent)
+
+
+def test_lines_are_synced_before_the_checkpoint_and_not_by_the_loop(
+    world: World, run_dir: RunDir, trace: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut loses no line up to a checkpoint that it leaves; a slow disk does not hold up training."""
+    fsync, by = os.fsync, set[threading.Thread]()
+
+    def traced_fsync(descriptor: int) -> None:
+        by.add(threading.current_thread())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    checkpoints = checkpoints_of(run_dir, world)
+    run_dir.append_metrics({"step": 1})
+    checkpoints.save(TrainerState(step=1), new_step(world, 0))
+    checkpoints.finish()
+    checkpoints.close()
+    assert trace.index(("sync", run_dir.metrics.path)) < trace.index(("to", folder_of(run_dir, 1)))
+    assert threading.current_thread() not in by

@@ -93,6 +93,11 @@ class Checkpoints:
             return
         self._pending = self._writer.submit(self._commit, snapshot, started)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether there is a write whose result is not processed yet."""
+        return self._pending is not None
+
     def poll(self) -> DistTrainError | None:
         """Process a finished write. Return an error that must end all ranks. Rank zero only."""
         if self._pending is not None and self._pending.done():

@@ -102,6 +102,23 @@ def test_short_attempts_keep_highest_step(tmp_path: Path, clock: Clock) -> None:
     assert run_dir.status.read()["seconds"]["again"] == 5
 
 
+def test_brief_state_is_counted_but_not_written(tmp_path: Path, clock: Clock) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.logs.mkdir()
+    begin_attempt(run_dir, parse_config({}), "id")
+    run_dir.status.update(state="TRAINING", step=1)
+    written = run_dir.status.path.read_bytes()
+    run_dir.status.record(state="SAVING", step=2)
+    clock.now += 3
+    run_dir.status.record(state="TRAINING", step=2)
+    clock.now += 5
+    assert run_dir.status.path.read_bytes() == written
+    run_dir.status.update()
+    status = run_dir.status.read()
+    assert (status["state"], status["step"]) == ("TRAINING", 2)
+    assert (status["seconds"]["save"], status["seconds"]["train"]) == (3, 5)
+
+
 def test_queue_time_counts_as_down(tmp_path: Path, clock: Clock) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.logs.mkdir()

@@ -83,7 +83,22 @@ def test_scaling_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PROBED = {
     "breakdown": {"mlp": [{"forward": 1.0, "backward": 2.0, "whole step": 3.0}] * 2},
-    "checkpoint": {"50": [{"parameters": 40.0, "stall_ms": 1.0, "worst_stall_ms": 2.0, "write_ms": 9.0}] * 2},
+    "checkpoint": {
+        "50": [
+            {
+                "parameters": 40.0,
+                "stall_ms": 1.0,
+                "p99_stall_ms": 1.5,
+                "worst_stall_ms": 2.5,
+                "cpu_ms": 1.0,
+                "p99_cpu_ms": 1.5,
+                "write_ms": 9.0,
+                "long check": 0,
+                "long copy": 1,
+            }
+        ]
+        * 2
+    },
     "guards": {
         "mlp": [{"bare_ms": 0.5, "guarded_ms": 0.505, "overhead_percent": 1.0}] * 2,
         "mlp, streamed": [{"bare_ms": 2.0, "guarded_ms": 2.01, "overhead_percent": 0.5}] * 2,

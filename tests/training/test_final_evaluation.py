@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -95,6 +98,49 @@ def test_confusion_matrix_of_many_classes_stays_viewable(classes: int) -> None:
     names = [f"$a_long$ name \\frac of ${number}" for number in range(classes)]
     with Image.open(io.BytesIO(charts.confusion_matrix(counts, [1.0] * classes, names, "title"))) as image:
         assert max(image.size) < 2500
+
+
+def test_figure_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`savefig` draws all of it twice."""
+    drawn: list[Figure] = []
+    draw = Figure.draw
+
+    def counted_draw(self: Figure, renderer: Any) -> None:
+        drawn.append(self)
+        draw(self, renderer)
+
+    monkeypatch.setattr(Figure, "draw", counted_draw)
+    charts.confusion_matrix([[2, 1], [0, 3]], [2 / 3, 1.0], ["cat", "dog"], "title")
+    assert len(drawn) == 1
+
+
+def test_mistakes_are_shown_whole_and_side_by_side() -> None:
+    """In true proportion, one pixel of a small picture as a square; none is covered by another or by text."""
+    red = np.full((40, 20, 3), (255, 0, 0), np.uint8)
+    wide = np.full((250, 500, 3), (0, 0, 255), np.uint8)
+    grey = np.array([[0, 100], [200, 255]], np.uint8)
+    shown = [red, wide, grey, *[wide] * 4]
+    png = charts.mistakes(shown, [("cat", "dog", 0.9)] * len(shown), "title")
+    with Image.open(io.BytesIO(png)) as image:
+        pixels = np.asarray(image).reshape(-1, 3)
+    assert (pixels == (255, 0, 0)).all(1).sum() == 206 * 103
+    assert (pixels == (0, 0, 255)).all(1).sum() == 5 * 206 * 103
+    assert (pixels == (100, 100, 100)).all(1).sum() >= 103 * 103
+
+
+def test_curves_are_drawn_while_the_final_evaluation_runs(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> bytes:
+        began.set()
+        assert go_on.wait(30)
+        return b"png"
+
+    monkeypatch.setattr(charts, "learning_curves", slow)
+    pictures = Pictures(run_dir)
+    assert began.wait(30)
+    go_on.set()
+    assert pictures.draw(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, [])) == {"curves": b"png"}
 
 
 def without_matplotlib(run_dir: Path) -> None:

@@ -67,16 +67,23 @@ def breakdown_draw(found: Probed, figure: Any) -> None:
 def checkpoint_table(found: Probed) -> list[str]:
     """Return the results as Markdown."""
     lines = [
-        f"n={len(next(iter(found.values())))} processes of 18 saves each (mlp, Adam); medians.",
+        f"n={len(next(iter(found.values())))} processes of 200 saves each (mlp, Adam) while training goes on; medians.",
         "",
-        "| parameters | stall of the loop, ms | worst, ms | written to disk after, ms |",
-        "|---|---|---|---|",
+        "| parameters | stall of the loop, ms | p99, ms | worst, ms | CPU, ms | p99, ms | written to disk after, ms "
+        "| above twice the median, by longest part |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for those in found.values():
         stall = Interval.of([each["stall_ms"] for each in those]).text(digits=1)
         worst = max(each["worst_stall_ms"] for each in those)
+        p99, cpu, cpu_p99 = (_median(those, key) for key in ("p99_stall_ms", "cpu_ms", "p99_cpu_ms"))
         parameters, write = those[0]["parameters"], _median(those, "write_ms")
-        lines.append(f"| {parameters:,.0f} | {stall} | {worst:.1f} | {write:.0f} |")
+        counts = {part: sum(each[part] for each in those) for part in those[0] if part.startswith("long ")}
+        long = ", ".join(f"{part.removeprefix('long ')} {count:.0f}" for part, count in counts.items() if count)
+        lines.append(
+            f"| {parameters:,.0f} | {stall} | {p99:.1f} | {worst:.1f} | {cpu:.1f} | {cpu_p99:.1f} | {write:.0f} "
+            f"| {long or 'none'} |"
+        )
     return lines
 
 

@@ -11,9 +11,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from dist_train.checkpoints.contents import TrainerState
 from dist_train.checkpoints.manager import Checkpoints
@@ -35,6 +38,7 @@ from dist_train.models.registry import build_model
 from dist_train.models.tasks.objective import count_correct
 from dist_train.runs.attempt import begin_attempt
 from dist_train.runs.directory import RunDir
+from dist_train.runs.metrics_log import MetricsFile
 from dist_train.training.agreement import Agreement
 from dist_train.training.step.lr_schedule import LearningRate
 from dist_train.training.step.train_step import Step
@@ -104,24 +108,67 @@ def _checkpoints(config: Config, world: World) -> Iterator[Checkpoints]:
         checkpoints.close()
 
 
+_SAVES = 200
+# The parts of a save that are measured. What is left of `snapshot` is the copy, allocation included; what is left of
+# `save`, the wait for the former write and the start of this one.
+_PARTS = {"check": (Step, "is_finite"), "state": (Step, "state_dict"), "copy": (Checkpoints, "snapshot"),
+          "lines": (MetricsFile, "flush"), "hand over": (Checkpoints, "save")}  # fmt: skip
+
+
+@contextmanager
+def _parts_of_save() -> Iterator[dict[str, float]]:
+    """Yield the milliseconds that each part of the saves inside takes, without those of the parts that it calls."""
+    taken = dict.fromkeys(_PARTS, 0.0)
+
+    def measured(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            inside, started = sum(taken.values()), time.perf_counter()
+            result = method(*args)
+            taken[name] += 1000 * (time.perf_counter() - started) - (sum(taken.values()) - inside)
+            return result
+
+        return run
+
+    with ExitStack() as stack:
+        for name, (owner, method) in _PARTS.items():
+            stack.enter_context(patch.object(owner, method, measured(name, getattr(owner, method))))
+        yield taken
+
+
 def stall(hidden: str) -> dict[str, float]:
-    """Return the milliseconds that a save stalls the loop, and that its write takes; mlp with `hidden` units."""
+    """Return the milliseconds that a save stalls the loop, and that its write takes; mlp with `hidden` units.
+
+    Of 200 saves, with training steps in between until each is written. `long PART`: how many stalls took more than
+    twice the median, and most of it in this part.
+    """
     config = parse_config({"model": {"name": "mlp", "args": {"hidden": int(hidden)}}})
     world = World.join(config)
     step = _step(config, world)
     parameters = sum(parameter.numel() for parameter in step.net.parameters())
-    stalls, writes = [], []
-    with _checkpoints(config, world) as checkpoints:
-        for number in range(20):
+    stalls, cpu, writes, longest = [], [], [], []
+    number = 0
+    with _checkpoints(config, world) as checkpoints, _parts_of_save() as parts:
+        for _ in range(2 + _SAVES):  # the first two warm up
             step.take(number)
-            started = time.perf_counter()
-            checkpoints.save(TrainerState(step=number + 1), step)
+            number += 1
+            before, started, cpu_started = dict(parts), time.perf_counter(), time.thread_time()
+            checkpoints.save(TrainerState(step=number), step)
             stalls.append(1000 * (time.perf_counter() - started))
+            cpu.append(1000 * (time.thread_time() - cpu_started))
+            longest.append(max(parts, key=lambda name: parts[name] - before[name]))
+            while checkpoints.is_writing:
+                step.take(number)
+                number += 1
+                checkpoints.poll()
             checkpoints.finish()
-            writes.append(1000 * (time.perf_counter() - started))
+            writes.append(1000 * checkpoints.run_dir.status.fields["save_s"])
+    median = statistics.median(stalls[2:])
+    long = Counter(part for part, each in zip(longest[2:], stalls[2:], strict=True) if each > 2 * median)
     return {
-        "parameters": parameters, "stall_ms": statistics.median(stalls[2:]), "worst_stall_ms": max(stalls[2:]),
-        "write_ms": statistics.median(writes[2:]),
+        "parameters": parameters, "stall_ms": median, "p99_stall_ms": statistics.quantiles(stalls[2:], n=100)[98],
+        "worst_stall_ms": max(stalls[2:]), "cpu_ms": statistics.median(cpu[2:]),
+        "p99_cpu_ms": statistics.quantiles(cpu[2:], n=100)[98], "write_ms": statistics.median(writes[2:]),
+        **{f"long {part}": long[part] for part in _PARTS},
     }  # fmt: skip
 
 
