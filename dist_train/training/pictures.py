@@ -21,20 +21,22 @@ _log = logging.getLogger(__name__)
 
 
 class Pictures:
-    """Draws the pictures of a run after its last step.
+    """Draws the pictures of a run, as little as possible of it after the result.
 
-    The constructor starts a thread that imports matplotlib and draws the curves, while the final evaluation runs: no
-    step is slower for it, and less is left to do after the result.
+    The constructor starts a thread that imports matplotlib while training runs.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
-        executor = ThreadPoolExecutor(1, thread_name_prefix="pictures")
-        self._curves = executor.submit(_draw_curves, run_dir)
-        executor.shutdown(wait=False)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._thread.submit(charts.warm_up)
 
-    def draw(self, final: FinalEvaluation) -> dict[str, bytes]:
-        """Write the pictures to the run directory and return the PNGs by name. Never fails a run."""
+    def begin(self) -> None:
+        """Draw the curves in the thread: all lines that they show are written."""
+        self._curves = self._thread.submit(_draw_curves, self._run_dir)
+
+    def finish(self, final: FinalEvaluation) -> dict[str, bytes]:
+        """Write the pictures to the run directory and return the PNGs by name, after `begin`. Never fails a run."""
         run_dir = self._run_dir
         functions: dict[str, Callable[[], bytes | None]] = {
             "curves": self._curves.result,

@@ -42,7 +42,8 @@ class RunRecorder:
 
     def __post_init__(self) -> None:
         self._newest: dict[str, Any] = {}  # the last value of each metric
-        self._pictures: Pictures | None = None  # from `begin_final_evaluation` on, if they are to be drawn
+        draws = self.world.is_rank_zero and self.config.tracking.pictures
+        self._pictures = Pictures(self.run_dir) if draws else None
         self._evaluated_at = time.perf_counter()
         self._virtual_start = self.started - self.state.total_s
 
@@ -97,8 +98,8 @@ class RunRecorder:
     def begin_final_evaluation(self) -> None:
         """Record that the last step is done: all lines that curves show are written."""
         self.set_state("EVALUATING")
-        if self.world.is_rank_zero and self.config.tracking.pictures:
-            self._pictures = Pictures(self.run_dir)
+        if self._pictures is not None:
+            self._pictures.begin()
 
     def stop(self, end: State) -> None:
         """Record that the run stopped early. Its last checkpoint is already on the disk.
@@ -122,7 +123,7 @@ class RunRecorder:
         self.world.on_rank_zero(lambda: self.run_dir.write_result(results))
         self.world.on_rank_zero(lambda: self.set_state("FINISHED"))
         watchdog.disarm()  # the rest may take long and cannot change the result
-        self.tracker.finish(results, self._pictures.draw(final) if self._pictures is not None else {})
+        self.tracker.finish(results, self._pictures.finish(final) if self._pictures is not None else {})
 
     def _results(self, final: FinalEvaluation, extra: dict[str, Any]) -> dict[str, Any]:
         """Return the content of result.json."""

@@ -34,7 +34,13 @@ def drawn(examples: Examples | None, run_dir: RunDir) -> dict[str, bytes]:
     counts = torch.tensor([[3, 1], [0, 0]])
     metrics: dict[str, Any] = {"val/accuracy": 0.75}
     final = FinalEvaluation(metrics, "val", examples, ["cat", "dog"], counts, [Mistake(1, 0, 1, 0.9)])
-    return Pictures(run_dir).draw(final)
+    return pictures_of(final, run_dir)
+
+
+def pictures_of(final: FinalEvaluation, run_dir: RunDir) -> dict[str, bytes]:
+    pictures = Pictures(run_dir)
+    pictures.begin()
+    return pictures.finish(final)
 
 
 def grey(count: int) -> ImageSet:
@@ -88,7 +94,7 @@ def test_unreadable_example_loses_only_its_picture(run_dir: RunDir, caplog: pyte
 
 
 def test_non_classifier_draws_only_curves(run_dir: RunDir) -> None:
-    assert Pictures(run_dir).draw(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, [])).keys() == {"curves"}
+    assert pictures_of(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, []), run_dir).keys() == {"curves"}
 
 
 @pytest.mark.parametrize("classes", [2, 21, 100, 1000])
@@ -138,9 +144,10 @@ def test_curves_are_drawn_while_the_final_evaluation_runs(run_dir: RunDir, monke
 
     monkeypatch.setattr(charts, "learning_curves", slow)
     pictures = Pictures(run_dir)
+    pictures.begin()
     assert began.wait(30)
     go_on.set()
-    assert pictures.draw(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, [])) == {"curves": b"png"}
+    assert pictures.finish(FinalEvaluation({"val/loss": 1.0}, "val", None, [], None, [])) == {"curves": b"png"}
 
 
 def without_matplotlib(run_dir: Path) -> None:

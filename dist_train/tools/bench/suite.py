@@ -123,6 +123,7 @@ PARTS = {
         lambda _: {"mlp of 40 thousand": 50, "of 1 million": 1258, "of 10 million parameters": 12579},
         inside.checkpoint_table,
         inside.checkpoint_draw,
+        typical_s=60.0,
     ),
     "speedrun": Part(
         lambda options: [Series("speedrun", speedrun.measurements(4 * options.repetitions), 1, _START_S)],
