@@ -75,7 +75,7 @@ exactness: $(VENV)/.test  ## 400 steps in float64 for every net and division; wr
 bench: $(VENV)/.test  ## this harness against common training loops; writes bench/
 	dist-train bench
 
-bench-gpu: $(VENV)/.test  ## a benchmark for one GPU, in ten minutes: five nets in each mode, saves, and the speedrun
+bench-gpu: $(VENV)/.test  ## a benchmark for one GPU, in eight minutes: five nets in each mode, saves, and the speedrun
 	dist-train bench gpu checkpoint speedrun --repetitions 2
 
 test-gpu: $(VENV)/.test  ## the tests that need a GPU; all others hide it

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dist_train.data.sets.image_set import Examples, ImageSet, describe_example, describe_value, example_at, locate
 from dist_train.distributed.devices import is_out_of_memory
+from dist_train.distributed.import_lock import IMPORT_LOCK
 from dist_train.distributed.rng import derive_seed, seed_everything
 from dist_train.errors import DataError, DistTrainError, UserCodeError
 from dist_train.user_code.importing import user_code_error
@@ -250,7 +251,7 @@ def stream(loader: DataLoader[Any]) -> Iterator[LoadedBatch]:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        with _translate_loader_errors():
+        with _translate_loader_errors(), IMPORT_LOCK:
             batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

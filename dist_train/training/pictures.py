@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data.sets.image_set import Examples
+from dist_train.distributed.import_lock import IMPORT_LOCK
 from dist_train.distributed.peer_failures import first_line
 from dist_train.models.tasks.confusion import accuracy_by_class
 from dist_train.runs.directory import RunDir
@@ -29,7 +30,7 @@ class Pictures:
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
-        self._thread.submit(charts.warm_up)
+        self._thread.submit(_warm_up)
 
     def begin(self) -> None:
         """Draw the curves in the thread: all lines that they show are written."""
@@ -54,6 +55,11 @@ class Pictures:
                 pictures[name] = picture
         run_dir.write_pictures(pictures)
         return pictures
+
+
+def _warm_up() -> None:
+    with IMPORT_LOCK:
+        charts.warm_up()
 
 
 def _draw_curves(run_dir: RunDir) -> bytes:

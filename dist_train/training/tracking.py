@@ -22,6 +22,7 @@ from dist_train.checkpoints.contents import MODEL
 from dist_train.checkpoints.manifest import best_checkpoint, manifests
 from dist_train.config.paths import temporary_cache
 from dist_train.config.schema import Config, TrackingConfig
+from dist_train.distributed.import_lock import IMPORT_LOCK
 from dist_train.distributed.peer_failures import first_line
 from dist_train.errors import DistTrainError, RunDirError
 from dist_train.runs.directory import RunDir
@@ -231,8 +232,9 @@ def start_wandb(run_dir: RunDir, config: Config, provenance: Mapping[str, Any]) 
     if (cache := temporary_cache()) is not None:  # W&B prints its log if it cannot write it
         os.environ.setdefault("WANDB_CACHE_DIR", str(cache / "wandb"))
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's own telemetry, which may fail
-    import wandb
-    from accelerate.tracking import WandBTracker
+    with IMPORT_LOCK:
+        import wandb
+        from accelerate.tracking import WandBTracker
 
     init = {
         "dir": str(run_dir.path),
@@ -283,7 +285,8 @@ def start_tensorboard(run_dir: RunDir, config: Config, provenance: Mapping[str, 
     """Start the TensorBoard tracker; None if it is not asked for."""
     if not config.tracking.tensorboard:
         return None
-    from accelerate.tracking import TensorBoardTracker
+    with IMPORT_LOCK:
+        from accelerate.tracking import TensorBoardTracker
 
     tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=str(run_dir.path))
     tracker.start()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
+import sys
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from torch.utils.data import Dataset, default_collate
 from dist_train.data.batches import ToDevice
 from dist_train.data.loader import LoadedBatch, loader_error, make_loader, stream
 from dist_train.data.sets.image_set import Examples, Subset, locate, subset_of
+from dist_train.distributed.import_lock import IMPORT_LOCK
 from dist_train.errors import DataError, UserCodeError
 from support.ranks import run_on_ranks
 
@@ -261,3 +266,34 @@ def test_inputs_keep_their_structure(dtype: torch.dtype) -> None:
     again, text = found.mask["both"]
     assert (type(again), again.note, text) == (Held, "mine", "text")
     assert (found.image[0].dtype, again["image"].dtype, again["ids"].dtype) == (dtype, dtype, torch.int64)
+
+
+class Importing(Dataset[Any]):
+    """Its example needs a module."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[float, int]:
+        return float(importlib.import_module("long_import").VALUE), index
+
+
+@pytest.mark.timeout(60)  # a worker that waits for ever is not noticed before
+def test_workers_start_before_or_after_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is forked in the middle of an import would wait for ever for that module."""
+    (tmp_path / "long_import.py").write_text("import time\ntime.sleep(0.5)\nVALUE = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    begun = threading.Event()
+
+    def load() -> None:
+        with IMPORT_LOCK:
+            begun.set()
+            importlib.import_module("long_import")
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    begun.wait()
+    ((values, _labels, _indices),) = fetch(Importing(), num_workers=1, indices=[0])
+    assert values.tolist() == [3]
+    thread.join()
+    del sys.modules["long_import"]

@@ -67,7 +67,7 @@ def breakdown_draw(found: Probed, figure: Any) -> None:
 def checkpoint_table(found: Probed) -> list[str]:
     """Return the results as Markdown."""
     lines = [
-        f"n={len(next(iter(found.values())))} processes of 200 saves each (mlp, Adam) while training goes on; medians.",
+        f"n={len(next(iter(found.values())))} processes of 100 saves each (mlp, Adam) while training goes on; medians.",
         "",
         "| parameters | stall of the loop, ms | p99, ms | worst, ms | CPU, ms | p99, ms | written to disk after, ms "
         "| above twice the median, by longest part |",

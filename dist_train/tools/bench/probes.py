@@ -108,7 +108,7 @@ def _checkpoints(config: Config, world: World) -> Iterator[Checkpoints]:
         checkpoints.close()
 
 
-_SAVES = 200
+_SAVES = 100
 # The parts of a save that are measured. What is left of `snapshot` is the copy, allocation included; what is left of
 # `save`, the wait for the former write and the start of this one.
 _PARTS = {"check": (Step, "is_finite"), "state": (Step, "state_dict"), "copy": (Checkpoints, "snapshot"),
@@ -138,7 +138,7 @@ def _parts_of_save() -> Iterator[dict[str, float]]:
 def stall(hidden: str) -> dict[str, float]:
     """Return the milliseconds that a save stalls the loop, and that its write takes; mlp with `hidden` units.
 
-    Of 200 saves, with training steps in between until each is written. `long PART`: how many stalls took more than
+    Of 100 saves, with training steps in between until each is written. `long PART`: how many stalls took more than
     twice the median, and most of it in this part.
     """
     config = parse_config({"model": {"name": "mlp", "args": {"hidden": int(hidden)}}})
