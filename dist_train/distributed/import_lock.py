@@ -1,7 +1,7 @@
 """A lock that keeps forks apart from imports in threads.
 
-A process that is forked while a thread imports a module inherits the interpreter's lock of that module, and there nobody
-releases it: it would wait for ever where it imports the module itself.
+A process that is forked while a thread imports a module inherits the interpreter's lock of that module, which nobody
+releases there: it would wait for ever where it imports the module itself.
 """
 
 import threading
