@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,5 +63,6 @@ def data_prepare(root: Path, out: Path, image_size: int, decoder: Decoder) -> No
             bar.update(1)
 
         num_bytes = prepare(root.absolute(), out.absolute(), image_size, decoder, advance)
-    settings = f"data.name=image_folder data.root={out} data.image_size={image_size} data.decoder={decoder}"
+    quoted = shlex.quote(str(out.absolute()))
+    settings = f"data.name=image_folder data.root={quoted} data.image_size={image_size} data.decoder={decoder}"
     click.echo(f"{out} holds {num_bytes / 1e6:,.1f} MB of pixels. Train with: {settings}")

@@ -38,7 +38,7 @@ def fingerprint_split(examples: Examples, seed: int) -> Fingerprint:
         found["labels"] = checksum(labels)
     names = examples.names if isinstance(examples, (ImageSet, ImageFolder)) else ()
     if names:
-        found["names"] = f"{zlib.crc32('/'.join(names).encode()):08x}"
+        found["names"] = f"{zlib.crc32('/'.join(names).encode(errors='surrogateescape')):08x}"
         found["resized_by"] = "torch"
     if isinstance(examples, ImageSet) and not names:
         return found | {"pixels": checksum(examples.images.numpy())}
@@ -65,7 +65,7 @@ def _difference(now: Fingerprint, then: Fingerprint) -> tuple[str, str] | None:
         return f"{now['count']} examples", f"{then['count']}"
     # Older versions resized by PIL: their pixels are up to one level apart, which the examples do not tell.
     if "resized_by" in now and "names" in then and "resized_by" not in then:
-        return "pictures resized by torch", "pictures resized by PIL, in an older version, which can continue it"
+        return "pictures resized by torch", "pictures that an older version resized by PIL"
     for part in ("labels", "names", "pixels", "sample weights"):
         if part in now and part in then and now[part] != then[part]:
             return f"{part} with checksum {now[part]}", f"{part} with checksum {then[part]}"

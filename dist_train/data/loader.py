@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -251,7 +251,7 @@ def stream(loader: DataLoader[Any]) -> Iterator[LoadedBatch]:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        with _translate_loader_errors(), IMPORT_LOCK:
+        with _translate_loader_errors(), IMPORT_LOCK if loader.num_workers else nullcontext():
             batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -64,7 +64,7 @@ def make_resident(examples: Examples, seed: int, num_workers: int, ranks_per_nod
         if kept is None:
             kept = _allocate(examples, batch, ranks_per_node)
         for rows, items in zip(kept, batch, strict=True):
-            rows[done : done + len(items)] = items
+            rows[done : done + len(items)] = items.detach()
         done += len(batch[0])
     assert kept is not None  # an empty set is refused before
     return ResidentSet(examples, *kept)

@@ -129,11 +129,11 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     if config.transforms:
         transformed(found["train"], config.transforms)  # raises where their arguments are wrong
     train, val, test, val_source, trained_on = _add_validation(config, seed, found, name_of_val)
+    weights = example_weights(config, found["train"], trained_on)
     if config.resident:
         streamed = {id(each): each for each in (train, val, test) if each is not None}  # val and test may be one
         kept = {key: _in_memory(each, config, seed, ranks_per_node) for key, each in streamed.items()}
         train, val, test = kept[id(train)], kept.get(id(val)), kept.get(id(test))
-    weights = example_weights(config, found["train"], trained_on)
     return Splits(train, val, test, val_source, summary, weights, _resident_bytes(config, summary, ranks_per_node))
 
 

@@ -288,6 +288,6 @@ def start_tensorboard(run_dir: RunDir, config: Config, provenance: Mapping[str, 
     with IMPORT_LOCK:
         from accelerate.tracking import TensorBoardTracker
 
-    tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=str(run_dir.path))
-    tracker.start()
+        tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=str(run_dir.path))
+        tracker.start()  # imports most of it
     return tracker  # type: ignore[no-any-return]

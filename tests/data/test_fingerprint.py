@@ -264,7 +264,7 @@ def test_pictures_of_an_older_version_are_told_apart(folder: Path) -> None:
         before = fingerprint_split(now, 0)
         del before["resized_by"]
         [found] = differences({"train": fingerprint_split(now, 0)}, {"train": before})
-        assert found.then == "pictures resized by PIL, in an older version, which can continue it"
+        assert found.then == "pictures that an older version resized by PIL"
 
 
 def test_names_and_labels_are_read_without_file_access(folder: Path) -> None:

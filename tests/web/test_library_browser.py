@@ -159,7 +159,8 @@ def test_upload_is_paused_and_cancelled(prefix: list[str], browser: Browser, tmp
         page.goto(f"{page.url}datasets")
         page.route("**/uploads/*", hold)
         choose(page, "set", large(tmp_path))
-        page.get_by_role("button", name="Add", exact=True).click()
+        with page.expect_request(lambda request: request.method == "PATCH"):
+            page.get_by_role("button", name="Add", exact=True).click()
         page.get_by_role("button", name="Pause").click()
         held.clear()
         page.get_by_role("button", name="Go on").wait_for()

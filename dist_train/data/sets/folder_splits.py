@@ -17,13 +17,18 @@ from dist_train.errors import DataError
 _log = logging.getLogger(__name__)
 
 
+def splits_in(root: Path) -> list[str]:
+    """Return the names of the splits that `root` holds."""
+    return [name for name in ("train", "val", "test") if (root / name).is_dir()]
+
+
 def split_folders(root: Path, choose: Choice = every_split, root_setting: str = "data.root") -> dict[str, Path]:
     """Return the folders of the chosen splits by name: of "train", "val" and "test", where they exist.
 
     Raises:
         DataError: the first of them does not exist.
     """
-    present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    present = splits_in(root)
     folders = {name: root / name for name in choose(present)}
     first = next(iter(folders))
     if first not in present:
@@ -59,20 +64,22 @@ def load_image_folder(
     """Return the splits in `folders`, by name.
 
     They are decoded into memory at once if `resident` is True or, if it is None, when they take at most half of the
-    free memory divided by the ranks per node.
+    free memory divided by the ranks per node; prepared ones, which the ranks share, at most half of it.
 
     Raises:
         DataError: no images, splits with different classes, an image that cannot be decoded.
     """
     splits = open_folders(folders, image_size, decoder)
     root = next(iter(folders.values())).parent
+    prepared = all(isinstance(split, PreparedFolder) for split in splits.values())
     if resident is None:
+        ranks_per_node = 1 if prepared else ranks_per_node
         needed, free = sum(split.num_bytes for split in splits.values()), available_bytes()
         resident = fits(needed, free, ranks_per_node)
         if not resident:
             sizes = f"{needed / 1e9:.1f} GB decoded, {(free or 0) / 1e9:.1f} GB free, {ranks_per_node} ranks per node"
             _log.info("%s is streamed: %s.", root, sizes)
-    if resident and not any(isinstance(split, PreparedFolder) for split in splits.values()):
+    if resident and not prepared:
         _log.info("Decoding %d images of %s into memory.", sum(map(len, splits.values())), root)
     return {name: split.in_memory() if resident else split for name, split in splits.items()}
 

@@ -20,6 +20,8 @@ from dist_train.data.sets.decoding import decode
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.errors import DataError
 
+_SUBMITTED = 4096  # images at once
+
 
 class ImageFolder(Dataset[Any]):
     """One split whose images are decoded on access: (uint8 [3, S, S], label)."""
@@ -82,7 +84,8 @@ class ImageFolder(Dataset[Any]):
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             try:
-                yield from pool.map(fill, range(len(self)))
+                for start in range(0, len(self), _SUBMITTED):  # a waiting call takes 2 kB
+                    yield from pool.map(fill, range(start, min(start + _SUBMITTED, len(self))))
             finally:
                 pool.shutdown(cancel_futures=True)  # skip the rest after an invalid image
 

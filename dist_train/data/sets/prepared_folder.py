@@ -1,7 +1,7 @@
 """Prepared folders: the images of an image folder, decoded once into one file of pixels per split.
 
 root/train/pixels.npy    uint8 [N, 3, S, S], memory-mapped
-root/train/images.json   what they were made from
+root/train/prepared.json what they were made from
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dist_train.data.sets.image_folder import ImageFolder
 from dist_train.data.sets.image_set import ImageSet
 from dist_train.errors import DataError
 
-PIXELS, IMAGES = "pixels.npy", "images.json"
+PIXELS, PREPARED = "pixels.npy", "prepared.json"
 
 
 def is_prepared(folder: Path) -> bool:
     """Whether `folder` holds a split of a prepared folder."""
-    return (folder / IMAGES).is_file()
+    return (folder / PREPARED).is_file() and (folder / PIXELS).is_file()
 
 
 def describe(folder: Path, split: ImageFolder) -> None:
@@ -33,7 +33,7 @@ def describe(folder: Path, split: ImageFolder) -> None:
     made_from = {
         "image_size": split.image_size, "decoder": split.decoder, "classes": split.classes, "names": split.names
     }  # fmt: skip
-    write_json(folder / IMAGES, made_from)
+    write_json(folder / PREPARED, made_from)
 
 
 class PreparedFolder(ImageFolder):
@@ -46,7 +46,7 @@ class PreparedFolder(ImageFolder):
         """Raises:
         DataError: it was prepared for another image size or by another decoder, or a file is damaged.
         """
-        made_from = read_json(folder / IMAGES)
+        made_from = read_json(folder / PREPARED)
         try:
             prepared = made_from["image_size"], made_from["decoder"]
             self.classes = tuple(map(str, made_from["classes"]))
@@ -54,7 +54,7 @@ class PreparedFolder(ImageFolder):
             labels = [numbers[name.partition("/")[0]] for name in made_from["names"]]
             self.paths = [folder / name for name in made_from["names"]]
         except (KeyError, TypeError, AttributeError):
-            raise DataError(f"{folder / IMAGES} is damaged. Prepare the folder again.") from None
+            raise DataError(f"{folder / PREPARED} is damaged. Prepare the folder again.") from None
         if prepared != (image_size, decoder):
             raise DataError(
                 f"{folder} was prepared with data.image_size={prepared[0]} data.decoder={prepared[1]}, and this run "

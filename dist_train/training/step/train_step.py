@@ -120,7 +120,7 @@ class Step:
                 else:
                     self._try_unfrozen(self.frozen, step)
             pass_s = self._first_passes(step)
-            report_faster_alone(self.eager, self.effects, step, pass_s)
+            report_faster_alone(self.eager, step, pass_s)
             self.mode, self._update = choose_update(self.eager, self.effects, self._config, step, wanted, pass_s)
         self.chosen_mode = self.mode if wanted == "auto" else wanted
         self.warm_up_s = time.perf_counter() - began

@@ -71,6 +71,7 @@
         while (paused) await sleep(1e6);
         if (cancelled) throw new Cancelled();
         if (url === null) [url, offset] = await begin(file, key);
+        if (paused || cancelled) continue;  // pressed meanwhile
         show(file, offset);
         if (offset === file.size) return url.split("/").pop();
         const from = offset;

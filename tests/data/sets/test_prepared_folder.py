@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections import namedtuple
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from dist_train.data.sets.image_set import ImageSet, num_examples
 from dist_train.data.sets.preparation import prepare
 from dist_train.data.splits import load_splits
 from dist_train.errors import ConfigError, DataError
+from support.mounts import needs_mounts
+from support.processes import DIST_TRAIN
 from support.ranks import train_on_ranks
 from support.run_files import assert_bit_identical
 
@@ -99,7 +102,7 @@ def test_command(root: Path) -> None:
     assert load_image_folder(split_folders(out), 8, "pil")["test"]
 
 
-def test_what_cannot_be_prepared(root: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_prepared(root: Path, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exists already"):
         prepare(root, prepared, SIZE, "pil")
     with pytest.raises(DataError, match="is a prepared folder"):
@@ -107,11 +110,39 @@ def test_what_cannot_be_prepared(root: Path, prepared: Path, tmp_path: Path, mon
     (root / "test/dog/1.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"test/dog/1\.jpg is not a valid image"):
         prepare(root, tmp_path / "new", SIZE, "pil")
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage(10_000, 0, 10_000))
-    with pytest.raises(DataError, match=r"30 images of 3 x 28 x 28 bytes take 0\.1 MB, and .* has 0\.0 MB free"):
-        prepare(root, tmp_path / "new", SIZE, "pil")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "prepared"]
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/new cannot be written: (File exists|Not a directory)"):
+        prepare(prepared.parent / "pictures", tmp_path / "file/new", SIZE, "pil")
+    with pytest.raises(DataError, match="has no folder train, val or test"):
+        prepare(root / "train", tmp_path / "new", SIZE, "pil")
+
+
+@needs_mounts
+def test_full_disk(root: Path, tmp_path: Path) -> None:
+    """A write to a mapped file without room would be a bus error, which has no message."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = (
+        'mount -t tmpfs -o size=48k tmpfs "$1"; "$0" data prepare "$2" "$1/new" --image-size=28; ls -A "$1"; exit $?'
+    )
+    argv = ["unshare", "-m", "sh", "-uc", mounting, *DIST_TRAIN, str(disk), str(root)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert "No space left on device. 30 images of 3 x 28 x 28 bytes take 0.1 MB" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""  # nothing is left
+
+
+def test_only_test_split(root: Path, tmp_path: Path) -> None:
+    """As a validation set of its own may be."""
+    shutil.rmtree(root / "train")
+    prepare(root, tmp_path / "new", SIZE, "pil")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["test"]
+
+
+def test_annotations_beside_classes_are_no_prepared_folder(root: Path) -> None:
+    (root / "train/prepared.json").write_text("{}")
+    assert num_examples(load_image_folder(split_folders(root), SIZE, "pil")["train"]) == 24
 
 
 def test_prepared_in_another_way(prepared: Path) -> None:
@@ -134,10 +165,6 @@ def of_another_type(pixels: Path, _images: Path) -> None:
     np.save(pixels, np.load(pixels).astype(np.float32))
 
 
-def missing(pixels: Path, _images: Path) -> None:
-    pixels.unlink()
-
-
 def without_names(_pixels: Path, images: Path) -> None:
     images.write_text(json.dumps(json.loads(images.read_text()) | {"names": None}))
 
@@ -150,8 +177,8 @@ def no_json(_pixels: Path, images: Path) -> None:
     images.write_bytes(b"\xff")
 
 
-@pytest.mark.parametrize("damage", [cut_off, of_another_type, missing, without_names, of_unknown_class, no_json])
+@pytest.mark.parametrize("damage", [cut_off, of_another_type, without_names, of_unknown_class, no_json])
 def test_damaged_files(damage: Any, prepared: Path) -> None:
-    damage(prepared / "train/pixels.npy", prepared / "train/images.json")
-    with pytest.raises(DataError, match=r"(pixels\.npy|images\.json).* [Pp]repare the folder again\."):
+    damage(prepared / "train/pixels.npy", prepared / "train/prepared.json")
+    with pytest.raises(DataError, match=r"(pixels\.npy|prepared\.json).* [Pp]repare the folder again\."):
         load_image_folder(split_folders(prepared), SIZE, "pil")
