@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_train.data.loader import SeededExamples
 from dist_train.data.sets.image_folder import ImageFolder
-from dist_train.data.sets.image_set import Examples, ImageSet, num_examples, stored_labels
+from dist_train.data.sets.image_set import Examples, ImageSet, evenly_spaced, num_examples, stored_labels
 
 Fingerprint = dict[str, Any]  # fingerprint of one split, JSON-serialisable
 
@@ -97,10 +97,9 @@ def _sample_examples(examples: Examples, seed: int, *, decoded: bool) -> Fingerp
         _, example = make[0, index]
         return _sketch((example[0].float(), example[1]) if decoded else example)
 
-    last = num_examples(examples) - 1
     until = time.monotonic() + _SAMPLING_LIMIT_S
     sketches: dict[str, Any] = {}
-    for index in sorted({last * part // (_NUM_SAMPLES - 1) for part in range(_NUM_SAMPLES)}):
+    for index in evenly_spaced(examples, _NUM_SAMPLES):
         if sketches and time.monotonic() > until:
             break
         try:

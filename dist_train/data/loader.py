@@ -19,7 +19,15 @@ from torch import Tensor
 from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dist_train.data.sets.image_set import Examples, ImageSet, describe_example, describe_value, example_at, locate
+from dist_train.data.sets.image_set import (
+    Examples,
+    ImageSet,
+    describe_example,
+    describe_value,
+    example_at,
+    locate,
+    name_of,
+)
 from dist_train.distributed.devices import is_out_of_memory
 from dist_train.distributed.import_lock import IMPORT_LOCK
 from dist_train.distributed.rng import derive_seed, seed_everything
@@ -211,7 +219,7 @@ class _Collate:
 
     @property
     def _name(self) -> str:
-        return type(locate(self._examples, 0)[0]).__name__
+        return name_of(self._examples)
 
     def _positions(self, indices: list[int]) -> str:
         positions = [str(locate(self._examples, index)[1]) for index in indices[:_NAMED]]

@@ -20,7 +20,8 @@ from dist_train.data.sets.image_set import (
     Subset,
     describe_example,
     describe_value,
-    locate,
+    evenly_spaced,
+    name_of,
     num_examples,
 )
 from dist_train.errors import DataError
@@ -77,12 +78,10 @@ def unchanging_bytes(examples: Examples, seed: int) -> int | None:
     """
     if tensors_of(examples) is not None:
         return None
-    last = num_examples(examples) - 1
-    indices = sorted({last * part // (_NUM_SAMPLES - 1) for part in range(_NUM_SAMPLES)})
     until = time.monotonic() + _SAMPLING_LIMIT_S
     size = None
     try:
-        for batch in _unchanging(examples, indices, seed, batch_size=1):
+        for batch in _unchanging(examples, evenly_spaced(examples, _NUM_SAMPLES), seed, batch_size=1):
             size = _bytes_per_example(batch)
             if time.monotonic() > until:
                 return None
@@ -110,7 +109,7 @@ def _unchanging(
         DataError, UserCodeError: see `make_resident`.
     """
     if hasattr(examples, "collate"):
-        raise _refusal(f"{_name_of(examples)} has a method collate, which makes whole batches")
+        raise _refusal(f"{name_of(examples)} has a method collate, which makes whole batches")
     described = _Described(examples, range(num_examples(examples)))
     keys = (
         [(epoch, index) for index in indices[start : start + batch_size]]
@@ -152,11 +151,11 @@ def _allocate(examples: Examples, batch: tuple[Tensor, Tensor], ranks_per_node: 
     there = "" if free is None else f", {free / 1e6:,.1f} MB free"
     if free is not None and total * size * ranks_per_node > free:
         raise _refusal(
-            f"{_name_of(examples)} does not fit in memory: {needed}, on each of {ranks_per_node} ranks per node{there}"
+            f"{name_of(examples)} does not fit in memory: {needed}, on each of {ranks_per_node} ranks per node{there}"
         )
     _log.info(
         "Reading %s into memory, each example twice: %s, %d ranks per node%s.",
-        _name_of(examples), needed, ranks_per_node, there,
+        name_of(examples), needed, ranks_per_node, there,
     )  # fmt: skip
     inputs, targets = (torch.empty(total, *items.shape[1:], dtype=items.dtype) for items in batch)
     return inputs, targets
@@ -164,10 +163,6 @@ def _allocate(examples: Examples, batch: tuple[Tensor, Tensor], ranks_per_node: 
 
 def _bytes_per_example(batch: tuple[Tensor, Tensor]) -> int:
     return sum(items[0].nbytes for items in batch)
-
-
-def _name_of(examples: Examples) -> str:
-    return type(locate(examples, 0)[0]).__name__
 
 
 def _changing(examples: Examples, index: int) -> DataError:

@@ -43,7 +43,7 @@ class DataSummary:
     num_classes: int | None  # None if the training set does not define it, as is `classes`
     classes: list[str] | None
     fingerprints: Mapping[str, Fingerprint]  # by split
-    unchanging_bytes: int | None  # of one training example, if the set is streamed and might be resident
+    unchanging_bytes: int | None  # of one training example, if the set is streamed and data.resident=true is a choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,8 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
     user_splits = [split for split, examples in found.items() if not isinstance(examples, (ImageSet, ImageFolder))]
     # If workers will be forked, a user's set stays unused here, even its length: using it may open a file.
     in_child = user_splits if config.num_workers else []
-    arguments = found, seed, own_validation
+    may_be_resident = config.resident is None and not config.transforms
+    arguments = found, seed, own_validation, may_be_resident
     summary = run_in_child(_summarise, *arguments) if in_child else _summarise(*arguments)
     found |= {split: Subset(found[split], range(summary.fingerprints[split]["count"])) for split in in_child}
     check_pixels(config, found["train"], summary.image_shape)
@@ -134,7 +135,7 @@ def load_splits(config: DataConfig, seed: int, ranks_per_node: int = 1) -> Split
         streamed = {id(each): each for each in (train, val, test) if each is not None}  # val and test may be one
         kept = {key: _in_memory(each, config, seed, ranks_per_node) for key, each in streamed.items()}
         train, val, test = kept[id(train)], kept.get(id(val)), kept.get(id(test))
-    return Splits(train, val, test, val_source, summary, weights, _resident_bytes(config, summary, ranks_per_node))
+    return Splits(train, val, test, val_source, summary, weights, _resident_bytes(summary, ranks_per_node))
 
 
 def _load(config: DataConfig, ranks_per_node: int) -> tuple[dict[str, Examples], str, str]:
@@ -153,8 +154,8 @@ def _load(config: DataConfig, ranks_per_node: int) -> tuple[dict[str, Examples],
     return found, f"{name} ({validation})", str(validation)
 
 
-def _summarise(found: Mapping[str, Examples], seed: int, own_validation: str) -> DataSummary:
-    """`own_validation`: as `_load` returns it."""
+def _summarise(found: Mapping[str, Examples], seed: int, own_validation: str, may_be_resident: bool) -> DataSummary:
+    """`own_validation`: as `_load` returns it. `may_be_resident`: whether the settings leave that open."""
     fingerprints = {}
     for split, examples in found.items():
         with wrap_user_errors(f"The {split} set", "cannot be read"):
@@ -168,7 +169,8 @@ def _summarise(found: Mapping[str, Examples], seed: int, own_validation: str) ->
     if own_validation:
         with wrap_user_errors("The validation set", "cannot be read"):
             check_validation_set(train, found["val"], own_validation)
-    return DataSummary(image_shape, num_classes, classes, fingerprints, unchanging_bytes(train, seed))
+    example_bytes = unchanging_bytes(train, seed) if may_be_resident else None
+    return DataSummary(image_shape, num_classes, classes, fingerprints, example_bytes)
 
 
 def _image_shape(train: Examples) -> tuple[int, int, int] | None:
@@ -186,9 +188,9 @@ def _in_memory(examples: Examples, config: DataConfig, seed: int, ranks_per_node
     return make_resident(examples, seed, config.num_workers, ranks_per_node)
 
 
-def _resident_bytes(config: DataConfig, summary: DataSummary, ranks_per_node: int) -> int | None:
+def _resident_bytes(summary: DataSummary, ranks_per_node: int) -> int | None:
     """Return about how many bytes all splits would take with data.resident=true; None if it is no choice."""
-    if config.resident is not None or config.transforms or summary.unchanging_bytes is None:
+    if summary.unchanging_bytes is None:
         return None
     needed = summary.unchanging_bytes * sum(each["count"] for each in summary.fingerprints.values())
     return needed if fits(needed, available_bytes(), ranks_per_node) else None

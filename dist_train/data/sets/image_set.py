@@ -100,6 +100,17 @@ def locate(examples: Examples, index: int) -> tuple[Any, int]:
     return whole, index
 
 
+def name_of(examples: Examples) -> str:
+    """Return the class of the original data set, for messages."""
+    return type(locate(examples, 0)[0]).__name__
+
+
+def evenly_spaced(examples: Examples, count: int) -> list[int]:
+    """Return up to `count` (two or more) indices, the first and the last among them."""
+    last = num_examples(examples) - 1
+    return sorted({last * part // (count - 1) for part in range(count)})
+
+
 def describe_example(examples: Examples, index: int) -> str:
     """Return a name for messages: "Example 77 of Mine"."""
     whole, position = locate(examples, index)

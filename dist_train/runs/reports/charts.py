@@ -133,16 +133,8 @@ def confusion_matrix(
             for predicted, count in enumerate(row):
                 colour = "white" if scale(shares[label][predicted]) > 0.6 else "black"
                 if count:
-                    matrix.text(
-                        predicted,
-                        label,
-                        f"{count}",
-                        ha="center",
-                        va="center",
-                        fontsize="small",
-                        color=colour,
-                        in_layout=False,
-                    )
+                    matrix.text(predicted, label, f"{count}", ha="center", va="center", fontsize="small", color=colour,
+                                in_layout=False)  # fmt: skip
     matrix.set_xlabel("predicted")
     matrix.set_ylabel("class")
     dots.plot([math.nan if each is None else 100 * each for each in accuracies], range(number), "o")
